@@ -1,0 +1,195 @@
+"""Checkpoints and run folders.
+
+A checkpoint is a folder: the model in Hugging Face's layout (hf.py), and for training `optimizer.safetensors`,
+`state.json` (step, tokens, best loss, settings, versions, git revision, hardware) and `lineage.json` (which blocks
+came from which checkpoint). A run folder holds `step_00001000/ …`, links `latest` and `best`, `log.csv` and
+`timing.csv`.
+
+A folder is written under a temporary name, everything in it fsynced, then renamed: whatever is called `step_…` is
+whole. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import hf
+from errors import UserError
+from files import read_json, sync_folder, write_json
+
+STEP = re.compile(r"step_(\d{8,})")
+
+
+def find(name, prefer="best", weights=True):
+    """The checkpoint folder that `name` means: a checkpoint folder, a run folder, or a Hugging Face id (downloaded;
+    without `weights` only its config.json).
+
+    Of a run folder it is the link `prefer` ("best" or "latest") where that exists, else the newest step.
+    Raises UserError when there is none.
+    """
+    if not os.path.isdir(name):
+        if os.path.exists(name):
+            raise UserError(f"{name} is a file; a checkpoint is a folder with config.json and model.safetensors")
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+            raise UserError(f"no folder {name!r} here")
+        return hf.download(name, weights)
+    if os.path.exists(os.path.join(name, "config.json")):
+        return name
+    steps = list_steps(name)
+    if not steps:
+        raise UserError(f"{name} is neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)")
+    linked = os.path.join(name, prefer)
+    if os.path.exists(os.path.join(linked, "config.json")):
+        return os.path.join(name, os.path.basename(os.path.realpath(linked)))
+    return os.path.join(name, steps[-1])
+
+
+def list_steps(run):
+    """The names of the whole checkpoints in a run folder, oldest first."""
+    if not os.path.isdir(run):
+        return []
+    names = [n for n in os.listdir(run) if STEP.fullmatch(n) and not os.path.islink(os.path.join(run, n))]
+    return sorted(names, key=lambda n: int(STEP.fullmatch(n)[1]))
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Yield a temporary neighbour folder to fill; on success it is renamed to `path` and the rename made durable.
+
+    On an exception it is removed. Raises UserError when `path` exists: a checkpoint is never overwritten.
+    """
+    path = os.fspath(path).rstrip("/")
+    parent, name = os.path.dirname(path) or ".", os.path.basename(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; choose another --out, or delete it first")
+    os.makedirs(parent, exist_ok=True)
+    temporary = os.path.join(parent, f".{name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        sync_folder(temporary)
+        os.rename(temporary, path)
+        sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def link(run, name, step):
+    """Point the link `name` of a run folder at the checkpoint of `step`, in one atomic rename. Relative, so the
+    folder can be moved."""
+    temporary = os.path.join(run, f".{name}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    os.symlink(step_name(step), temporary)
+    os.replace(temporary, os.path.join(run, name))
+    sync_folder(run)
+
+
+def step_name(step):
+    """The folder name of a checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def save(run, model, optimizer, state, lineage, tokenizer_from=None):
+    """Write `run/step_…` (the step is state["step"]) and point `latest` at it.
+
+    model: the plain GPT (not compiled, not wrapped); optimizer: its optimizer; state: what state.json is to hold.
+    """
+    folder = os.path.join(run, step_name(state["step"]))
+    with new_folder(folder) as temporary:
+        hf.write_model(temporary, hf.layout(model), model.config, tokenizer_from)
+        path = os.path.join(temporary, "optimizer.safetensors")
+        save_file(optimizer_tensors(model, optimizer), path, metadata={"format": "pt"})
+        hf.finish_file(path)
+        write_json(os.path.join(temporary, "state.json"), state)
+        write_json(os.path.join(temporary, "lineage.json"), lineage)
+    link(run, "latest", state["step"])
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimizer's state as {"parameter name/state name": CPU tensor}."""
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+
+
+def load_optimizer(folder, model, optimizer):
+    """Fill the optimizer of `model` from a checkpoint folder. Raises UserError when the file is missing, damaged, or
+    another model's."""
+    path = os.path.join(folder, "optimizer.safetensors")
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: this checkpoint can start a run (--init_from) but not continue one"
+        ) from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it") from None
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    state = {name: {} for name in shapes}
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition("/")
+        if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
+            raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
+        state[name][key] = tensor
+    if tensors and not all(state.values()):
+        raise UserError(f"{path} lacks {next(n for n, s in state.items() if not s)}; it is another run's")
+    names = {p: name for name, p in model.named_parameters()}
+    ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
+    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prune(run, keep_last, best_step):
+    """Delete all but the newest `keep_last` checkpoints and the best one. Each is renamed before it is emptied, so
+    that no half-deleted folder is ever taken for a checkpoint."""
+    names = list_steps(run)
+    for name in names[: max(0, len(names) - keep_last)]:
+        if best_step is None or name != step_name(best_step):
+            doomed = os.path.join(run, f".{name}.tmp")
+            os.rename(os.path.join(run, name), doomed)
+            shutil.rmtree(doomed)
+
+
+def sweep(run):
+    """Remove what a kill left half-written or half-deleted in a run folder."""
+    for name in os.listdir(run):
+        path = os.path.join(run, name)
+        if name.startswith(".") and name.endswith(".tmp"):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+
+
+def lineage_of(folder):
+    """lineage.json of a checkpoint folder, or {} where there is none."""
+    path = os.path.join(folder, "lineage.json")
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def environment():
+    """Versions, git revision and hardware, for state.json: what a reader of the run will want to know."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "git": revision,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpu": gpu},
+    }

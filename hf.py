@@ -1,0 +1,293 @@
+"""The Hugging Face GPT-2 layout, which is also ours: `config.json` + `model.safetensors`, read and written.
+
+Transformers and lm-eval open a checkpoint folder as it is. What GPT-2's layout has no room for stands as extra keys
+in config.json: `bias` (a model without biases carries zeros, and drops them again when we read it), `n_vocab` and
+`tokenizer`. Files from the hub differ from what `save_pretrained` writes; both are read, and what model.py does not
+implement is refused by name.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from errors import UserError
+from files import read_json, sync_folder, write_json
+from model import GPT, GPTConfig
+
+INPUT_FIRST = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)  # (in, out) on disk
+TOKENIZER_FILE = "tokenizer.tiktoken"  # the ranks of a tokenizer that is not one of tiktoken's own
+
+
+def download(name, weights=True):
+    """Fetch a Hugging Face GPT-2 (an id such as gpt2-large) and return the local folder of its files; without
+    `weights` only its config.json.
+
+    Raises UserError in one line when there is no such model, no network, or only a pickle file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(file):
+        try:
+            return hf_hub_download(name, file)
+        except LocalEntryNotFoundError:  # also an EntryNotFoundError, but means: could not ask
+            raise
+        except EntryNotFoundError:
+            return None
+
+    try:
+        config = fetch("config.json")
+        if config is None:
+            raise UserError(f"{name} on the Hugging Face hub has no config.json: not a transformers model")
+        index = fetch("model.safetensors.index.json") if weights else None
+        shards = set(read_index(index).values()) if index else {"model.safetensors"}
+        for shard in sorted(shards) if weights else ():
+            if fetch(shard) is None:
+                raise UserError(
+                    f"{name} on the Hugging Face hub has no {shard}, perhaps only a pickle, which is never opened: "
+                    "convert it with transformers' save_pretrained and give that folder"
+                )
+    except UserError:
+        raise
+    except RepositoryNotFoundError:
+        raise UserError(f"no folder {name!r} here and no model of that id on the Hugging Face hub") from None
+    except Exception as e:  # the hub client's own errors, its HTTP library's, the disk's: all mean "not to be had"
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"no folder {name!r} here, and the Hugging Face hub did not give it ({type(e).__name__}: {reason:.150}); "
+            "check the name and the network, or give a folder that holds config.json and model.safetensors"
+        ) from None
+    return os.path.dirname(config)
+
+
+def read_index(path):
+    """{tensor name: file name} of a sharded model. Raises UserError."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(f, str) and os.path.basename(f) == f and f.endswith(".safetensors") for f in shards.values()
+    ):
+        raise UserError(f"{path} has no usable weight_map; fetch the model again")
+    return shards
+
+
+def read_config(folder):
+    """The GPTConfig of a checkpoint folder. Raises UserError, naming everything that model.py does not implement."""
+    path = os.path.join(folder, "config.json")
+    c = read_json(path)
+    if c.get("model_type") != "gpt2":
+        raise UserError(f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented")
+    sizes = {k: c.get(k) for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+    bad = [f"{k} is {v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]
+    if not bad and sizes["n_embd"] % sizes["n_head"]:
+        bad.append(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
+    if bad:
+        raise UserError(f"{path}: {', '.join(bad)}")
+    required = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "n_inner": (None, 4 * c["n_embd"]),
+        "tie_word_embeddings": (True,),
+        "add_cross_attention": (False,),
+        "scale_attn_weights": (True,),
+        "layer_norm_epsilon": (1e-5,),
+    }
+    refused = [f"{k}={c[k]!r}" for k, ok in required.items() if k in c and c[k] not in ok]
+    if refused:
+        raise UserError(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
+    n_vocab = c.get("n_vocab", c["vocab_size"])
+    tokenizer = c.get("tokenizer", "gpt2" if n_vocab == 50257 else "")
+    eot = c.get("eos_token_id", n_vocab - 1)
+    if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
+        raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
+    if not isinstance(tokenizer, str) or type(c.get("bias", True)) is not bool:
+        raise UserError(f"{path}: tokenizer must be a name and bias true or false")
+    return GPTConfig(
+        block_size=c["n_positions"],
+        vocab_size=c["vocab_size"],
+        n_layer=c["n_layer"],
+        n_head=c["n_head"],
+        n_embd=c["n_embd"],
+        bias=c.get("bias", True),
+        scale_attn_by_inverse_layer_idx=bool(c.get("scale_attn_by_inverse_layer_idx", False)),
+        n_vocab=n_vocab,
+        tokenizer=tokenizer,
+        # small vocabularies made by hand often keep GPT-2's 50256 in their config: then nothing ends a text
+        eot=eot if type(eot) is int and 0 <= eot < n_vocab else n_vocab - 1,
+    )
+
+
+def hf_config(config):
+    """config.json's content for a GPTConfig: what transformers reads, and our extra keys last."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "tie_word_embeddings": True,
+        "bos_token_id": config.eot,
+        "eos_token_id": config.eot,
+        "torch_dtype": "float32",
+        "bias": config.bias,
+        "n_vocab": config.n_vocab,
+        "tokenizer": config.tokenizer,
+    }
+
+
+class Weights(Mapping):
+    """The tensors of a checkpoint folder by their canonical names (`transformer.…`), each read when asked for.
+
+    They have Hugging Face's orientation and the file's dtype. Names without the `transformer.` prefix are accepted,
+    causal-mask buffers and the copy of the tied head are left out. Raises UserError for damaged or missing files.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.files, self.where = folder, {}, {}
+        index = os.path.join(folder, "model.safetensors.index.json")
+        names = sorted(set(read_index(index).values())) if os.path.exists(index) else ["model.safetensors"]
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
+                hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
+                raise UserError(f"{folder} has no {name}{', ' + hint if pickled else '; is it a checkpoint?'}")
+            try:
+                self.files[path] = safe_open(path, framework="pt")
+                keys = self.files[path].keys()
+            except (SafetensorError, OSError) as e:
+                raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
+            for key in keys:
+                canonical = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+                if re.search(r"\.attn\.(bias|masked_bias)$", canonical):
+                    continue
+                if canonical in self.where:
+                    raise UserError(f"{path} holds {canonical} twice")
+                self.where[canonical] = (path, key)
+        if "lm_head.weight" in self.where:
+            head, wte = self["lm_head.weight"], self["transformer.wte.weight"]
+            if head.shape != wte.shape or not torch.equal(head, wte):
+                raise UserError(f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented")
+            del self.where["lm_head.weight"]
+
+    def __getitem__(self, name):
+        path, key = self.where[name]
+        return self.files[path].get_tensor(key)
+
+    def shape(self, name):
+        """The shape of a tensor, as a tuple, without reading it."""
+        path, key = self.where[name]
+        return tuple(self.files[path].get_slice(key).get_shape())
+
+    def __iter__(self):
+        return iter(self.where)
+
+    def __len__(self):
+        return len(self.where)
+
+
+def shapes(config):
+    """{canonical name: shape in Hugging Face's orientation} of every tensor that a folder with `config` must hold."""
+    with torch.device("meta"):
+        full = GPT(dataclasses.replace(config, bias=True))
+    return {name: tuple(p.t().shape if name.endswith(INPUT_FIRST) else p.shape) for name, p in full.named_parameters()}
+
+
+def check_weights(weights, config):
+    """Raise UserError unless `weights` (a Weights) hold exactly the tensors of `config`, in the right shapes."""
+    wanted = shapes(config)
+    wrong = [f"{n} is missing" for n in wanted if n not in weights]
+    wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
+    found = {n: weights.shape(n) for n in wanted if n in weights}
+    wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(f"{weights.folder}: {'; '.join(wrong[:3])}{more}")
+
+
+def open_model(folder):
+    """(Weights, GPTConfig) of a checkpoint folder, checked against each other. Raises UserError."""
+    config, weights = read_config(folder), Weights(folder)
+    check_weights(weights, config)
+    return weights, config
+
+
+def fill(model, state, source):
+    """Copy `state` (canonical names, Hugging Face's orientation, any float dtype) into the model's own parameters.
+
+    Raises UserError, naming `source`, when a model without biases would lose biases that are not zero.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in state:
+            tensor = state[name]
+            if name in parameters:
+                parameters[name].copy_(tensor.t() if name.endswith(INPUT_FIRST) else tensor)
+            elif tensor.any():
+                raise UserError(f"{source}: {name} is not zero, though its config.json says bias: false")
+
+
+def load_model(folder):
+    """The GPT (fp32, on the CPU) of a checkpoint folder. Raises UserError."""
+    weights, config = open_model(folder)
+    model = GPT(config)
+    fill(model, weights, folder)
+    return model
+
+
+def layout(model):
+    """The model's parameters as a Hugging Face state dict: fp32 on the CPU, zeros for the biases it does not have."""
+    state = {}
+    parameters = dict(model.named_parameters())
+    for name, shape in shapes(model.config).items():
+        if name in parameters:
+            p = parameters[name].detach().to("cpu", torch.float32)
+            state[name] = p.t().contiguous() if name.endswith(INPUT_FIRST) else p.contiguous()
+        else:
+            state[name] = torch.zeros(shape)
+    return state
+
+
+def write_model(folder, state, config, tokenizer_from=None):
+    """Write config.json and model.safetensors into an existing folder and fsync them.
+
+    `state` has canonical names and Hugging Face's orientation. A tokenizer ranks file found in `tokenizer_from` is
+    copied beside them. The folder is not yet what anybody looks for: the caller renames it into place.
+    """
+    path = os.path.join(folder, "model.safetensors")
+    save_file(state, path, metadata={"format": "pt"})  # more keys would be written in random order
+    finish_file(path)
+    write_json(os.path.join(folder, "config.json"), hf_config(config))
+    ranks = os.path.join(tokenizer_from, TOKENIZER_FILE) if tokenizer_from else ""
+    if config.tokenizer == TOKENIZER_FILE and os.path.exists(ranks):
+        shutil.copyfile(ranks, os.path.join(folder, TOKENIZER_FILE))
+        finish_file(os.path.join(folder, TOKENIZER_FILE))
+    sync_folder(folder)
+
+
+def finish_file(path):
+    """fsync a file that another library has written, and let others read it (safetensors writes 0600)."""
+    os.chmod(path, 0o644)
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
