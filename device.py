@@ -1,0 +1,87 @@
+"""The machine a run is on: which device, which number format, how fast it could be, how full it is."""
+
+import contextlib
+import resource
+import sys
+
+import torch
+
+from errors import UserError
+
+# Dense bf16 tensor-core peaks in TFLOP/s and memory in GB, from the makers' data sheets.
+PEAKS = {
+    "B200": (2250, 180),
+    "H200": (989, 141),
+    "H100 PCIe": (756, 80),
+    "H100 NVL": (835, 94),
+    "H100": (989, 80),
+    "A100": (312, 40),
+    "L40S": (362, 48),
+    "A10": (125, 24),
+    "RTX 4090": (165, 24),
+    "RTX 3090": (71, 24),
+    "V100": (125, 32),
+    "T4": (65, 16),
+}
+
+
+def pick(name, local_rank=0):
+    """The torch.device for the setting `device`. Raises UserError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name} asked for, but torch sees no CUDA GPU; use --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{device} asked for, but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps asked for, but torch finds no Apple GPU; use --device cpu")
+    elif device.type != "cpu":
+        raise UserError(f"--device {name} is not supported: use auto, cpu, cuda or mps")
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch dtype that autocast uses; float32 means no autocast."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """A context manager for the forward pass."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_flops(device):
+    """bf16 peak in FLOP/s of a CUDA device that the table knows, else None (a guess would make MFU a lie)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = next((k for k in PEAKS if all(word in name for word in k.split())), None)
+    return PEAKS[known][0] * 1e12 if known else None
+
+
+def peak_memory_mb(device):
+    """The most memory this process has held so far: on the GPU if it uses one, else resident in RAM. Megabytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def synchronize(device):
+    """Wait for the device, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,249 @@
+"""What a run is going to be, worked out and checked before anything is loaded: model, batch arithmetic, cost.
+
+`make_plan` collects everything that is wrong and says it at once; `describe` is what --dry_run prints.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import hf
+from data import GPT2, Tokens, read_meta
+from device import PEAKS
+from errors import UserError
+from files import read_json
+from model import GPT, GPTConfig, pad_vocab
+from settings import HARMLESS, raise_all
+
+ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
+RELEASED = {  # the four released GPT-2s: layers, heads, width
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+ASSUMED_MFU = 0.4  # of the device's peak, for time estimates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome of planning: what train.py needs to know beyond the settings."""
+
+    config: GPTConfig  # of the model that will be trained
+    resume_from: str | None  # the checkpoint folder that this run continues
+    train_tokens: int | None  # in this run's part of the corpus; None when the data is not prepared
+    sequences: int  # per optimizer step, over all ranks
+    micro_batch: int  # sequences per forward pass on one rank
+    accumulation: int  # forward passes per step on each rank
+    world: int
+
+
+def split_batch(batch_tokens, block_size, batch_size, world):
+    """(sequences per step, micro-batch, accumulation steps) such that world × micro × accumulation = sequences.
+
+    The micro-batch is the largest divisor up to batch_size. Raises UserError naming the nearest batch_tokens that fit.
+    """
+    unit = block_size * world
+    if batch_tokens % unit:
+        below = batch_tokens // unit * unit
+        near = f"{below + unit:,}" if below == 0 else f"{below:,} or {below + unit:,}"
+        raise UserError(
+            f"batch_tokens {batch_tokens:,} is not a multiple of block_size × ranks = {block_size:,} × {world}: "
+            f"use {near}"
+        )
+    per_rank = batch_tokens // unit
+    micro = next(m for m in range(min(batch_size, per_rank), 0, -1) if per_rank % m == 0)
+    return per_rank * world, micro, per_rank // micro
+
+
+def source_config(init_from):
+    """The GPTConfig of a model to start from, before its weights are fetched. Raises UserError."""
+    if init_from in RELEASED and not os.path.isdir(init_from):
+        n_layer, n_head, n_embd = RELEASED[init_from]
+        return GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    return hf.read_config(checkpoint.find(init_from, weights=False))
+
+
+def make_plan(settings, given, world):
+    """Check a run's settings against each other, its data and the model it starts from.
+
+    given: the keys set explicitly; world: number of ranks. Raises UserError with every problem found. A dry run may
+    lack its data.
+    """
+    problems = []
+
+    def attempt(work, otherwise=None):
+        try:
+            return work()
+        except UserError as e:
+            problems.append(str(e))
+            return otherwise
+
+    resume_from = attempt(lambda: resumable(settings))
+    tokenizer, train_tokens = GPT2, None
+    if os.path.isdir(settings.dataset) or not settings.dry_run:
+        tokenizer = attempt(lambda: read_meta(settings.dataset)["tokenizer"], GPT2)
+        if not problems:
+            length = attempt(lambda: len(Tokens(settings.dataset, "train")), 0)
+            train_tokens = int(length * settings.data_end) - int(length * settings.data_start)
+    if settings.data_start >= settings.data_end:
+        problems.append(f"data_start {settings.data_start} is not below data_end {settings.data_end}")
+    if settings.min_lr > settings.learning_rate:
+        problems.append(f"min_lr {settings.min_lr:g} is above learning_rate {settings.learning_rate:g}: set both")
+    if resume_from:
+        config = dataclasses.replace(hf.read_config(resume_from), dropout=settings.dropout)
+    elif settings.init_from == "scratch":
+        config = scratch_config(settings, tokenizer, problems)
+    else:
+        source = attempt(lambda: source_config(settings.init_from))
+        raise_all(problems if source is None else [])  # nothing more can be said without it
+        config = inherited_config(settings, given, source, tokenizer, problems)
+    batch = (settings.batch_tokens, config.block_size, settings.batch_size, world)
+    sequences, micro, accumulation = attempt(lambda: split_batch(*batch), (0, 0, 0))
+    if train_tokens is not None and train_tokens <= config.block_size:
+        problems.append(f"this run's part of {settings.dataset} has {train_tokens:,} tokens, fewer than block_size + 1")
+    raise_all(problems)
+    return Plan(config, resume_from, train_tokens, sequences, micro, accumulation, world)
+
+
+def scratch_config(settings, tokenizer, problems):
+    """The architecture that the settings ask for."""
+    if settings.n_embd % settings.n_head:
+        problems.append(f"n_embd {settings.n_embd} is not a multiple of n_head {settings.n_head}")
+    if settings.inherit_layers is not None:
+        problems.append("inherit_layers needs a model to inherit from: set init_from")
+    names = (*ARCHITECTURE, "block_size", "dropout")
+    return GPTConfig(
+        **{name: getattr(settings, name) for name in names},
+        vocab_size=pad_vocab(tokenizer["n_vocab"]),
+        n_vocab=tokenizer["n_vocab"],
+        tokenizer=tokenizer["name"],
+        eot=tokenizer["eot"],
+    )
+
+
+def inherited_config(settings, given, source, tokenizer, problems):
+    """The architecture that comes from a checkpoint; only depth, a shorter context and dropout may differ."""
+    k = settings.inherit_layers or source.n_layer
+    if k > source.n_layer:
+        problems.append(f"inherit_layers {k} is more than the {source.n_layer} blocks of {settings.init_from}")
+    config = dataclasses.replace(source, n_layer=k, dropout=settings.dropout)
+    for name in ARCHITECTURE:
+        if name in given and getattr(settings, name) != getattr(config, name):
+            problems.append(
+                f"{name} {getattr(settings, name)} was asked for, but the model from {settings.init_from} has "
+                f"{getattr(config, name)}: leave it out"
+            )
+    if "block_size" in given:
+        if settings.block_size > source.block_size:
+            problems.append(
+                f"block_size {settings.block_size} is above the {source.block_size} positions of {settings.init_from}"
+            )
+        config = dataclasses.replace(config, block_size=settings.block_size)
+    if source.tokenizer and source.tokenizer != tokenizer["name"]:
+        problems.append(
+            f"{settings.dataset} was tokenised with {tokenizer['name']!r}, but {settings.init_from} was trained with "
+            f"{source.tokenizer!r}: prepare the data with that one"
+        )
+    elif tokenizer["n_vocab"] > source.vocab_size:
+        problems.append(
+            f"{settings.dataset} has {tokenizer['n_vocab']} ids, {settings.init_from} only {source.vocab_size}"
+        )
+    if not source.tokenizer:
+        names = {"tokenizer": tokenizer["name"], "n_vocab": tokenizer["n_vocab"], "eot": tokenizer["eot"]}
+        config = dataclasses.replace(config, **names)
+    return config
+
+
+def resumable(settings):
+    """The newest checkpoint of out_dir if this run is to continue it, else None. Raises UserError.
+
+    A continued run must have the settings it began with, except for harmless ones.
+    """
+    out = settings.out_dir
+    steps = checkpoint.list_steps(out)
+    begun = bool(steps) or os.path.exists(os.path.join(out, "log.csv"))
+    if settings.dry_run:
+        return None
+    if settings.resume == "never" and begun:
+        raise UserError(f"{out} already holds a run: continue it with --resume=auto, or choose another --out_dir")
+    if settings.resume == "must" and not steps:
+        raise UserError(f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh")
+    if not steps:
+        return None
+    folder = os.path.join(out, steps[-1])
+    before = read_json(os.path.join(folder, "state.json")).get("settings")
+    if not isinstance(before, dict):
+        raise UserError(f"{folder}/state.json holds no settings; delete the folder to go on from the one before it")
+    now = comparable(dataclasses.asdict(settings))
+    before = comparable(before)
+    changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
+    if changed:
+        raise UserError(
+            f"cannot continue {out} with other settings: {'; '.join(changed)}. Restore them, or use another out_dir"
+        )
+    return folder
+
+
+def comparable(settings):
+    """The settings (a dict) that a continued run must share, with the end of the schedule spelled out."""
+    kept = {k: v for k, v in settings.items() if k not in HARMLESS}
+    if kept.get("lr_decay_iters") is None:
+        kept["lr_decay_iters"] = settings.get("max_iters")
+    return kept
+
+
+def training_memory(config, micro_batch, half):
+    """Bytes that training needs on one GPU under DDP: weights, gradients, AdamW's two moments, activations, logits.
+
+    half: whether autocast computes in 16 bits. The allocator's own overhead is not in it.
+    """
+    with torch.device("meta"):
+        n_params = GPT(config).num_params()
+    act = 2 if half else 4
+    rows = micro_batch * config.block_size
+    # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms,
+    # their outputs, q k v, attention's output before and after its transpose, and the MLP's 4C before and after GELU
+    per_block = 2 * 4 + act * (2 + 3 + 2 + 8)
+    activations = rows * config.n_embd * per_block * config.n_layer
+    logits = rows * config.vocab_size * ((act if half else 0) + 4 + 4)  # as computed, in fp32, and their gradient
+    return n_params * (16 + (2 if half else 0)) + activations + logits
+
+
+def describe(plan, settings):
+    """The text of --dry_run."""
+    c = plan.config
+    with torch.device("meta"):
+        model = GPT(c)
+    total_tokens = settings.max_iters * settings.batch_tokens
+    flops = model.estimate_flops() * total_tokens
+    origin = settings.init_from
+    if settings.inherit_layers:
+        origin += f", its first {settings.inherit_layers} blocks"
+    lines = [
+        f"model        {c.n_layer} blocks x {c.n_head} heads x {c.n_embd}, context {c.block_size}, {c.vocab_size} ids",
+        f"parameters   {model.num_params():,}",
+        f"starts from  {origin}",
+        f"batch        {settings.batch_tokens:,} tokens = {plan.micro_batch} sequences x {c.block_size} tokens"
+        f" x {plan.accumulation} accumulation x {plan.world} rank(s)",
+        f"training     {settings.max_iters:,} steps, {total_tokens:,} tokens",
+    ]
+    if plan.train_tokens is None:
+        lines.append(f"data         {settings.dataset}: not prepared")
+    else:
+        epochs = total_tokens / plan.train_tokens
+        lines.append(f"data         {settings.dataset}: {plan.train_tokens:,} tokens, {epochs:.2f} epochs")
+    memory = training_memory(c, plan.micro_batch, half=settings.dtype != "float32") / 1e9
+    lines.append(f"compute      {flops:.3g} FLOPs")
+    lines.append(
+        f"memory       about {memory:.1f} GB per GPU (weights, gradients, AdamW, activations; no allocator overhead)"
+    )
+    lines.append(f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:")
+    for name, (peak, gigabytes) in PEAKS.items():
+        days = flops / (peak * 1e12 * ASSUMED_MFU) / 86400
+        fits = "" if memory < 0.9 * gigabytes else f"   does not fit {gigabytes} GB: lower batch_size"
+        lines.append(f"  {name:10} {days:10.2f} days on 1, {days / 8:9.2f} on 8{fits}")
+    return "\n".join(lines)
