@@ -1,0 +1,43 @@
+# make demo   the whole recipe on a laptop: data, reference, inherit, train, grow, controls, a sample
+# make test   ruff, an import check, and the tests that take seconds; make test-all adds those that take minutes
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all clean
+
+# One folder for everything installed; a changed requirements file installs again.
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: python3 has no venv module: install it first (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python prepare.py
+	$(BIN)/python grow.py config/demo.py
+	@echo; echo "A sample from the grown model:"
+	$(BIN)/python sample.py --ckpt out/demo/final --max_new_tokens 300
+	@echo; echo "The picture: out/demo/loss.png"
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/check_imports.py
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/check_imports.py
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+clean:
+	rm -rf .venv

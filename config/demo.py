@@ -1,0 +1,17 @@
+# Inheritune in minutes on a laptop without GPU or network: `make demo`, or python grow.py config/demo.py
+reference_config = "config/demo_reference.py"  # trained first, into out/demo/reference
+k_start = 4  # half of its 8 blocks, as the paper starts
+k_step = 2
+
+out_dir = "out/demo"
+dataset = "data/pydocs"
+batch_tokens = 32 * 64
+batch_size = 32
+max_iters = 1000
+eval_interval = 100
+eval_tokens = 65_536
+log_interval = 20
+
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 50

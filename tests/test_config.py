@@ -1,0 +1,40 @@
+"""Every file in config/ is read and planned, as --dry_run does. python -m pytest tests/test_config.py"""
+
+import glob
+import os
+import re
+
+import pytest
+
+import grow
+import train
+from settings import GrowSettings, read_config_file
+from tests.tiny import ROOT
+
+CONFIGS = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, "config", "*.py")))
+PARAMETERS = {
+    "train_gpt2_medium.py": 354_599_936,
+    "train_gpt2_large.py": 773_582_080,
+    "train_gpt2_xl.py": 1_556_840_000,
+    "train_gpt2_large_fineweb.py": 694_928_640,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dry_run(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = os.path.join("config", name)
+    recipe = read_config_file(path).keys() & GrowSettings.__dataclass_fields__.keys()
+    (grow if recipe else train).main([path, "--dry_run"])
+    shown = capsys.readouterr().out
+    assert "parameters" in shown and "memory" in shown and "FLOPs" in shown
+    if name in PARAMETERS:
+        found = re.search(r"parameters +([\d,]+)", shown)[1]
+        assert int(found.replace(",", "")) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("train_", "inheritune_"))])
+def test_paper_configs_divide_over_the_gpus_they_name(name):
+    values = {k: v for k, (v, _) in read_config_file(os.path.join(ROOT, "config", name)).items()}
+    ranks = 3 if "fineweb" in name else 8
+    assert values["batch_tokens"] % (1024 * ranks) == 0

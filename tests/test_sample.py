@@ -1,0 +1,93 @@
+"""Sampling from the command line. python -m pytest tests/test_sample.py"""
+
+import io
+import sys
+
+import pytest
+import torch
+
+import hf
+import sample
+from tests.tiny import ROOT, refusal, write_checkpoint
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample") / "ckpt"
+    write_checkpoint(folder)
+    return str(folder)
+
+
+def test_prints_what_generate_draws(model_folder, capsys):
+    sample.main(["--ckpt", model_folder, "--prompt", "ab", "--max_new_tokens", "20", "--seed", "3"])
+    shown = capsys.readouterr().out
+    model, tokenizer = hf.load_model(model_folder).eval(), load_tokenizer("bytes")
+    generator = torch.Generator().manual_seed(3)
+    tokens = model.generate(torch.tensor([[97, 98]]), 20, 0.8, generator=generator)
+    ids = [int(t) for t in tokens]
+    ids = ids[: ids.index(256)] if 256 in ids else ids
+    assert shown == "ab" + tokenizer.decode(ids) + "\n"
+
+
+def test_streams_token_by_token_and_whole_characters(model_folder):
+    """Every write is one token's text; half a character waits for its other half."""
+
+    class Recorder(io.StringIO):
+        pieces = []
+
+        def write(self, text):
+            self.pieces.append(text)
+            return len(text)
+
+    tokens = (torch.tensor([b]) for b in [*"aé".encode(), 256])
+    rows = sample.stream(tokens, load_tokenizer("bytes"), 256, Recorder())
+    assert Recorder.pieces == ["a", "", "é", "\n"]
+    assert rows == [list("aé".encode())]
+
+
+def test_several_samples_in_one_batch(model_folder, capsys):
+    sample.main(["--ckpt", model_folder, "--num_samples", "3", "--max_new_tokens", "5"])
+    assert capsys.readouterr().out.count("-" * 20) == 2
+
+
+def test_empty_prompt_begins_after_end_of_text(model_folder):
+    tokenizer = load_tokenizer("bytes")
+    config = hf.read_config(model_folder)
+    assert sample.encode_prompt("", tokenizer, config).tolist() == [[256]]
+
+
+def test_prompt_from_a_file(model_folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("from a file")
+    sample.main(["--ckpt", model_folder, "--prompt", f"FILE:{tmp_path}/p.txt", "--max_new_tokens", "2"])
+    assert capsys.readouterr().out.startswith("from a file")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--temperature=-1"], "--temperature must be 0"),
+        (["--temperature=nan"], "--temperature must be 0"),
+        (["--top_k=0"], "--top_k must be at least 1"),
+        (["--top_p=1.5"], "--top_p must be above 0"),
+        (["--num_samples=0"], "--num_samples must be at least 1"),
+        (["--max_new_tokens=0"], "--max_new_tokens must be at least 1"),
+        (["--prompt=FILE:nowhere.txt"], "nowhere.txt"),
+        (["--tokenizer=nonsense"], "nonsense"),
+        (["--ckpt=/nowhere/at/all"], "no folder '/nowhere/at/all' here"),
+        (["--ckpt=gpt2"], "Hugging Face hub"),
+        (["--ckpt", ROOT], "neither a checkpoint"),
+        (["--device=cuda:99"], "cuda"),
+    ],
+)
+def test_refusals(model_folder, extra, message):
+    shown = refusal(sample.main, ["--ckpt", model_folder, *extra])
+    assert message in shown and "\n" not in shown
+
+
+def test_output_is_flushed_before_the_end(model_folder, monkeypatch):
+    """A reader of a pipe sees text while it is drawn: every token is flushed."""
+    flushes = []
+    monkeypatch.setattr(sys.stdout, "flush", lambda: flushes.append(1))
+    sample.main(["--ckpt", model_folder, "--max_new_tokens", "4", "--temperature", "0"])
+    assert len(flushes) >= 1
