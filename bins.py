@@ -1,0 +1,386 @@
+"""Writing a data folder: tokenise pieces of text in order with many processes, so that a kill costs a second.
+
+A data folder holds little-endian uint16 ids (uint32 where ids exceed 65,535) in train.bin and val.bin or in
+numbered shards, and a meta.json that describes them. While it is made, the tokens go to NAME.partial, and every
+second progress.json records how far the input was read and how long each file was then. A run that finds a
+progress.json cuts the files back to those lengths and goes on from there, so the result is the same to the last
+bit. meta.json is written last: a folder without it is unfinished.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import importlib.metadata
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from errors import UserError
+from files import read_json, replacing, sha256, sync_folder, write_json
+from tokenizer import RANKS_FILE, load_tokenizer, utf8
+
+FORMAT = 1
+BATCH = 1 << 18  # characters that a worker tokenises at a time; larger ones are no faster, and fragment memory
+RECORD_EVERY = 1.0  # seconds between two records of the progress
+UNSET = "%(default).0s"  # in a help text that tells its default itself: keeps argparse from adding one
+
+
+def add_shared_flags(parser):
+    """The flags that all three scripts have."""
+    parser.add_argument("--text_column", default="text", help="where a .jsonl or .parquet keeps the text")
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that tokenise")
+
+
+def check_shared_flags(args):
+    if args.num_proc < 1:
+        raise UserError(f"--num_proc {args.num_proc} must be at least 1")
+
+
+@contextlib.contextmanager
+def unfinished(out, script, arguments, tokenizer):
+    """Open the folder `out` for writing: a context that gives the progress (a dict) to go on from.
+
+    It gives None when the folder is already finished with these arguments. A part that was made with others is
+    thrown away. Raises UserError when the folder is finished with other arguments, not ours, or being written
+    right now. If the run fails before anything was recorded, the folder is left as it was found.
+
+    `arguments` is a dict of JSON values: all that decides the tokens, besides the tokenizer, and nothing else.
+    """
+    described = tokenizer.describe()
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "tiktoken": importlib.metadata.version("tiktoken"),
+    }
+    made = {"script": script, "arguments": arguments, "versions": versions}
+    fresh = {"tokenizer": described, "made": made, "at": [0, 0], "documents": 0, "streams": {}}
+    existed = os.path.exists(out)
+    if existed and not os.path.isdir(out):
+        raise UserError(f"{out} is a file; --out names a folder")
+    os.makedirs(out, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is being written by another run; wait or choose another --out") from None
+        if os.path.exists(os.path.join(out, "meta.json")):
+            check_finished(out, script, arguments, described)
+            yield None
+            return
+        progress_file = os.path.join(out, "progress.json")
+        if os.path.exists(progress_file):
+            progress = read_json(progress_file)
+            if progress.get("made") != made or progress.get("tokenizer") != described:
+                print(f"{out}: the unfinished part has other settings; starting afresh", file=sys.stderr)
+                clear(out)
+                progress = fresh
+        elif any(not name.startswith(".") for name in os.listdir(out)):
+            raise UserError(f"{out} is not empty and was not made by this script; choose another --out")
+        else:
+            progress = fresh
+        write_json(progress_file, progress)
+        try:
+            yield progress
+        except BaseException:
+            downloads = os.path.join(out, "download")
+            if progress["at"] == [0, 0] and not (os.path.isdir(downloads) and os.listdir(downloads)):
+                clear(out)
+                if not existed:
+                    os.rmdir(out)
+            raise
+    finally:
+        os.close(lock)
+
+
+def check_finished(out, script, arguments, tokenizer):
+    """Say that `out` is finished. Raises UserError when it was made with other arguments or has lost a file."""
+    meta = read_json(os.path.join(out, "meta.json"))
+    try:
+        old = {"script": meta["made"]["script"], "tokenizer": meta["tokenizer"]} | meta["made"]["arguments"]
+        sizes = {
+            shard["file"]: shard["tokens"] * np.dtype(meta["dtype"]).itemsize
+            for split in meta["splits"].values()
+            for shard in split["shards"]
+        }
+    except (KeyError, TypeError):
+        raise UserError(f"{out}/meta.json was not written by this script; choose another --out") from None
+    new = {"script": script, "tokenizer": tokenizer} | arguments
+    for key in [*new, *old]:
+        if old.get(key) != new.get(key):
+            was = f"{key} {old.get(key)!r}, not {new.get(key)!r}"
+            raise UserError(f"{out} is finished, but with {was}; choose another --out or delete it")
+    for name, size in sizes.items():
+        path = os.path.join(out, name)
+        if not os.path.exists(path) or os.path.getsize(path) != size:
+            raise UserError(f"{path} is missing or not as long as meta.json says; delete {out} and run again")
+    clear(out, keep=["meta.json", RANKS_FILE, *sizes])  # a kill just before the end leaves a little
+    print(f"{out} is already finished: {summary(meta['splits'])}")
+
+
+def clear(out, keep=()):
+    """Remove what these scripts put into a folder, and nothing else."""
+    ours = r"(train|val)(_\d{6})?\.bin(\.partial)?|\.?(meta\.json|progress\.json|tokenizer\.tiktoken)(\.tmp)?"
+    shutil.rmtree(os.path.join(out, "download"), ignore_errors=True)
+    # progress.json is the last to go: while it is there, the next run knows the folder as ours.
+    for name in sorted(os.listdir(out), key=lambda name: name == "progress.json"):
+        if re.fullmatch(ours, name) and name not in keep:
+            os.unlink(os.path.join(out, name))
+
+
+def summary(splits):
+    parts = (f"{name} {s['tokens']:,} tokens in {s['documents']:,} documents" for name, s in splits.items())
+    return ", ".join(parts)
+
+
+class Stream:
+    """One stream of tokens, written as one .bin file after the other.
+
+    `names` gives the files' names in order; each file but the last holds exactly `shard_tokens` tokens. The file
+    being written is called NAME.partial. `shards` is the record: a dict for each file, with a sha256 once it is
+    finished.
+    """
+
+    def __init__(self, out, names, tokenizer, shard_tokens=sys.maxsize, max_tokens=sys.maxsize):
+        self.out, self.names, self.tokenizer = out, iter(names), tokenizer
+        self.shard_tokens, self.max_tokens = shard_tokens, max_tokens
+        self.shards, self.tokens, self.file = [], 0, None
+
+    def resume(self, shards):
+        """Go on from a record: cut the unfinished file back to it, and forget what was written after it."""
+        self.shards = shards
+        self.tokens = sum(shard["tokens"] for shard in shards)
+        for shard, name in zip(shards, self.names, strict=False):
+            path = os.path.join(self.out, name)
+            size = shard["tokens"] * dtype_of(self.tokenizer).itemsize
+            partial = path + ".partial"
+            if "sha256" in shard:
+                intact = os.path.exists(path) and os.path.getsize(path) == size
+            else:
+                if os.path.exists(path):  # it was finished between the record and the kill
+                    os.replace(path, partial)
+                intact = os.path.exists(partial) and os.path.getsize(partial) >= size
+            if not intact:
+                raise UserError(f"{path} is missing or too short; delete {self.out} and run again")
+            if "sha256" not in shard:
+                os.truncate(partial, size)
+                self.file = open(partial, "ab")  # noqa: SIM115 (closed by `close_shard`)
+
+    def write(self, ids, documents, n_bytes):
+        """Append `ids` (1-D, of `dtype_of`), which end `documents` documents and decode to `n_bytes` of text."""
+        if len(ids) > self.max_tokens - self.tokens:
+            ids = ids[: self.max_tokens - self.tokens]
+            documents, n_bytes = self.measure(ids)
+        while len(ids):
+            if not self.shards or "sha256" in self.shards[-1]:
+                self.shards.append({"file": next(self.names), "tokens": 0, "documents": 0, "bytes": 0})
+                path = os.path.join(self.out, self.shards[-1]["file"])
+                self.file = open(path + ".partial", "wb")  # noqa: SIM115
+            shard = self.shards[-1]
+            part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
+            part_documents, part_bytes = self.measure(part) if len(ids) else (documents, n_bytes)
+            self.file.write(part.data)
+            self.tokens += len(part)
+            shard["tokens"] += len(part)
+            shard["documents"] += part_documents
+            shard["bytes"] += part_bytes
+            documents, n_bytes = documents - part_documents, n_bytes - part_bytes
+            if shard["tokens"] == self.shard_tokens:
+                self.close_shard()
+
+    def measure(self, ids):
+        """(documents that end in `ids`, bytes of text in them)."""
+        text = ids[ids != self.tokenizer.eot]
+        return len(ids) - len(text), len(self.tokenizer.decode_bytes(text.tolist()))
+
+    def sync(self):
+        """See to it that everything written so far is on disk."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close_shard(self):
+        """Finish the open file, if there is one, and give it its final name."""
+        if self.file:
+            self.sync()
+            self.file.close()
+            self.file = None
+            path = os.path.join(self.out, self.shards[-1]["file"])
+            os.replace(path + ".partial", path)
+            sync_folder(self.out)
+            self.shards[-1]["sha256"] = sha256(path)
+
+
+def dtype_of(tokenizer):
+    """uint16 where it can hold every id, else uint32; both little-endian."""
+    return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+
+
+def write_tokens(progress, streams, pieces, stream_of, num_proc):
+    """Tokenise all that `pieces` yields, write it to `streams`, and close the folder with its meta.json.
+
+    `progress` comes from `unfinished` and says where to go on; `streams` is {name: Stream}; `pieces(at)` yields the
+    `Piece`s from position `at` on; `stream_of(i)` names the stream of document number i. Returns meta["splits"].
+    """
+    stream = next(iter(streams.values()))
+    out, tokenizer, max_tokens = stream.out, stream.tokenizer, stream.max_tokens
+    for name, shards in progress["streams"].items():
+        streams[name].resume(shards)
+    start = sum(stream.tokens for stream in streams.values())
+    if start:
+        print(f"{out}: going on after {start:,} tokens", file=sys.stderr)
+
+    def record():
+        for stream in streams.values():
+            stream.sync()
+        progress["streams"] = {name: stream.shards for name, stream in streams.items()}
+        write_json(os.path.join(out, "progress.json"), progress)
+
+    batches = batched(pieces(progress["at"]), stream_of, progress["documents"])
+    encoded = encode_in_order(batches, tokenizer, num_proc)
+    bar = tqdm(initial=start, unit="tok", unit_scale=True, desc=out, dynamic_ncols=True)
+    recorded = time.monotonic()
+    with contextlib.closing(encoded), contextlib.closing(batches), bar:
+        for (at, documents, done), tokens in encoded:
+            for name, (ids, ended, n_bytes) in tokens.items():
+                streams[name].write(np.frombuffer(ids, dtype_of(tokenizer)), ended, n_bytes)
+            progress["at"], progress["documents"] = at, documents
+            written = sum(stream.tokens for stream in streams.values())
+            if done:  # by what the text so far came to; this is what the remaining time follows from
+                bar.total = min(max_tokens, round(written / done))
+            bar.update(written - bar.n)
+            if written >= max_tokens:
+                break
+            if time.monotonic() - recorded >= RECORD_EVERY:
+                record()
+                recorded = time.monotonic()
+    record()
+    for stream in streams.values():
+        stream.close_shard()
+    record()
+    return finish(out, progress, tokenizer)
+
+
+def finish(out, progress, tokenizer):
+    """Write meta.json, which makes the folder a finished one, and remove what only an unfinished one needs."""
+    splits = {}
+    for name in ("train", "val"):
+        shards = [s for shards in progress["streams"].values() for s in shards if s["file"].startswith(name)]
+        if not shards:
+            raise UserError(f"{out}: no text is left for {name}; give more text or ask for smaller shards")
+        keys = ("tokens", "documents", "bytes")
+        splits[name] = {key: sum(shard[key] for shard in shards) for key in keys} | {"shards": shards}
+    if tokenizer.path:
+        with replacing(os.path.join(out, RANKS_FILE)) as f, open(tokenizer.path, "rb") as ranks:
+            shutil.copyfileobj(ranks, f)
+    meta = {
+        "format": FORMAT,
+        "tokenizer": progress["tokenizer"],
+        "dtype": dtype_of(tokenizer).name,
+        "splits": splits,
+        "made": progress["made"],
+    }
+    write_json(os.path.join(out, "meta.json"), meta)
+    clear(out, keep=["meta.json", RANKS_FILE, *(s["file"] for name in splits for s in splits[name]["shards"])])
+    print(f"{out}: {summary(splits)}")
+    return splits
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenising in order with many processes
+
+
+def batched(pieces, stream_of, documents):
+    """Yield ((position after, documents ended, share done), [(stream, text, ends), ...]) of about BATCH characters.
+
+    `documents` is how many documents ended before the first piece.
+    """
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append((stream_of(documents), piece.text, piece.end))
+        documents += piece.end
+        size += len(piece.text) + 20  # so that a million empty documents are no single batch
+        if size >= BATCH:
+            yield (piece.at, documents, piece.done), batch
+            batch, size = [], 0
+    if batch:
+        yield (piece.at, documents, piece.done), batch
+
+
+def encode_batch(batch, tokenizer):
+    """{stream: (bytes of its ids, documents ended, bytes of text)} of a batch, an end-of-text after each document."""
+    dtype = dtype_of(tokenizer)
+    eot = np.array([tokenizer.eot], dtype)
+    encoded = {}
+    arrays = tokenizer.encode_batch([text for _, text, _ in batch])
+    for (stream, text, ends), ids in zip(batch, arrays, strict=True):
+        parts, ended, n_bytes = encoded.get(stream, ([], 0, 0))
+        parts += [ids.astype(dtype), eot] if ends else [ids.astype(dtype)]
+        encoded[stream] = parts, ended + ends, n_bytes + len(utf8(text))
+    return {name: (np.concatenate(parts).tobytes(), ended, n) for name, (parts, ended, n) in encoded.items()}
+
+
+def encode_in_order(batches, tokenizer, num_proc):
+    """Yield (what came with it, `encode_batch` of it) for each of `batches`, in their order.
+
+    With more than one process, two batches for each are under way at most, so memory does not grow. A text of
+    less than 16 batches is not worth starting them.
+    """
+    first = list(itertools.islice(batches, 16))
+    few = len(first) < 16
+    batches = itertools.chain(iter(first), batches)
+    del first
+    if num_proc == 1 or few:
+        for state, batch in batches:
+            yield state, encode_batch(batch, tokenizer)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_proc,
+        multiprocessing.get_context("spawn"),  # forking a process with threads (Arrow's, tqdm's) can hang
+        start_worker,
+        (tokenizer.path or tokenizer.name,),
+    )
+    waiting = collections.deque()
+    try:
+        for state, batch in batches:
+            waiting.append((state, pool.submit(encode_in_worker, batch)))
+            if len(waiting) == 2 * num_proc:
+                state, encoded = waiting.popleft()
+                yield state, encoded.result()
+        while waiting:
+            state, encoded = waiting.popleft()
+            yield state, encoded.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        message = "a tokenising process died (out of memory?); run again, with a smaller --num_proc, to go on"
+        raise UserError(message) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(spec):
+    """Get a worker process ready: it has its own tokenizer, leaves Ctrl-C to its parent, and dies with it."""
+    global worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    worker_tokenizer = load_tokenizer(spec)
+
+
+def die_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def encode_in_worker(batch):
+    return encode_batch(batch, worker_tokenizer)

@@ -1,0 +1,511 @@
+"""The three prepare scripts: the tokens they write, and what they say when something is wrong.
+
+pytest tests/test_prepare.py
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import requests
+import zstandard
+from assets import english, gpt2_ranks
+
+import bins
+import corpus
+import prepare
+import prepare_fineweb
+import prepare_owt
+from files import read_json, sha256
+from tokenizer import load_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """300 documents of a few hundred characters, the empty one and some that are not English among them."""
+    draw = random.Random(1)
+    whole = "".join(english())
+    places = [draw.randrange(len(whole)) for _ in range(295)]
+    documents = [whole[i : i + draw.randrange(1500)] for i in places]
+    return [*documents, "", " ", "<|endoftext|>", "naïve 日本語 🙂", ""]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(bins, "BATCH", 5000)
+
+
+def write_tables(folder, texts):
+    """The same documents as .parquet, .jsonl, .jsonl.gz and .jsonl.zst."""
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=70)
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines[:5000]) + gzip.compress(lines[5000:]))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines[:5000]) + zstandard.compress(lines[5000:]))
+
+
+def ids(folder, name):
+    return np.fromfile(folder / name, read_json(folder / "meta.json")["dtype"])
+
+
+def same(a, b):
+    """Do two folders hold the same files with the same bytes?"""
+    contents = [{name: sha256(folder / name) for name in os.listdir(folder)} for folder in (a, b)]
+    return contents[0] == contents[1]
+
+
+def check_meta(folder):
+    """Everything meta.json says must be so; gives it back."""
+    meta = read_json(folder / "meta.json")
+    tokenizer = load_tokenizer(meta["tokenizer"]["name"], folder=folder)
+    assert tokenizer.describe() == meta["tokenizer"] and meta["format"] == 1
+    names = {"meta.json"} | ({"tokenizer.tiktoken"} if tokenizer.path else set())
+    for split in meta["splits"].values():
+        for key in ("tokens", "documents", "bytes"):
+            assert split[key] == sum(shard[key] for shard in split["shards"])
+        for shard in split["shards"]:
+            tokens = ids(folder, shard["file"])
+            assert len(tokens) == shard["tokens"] and sha256(folder / shard["file"]) == shard["sha256"]
+            assert (tokens == meta["tokenizer"]["eot"]).sum() == shard["documents"]
+            text = tokens[tokens != meta["tokenizer"]["eot"]]
+            assert len(tokenizer.decode_bytes(text.tolist())) == shard["bytes"]
+            names.add(shard["file"])
+    assert set(os.listdir(folder)) == names
+    return meta
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prepare_owt.py
+
+
+@pytest.mark.parametrize("n", [2, 3, 100, 1999, 2000, 2001, 6000])
+def test_validation_documents_are_those_of_datasets(n):
+    import datasets
+
+    numbers = datasets.Dataset.from_dict({"number": list(range(n))})
+    split = numbers.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    held_out = prepare_owt.validation_documents(n)
+    assert np.flatnonzero(held_out).tolist() == sorted(split["test"]["number"])
+    assert np.flatnonzero(~held_out).tolist() == sorted(split["train"]["number"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])
+def test_owt_tokens(tmp_path, texts, kind, small_batches, capsys):
+    """Against tiktoken and datasets themselves, as nanoGPT's script used them."""
+    import datasets
+
+    write_tables(tmp_path, texts)
+    out = tmp_path / "out"
+    files, ranks = str(tmp_path / f"a.{kind}"), gpt2_ranks()
+    prepare_owt.main(["--data_files", files, "--out", str(out), "--tokenizer", ranks, "--num_proc", "1"])
+    assert "8,013,769" in capsys.readouterr().out, "this is not the whole corpus, and it says so"
+    dataset = datasets.Dataset.from_dict({"text": texts, "i": range(len(texts))})
+    split = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    encoding = load_tokenizer(ranks).encoding
+    for ours, theirs in (("train", "train"), ("val", "test")):
+        rows = sorted(zip(split[theirs]["i"], split[theirs]["text"], strict=True))
+        expected = [i for _, text in rows for i in [*encoding.encode_ordinary(text), 50256]]
+        assert ids(out, f"{ours}.bin").tolist() == expected
+    assert check_meta(out)["dtype"] == "uint16"
+
+
+def test_owt_full_counts(capsys):
+    prepare_owt.compare(8_013_769, {"train": 9_035_582_198, "val": 4_434_897})
+    assert "are those of" in capsys.readouterr().out
+    prepare_owt.compare(8_013_769, {"train": 9_035_582_199, "val": 4_434_897})
+    assert "warning: 8,013,769 documents, 9,035,582,199 train" in capsys.readouterr().out
+
+
+def test_hub_path_equals_files(tmp_path, texts):
+    """A local folder in the hub's layout takes the way of the hub: mapped for OWT, streaming for FineWeb."""
+    (tmp_path / "hub").mkdir()
+    write_tables(tmp_path, texts)
+    os.rename(tmp_path / "a.parquet", tmp_path / "hub" / "a.parquet")
+    env = dict(os.environ, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    files = ["--data_files", str(tmp_path / "a.jsonl")]
+    small = ["--shard_tokens", "30000"]
+    for script, flags, shards in (
+        (prepare_owt, [], []),
+        (prepare_fineweb, ["--name", "default"], small),
+    ):
+        name = script.__name__
+        common = ["--tokenizer", "bytes", "--num_proc", "1", *shards]
+        script.main([*files, *common, "--out", str(tmp_path / name)])
+        hub = ["--dataset", str(tmp_path / "hub"), *flags, *common, "--out", str(tmp_path / f"{name}_hub")]
+        command = [sys.executable, f"{ROOT}/{name}.py", *hub]
+        subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
+        metas = [check_meta(tmp_path / folder) for folder in (name, f"{name}_hub")]
+        assert metas[0]["splits"] == metas[1]["splits"]
+
+
+def test_loading_script_falls_back_to_the_parquet_revision(monkeypatch):
+    asked = []
+
+    def load_hub(dataset, streaming, column, revision):
+        asked.append(revision)
+        if revision == "main":
+            raise prepare_owt.UserError("Dataset scripts are no longer supported, but found openwebtext.py")
+        return "rows"
+
+    monkeypatch.setattr(prepare_owt, "load_hub", load_hub)
+    assert prepare_owt.load(prepare_owt.DATASET, "main", "text") == ("rows", prepare_owt.PARQUET)
+    assert asked == ["main", prepare_owt.PARQUET]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prepare_fineweb.py
+
+
+def test_fineweb_shards(tmp_path, texts, small_batches):
+    write_tables(tmp_path, texts)
+    out, flags = tmp_path / "out", ["--tokenizer", "bytes", "--num_proc", "1"]
+    files = ["--data_files", str(tmp_path / "a.jsonl"), "--shard_tokens", "10000"]
+    prepare_fineweb.main([*files, *flags, "--out", str(out)])
+    expected = [i for text in texts for i in [*text.encode(), 256]]
+    shards = check_meta(out)["splits"]["train"]["shards"]
+    names = [shard["file"] for shard in shards]
+    assert names[:2] == ["train_000000.bin", "train_000001.bin"]
+    assert {shard["tokens"] for shard in shards[:-1]} == {10000}
+    found = np.concatenate([ids(out, name) for name in ["val_000000.bin", *names]])
+    assert found.tolist() == expected
+
+    limited = tmp_path / "limited"
+    prepare_fineweb.main([*files, *flags, "--out", str(limited), "--max_tokens", "23456"])
+    splits = check_meta(limited)["splits"]
+    assert (splits["val"]["tokens"], splits["train"]["tokens"]) == (10000, 13456)
+    names = ["val_000000.bin", "train_000000.bin", "train_000001.bin"]
+    assert np.concatenate([ids(limited, name) for name in names]).tolist() == expected[:23456]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prepare.py
+
+
+def test_embedded_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare.main([])
+    meta = check_meta(tmp_path / "data" / "pydocs")
+    splits = meta["splits"]
+    total = splits["train"]["bytes"] + splits["val"]["bytes"]
+    assert 1_000_000 < total < 5_000_000 and 0.05 < splits["val"]["bytes"] / total < 0.2
+    text = bytes(ids(tmp_path / "data" / "pydocs", "train.bin").astype(np.uint8))  # 256 becomes 0
+    assert b"the" in text and text.count(b" ") > 0.1 * len(text), "it is English"
+    n_train = splits["train"]["documents"]
+    assert text == "\0".join([*english()[:n_train], ""]).encode(), "another look finds the same"
+    capsys.readouterr()
+    prepare.main([])
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_without_pydoc_data(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # what an import of it then raises: ImportError
+    assert sum(map(len, corpus.python_documents())) > 500_000
+
+
+def test_folder_and_one_file(tmp_path, small_batches):
+    folder = tmp_path / "text"
+    (folder / "sub").mkdir(parents=True)
+    for name, text in (("b.md", "two"), ("a.txt", "one\r\n"), ("sub/c.rst", ""), ("x.bin", "no"), (".h.txt", "no")):
+        (folder / name).write_bytes(text.encode())
+    (folder / "sub" / "d.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}')
+    flags = ["--tokenizer", "bytes", "--num_proc", "1"]
+    prepare.main([str(folder), *flags, "--out", str(tmp_path / "out"), "--val_fraction", "0.2"])
+    check_meta(tmp_path / "out")
+    expected = [*b"one\r\n", 256, *b"two", 256, 256, *b"three", 256]
+    assert ids(tmp_path / "out", "train.bin").tolist() == expected
+    assert ids(tmp_path / "out", "val.bin").tolist() == [*b"four", 256]
+
+    (tmp_path / "one.txt").write_text("日本語" * 100)
+    prepare.main([str(tmp_path / "one.txt"), *flags, "--out", str(tmp_path / "cut")])
+    check_meta(tmp_path / "cut")
+    parts = [bytes(ids(tmp_path / "cut", f"{s}.bin")[:-1].astype(np.uint8)) for s in ("train", "val")]
+    assert len(parts[0].decode()) == 270 and b"".join(parts).decode() == "日本語" * 100
+
+
+def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches):
+    """Cut into pieces for the sake of memory, it gives the tokens of the uncut text."""
+    monkeypatch.setattr(corpus, "PIECE", 1000)
+    text = "".join(english())[:200_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("z")
+    out, ranks = tmp_path / "out", gpt2_ranks()
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    prepare.main([*files, "--tokenizer", ranks, "--out", str(out), "--num_proc", "1"])
+    assert ids(out, "train.bin").tolist() == [*load_tokenizer(ranks).encode(text), 50256]
+
+
+def test_a_file_without_a_blank(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 1000)
+    path = tmp_path / "a.txt"
+    path.write_text("é" * 5000)
+    pieces = list(corpus.read_files(corpus.find_files([str(path)]), "text"))
+    assert "".join(piece.text for piece in pieces) == "é" * 5000
+    assert [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_reading_goes_on_from_every_place(tmp_path, texts, monkeypatch, name):
+    monkeypatch.setattr(corpus, "PIECE", 5000)
+    write_tables(tmp_path, texts)
+    (tmp_path / "a.txt").write_text("".join(texts))
+    (tmp_path / "b.txt").write_text("")
+    files = corpus.find_files([str(tmp_path / name), str(tmp_path / "b.txt")])
+    pieces = list(corpus.read_files(files, "text"))
+    assert sum(piece.end for piece in pieces) == corpus.count_documents(files, "text")
+    for i in [*range(0, len(pieces), 13), len(pieces) - 1]:
+        assert list(corpus.read_files(files, "text", pieces[i].at)) == pieces[i + 1 :]
+    shares = [piece.done for piece in pieces]
+    assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_processes_change_nothing(tmp_path, texts, small_batches):
+    write_tables(tmp_path, texts)
+    flags = ["--data_files", str(tmp_path / "a.parquet"), "--tokenizer", gpt2_ranks()]
+    for n in (1, 2):
+        prepare_owt.main([*flags, "--out", str(tmp_path / str(n)), "--num_proc", str(n)])
+    assert same(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a child process")
+@pytest.mark.parametrize("kind", ["txt", "parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
+    text = "".join(english())
+
+    def megabytes(copies):
+        """What a run over `copies` times 2.4 MB of text took at its peak."""
+        path, out = str(tmp_path / f"{copies}.{kind}"), str(tmp_path / f"out{copies}")
+        if kind == "txt":
+            with open(path, "w") as f:
+                f.writelines(text for _ in range(copies))
+        else:
+            table = pyarrow.table({"text": [text[i : i + 2400] for i in range(0, len(text), 2400)]})
+            with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
+                for _ in range(copies):
+                    writer.write_table(table)
+        code = f"import prepare_owt as p, resource as r, sys; p.main(sys.argv[1:]); print({PEAK})"
+        argv = ["--data_files", path, __file__, "--tokenizer", "bytes", "--num_proc", "1", "--out", out]
+        done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, check=True, capture_output=True)
+        return int(done.stdout.split()[-1]) / 1024
+
+    assert megabytes(20) < megabytes(3) + 20  # 41 MB more text
+
+
+PEAK = "r.getrusage(r.RUSAGE_SELF).ru_maxrss"
+
+
+def test_a_dead_worker_is_one_line(tmp_path, texts, monkeypatch, small_batches):
+    write_tables(tmp_path, texts)
+    monkeypatch.setattr(bins, "start_worker", os._exit)  # the workers die on starting, as of memory
+    flags = ["--tokenizer", "bytes", "--num_proc", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as e:
+        prepare.main([str(tmp_path / "a.jsonl"), *flags])
+    assert "smaller --num_proc" in e.value.code and not (tmp_path / "out").exists()
+
+
+def test_large_ids_take_uint32(tmp_path):
+    pairs = [bytes((a, b)) for a in range(256) for b in range(256)]
+    tokens = [bytes((b,)) for b in range(256)] + pairs
+    ranks = tmp_path / "pairs.tiktoken"
+    ranks.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    (tmp_path / "a.jsonl").write_text('{"text": "\u00ff\u00ff"}\n{"text": "ab"}')
+    out = tmp_path / "out"
+    prepare.main([str(tmp_path / "a.jsonl"), "--tokenizer", str(ranks), "--out", str(out), "--num_proc", "1"])
+    assert check_meta(out)["dtype"] == "uint32"
+    assert os.path.getsize(out / "train.bin") == 4 * len(ids(out, "train.bin"))
+    assert ids(out, "train.bin")[-1] == 65792  # the end-of-text id, after 256 + 256² tokens
+
+
+def test_lone_surrogates_are_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}')
+    flags = ["--tokenizer", "bytes", "--num_proc", "1", "--out", str(tmp_path / "out")]
+    prepare.main([str(tmp_path / "a.jsonl"), *flags])
+    check_meta(tmp_path / "out")
+    assert ids(tmp_path / "out", "train.bin").tolist() == [*"a\ufffdb".encode(), 256]
+
+
+class Answer:
+    """What requests.get would give."""
+
+    def __init__(self, content, status=200, url="https://host/x"):
+        self.content, self.status_code, self.url, self.headers = content, status, url, {}
+        self.ok = status == 200
+
+    def iter_content(self, size):
+        yield self.content
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_url(tmp_path, monkeypatch, capsys):
+    fetched = []
+
+    def get(url, **_):
+        fetched.append(url)
+        return Answer(b'{"text": "one"}\n{"text": "two"}\n')
+
+    monkeypatch.setattr(requests, "get", get)
+    out = tmp_path / "out"
+    command = ["https://host/a.jsonl?token=secret", "--tokenizer", "bytes", "--out", str(out), "--num_proc", "1"]
+    prepare.main(command)
+    prepare.main(command)
+    check_meta(out)
+    assert ids(out, "train.bin").tolist() == [*b"one", 256]
+    assert fetched == ["https://host/a.jsonl?token=secret"], "once"
+    assert "secret" not in (out / "meta.json").read_text() + "".join(capsys.readouterr())
+
+    for answer, said in (
+        (Answer(b"", status=404), "status 404"),
+        (Answer(b"a", url="http://elsewhere/a.jsonl"), "redirect away from https"),
+        (requests.ConnectionError("…token=secret…"), "ConnectionError"),
+    ):
+
+        def get(url, answer=answer, **_):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(requests, "get", get)
+        with pytest.raises(SystemExit) as e:
+            prepare.main([*command[:-3], str(tmp_path / "other"), *command[-2:]])
+        assert said in e.value.code and "secret" not in e.value.code
+        assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Wrong invocations
+
+
+def make_inputs(folder):
+    """Inputs that are broken, each in its own way."""
+    good = b'{"text": "one"}\n{"text": "two"}\n'
+    (folder / "good.jsonl").write_bytes(good)
+    (folder / "one.jsonl").write_bytes(b'{"text": "one"}\n')
+    (folder / "json.jsonl").write_bytes(good + b"{nonsense\n")
+    (folder / "list.jsonl").write_bytes(good + b"[1]\n")
+    (folder / "null.jsonl").write_bytes(good + b'{"text": null}\n')
+    (folder / "latin.jsonl").write_bytes(good + b'{"text": "\xe9"}\n')
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(good * 99, mtime=0)[:-20])
+    (folder / "cut.jsonl.zst").write_bytes(zstandard.compress(good * 9999)[:-5])
+    (folder / "not.jsonl.gz").write_bytes(b"plain text")
+    (folder / "bad.parquet").write_bytes(b"PAR1 but no more")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), folder / "body.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), folder / "null.parquet")
+    (folder / "latin.txt").write_bytes(b"abc\xe9def")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "none").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("keep this")
+    (folder / "bad.tiktoken").write_text("nonsense\n")
+
+
+OWT, FINEWEB, LOCAL = prepare_owt, prepare_fineweb, prepare
+WRONG = [
+    (LOCAL, "missing.txt --out o", "missing.txt does not exist"),
+    (LOCAL, "*.nothing --out o", "*.nothing does not exist"),
+    (LOCAL, "good.jsonl", "--out"),
+    (LOCAL, "good.jsonl --out o --val_fraction 1.5", "--val_fraction 1.5 must lie between 0 and 1"),
+    (LOCAL, "good.jsonl --out o --val_fraction many", "invalid float value: 'many'"),
+    (LOCAL, "good.jsonl --out o --num_proc 0", "--num_proc 0 must be at least 1"),
+    (LOCAL, "good.jsonl --out o --num_procs 2", "did you mean --num_proc?"),
+    (LOCAL, "good.jsonl --out o --tokenizer gtp2", "did you mean gpt2?"),
+    (LOCAL, "good.jsonl --out o --tokenizer no.tiktoken", "no tokenizer file no.tiktoken"),
+    (LOCAL, "good.jsonl --out o --tokenizer bad.tiktoken", "bad.tiktoken, line 1: expected a token"),
+    (LOCAL, "good.jsonl good.jsonl --out o", "good.jsonl is given twice"),
+    (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with --text_column"),
+    (LOCAL, "body.parquet --out o", "no column 'text' among body, n"),
+    (LOCAL, "body.parquet --out o --text_column n", "column 'n' holds int64, not text"),
+    (LOCAL, "none --out o", "none holds no .txt"),
+    (LOCAL, "one.jsonl --out o", "1 documents cannot be parted"),
+    (LOCAL, "empty.txt --out o", "too short"),
+    (LOCAL, "json.jsonl --out o", "json.jsonl, line 3: not JSON"),
+    (LOCAL, "list.jsonl --out o", "list.jsonl, line 3: a JSON list"),
+    (LOCAL, "null.jsonl --out o", "null.jsonl, line 3: 'text' holds a NoneType"),
+    (LOCAL, "latin.jsonl --out o", "latin.jsonl, line 3: not UTF-8"),
+    (LOCAL, "latin.txt --out o", "latin.txt, byte 3: not UTF-8"),
+    (LOCAL, "cut.jsonl.gz --out o", "cut.jsonl.gz: cannot be read after line"),
+    (FINEWEB, "--data_files cut.jsonl.zst --out o", "cut.jsonl.zst: cannot be read after line"),
+    (LOCAL, "not.jsonl.gz --out o", "not.jsonl.gz: cannot be read after line 0"),
+    (LOCAL, "bad.parquet --out o", "bad.parquet: no parquet file or a damaged one"),
+    (LOCAL, "null.parquet good.jsonl --out o", "null.parquet, row 2: 'text' holds a NoneType"),
+    (LOCAL, "good.jsonl --out full", "full is not empty and was not made by this script"),
+    (LOCAL, "good.jsonl --out one.jsonl", "one.jsonl is a file"),
+    (LOCAL, "good.jsonl --out one.jsonl/x", "one.jsonl/x"),
+    (LOCAL, "http://host/a.txt --out o", "only https://"),
+    (LOCAL, "https://me:secret@host/a.txt --out o", "https://host/a.txt: a URL with a password"),
+    (OWT, "--data_files good.jsonl one.txt --out o", "one.txt does not exist"),
+    (OWT, "--data_files one.jsonl --out o", "1 documents cannot be parted"),
+    (OWT, "--data_files --out o", "expected at least one argument"),
+    (OWT, "good.jsonl --out o", "unknown argument 'good.jsonl'"),
+    (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 0", "--shard_tokens 0 must be at least 1"),
+    (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 9 --max_tokens 9", "must exceed --shard_tokens 9"),
+]
+
+
+@pytest.mark.parametrize("script, command, said", WRONG, ids=[f"{s.__name__} {c}" for s, c, _ in WRONG])
+def test_wrong_invocation(tmp_path, monkeypatch, script, command, said):
+    monkeypatch.chdir(tmp_path)
+    make_inputs(tmp_path)
+    before = {path: os.path.getsize(path) for path in tmp_path.rglob("*")}
+    argv = command.split()
+    if "--tokenizer" not in argv:
+        argv += ["--tokenizer", "bytes"]
+    with pytest.raises(SystemExit) as e:
+        script.main(argv)
+    assert isinstance(e.value.code, str) and e.value.code.startswith(f"{script.__name__}.py: ")
+    assert said in e.value.code and "\n" not in e.value.code and "secret" not in e.value.code
+    assert {path: os.path.getsize(path) for path in tmp_path.rglob("*")} == before
+
+
+def test_finished_with_other_arguments(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_inputs(tmp_path)
+    command = ["good.jsonl", "--out", "o", "--tokenizer", "bytes"]
+    prepare.main(command)
+    before = hashlib.sha256((tmp_path / "o" / "meta.json").read_bytes())
+    prepare.main(command)
+    assert "already finished: train 4 tokens in 1 documents" in capsys.readouterr().out
+    for script, argv, said in (
+        (prepare, [*command, "--val_fraction", "0.5"], "val_fraction 0.1, not 0.5"),
+        (prepare, ["one.jsonl", *command[1:]], "sources ['good.jsonl'], not ['one.jsonl']"),
+        (prepare_owt, ["--data_files", *command], "script 'prepare.py', not 'prepare_owt.py'"),
+    ):
+        with pytest.raises(SystemExit, match="choose another --out or delete it") as e:
+            script.main(argv)
+        assert said in e.value.code
+    os.truncate(tmp_path / "o" / "train.bin", 2)
+    with pytest.raises(SystemExit, match=r"train\.bin is missing or not as long"):
+        prepare.main(command)
+    assert hashlib.sha256((tmp_path / "o" / "meta.json").read_bytes()).digest() == before.digest()
+
+
+def test_two_runs_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_inputs(tmp_path)
+    with bins.unfinished("o", "prepare.py", {}, load_tokenizer("bytes")) as progress:
+        progress["at"] = [0, 1]
+        with pytest.raises(SystemExit, match="another run"):
+            prepare.main(["good.jsonl", "--out", "o", "--tokenizer", "bytes"])
+
+
+@pytest.mark.parametrize("script", ["prepare", "prepare_owt", "prepare_fineweb"])
+def test_help_and_no_torch(script):
+    code = f"import sys, {script} as s\ntry: s.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "(default: text)" in " ".join(done.stdout.split()) and "None" not in done.stdout
