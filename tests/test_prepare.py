@@ -22,6 +22,7 @@ from assets import english, gpt2_ranks
 
 import bins
 import corpus
+import encode
 import prepare
 import prepare_fineweb
 import prepare_owt
@@ -43,7 +44,7 @@ def texts():
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(bins, "BATCH", 5000)
+    monkeypatch.setattr(encode, "BATCH", 5000)
 
 
 def write_tables(folder, texts):
@@ -307,7 +308,7 @@ PEAK = "r.getrusage(r.RUSAGE_SELF).ru_maxrss"
 
 def test_a_dead_worker_is_one_line(tmp_path, texts, monkeypatch, small_batches):
     write_tables(tmp_path, texts)
-    monkeypatch.setattr(bins, "start_worker", os._exit)  # the workers die on starting, as of memory
+    monkeypatch.setattr(encode, "start_worker", os._exit)  # the workers die on starting, as of memory
     flags = ["--tokenizer", "bytes", "--num_proc", "2", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as e:
         prepare.main([str(tmp_path / "a.jsonl"), *flags])

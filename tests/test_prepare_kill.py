@@ -18,6 +18,7 @@ from test_prepare import ROOT, check_meta, same, write_tables
 
 import bins
 import corpus
+import encode
 import prepare
 import prepare_fineweb
 import prepare_owt
@@ -25,7 +26,10 @@ from errors import UserError
 from files import read_json
 
 # The script as it is, but with small batches and a record after each, so that a small corpus has many of both.
-RUN = "import bins, corpus, sys, {0}; bins.BATCH = corpus.PIECE = 10_000; bins.RECORD_EVERY = 0; {0}.main(sys.argv[1:])"
+RUN = (
+    "import bins, corpus, encode, sys, {0}; encode.BATCH = corpus.PIECE = 10_000; bins.RECORD_EVERY = 0; "
+    "{0}.main(sys.argv[1:])"
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,7 @@ FILES = ("fsync", "replace", "truncate", "unlink", "makedirs")
 @pytest.mark.parametrize("script", [prepare_owt, prepare_fineweb])
 def test_killed_at_every_file_operation(tmp_path, monkeypatch, script):
     """As if killed before the first, the second, ... operation that changes a file; nothing works afterwards."""
-    monkeypatch.setattr(bins, "BATCH", 100)
+    monkeypatch.setattr(encode, "BATCH", 100)
     monkeypatch.setattr(bins, "RECORD_EVERY", 0)
     write_tables(tmp_path, [str(i) * 5 * i for i in range(14)])
     argv = ["--data_files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
@@ -173,7 +177,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, script):
 
 def test_changed_settings_start_afresh(tmp_path, monkeypatch, capsys):
     """What was made from another input, in other shards, does not get into the result."""
-    monkeypatch.setattr(bins, "BATCH", 100)
+    monkeypatch.setattr(encode, "BATCH", 100)
     monkeypatch.setattr(bins, "RECORD_EVERY", 0)
     write_tables(tmp_path, [str(i) * i for i in range(60)])
     argv = ["--data_files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
