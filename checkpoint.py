@@ -84,14 +84,19 @@ def new_folder(path):
 
 
 def link(run, name, step):
-    """Point the link `name` of a run folder at the checkpoint of `step`, in one atomic rename. Relative, so the
-    folder can be moved."""
-    temporary = os.path.join(run, f".{name}.tmp")
+    """Point the link `name` of a run folder at the checkpoint of `step`; relative, so the folder can be moved."""
+    relink(os.path.join(run, name), step_name(step))
+
+
+def relink(path, target):
+    """Make `path` a link to `target` (relative to it), in place of the link that may be there, in one atomic rename."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.tmp")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    os.symlink(step_name(step), temporary)
-    os.replace(temporary, os.path.join(run, name))
-    sync_folder(run)
+    os.symlink(target, temporary)
+    os.replace(temporary, path)
+    sync_folder(folder or ".")
 
 
 def step_name(step):
@@ -142,9 +147,11 @@ def load_optimizer(folder, model, optimizer):
         name, _, key = full.rpartition("/")
         if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
             raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
-        state[name][key] = tensor
-    if tensors and not all(state.values()):
-        raise UserError(f"{path} lacks {next(n for n, s in state.items() if not s)}; it is another run's")
+        state[name][key] = tensor.clone()  # the optimizer keeps what it is given, and this one is the file, mapped
+    keys = {key for s in state.values() for key in s}
+    lacking = next((f"{name}/{key}" for name, s in state.items() for key in sorted(keys - s.keys())), None)
+    if lacking:
+        raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
     names = {p: name for name, p in model.named_parameters()}
     ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
     packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}

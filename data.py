@@ -138,7 +138,8 @@ def read_meta(folder):
         meta.get("dtype") not in ("uint16", "uint32")
         or not isinstance(tokenizer, dict)
         or not isinstance(tokenizer.get("name"), str)
-        or not all(type(tokenizer.get(k)) is int and tokenizer[k] >= 0 for k in ("n_vocab", "eot"))
+        or not all(type(tokenizer.get(k)) is int for k in ("n_vocab", "eot"))
+        or not 0 <= tokenizer["eot"] < tokenizer["n_vocab"]
         or not isinstance(meta.get("splits", {}), dict)
     ):
         raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")
@@ -148,9 +149,14 @@ def read_meta(folder):
 def shards_of(folder, split, meta):
     """The shards of a split, in order: [{"file": name, "tokens": count}], the counts only where meta.json has them."""
     if "splits" in meta:
-        shards = meta["splits"].get(split, {}).get("shards", [])
+        try:
+            shards = [{"file": s["file"], "tokens": s["tokens"]} for s in meta["splits"][split]["shards"]]
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{folder}/meta.json has no usable list of {split} shards; prepare the data again"
+            ) from None
         for s in shards:
-            name, count = s.get("file"), s.get("tokens")
+            name, count = s["file"], s["tokens"]
             if not isinstance(name, str) or os.path.basename(name) != name or type(count) is not int or count < 0:
                 raise UserError(f"{folder}/meta.json has an unusable shard entry {s!r}; prepare the data again")
         return shards

@@ -53,17 +53,21 @@ def flags_of(settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def run_train(flags, out_dir, config=()):
-    """Run train.py on `config` (at most one file) with these flags ({key: value}), continuing what out_dir holds.
-
-    On several GPUs it runs under torchrun. Raises UserError when it fails.
-    """
+def train_command(flags, out_dir, config=()):
+    """(the command, its arguments to show) that runs train.py on `config` (at most one file) with these flags
+    ({key: value}), continuing what out_dir holds; on several GPUs under torchrun."""
     arguments = [*config, *flags_of(flags | {"out_dir": out_dir, "resume": "auto"})]
     command = [sys.executable, os.path.join(HERE, "train.py"), *arguments]
     gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
     if gpus > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    print(f"\n$ train.py {shlex.join(arguments)}", flush=True)
+    return command, shlex.join(arguments)
+
+
+def run_train(flags, out_dir, config=()):
+    """Run train.py, its progress on our terminal. Raises UserError when it fails."""
+    command, shown = train_command(flags, out_dir, config)
+    print(f"\n$ train.py {shown}", flush=True)
     if subprocess.run(command).returncode:
         raise UserError(f"training {out_dir} did not finish (see above); run the same command again to go on")
 

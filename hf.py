@@ -6,6 +6,7 @@ in config.json: `bias` (a model without biases carries zeros, and drops them aga
 implement is refused by name.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from errors import UserError
 from files import read_json, sync_folder, write_json
 from model import GPT, GPTConfig
+from tokenizer import RANKS_FILE
 
 INPUT_FIRST = (
     "attn.c_attn.weight",
@@ -26,7 +28,6 @@ INPUT_FIRST = (
     "mlp.c_fc.weight",
     "mlp.c_proj.weight",
 )  # (in, out) on disk
-TOKENIZER_FILE = "tokenizer.tiktoken"  # the ranks of a tokenizer that is not one of tiktoken's own
 
 
 def download(name, weights=True):
@@ -35,29 +36,40 @@ def download(name, weights=True):
 
     Raises UserError in one line when there is no such model, no network, or only a pickle file.
     """
-    from huggingface_hub import hf_hub_download
+    import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # what goes wrong is said once, below
+
+    def cached(file):
+        return isinstance(hub.try_to_load_from_cache(name, file), str)
 
     def fetch(file):
         try:
-            return hf_hub_download(name, file)
+            return hub.hf_hub_download(name, file)
         except LocalEntryNotFoundError:  # also an EntryNotFoundError, but means: could not ask
             raise
         except EntryNotFoundError:
             return None
 
     try:
+        if not cached("config.json"):  # ask once, before the client's half minute of retries
+            with contextlib.suppress(EntryNotFoundError):
+                hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=10)
         config = fetch("config.json")
         if config is None:
             raise UserError(f"{name} on the Hugging Face hub has no config.json: not a transformers model")
-        index = fetch("model.safetensors.index.json") if weights else None
-        shards = set(read_index(index).values()) if index else {"model.safetensors"}
-        for shard in sorted(shards) if weights else ():
-            if fetch(shard) is None:
-                raise UserError(
-                    f"{name} on the Hugging Face hub has no {shard}, perhaps only a pickle, which is never opened: "
-                    "convert it with transformers' save_pretrained and give that folder"
-                )
+        whole, parts = "model.safetensors", "model.safetensors.index.json"
+        if weights and (cached(parts) or not fetch(whole)):  # no question about what is not there: it may be offline
+            index = fetch(parts)
+            shards = set(read_index(index).values()) if index else {whole}
+            for shard in sorted(shards):
+                if fetch(shard) is None:
+                    raise UserError(
+                        f"{name} on the Hugging Face hub has no {shard}, perhaps only a pickle, which is never "
+                        "opened: convert it with transformers' save_pretrained and give that folder"
+                    )
     except UserError:
         raise
     except RepositoryNotFoundError:
@@ -185,7 +197,7 @@ class Weights(Mapping):
                 if canonical in self.where:
                     raise UserError(f"{path} holds {canonical} twice")
                 self.where[canonical] = (path, key)
-        if "lm_head.weight" in self.where:
+        if "lm_head.weight" in self.where and "transformer.wte.weight" in self.where:
             head, wte = self["lm_head.weight"], self["transformer.wte.weight"]
             if head.shape != wte.shape or not torch.equal(head, wte):
                 raise UserError(f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented")
@@ -199,6 +211,9 @@ class Weights(Mapping):
         """The shape of a tensor, as a tuple, without reading it."""
         path, key = self.where[name]
         return tuple(self.files[path].get_slice(key).get_shape())
+
+    def __contains__(self, name):  # Mapping's own would read the tensor
+        return name in self.where
 
     def __iter__(self):
         return iter(self.where)
@@ -276,13 +291,15 @@ def write_model(folder, state, config, tokenizer_from=None):
     copied beside them. The folder is not yet what anybody looks for: the caller renames it into place.
     """
     path = os.path.join(folder, "model.safetensors")
+    seen = set()  # a block in two places is the same memory, which safetensors refuses to write twice
+    state = {name: t.clone() if t.data_ptr() in seen or seen.add(t.data_ptr()) else t for name, t in state.items()}
     save_file(state, path, metadata={"format": "pt"})  # more keys would be written in random order
     finish_file(path)
     write_json(os.path.join(folder, "config.json"), hf_config(config))
-    ranks = os.path.join(tokenizer_from, TOKENIZER_FILE) if tokenizer_from else ""
-    if config.tokenizer == TOKENIZER_FILE and os.path.exists(ranks):
-        shutil.copyfile(ranks, os.path.join(folder, TOKENIZER_FILE))
-        finish_file(os.path.join(folder, TOKENIZER_FILE))
+    ranks = os.path.join(tokenizer_from, RANKS_FILE) if tokenizer_from else ""
+    if config.tokenizer == RANKS_FILE and os.path.exists(ranks):
+        shutil.copyfile(ranks, os.path.join(folder, RANKS_FILE))
+        finish_file(os.path.join(folder, RANKS_FILE))
     sync_folder(folder)
 
 

@@ -3,10 +3,11 @@
     python inherit.py --ckpt gpt2-large --layers 18 --out out-gpt2-large-18
 
 The new model has the chosen blocks, renumbered, and the larger one's token and position embeddings, final LayerNorm
-and tied head. (The authors' released script leaves positions and final LayerNorm random; ours does not.)
+and tied head. (The authors' released script leaves positions and final LayerNorm random: --released_slice does that.)
+The paper's other initialisations are --recipe, --parts and --layernorms; recipes.py says what each one is.
 """
 
-import dataclasses
+import argparse
 import hashlib
 import os
 import re
@@ -15,54 +16,7 @@ import checkpoint
 import hf
 from errors import Parser, UserError, one_line
 from files import read_json, write_json
-
-
-def assemble(base, blocks):
-    """A new state dict: all of `base` outside its blocks, and for each (state, number) of `blocks` that block.
-
-    State dicts map canonical names (`transformer.h.0.…`) to tensors and are only read, and only the tensors that are
-    kept; the result refers to the same tensors, in their dtype.
-    """
-    new = {name: base[name] for name in base if not name.startswith("transformer.h.")}
-    for i, (state, number) in enumerate(blocks):
-        old, here = f"transformer.h.{number}.", f"transformer.h.{i}."
-        new.update({here + name[len(old) :]: state[name] for name in state if name.startswith(old)})
-    return new
-
-
-def inherit(state, config, blocks):
-    """(state, config) of the model with only these blocks (a list of numbers) of the given one.
-
-    Neither argument is changed. Raises UserError when a block is not there.
-    """
-    check_blocks(blocks, config)
-    return assemble(state, [(state, i) for i in blocks]), dataclasses.replace(config, n_layer=len(blocks))
-
-
-def grow_onto(small, small_config, state, config, k):
-    """(state, config) of the trained small model with the reference's next blocks on top, up to k in all.
-
-    Embeddings and final LayerNorm are the small model's. Raises UserError when the two do not fit together.
-    """
-    n = small_config.n_layer
-    if not n < k <= config.n_layer:
-        raise UserError(f"layers must be between {n + 1} and {config.n_layer} to grow {n} blocks onto, not {k}")
-    for key in ("n_embd", "n_head", "block_size", "vocab_size", "bias", "scale_attn_by_inverse_layer_idx"):
-        here, there = getattr(small_config, key), getattr(config, key)
-        if here != there:
-            raise UserError(f"cannot grow: {key} is {here} in the small model and {there} in the reference")
-    blocks = [(small, i) for i in range(n)] + [(state, i) for i in range(n, k)]
-    return assemble(small, blocks), dataclasses.replace(small_config, n_layer=k)
-
-
-def check_blocks(blocks, config):
-    """Raise UserError unless every number is a block of a model with `config`, and there is at least one."""
-    missing = [i for i in blocks if not 0 <= i < config.n_layer]
-    if not blocks or missing:
-        what = f"block {missing[0]}" if missing else "at least one block"
-        raise UserError(
-            f"asked for {what}, but the model has blocks 0 to {config.n_layer - 1} ({config.n_layer} layers)"
-        )
+from recipes import PARTS, RECIPES, grow_onto, inherit, initialise
 
 
 def parse_blocks(text):
@@ -99,8 +53,11 @@ def identify(folder):
     }
 
 
-def lineage(folder, blocks, onto=None, onto_layers=0):
-    """The content of lineage.json: for every block of the new model, which block of which source it was."""
+def lineage(folder, blocks, onto=None, onto_layers=0, **how):
+    """The content of lineage.json: for every block of the new model, which block of which source it was.
+
+    how: what else a reader must know to make the model again, such as recipe and seed.
+    """
     names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
     sources = {"reference": identify(folder) | {"lineage": checkpoint.lineage_of(folder)}}
     if onto:
@@ -108,45 +65,95 @@ def lineage(folder, blocks, onto=None, onto_layers=0):
     return {
         "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
         "embeddings_and_ln_f": "onto" if onto else "reference",
+        **how,
         "sources": sources,
     }
 
 
-@one_line
-def main(argv=None):
-    """Command line: slice or grow a checkpoint into a new folder."""
-    parser = Parser(description="Make a smaller GPT checkpoint out of a larger one's blocks.")
+def true_or_false(text):
+    """argparse's type for a flag that is True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return text.lower() == "true"
+
+
+def make_parser():
+    """The command line."""
+    parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
     parser.add_argument("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
     parser.add_argument("--out", required=True, help="folder to create")
-    parser.add_argument("--layers", type=int, help="keep the first this many blocks")
+    parser.add_argument("--layers", help="how many blocks; auto chooses by the analysis of --data (see analyze.py)")
     parser.add_argument("--blocks", help="keep these blocks instead, e.g. 0-11,23")
     parser.add_argument("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
-    args = parser.parse_args(argv)
-    if (args.layers is None) == (args.blocks is None):
-        raise UserError("give --layers K or --blocks LIST, one of them")
-    if args.onto and args.layers is None:
-        raise UserError("--onto needs --layers K, the depth to grow to")
-    if args.layers is not None and args.layers < 1:
-        raise UserError(f"--layers must be at least 1, not {args.layers}")
+    parser.add_argument("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
+    parser.add_argument("--parts", choices=PARTS, default="all", help="take only these parts of each block")
+    parser.add_argument("--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too")
+    parser.add_argument("--released_slice", action="store_true", help="blocks and wte only, as the authors did")
+    parser.add_argument("--seed", type=int, default=1337, help="of whatever is random")
+    parser.add_argument("--data", help="data folder whose validation tokens --layers auto analyses")
+    return parser
 
+
+def check(args):
+    """Raise UserError for flags that do not go together; return --layers as a number, "auto" or None."""
+    needs_layers = not args.blocks and args.recipe != "half_width"
+    if args.blocks and (args.layers or args.onto or args.recipe != "first"):
+        raise UserError("--blocks says which blocks: leave out --layers, --onto and --recipe")
+    if needs_layers and not args.layers:
+        raise UserError("--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST")
+    if args.onto and (args.recipe, args.parts, args.layernorms, args.released_slice) != ("first", "all", True, False):
+        raise UserError("--onto takes whole blocks: leave out --recipe, --parts, --layernorms and --released_slice")
+    if args.layers == "auto":
+        if not args.data:
+            raise UserError("--layers auto needs --data FOLDER, on whose validation tokens the layers are analysed")
+        return "auto"
+    if args.layers is None:
+        return None
+    if not re.fullmatch(r"\d{1,6}", args.layers) or int(args.layers) < 1:
+        raise UserError(f"--layers must be auto or a whole number of at least 1, not {args.layers}")
+    return int(args.layers)
+
+
+def build(args):
+    """Make the new checkpoint folder args.out (args as from `make_parser`); returns a text that says what it is.
+
+    Raises UserError.
+    """
+    k = check(args)
     folder = checkpoint.find(args.ckpt)
     weights, config = hf.open_model(folder)
+    said = ""
+    if k == "auto":
+        import analyze  # only here: it draws, too
+
+        k, reason = analyze.choose_for(folder, args.data)
+        said = f"{reason}\n"
     if args.onto:
         onto = checkpoint.find(args.onto)
         small, small_config = hf.open_model(onto)
-        blocks = list(range(args.layers))
-        state, new_config = grow_onto(small, small_config, weights, config, args.layers)
-        origin = lineage(folder, blocks, onto, small_config.n_layer)
-    else:
-        blocks = list(range(args.layers)) if args.layers else parse_blocks(args.blocks)
+        state, new_config = grow_onto(small, small_config, weights, config, k)
+        origin = lineage(folder, list(range(k)), onto, small_config.n_layer)
+    elif args.blocks:
+        blocks = parse_blocks(args.blocks)
         state, new_config = inherit(weights, config, blocks)
         origin = lineage(folder, blocks)
+    else:
+        how = {"parts": args.parts, "layernorms": args.layernorms, "released_slice": args.released_slice}
+        how["seed"] = args.seed
+        state, new_config, blocks = initialise(weights, config, args.recipe, k or config.n_layer, **how)
+        origin = lineage(folder, blocks, recipe=args.recipe, **how)
     with checkpoint.new_folder(args.out) as temporary:
         hf.write_model(temporary, state, new_config, tokenizer_from=folder)
         write_json(os.path.join(temporary, "lineage.json"), origin)
     total = sum(t.numel() for t in state.values())
-    print(f"{args.out}: {new_config.n_layer} of {config.n_layer} blocks, {total:,} values; train it with")
-    print(f"  python train.py --init_from={args.out} …")
+    return f"{said}{args.out}: {new_config.n_layer} of {config.n_layer} blocks, {total:,} values"
+
+
+@one_line
+def main(argv=None):
+    """Command line: make a new checkpoint folder out of another."""
+    args = make_parser().parse_args(argv)
+    print(f"{build(args)}; train it with\n  python train.py --init_from={args.out} …")
 
 
 if __name__ == "__main__":

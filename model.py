@@ -198,7 +198,7 @@ class GPT(nn.Module):
         cache = None
         for _ in range(max_new_tokens):
             if idx.size(1) > config.block_size:
-                idx, cache = idx[:, -(config.block_size // 2) :], None
+                idx, cache = idx[:, -max(1, config.block_size // 2) :], None
             if cached and cache is not None:
                 x = self.hidden(idx[:, -1:], cache)
             else:

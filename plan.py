@@ -15,6 +15,7 @@ from data import GPT2, Tokens, read_meta
 from device import PEAKS
 from errors import UserError
 from files import read_json
+from log import read_rows
 from model import GPT, GPTConfig, pad_vocab
 from settings import HARMLESS, raise_all
 
@@ -87,8 +88,7 @@ def make_plan(settings, given, world):
     if os.path.isdir(settings.dataset) or not settings.dry_run:
         tokenizer = attempt(lambda: read_meta(settings.dataset)["tokenizer"], GPT2)
         if not problems:
-            length = attempt(lambda: len(Tokens(settings.dataset, "train")), 0)
-            train_tokens = int(length * settings.data_end) - int(length * settings.data_start)
+            train_tokens = attempt(lambda: part_tokens(settings))
     if settings.data_start >= settings.data_end:
         problems.append(f"data_start {settings.data_start} is not below data_end {settings.data_end}")
     if settings.min_lr > settings.learning_rate:
@@ -97,10 +97,17 @@ def make_plan(settings, given, world):
         config = dataclasses.replace(hf.read_config(resume_from), dropout=settings.dropout)
     elif settings.init_from == "scratch":
         config = scratch_config(settings, tokenizer, problems)
+        if settings.inherit_layers is not None:
+            problems.append("inherit_layers needs a model to inherit from: set init_from")
+    elif settings.dry_run and assumed(settings, given):
+        depth = settings.inherit_layers or settings.n_layer
+        config = dataclasses.replace(scratch_config(settings, tokenizer, problems), n_layer=depth)
     else:
         source = attempt(lambda: source_config(settings.init_from))
         raise_all(problems if source is None else [])  # nothing more can be said without it
         config = inherited_config(settings, given, source, tokenizer, problems)
+    if settings.teacher:
+        attempt(lambda: check_teacher(settings.teacher, config))
     batch = (settings.batch_tokens, config.block_size, settings.batch_size, world)
     sequences, micro, accumulation = attempt(lambda: split_batch(*batch), (0, 0, 0))
     if train_tokens is not None and train_tokens <= config.block_size:
@@ -109,12 +116,36 @@ def make_plan(settings, given, world):
     return Plan(config, resume_from, train_tokens, sequences, micro, accumulation, world)
 
 
+def check_teacher(name, config):
+    """Raise UserError unless the model called `name` can teach a student with `config`."""
+    teacher = source_config(name)
+    if (teacher.n_vocab, teacher.tokenizer or config.tokenizer) != (config.n_vocab, config.tokenizer):
+        raise UserError(
+            f"teacher {name} has the {teacher.n_vocab} ids of {teacher.tokenizer!r}, the student the {config.n_vocab} "
+            f"of {config.tokenizer!r}: they must be the same vocabulary"
+        )
+    if teacher.block_size < config.block_size:
+        raise UserError(f"teacher {name} reads {teacher.block_size} tokens, the student {config.block_size}: too short")
+
+
+def assumed(settings, given):
+    """Whether a dry run must take the architecture from the settings, because the model to start from is not there."""
+    there = os.path.isdir(settings.init_from) or settings.init_from in RELEASED
+    return not there and {"n_head", "n_embd"} <= given
+
+
+def part_tokens(settings):
+    """Tokens in a run's part of the training stream, or None when the data is not prepared. Raises UserError."""
+    if not os.path.isdir(settings.dataset):
+        return None
+    length = len(Tokens(settings.dataset, "train"))
+    return int(length * settings.data_end) - int(length * settings.data_start)
+
+
 def scratch_config(settings, tokenizer, problems):
     """The architecture that the settings ask for."""
     if settings.n_embd % settings.n_head:
         problems.append(f"n_embd {settings.n_embd} is not a multiple of n_head {settings.n_head}")
-    if settings.inherit_layers is not None:
-        problems.append("inherit_layers needs a model to inherit from: set init_from")
     names = (*ARCHITECTURE, "block_size", "dropout")
     return GPTConfig(
         **{name: getattr(settings, name) for name in names},
@@ -165,9 +196,11 @@ def resumable(settings):
     """
     out = settings.out_dir
     steps = checkpoint.list_steps(out)
-    begun = bool(steps) or os.path.exists(os.path.join(out, "log.csv"))
+    begun = bool(steps) or bool(read_rows(os.path.join(out, "log.csv")))
     if settings.dry_run:
         return None
+    if os.path.exists(os.path.join(out, "config.json")):
+        raise UserError(f"{out} is a checkpoint, not a run folder: choose another --out_dir")
     if settings.resume == "never" and begun:
         raise UserError(f"{out} already holds a run: continue it with --resume=auto, or choose another --out_dir")
     if settings.resume == "must" and not steps:
@@ -243,7 +276,14 @@ def describe(plan, settings):
     )
     lines.append(f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:")
     for name, (peak, gigabytes) in PEAKS.items():
-        days = flops / (peak * 1e12 * ASSUMED_MFU) / 86400
+        seconds = flops / (peak * 1e12 * ASSUMED_MFU)
         fits = "" if memory < 0.9 * gigabytes else f"   does not fit {gigabytes} GB: lower batch_size"
-        lines.append(f"  {name:10} {days:10.2f} days on 1, {days / 8:9.2f} on 8{fits}")
+        lines.append(f"  {name:10} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{fits}")
     return "\n".join(lines)
+
+
+def duration(seconds):
+    """Seconds in the largest unit that leaves a number of at least 1."""
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 0))
+    unit, size = next((unit, size) for unit, size in units if seconds >= size)
+    return f"{seconds / (size or 1):.1f} {unit}"

@@ -46,6 +46,10 @@ class TrainSettings:
     batch_size: int = setting(12, "upper limit of sequences per micro-batch on one rank", 1)
     max_iters: int = setting(100_000, "optimizer steps", 1)
     stop_at_val_loss: float | None = setting(None, "stop as soon as validation loss (nats/token) reaches this")
+    # distillation
+    teacher: str = setting("", "checkpoint, run folder or Hugging Face id to distil from (default: no distillation)")
+    kd_alpha: float = setting(0.6, "loss = kd_alpha CE + (1 - kd_alpha) T^2 KL(teacher to student)", 0.0, 1.0)
+    kd_temperature: float = setting(1.0, "T, by which both sides' logits are divided in KL", 0.01)
     # optimisation
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)
     min_lr: float = setting(6e-5, "learning rate from lr_decay_iters on", 0.0)
@@ -81,12 +85,8 @@ class TrainSettings:
 class GrowSettings:
     """What grow.py does around train.py: the Inheritune recipe (paper, Algorithm 1)."""
 
-    reference: str = setting("", "reference checkpoint, run folder or Hugging Face id; or see reference_iters")
-    reference_iters: int | None = setting(
-        None,
-        "train a reference from scratch for this many steps, with n_layer blocks, unless it is there already",
-        1,
-    )
+    reference: str = setting("", "reference: checkpoint, run folder or Hugging Face id (default: out_dir/reference)")
+    reference_config: str = setting("", "train.py config that trains the reference into its run folder if need be")
     k_start: int | None = setting(None, "blocks inherited in the first round (default: half of the reference's)", 1)
     k_step: int = setting(2, "blocks added from round to round", 1)
     growth: Literal["reinherit", "onto"] = setting(
@@ -94,6 +94,21 @@ class GrowSettings:
         "a further round takes all blocks from the reference, or adds its next ones onto the trained model",
     )
     control: bool = setting(True, "also train random-init controls: equal steps, and equal compute of the pipeline")
+
+
+@dataclass
+class ReplicateSettings:
+    """What replicate.py compares: arms x seeds, every arm's small model with these depths."""
+
+    results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
+    reference_config: str = setting("", "train.py config of the reference; each seed trains its own")
+    arms: str = setting("reference:1 random:1 inheritune:1", "arms, and on how many seeds each: name:count …")
+    first_seed: int = setting(1, "seeds count from here", 0)
+    layers: int = setting(4, "blocks of every small model", 1)
+    rounds_from: int = setting(2, "blocks of the first round, in the arms that grow", 1)
+    rounds_step: int = setting(2, "blocks added per round, in the arms that grow", 1)
+    seen: float = setting(1.0, "arms use this first part of the data, arm unseen the rest", 0.0, 1.0)
+    jobs: int = setting(1, "arms trained side by side; threads is per arm, and bits depend on it", 1)
 
 
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
@@ -182,6 +197,7 @@ def convert(field, value):
     elif base in (int, float) and (text or (type(value) in (int, float) and isinstance(value, (base, int)))):
         try:
             converted = base(value)
+            float(converted)  # an int may be too large for that, and then for every use here
         except (ValueError, OverflowError):
             converted = math.nan
         low, high = field.metadata["low"], field.metadata["high"]

@@ -24,6 +24,7 @@ import inherit
 import log
 import plan as planning
 from data import TrainData, ValData
+from distill import distillation_loss
 from errors import UserError, one_line
 from files import read_json
 from model import GPT
@@ -32,6 +33,7 @@ from ranks import Ranks, seed_all
 from settings import GrowSettings, TrainSettings, parse
 
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
+TERMS = ("ce", "kl")  # further columns when there is a teacher: the terms of the loss, before they are weighted
 TIMING_COLUMNS = ("step", "tokens_per_s", "mfu", "memory_mb", "train_s", "val_s")
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
@@ -65,6 +67,7 @@ class Run:
     val: ValData
     state: State
     lineage: dict
+    teacher: GPT | None  # in eval mode, for distillation
     log: log.CsvLog | None  # rank 0 only, as are the next two
     timing: log.CsvLog | None
     sink: object
@@ -90,6 +93,10 @@ def setup(settings, plan, ranks, device):
         folder = None
     model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
     model.to(device)
+    teacher = None
+    if settings.teacher:
+        found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
+        teacher = ranks.agree(lambda: hf.load_model(found)).to(device).eval().requires_grad_(False)
     optimizer = make_optimizer(model, settings, device)
     dtype = machine.pick_dtype(settings.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -117,6 +124,7 @@ def setup(settings, plan, ranks, device):
         val=val,
         state=state,
         lineage=lineage,
+        teacher=teacher,
         log=logs[0],
         timing=logs[1],
         sink=logs[2],
@@ -157,6 +165,7 @@ def restore(folder, model, optimizer, scaler):
     try:
         if scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
+        saved["row"] = {k: float(v) for k, v in saved["row"].items()}
         return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{folder}/state.json lacks {e}; delete the folder to go on from the one before it") from None
@@ -169,7 +178,8 @@ def open_logs(settings, state, plan):
     last_step = state.step if plan.resume_from else -1
     if plan.resume_from:
         checkpoint.link(settings.out_dir, "latest", state.step)
-    names = (("log.csv", LOG_COLUMNS), ("timing.csv", TIMING_COLUMNS))
+    columns = LOG_COLUMNS + TERMS if settings.teacher else LOG_COLUMNS
+    names = (("log.csv", columns), ("timing.csv", TIMING_COLUMNS))
     logs = [log.CsvLog(os.path.join(settings.out_dir, name), columns, last_step) for name, columns in names]
     return *logs, log.open_sink(settings.log_to, settings.out_dir, dataclasses.asdict(settings))
 
@@ -194,12 +204,15 @@ def fit(run):
         else:
             val_loss = validate(run) if state.step % s.eval_interval == 0 or last else None
             report(run, val_loss)
-        if saved and val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
+        reached = s.stop_at_val_loss is not None and val_loss is not None and val_loss <= s.stop_at_val_loss
+        if reached and not saved:
+            save(run)
+            saved = True
+        best = math.inf if state.best_val_loss is None else state.best_val_loss
+        if saved and val_loss is not None and val_loss < best:
             state.best_val_loss, state.best_step = val_loss, state.step
             run.ranks.agree(lambda: run.ranks.first and checkpoint.link(s.out_dir, "best", state.step))
-        if last or (s.stop_at_val_loss is not None and val_loss is not None and val_loss <= s.stop_at_val_loss):
-            if not saved:
-                save(run)
+        if last or reached:
             return val_loss
         train_step(run)
         here, saved = None, False
@@ -218,7 +231,7 @@ def train_step(run):
         group["lr"] = lr
     run.forward.train()
     idx, targets = run.train.batch(state.step * plan.sequences, plan.sequences, ranks.rank, ranks.world)
-    loss_sum = torch.zeros((), device=run.device)
+    sums = torch.zeros(3 if run.teacher else 1, device=run.device)  # loss, and with a teacher its terms CE and KL
     for m in range(plan.accumulation):
         rows = slice(m * plan.micro_batch, (m + 1) * plan.micro_batch)
         x, y = to_device(idx[rows], run.device), to_device(targets[rows], run.device)
@@ -227,12 +240,12 @@ def train_step(run):
         final = m == plan.accumulation - 1  # gradients are averaged over ranks once, with the last micro-batch
         with contextlib.nullcontext() if final or ranks.world == 1 else run.forward.no_sync():
             with machine.autocast(run.device, run.dtype):
-                loss = run.forward(x, y)
-            run.scaler.scale(loss / plan.accumulation).backward()
-        loss_sum += loss.detach()
+                losses = distilled(run, x, y) if run.teacher else (run.forward(x, y),)
+            run.scaler.scale(losses[0] / plan.accumulation).backward()
+        sums += torch.stack(losses).detach()
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf).item()
-    loss = ranks.sum(loss_sum.cpu() / plan.accumulation, run.device).item() / ranks.world
+    loss, *terms = (ranks.sum(sums.cpu() / plan.accumulation, run.device) / ranks.world).tolist()
     # The averaged gradient and the summed loss are the same on every rank, so all ranks decide alike.
     if math.isfinite(loss) and math.isfinite(grad_norm):
         run.scaler.step(run.optimizer)
@@ -243,7 +256,7 @@ def train_step(run):
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.row = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+    state.row = {"loss": loss, "lr": lr, "grad_norm": grad_norm} | dict(zip(TERMS, terms, strict=False))
     run.train_s += time.perf_counter() - began
     if state.bad_in_a_row:
         if ranks.first:
@@ -255,6 +268,14 @@ def train_step(run):
             )
 
 
+def distilled(run, x, y):
+    """(loss, CE, KL) of one micro-batch against the teacher."""
+    with torch.no_grad():
+        teacher_logits = run.teacher(x)
+    s = run.settings
+    return distillation_loss(run.forward(x), teacher_logits, y, run.model.config.n_vocab, s.kd_alpha, s.kd_temperature)
+
+
 def to_device(tensor, device):
     """Move token ids to the device; to a GPU without waiting for the copy."""
     if device.type == "cuda":
@@ -262,27 +283,31 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
-@torch.inference_mode()
 def validate(run):
-    """Mean loss (nats/token) over the run's fixed validation tokens, the same number on every rank.
-
-    Ranks take turns with the groups of windows; each group's sum has its own place, so the total does not depend on
-    how many ranks there are.
-    """
+    """`mean_loss` of the run's model, its time kept apart from training's."""
     began = time.perf_counter()
-    val, ranks = run.val, run.ranks
     # the model without DDP: ranks may have different numbers of groups
     model = run.forward.module if isinstance(run.forward, DistributedDataParallel) else run.forward
+    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype)
+    run.val_s += time.perf_counter() - began
+    return loss
+
+
+@torch.inference_mode()
+def mean_loss(model, val, ranks, device, dtype):
+    """Mean loss (nats/token) over the fixed validation tokens of `val`, the same number on every rank.
+
+    Ranks take turns with the groups of windows; each group's sum has its own place, so the total does not depend on
+    how many ranks there are. Leaves the model in eval mode.
+    """
     model.eval()
     sums = torch.zeros(val.n_groups, dtype=torch.float64)
     for g in range(ranks.rank, val.n_groups, ranks.world):
         idx, targets = val.batch(g)
-        with machine.autocast(run.device, run.dtype):
-            loss = model(to_device(idx, run.device), to_device(targets, run.device))
+        with machine.autocast(device, dtype):
+            loss = model(to_device(idx, device), to_device(targets, device))
         sums[g] = loss.double().cpu() * targets.numel()
-    total = ranks.sum(sums, run.device).sum().item()
-    run.val_s += time.perf_counter() - began
-    return total / (val.n_windows * val.block_size)
+    return ranks.sum(sums, device).sum().item() / (val.n_windows * val.block_size)
 
 
 def save(run):
@@ -291,6 +316,7 @@ def save(run):
 
     def write():
         content = dataclasses.asdict(state) | {
+            "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
             "tokens": state.step * s.batch_tokens,
             "scaler": run.scaler.state_dict(),
             "settings": dataclasses.asdict(s),

@@ -5,13 +5,13 @@ k_step = 2
 
 out_dir = "out/demo"
 dataset = "data/pydocs"
-batch_tokens = 32 * 64
-batch_size = 32
-max_iters = 1000
-eval_interval = 100
-eval_tokens = 65_536
-log_interval = 20
+batch_tokens = 16 * 64
+batch_size = 16
+max_iters = 400
+eval_interval = 50
+eval_tokens = 32_768
+log_interval = 25
 
 learning_rate = 3e-3
 min_lr = 3e-4
-warmup_iters = 50
+warmup_iters = 40

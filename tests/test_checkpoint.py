@@ -1,0 +1,260 @@
+"""Checkpoint and run folders: whole or absent, found by any of their names, exact, and independent of where they are.
+
+pytest tests/test_checkpoint.py
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from tiny import same_weights, tiny_model, write_checkpoint
+
+import checkpoint
+import files
+import hf
+from errors import UserError
+from model import GPT
+from optim import make_optimizer
+from settings import TrainSettings
+from tokenizer import RANKS_FILE
+
+
+def trained(seed=0, steps=3):
+    """A tiny model and its optimizer after a few steps."""
+    model = tiny_model(seed)
+    optimizer = make_optimizer(model, TrainSettings(), torch.device("cpu"))
+    for _ in range(steps):
+        model(*torch.randint(257, (2, 2, 8)).unbind(0)).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(run, step, model=None, optimizer=None):
+    if model is None:
+        model, optimizer = trained(step, steps=1)
+    os.makedirs(run, exist_ok=True)
+    checkpoint.save(str(run), model, optimizer, {"step": step}, {"blocks": []})
+
+
+def everything(folder):
+    """Every path under a folder, links with where they point."""
+    return {
+        os.path.relpath(os.path.join(d, n), folder): os.path.islink(p) and os.readlink(p)
+        for d, folders, names in os.walk(folder)
+        for n in folders + names
+        for p in [os.path.join(d, n)]
+    }
+
+
+def test_a_checkpoint_holds_these_files(tmp_path):
+    save(tmp_path, 7)
+    names = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
+    assert set(os.listdir(tmp_path / "step_00000007")) == names
+    assert os.readlink(tmp_path / "latest") == "step_00000007"
+    assert all(os.stat(tmp_path / "step_00000007" / n).st_mode & 0o444 == 0o444 for n in names)
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["hf.save_file", "checkpoint.save_file", "hf.write_json", "checkpoint.write_json", "hf.finish_file", "os.rename"],
+)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
+def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, error):
+    save(tmp_path, 1)
+    before = everything(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(type(error)):
+        save(tmp_path, 2)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", ["os.symlink", "os.replace"])
+def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
+    save(tmp_path, 1)
+    checkpoint.link(str(tmp_path), "best", 1)
+    monkeypatch.setattr(call, lambda *a: (_ for _ in ()).throw(OSError("cut")))
+    with pytest.raises(OSError, match="cut"):
+        checkpoint.link(str(tmp_path), "best", 2)
+    assert os.readlink(tmp_path / "best") == "step_00000001"
+
+
+def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
+    """Each file and the folder are fsynced before the rename, the parent after it."""
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd)
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: events.append("RENAME") or rename(a, b))
+    run = tmp_path / "run"
+    save(run, 1)
+    at = events.index("RENAME")
+    before = {e.removeprefix(".").removesuffix(".tmp") for e in events[:at]}
+    files_inside = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
+    assert before >= files_inside | {"step_00000001"}
+    assert "run" in events[at:]
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match="exists already"):
+        save(tmp_path, 1)
+
+
+def test_what_a_kill_left_is_swept_and_the_rest_is_not(tmp_path):
+    save(tmp_path, 1)
+    before = everything(tmp_path)
+    os.mkdir(tmp_path / ".step_00000002.tmp")
+    (tmp_path / ".step_00000002.tmp/model.safetensors").write_text("half")
+    (tmp_path / ".log.csv.tmp").write_text("half")
+    os.symlink("step_00000001", tmp_path / ".latest.tmp")
+    assert checkpoint.list_steps(str(tmp_path)) == ["step_00000001"]
+    checkpoint.sweep(str(tmp_path))
+    assert everything(tmp_path) == before
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    for step in (5, 10, 15, 20, 100_000_000):
+        save(tmp_path, step)
+    checkpoint.prune(str(tmp_path), 2, best_step=10)
+    assert checkpoint.list_steps(str(tmp_path)) == ["step_00000010", "step_00000020", "step_100000000"]
+    checkpoint.prune(str(tmp_path), 1, best_step=None)
+    assert checkpoint.list_steps(str(tmp_path)) == ["step_100000000"]
+    assert not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
+
+
+def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        save(run, step)
+    assert checkpoint.find(str(run)) == str(run / "step_00000003"), "no best yet: the newest"
+    checkpoint.link(str(run), "best", 2)
+    assert checkpoint.find(str(run)) == str(run / "step_00000002")
+    assert checkpoint.find(f"{run}/") == str(run / "step_00000002")
+    assert checkpoint.find(str(run), prefer="latest") == str(run / "step_00000003")
+    assert checkpoint.find(str(run / "step_00000001")) == str(run / "step_00000001")
+    assert hf.load_model(checkpoint.find(str(run / "best"))).config.n_layer == 3
+    shutil.rmtree(run / "step_00000002")  # the best one was deleted by hand: its link hangs
+    assert checkpoint.find(str(run)) == str(run / "step_00000003")
+
+
+def test_a_run_folder_can_be_moved(tmp_path):
+    save(tmp_path / "old", 1)
+    checkpoint.link(str(tmp_path / "old"), "best", 1)
+    before = hf.load_model(checkpoint.find(str(tmp_path / "old")))
+    os.rename(tmp_path / "old", tmp_path / "new")
+    for name in ("new", "new/best", "new/latest"):
+        assert same_weights(before, GPT.from_pretrained(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: p.mkdir(), "neither a checkpoint"),
+        (lambda p: p.write_text("x"), "is a file; a checkpoint is a folder"),
+        (lambda p: None, "no folder"),
+    ],
+)
+def test_find_says_what_is_not_there(tmp_path, make, message):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=message):
+        checkpoint.find(str(tmp_path / "x"))
+
+
+def test_the_optimizers_state_survives_bit_for_bit(tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, 3, model, optimizer)
+    again = hf.load_model(str(tmp_path / "step_00000003"))
+    restored = make_optimizer(again, TrainSettings(), torch.device("cpu"))
+    checkpoint.load_optimizer(str(tmp_path / "step_00000003"), again, restored)
+    a, b = (checkpoint.optimizer_tensors(*x) for x in ((model, optimizer), (again, restored)))
+    assert len(a) == 3 * len(list(model.parameters())) and same_weights(a, b)
+    for m, o in ((model, optimizer), (again, restored)):  # and the next step is the same
+        m.zero_grad()
+        m(torch.arange(8)[None], torch.arange(8)[None]).backward()
+        o.step()
+    assert same_weights(model, again)
+
+
+def test_loading_leaves_no_optimizer_state_mapped(tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, 3, model, optimizer)
+    path = tmp_path / "step_00000003/optimizer.safetensors"
+    again = make_optimizer(model, TrainSettings(), torch.device("cpu"))
+    checkpoint.load_optimizer(os.path.dirname(path), model, again)
+    with open(path, "r+b") as f:
+        f.write(b"\xff" * os.path.getsize(path))
+    assert same_weights(checkpoint.optimizer_tensors(model, optimizer), checkpoint.optimizer_tensors(model, again))
+
+
+def change_optimizer_file(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "optimizer.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(path).items()}
+    save_file(change(tensors), path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: os.unlink(f / "optimizer.safetensors"), "can start a run .* but not continue one"),
+        (lambda f: os.truncate(f / "optimizer.safetensors", 200), "is damaged"),
+        (lambda f: change_optimizer_file(f, lambda t: t | {"x/exp_avg": torch.zeros(3)}), "does not fit the model"),
+        (
+            lambda f: change_optimizer_file(f, lambda t: {k: v for k, v in t.items() if "ln_f.weight" not in k}),
+            "lacks transformer.ln_f.weight",
+        ),
+        (
+            lambda f: change_optimizer_file(
+                f, lambda t: {k: v for k, v in t.items() if k != "transformer.ln_f.weight/step"}
+            ),
+            "lacks transformer.ln_f.weight",
+        ),
+    ],
+)
+def test_a_damaged_optimizer_file_is_refused(tmp_path, damage, message):
+    model, optimizer = trained()
+    save(tmp_path, 3, model, optimizer)
+    damage(tmp_path / "step_00000003")
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_optimizer(str(tmp_path / "step_00000003"), model, optimizer)
+
+
+def test_nothing_is_pickled(tmp_path):
+    save(tmp_path, 1)
+    for name in os.listdir(tmp_path / "step_00000001"):
+        head = (tmp_path / "step_00000001" / name).read_bytes()
+        assert name.endswith(".safetensors") or isinstance(json.loads(head), dict)
+        assert not head.startswith((b"\x80", b"PK"))
+
+
+def test_the_tokenizer_ranks_of_the_data_go_along(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / RANKS_FILE).write_text("YQ== 0\n")
+    os.mkdir(tmp_path / "a")
+    model = tiny_model(tokenizer=RANKS_FILE)
+    hf.write_model(str(tmp_path / "a"), hf.layout(model), model.config, tokenizer_from=str(tmp_path / "data"))
+    assert (tmp_path / "a" / RANKS_FILE).read_text() == "YQ== 0\n"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    with pytest.raises(RuntimeError), files.replacing(path) as f:
+        f.write(b"half")
+        raise RuntimeError
+    assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_lineage_is_empty_where_there_is_none(tmp_path):
+    write_checkpoint(tmp_path / "a")
+    assert checkpoint.lineage_of(str(tmp_path / "a")) == {}

@@ -1,0 +1,224 @@
+"""The order of the data and the files it comes from.
+
+pytest tests/test_data.py
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_data
+
+from data import ROUNDS, Tokens, TrainData, ValData, feistel, order, read_meta
+from errors import UserError
+
+keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map(lambda k: np.array(k, dtype=np.uint64))
+edges = st.sampled_from([n for b in range(1, 13) for n in (2**b - 1, 2**b, 2**b + 1)] + [1, 2, 3])
+
+
+@given(edges | st.integers(1, 5000), keys)
+@settings(max_examples=80, deadline=None)
+def test_feistel_is_a_permutation_of_any_length(n, key):
+    assert (np.sort(feistel(np.arange(n), n, key)) == np.arange(n)).all()
+
+
+@given(st.sampled_from([10**12, 2**40, 2**40 + 1, 2**62]), keys, st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_feistel_is_one_to_one_on_huge_ranges_without_memory(n, key, seed):
+    i = np.unique(np.concatenate((np.random.default_rng(seed).integers(0, n, 5000), [0, 1, n - 2, n - 1])))
+    out = feistel(i, n, key)
+    assert len(np.unique(out)) == len(i) and out.min() >= 0 and out.max() < n
+    for one in (0, len(i) // 2, -1):  # each number's place is its own affair
+        assert feistel(i[[one]], n, key)[0] == out[one]
+
+
+def test_feistel_mixes_well():
+    """Where a number lands is about uniform, and neighbours land apart, over many keys."""
+    n, keys = 10, np.random.default_rng(0).integers(0, 2**64, (4000, ROUNDS), dtype=np.uint64)
+    out = np.array([feistel(np.arange(n), n, key) for key in keys])
+    for place in range(n):
+        counts = np.bincount(out[:, place], minlength=n)
+        assert ((counts - 400) ** 2 / 400).sum() < 40  # chi-square, 9 degrees of freedom: p < 1e-5 above
+    steps = np.bincount((out[:, 1] - out[:, 0]) % n, minlength=n)
+    assert steps[0] == 0 and steps[1:].min() > 0.6 * 4000 / 9
+
+
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_holds_each_window_once(n, seed, epochs):
+    windows = order(np.arange(n * epochs), n, seed).reshape(epochs, n)
+    assert (np.sort(windows, axis=1) == np.arange(n)).all()
+
+
+def test_epochs_and_seeds_differ():
+    n = 500
+    a, b = order(np.arange(2 * n), n, 1).reshape(2, n)
+    c = order(np.arange(n), n, 2)
+    for x, y in ((a, b), (a, c), (a, np.arange(n))):
+        assert (x == y).mean() < 0.05
+
+
+def test_an_order_does_not_depend_on_the_question():
+    whole = order(np.arange(1000), 77, 5)
+    shuffled = np.random.default_rng(0).permutation(1000)
+    assert (order(shuffled, 77, 5) == whole[shuffled]).all()
+
+
+def stream(folder, split="train", dtype="<u2"):
+    return np.fromfile(f"{folder}/{split}.bin", dtype=dtype).astype(np.int64)
+
+
+def test_an_epoch_trains_on_every_token_once(tmp_path):
+    ids = stream(write_data(tmp_path / "d", train=1003))
+    data = TrainData(tmp_path / "d", 8, seed=3)
+    assert data.n_windows == 125
+    x, y = data.batch(0, 125)
+    assert x.dtype == torch.int64 and x.shape == y.shape == (125, 8)
+    assert (x[:, 1:] == y[:, :-1]).all()
+    starts = order(np.arange(125), 125, 3)
+    for row, start in enumerate(starts):
+        assert (x[row].numpy() == ids[start * 8 : start * 8 + 8]).all()
+        assert (y[row].numpy() == ids[start * 8 + 1 : start * 8 + 9]).all()
+
+
+def test_the_global_batches_are_the_same_for_any_number_of_ranks(tmp_path):
+    write_data(tmp_path / "d")
+    data = TrainData(tmp_path / "d", 8, seed=3)
+    for first in (0, 12, 12 * 31):  # the last runs over the end of an epoch of 374 windows
+        x, y = data.batch(first, 12)
+        for world in (2, 3, 4):
+            a, b = torch.empty_like(x), torch.empty_like(y)
+            for rank in range(world):
+                a[rank::world], b[rank::world] = data.batch(first, 12, rank, world)
+            assert torch.equal(a, x) and torch.equal(b, y)
+
+
+def test_parts_of_the_stream_share_no_window(tmp_path):
+    # every id is its own position
+    np.arange(4001, dtype="<u2").tofile(tmp_path / "train.bin")
+    parts = [TrainData(tmp_path, 8, 0, start, end) for start, end in ((0, 0.3), (0.3, 0.55), (0.55, 1))]
+    seen = [p.batch(0, p.n_windows)[0].flatten().numpy() for p in parts]
+    assert [s.min() for s in seen] == [0, 1200, 2200]
+    together = np.concatenate(seen)
+    assert len(np.unique(together)) == len(together) >= 4001 - 3 * 9
+    targets = [p.batch(0, p.n_windows)[1].max().item() for p in parts]
+    assert targets[0] < 1200 and targets[1] < 2200, "not even as a target"
+
+
+def test_a_part_without_a_window_is_refused(tmp_path):
+    write_data(tmp_path / "d", train=128)
+    with pytest.raises(UserError, match="tokens 64 to 72 of train hold no window"):
+        TrainData(tmp_path / "d", 8, 0, 0.5, 72 / 128)
+    assert TrainData(tmp_path / "d", 8, 0, 0.5, 73 / 128).n_windows == 1
+
+
+def write_shards(folder, ids, cuts, dtype="<u2", split="train"):
+    folder.mkdir(exist_ok=True)
+    shards = []
+    for i, part in enumerate(np.split(ids, cuts)):
+        part.astype(dtype).tofile(folder / f"{split}_{i:06d}.bin")
+        shards.append({"file": f"{split}_{i:06d}.bin", "tokens": len(part)})
+    return shards
+
+
+@given(st.lists(st.integers(0, 200), max_size=6), st.integers(0, 180), st.integers(0, 20))
+@settings(max_examples=40, deadline=None)
+def test_shards_are_one_stream(tmp_path_factory, cuts, start, count):
+    folder = tmp_path_factory.mktemp("shards")
+    ids = np.random.default_rng(0).integers(0, 50257, 200)
+    shards = write_shards(folder, ids, sorted(cuts))
+    meta = {"tokenizer": {"name": "gpt2", "n_vocab": 50257, "eot": 50256}, "dtype": "uint16"}
+    for splits in ({}, {"splits": {"train": {"shards": shards}}}):  # by their names alone, and as meta.json lists them
+        (folder / "meta.json").write_text(json.dumps(meta | splits))
+        tokens = Tokens(folder, "train")
+        assert len(tokens) == 200
+        assert (tokens.read(start, count) == ids[start : start + count]).all()
+
+
+def test_a_nanogpt_folder_without_meta_is_gpt2_uint16(tmp_path):
+    write_data(tmp_path / "d", meta=False, high=50257)
+    assert read_meta(tmp_path / "d")["tokenizer"] == {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
+    x, _ = ValData(tmp_path / "d", 8, 10**9, 4).batch(0)
+    assert (x.flatten().numpy() == stream(tmp_path / "d", "val")[:32]).all()
+
+
+def test_uint32_bins(tmp_path):
+    tokenizer = {"name": "o200k_base", "n_vocab": 200_019, "eot": 199_999}
+    write_data(tmp_path / "d", tokenizer=tokenizer, dtype="uint32")
+    ids = np.arange(3000) + 190_000
+    ids.astype("<u4").tofile(tmp_path / "d/train.bin")
+    assert (Tokens(tmp_path / "d", "train").read(0, 3000) == ids).all()
+
+
+@pytest.mark.parametrize("change", [-2, -1, 2, 1000])
+def test_a_bin_whose_size_contradicts_its_meta_is_refused(tmp_path, change):
+    write_data(tmp_path / "d", train=100)
+    path = tmp_path / "d/train.bin"
+    path.write_bytes((path.read_bytes() + bytes(1000))[: 200 + change])
+    with pytest.raises(UserError, match=rf"has {200 + change:,} bytes, but meta.json says 100 tokens of 2"):
+        Tokens(tmp_path / "d", "train")
+
+
+def test_half_a_token_at_the_end_is_refused_without_meta_too(tmp_path):
+    (tmp_path / "train.bin").write_bytes(bytes(201))
+    with pytest.raises(UserError, match="201 bytes"):
+        Tokens(tmp_path, "train")
+
+
+def test_an_id_above_the_vocabulary_is_refused(tmp_path):
+    write_data(tmp_path / "d", high=258)  # of a tokenizer with ids up to 256
+    data = TrainData(tmp_path / "d", 8, 0)
+    with pytest.raises(UserError, match="holds id 257, above the 257 ids of its tokenizer 'bytes'"):
+        data.batch(0, data.n_windows)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {"dtype": "int64"},
+        {"tokenizer": "gpt2"},
+        {"tokenizer": {"name": "x", "n_vocab": "9", "eot": 1}},
+        {"tokenizer": {"name": "x", "n_vocab": 9, "eot": -1}},
+        {"tokenizer": {"name": "x", "n_vocab": 9, "eot": 9}},
+        {"splits": []},
+        {"splits": {"train": []}},
+        {"splits": {"train": {"shards": {"file": "train.bin"}}}},
+        {"splits": {"val": {"shards": []}}},
+        {"splits": {"train": {"shards": ["train.bin"]}}},
+        {"splits": {"train": {"shards": [{"file": "../train.bin", "tokens": 100}]}}},
+        {"splits": {"train": {"shards": [{"file": "train.bin", "tokens": -1}]}}},
+        {"splits": {"train": {"shards": [{"file": "gone.bin", "tokens": 1}]}}},
+    ],
+    ids=str,
+)
+def test_a_damaged_meta_is_one_line(tmp_path, meta):
+    write_data(tmp_path / "d", train=100)
+    good = json.loads((tmp_path / "d/meta.json").read_text())
+    (tmp_path / "d/meta.json").write_text(json.dumps(good | meta if meta else {}))
+    with pytest.raises(UserError, match=r"prepare the data again"):
+        Tokens(tmp_path / "d", "train")
+
+
+@pytest.mark.parametrize("eval_tokens, used", [(10**9, 399), (100, 100), (8, 8), (15, 8)])
+@pytest.mark.parametrize("group", [1, 3, 100])
+def test_validation_is_the_first_tokens_in_order(tmp_path, eval_tokens, used, group):
+    ids = stream(write_data(tmp_path / "d"), "val")
+    val = ValData(tmp_path / "d", 8, eval_tokens, group)
+    x, y = (torch.cat(t) for t in zip(*(val.batch(g) for g in range(val.n_groups)), strict=True))
+    assert val.n_windows == len(x) == used // 8
+    assert val.n_groups == math.ceil(val.n_windows / group)
+    assert (x.flatten().numpy() == ids[: len(x) * 8]).all()
+    assert (y.flatten().numpy() == ids[1 : len(x) * 8 + 1]).all()
+
+
+def test_too_short_a_validation_is_refused(tmp_path):
+    write_data(tmp_path / "d", val=8)
+    with pytest.raises(UserError, match="val has 8 tokens"):
+        ValData(tmp_path / "d", 8, 100, 1)
+    write_data(tmp_path / "d", val=9)
+    assert ValData(tmp_path / "d", 8, 100, 1).n_windows == 1

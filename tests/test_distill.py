@@ -1,0 +1,122 @@
+"""Distillation: the loss against numpy, and what a teacher does to a run. python -m pytest tests/test_distill.py"""
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from distill import distillation_loss
+from model import GPT
+from tests.tiny import arguments, column, contents, refusal, rows, write_checkpoint, write_data
+
+
+def reference_loss(logits, teacher, targets, n_vocab, alpha, temperature):
+    """The formula in numpy, float64."""
+    logits, teacher = logits.astype(np.float64), teacher.astype(np.float64)
+
+    def log_softmax(x):
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    ce = -np.take_along_axis(log_softmax(logits), targets[..., None], -1).mean()
+    q = log_softmax(logits[..., :n_vocab] / temperature)
+    p = log_softmax(teacher[..., :n_vocab] / temperature)
+    kl = (np.exp(p) * (p - q)).sum(-1).mean()
+    return alpha * ce + (1 - alpha) * temperature**2 * kl, ce, kl
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_equals_numpy(alpha, temperature):
+    rng = np.random.default_rng(0)
+    logits, teacher = rng.normal(0, 3, (2, 2, 5, 40)).astype(np.float32)
+    targets = rng.integers(0, 33, (2, 5))
+    found = distillation_loss(*map(torch.from_numpy, (logits, teacher, targets)), 33, alpha, temperature)
+    wanted = reference_loss(logits, teacher, targets, 33, alpha, temperature)
+    assert [float(x) for x in found] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_half_precision_logits_make_an_fp32_loss():
+    logits, teacher = torch.randn(2, 2, 5, 40).bfloat16()
+    loss, _, kl = distillation_loss(logits, teacher, torch.zeros(2, 5, dtype=torch.long), 40, 0.5, 1.0)
+    assert loss.dtype == kl.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A data folder and a teacher checkpoint."""
+    folder = tmp_path_factory.mktemp("distill")
+    write_checkpoint(folder / "teacher", n_layer=3)
+    return write_data(folder / "data"), str(folder / "teacher"), folder
+
+
+def test_alpha_one_is_bit_identical_to_no_teacher(world):
+    data, teacher, folder = world
+    train.main(arguments(data, folder / "plain"))
+    train.main(arguments(data, folder / "one", teacher=teacher, kd_alpha=1.0))
+    a, b = contents(folder / "plain"), contents(folder / "one")
+    for name in a:
+        if name.endswith("model.safetensors"):
+            assert a[name] == b[name]
+    assert column(folder / "plain", "loss") == column(folder / "one", "loss")
+
+
+def test_both_terms_are_logged_and_make_up_the_loss(world):
+    data, teacher, folder = world
+    train.main(arguments(data, folder / "kd", teacher=teacher, kd_alpha=0.3, kd_temperature=2.0))
+    for row in rows(folder / "kd")[1:]:
+        assert row["loss"] == pytest.approx(0.3 * row["ce"] + 0.7 * 4 * row["kl"], rel=1e-5)
+    assert column(folder / "kd", "kl")[-1] < column(folder / "kd", "kl")[0]
+
+
+def test_a_student_equal_to_its_teacher_has_no_divergence(world):
+    data, teacher, folder = world
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    train.main(arguments(data, folder / "same", teacher=teacher, init_from=teacher, max_iters=1, **sizes))
+    assert rows(folder / "same")[1]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_is_not_trained(world):
+    data, teacher, folder = world
+    before = GPT.from_pretrained(teacher).state_dict()
+    train.main(arguments(data, folder / "again", teacher=teacher))
+    after = GPT.from_pretrained(teacher).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_distilled_run_continues_exactly(world, monkeypatch):
+    data, teacher, folder = world
+    train.main(arguments(data, folder / "through", teacher=teacher))
+    step = train.train_step
+
+    def die(run):
+        if run.state.step == 6:
+            raise RuntimeError
+        step(run)
+
+    monkeypatch.setattr(train, "train_step", die)
+    with pytest.raises(RuntimeError):
+        train.main(arguments(data, folder / "cut", teacher=teacher))
+    monkeypatch.undo()
+    train.main(arguments(data, folder / "cut", teacher=teacher, resume="auto"))
+    assert contents(folder / "through") == contents(folder / "cut")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_vocab": 200, "eot": 199, "tokenizer": "gpt2"}, "must be the same vocabulary"),
+        ({"block_size": 4}, "reads 4 tokens, the student 8: too short"),
+    ],
+)
+def test_unfit_teachers_are_refused_by_name(world, tmp_path, changes, message):
+    write_checkpoint(tmp_path / "unfit", **changes)
+    shown = refusal(train.main, arguments(world[0], tmp_path / "run", teacher=tmp_path / "unfit"))
+    assert message in shown and "unfit" in shown and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["kd_alpha=1.5", "kd_temperature=0", "teacher=/nowhere/else/x"])
+def test_wrong_settings(world, tmp_path, setting):
+    name, _, value = setting.partition("=")
+    shown = refusal(train.main, arguments(world[0], tmp_path / "run", **{"teacher": world[1]} | {name: value}))
+    assert (name if name != "teacher" else "/nowhere") in shown

@@ -1,0 +1,295 @@
+"""The Hugging Face layout: what is read, what is refused by name, and that transformers opens what is written.
+
+pytest tests/test_hf.py
+"""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
+
+import hf
+from errors import UserError
+from model import GPT
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(folder, model of transformers) as save_pretrained writes it."""
+    model = gpt2(tiny_model(vocab_size=101, n_vocab=101, eot=0))
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved", model
+
+
+def assert_opens_equal(folder, reference):
+    model = GPT.from_pretrained(str(folder)).eval()
+    idx = torch.randint(101, (2, 8))
+    torch.testing.assert_close(model(idx), reference(idx).logits, rtol=0, atol=1e-5)
+    return model
+
+
+def edit_config(folder, **changes):
+    path = os.path.join(folder, "config.json")
+    with open(path) as f:
+        config = json.load(f)
+    with open(path, "w") as f:
+        json.dump({k: v for k, v in (config | changes).items() if v != "absent"}, f)
+
+
+def edit_tensors(folder, change):
+    path = os.path.join(folder, "model.safetensors")
+    tensors = {k: v.clone() for k, v in load_file(path).items()}
+    save_file(change(tensors) or tensors, path, metadata={"format": "pt"})
+
+
+def test_a_folder_of_save_pretrained(saved):
+    folder, reference = saved
+    model = assert_opens_equal(folder, reference)
+    assert model.config.vocab_size == 101, "a loaded vocabulary is never padded"
+    assert model.config.bias and model.config.n_vocab == 101
+
+
+def as_on_the_hub(tensors):
+    """The released files' form: no prefix, the causal-mask buffers among the tensors."""
+    tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+    for i in range(3):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return tensors
+
+
+def with_head(tensors):
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+
+
+@pytest.mark.parametrize("form", [as_on_the_hub, with_head, lambda t: as_on_the_hub(with_head(t))])
+def test_the_forms_that_the_hub_has(saved, form):
+    folder, reference = saved
+    edit_tensors(folder, form)
+    assert_opens_equal(folder, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_fp32_models(saved, dtype):
+    folder, reference = saved
+    edit_tensors(folder, lambda t: {k: v.to(dtype) for k, v in t.items()})
+    model = assert_opens_equal(folder, reference.to(dtype).float())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_sharded_files(saved, tmp_path):
+    _, reference = saved
+    reference.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    shards = [n for n in os.listdir(tmp_path / "sharded") if n.endswith(".safetensors")]
+    assert len(shards) > 1 and not os.path.exists(tmp_path / "sharded/model.safetensors")
+    assert_opens_equal(tmp_path / "sharded", reference)
+    os.unlink(tmp_path / "sharded" / shards[0])
+    with pytest.raises(UserError, match=re.escape(f"has no {shards[0]}")):
+        hf.open_model(str(tmp_path / "sharded"))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"activation_function": "relu"}, "activation_function='relu'"),
+        ({"n_inner": 40}, "n_inner=40"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
+        ({"n_layer": "3"}, "n_layer is '3'"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"n_embd": "absent"}, "n_embd is None"),
+        ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
+        ({"n_vocab": 102}, "n_vocab 102 is not between 1 and vocab_size 101"),
+        ({"bias": "no"}, "bias true or false"),
+        ({"n_layer": 2}, "transformer.h.2.attn.c_attn.bias is not a GPT-2 tensor"),
+        ({"n_layer": 4}, "transformer.h.3.ln_1.weight is missing"),
+        ({"n_positions": 9}, r"wpe.weight is \(8, 16\), config.json says \(9, 16\)"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(saved, change, named):
+    edit_config(saved[0], **change)
+    with pytest.raises(UserError, match=named):
+        GPT.from_pretrained(str(saved[0]))
+
+
+def without_wte(tensors):
+    return {k: v for k, v in tensors.items() if "wte" not in k}
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs"),
+        (lambda t: t | {"lm_head.weight": torch.zeros(3, 3)}, "lm_head.weight differs"),
+        (without_wte, "transformer.wte.weight is missing"),
+        (lambda t: without_wte(with_head(t)), "transformer.wte.weight is missing"),
+        (lambda t: t | {"transformer.h.0.crossattention.c_attn.weight": torch.zeros(2)}, "crossattention.*not a GPT-2"),
+        (lambda t: t | {"transformer.ln_f.bias": torch.zeros(5)}, r"ln_f.bias is \(5,\)"),
+        (lambda t: t | {"ln_f.bias": torch.zeros(16)}, "holds transformer.ln_f.bias twice"),
+        (lambda t: {"transformer.wte.weight": torch.zeros(1)}, r"is missing; .* \(and \d+ more\)"),
+    ],
+)
+def test_files_with_the_wrong_tensors_are_refused_by_name(saved, change, named):
+    edit_tensors(saved[0], change)
+    with pytest.raises(UserError, match=named):
+        GPT.from_pretrained(str(saved[0]))
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.9])
+def test_a_truncated_file_is_refused(saved, share):
+    path = saved[0] / "model.safetensors"
+    os.truncate(path, int(os.path.getsize(path) * share))
+    with pytest.raises(UserError, match="is damaged"):
+        GPT.from_pretrained(str(saved[0]))
+
+
+def test_a_pickle_is_never_opened(saved):
+    os.rename(saved[0] / "model.safetensors", saved[0] / "pytorch_model.bin")
+    with pytest.raises(UserError, match="only a pickle, which is never opened"):
+        GPT.from_pretrained(str(saved[0]))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": NaN', "\0"])
+def test_a_damaged_config_is_one_line(saved, text):
+    (saved[0] / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        GPT.from_pretrained(str(saved[0]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inverse", [True, False])
+def test_transformers_opens_what_is_written_with_equal_logits(tmp_path, bias, inverse):
+    import transformers
+
+    model = write_checkpoint(tmp_path / "ours", bias=bias, scale_attn_by_inverse_layer_idx=inverse)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (256, 256)
+    idx = torch.randint(320, (2, 8))
+    torch.testing.assert_close(model(idx), theirs.eval()(idx).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bias": False},
+        {"scale_attn_by_inverse_layer_idx": True, "n_layer": 1},
+        {"vocab_size": 67, "n_vocab": 61, "eot": 3, "tokenizer": "o200k_base", "block_size": 5},
+    ],
+)
+def test_every_tensor_and_field_survives_a_round_trip_bit_for_bit(tmp_path, changes):
+    model = write_checkpoint(tmp_path / "a", **changes)
+    again = GPT.from_pretrained(str(tmp_path / "a"))
+    assert again.config == model.config and same_weights(model, again)
+    os.mkdir(tmp_path / "b")
+    hf.write_model(str(tmp_path / "b"), hf.layout(again), again.config)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_the_file_is_plain_fp32_with_the_one_metadata_key(tmp_path):
+    write_checkpoint(tmp_path / "a", bias=False)
+    with safe_open(tmp_path / "a/model.safetensors", framework="pt") as f:
+        assert f.metadata() == {"format": "pt"}
+        assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.float32}  # noqa: SIM118
+        assert "lm_head.weight" not in f.keys()  # noqa: SIM118
+        assert not f.get_tensor("transformer.h.0.mlp.c_fc.bias").any()
+        assert f.get_slice("transformer.h.0.mlp.c_fc.weight").get_shape() == [16, 64], "input first"
+
+
+def test_biases_that_bias_false_would_lose_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "a")
+    edit_config(tmp_path / "a", bias=False)
+    with pytest.raises(UserError, match="is not zero, though its config.json says bias: false"):
+        GPT.from_pretrained(str(tmp_path / "a"))
+
+
+def test_loading_leaves_nothing_mapped(tmp_path):
+    """A file that is overwritten in place after loading must not change the model."""
+    model = write_checkpoint(tmp_path / "a")
+    loaded = GPT.from_pretrained(str(tmp_path / "a"))
+    path = tmp_path / "a/model.safetensors"
+    with open(path, "r+b") as f:
+        f.write(b"\xff" * os.path.getsize(path))
+    assert same_weights(model, loaded)
+
+
+def test_a_gpt2_made_elsewhere_takes_the_tokenizer_of_its_size(saved):
+    assert hf.read_config(str(saved[0])).tokenizer == ""  # 101 ids: nothing is known
+    edit_config(saved[0], vocab_size=50257, eos_token_id=50256)
+    config = hf.read_config(str(saved[0]))
+    assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
+
+
+def test_writing_needs_no_biases_in_the_model():
+    layout = hf.layout(GPT(tiny_config(bias=False)))
+    assert {k: tuple(v.shape) for k, v in layout.items()} == hf.shapes(tiny_config())
+
+
+def test_a_hub_that_cannot_be_reached_is_one_short_line(capfd):
+    for name in ("gpt2-large", "nobody/nothing", "a/b/c"):
+        with pytest.raises(UserError) as e:
+            hf.download(name)
+        assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 350
+    assert capfd.readouterr() == ("", "")
+
+
+class Hub:
+    """hf_hub_download, of a folder that stands for the hub's repository."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.asked = str(folder), []
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.fetch)
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: None)
+
+    def fetch(self, name, file):
+        from huggingface_hub.errors import EntryNotFoundError
+
+        self.asked.append(file)
+        path = os.path.join(self.folder, file)
+        if not os.path.exists(path):
+            raise EntryNotFoundError(f"404 {file}")
+        return path
+
+
+def test_a_download_fetches_only_what_is_needed(saved, tmp_path, monkeypatch):
+    folder, reference = saved
+    hub = Hub(folder, monkeypatch)
+    assert_opens_equal("some/model", reference)
+    assert hub.asked == ["config.json", "model.safetensors"]
+    hub.asked.clear()
+    assert hf.download("some/model", weights=False) == str(folder)
+    assert hub.asked == ["config.json"]
+    reference.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    hub = Hub(tmp_path / "sharded", monkeypatch)
+    assert_opens_equal("some/model", reference)
+    assert len(hub.asked) > 4
+
+
+def test_a_hub_model_with_only_a_pickle_is_refused(saved, monkeypatch):
+    hub = Hub(saved[0], monkeypatch)
+    os.unlink(saved[0] / "model.safetensors")
+    with pytest.raises(UserError, match="perhaps only a pickle, which is never opened"):
+        hf.download("some/model")
+    assert "pytorch_model.bin" not in hub.asked
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_what_is_in_the_hubs_cache_needs_no_network(saved, tmp_path, monkeypatch, size):
+    """As hf_hub_download left it: blobs are linked from snapshots/COMMIT, and refs/main names the commit."""
+    commit = "0" * 40
+    cache = tmp_path / "hub/models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    saved[1].save_pretrained(cache / "snapshots" / commit, max_shard_size=size)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert_opens_equal("some/model", saved[1])

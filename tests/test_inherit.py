@@ -1,0 +1,221 @@
+"""Inheriting and growing: the right blocks, bit for bit, from an untouched source.
+
+pytest tests/test_inherit.py
+"""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint
+
+import checkpoint
+import hf
+import inherit
+from errors import UserError
+from inherit import parse_blocks
+from model import GPT
+from recipes import assemble, grow_onto
+
+OUTSIDE = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+def block(state, number):
+    """The tensors of one block, by their names inside it."""
+    prefix = f"transformer.h.{number}."
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """(folder, model) of four random blocks."""
+    return str(tmp_path / "ref"), write_checkpoint(tmp_path / "ref", n_layer=4)
+
+
+@pytest.mark.parametrize("blocks", [[0], [0, 1], [0, 1, 2, 3], [0, 3], [3, 1], [1, 1]])
+def test_inheriting_is_pure_and_keeps_the_tensors_themselves(blocks):
+    model = tiny_model(n_layer=4)
+    state, config = hf.layout(model), model.config
+    before = dict(state)
+    copies = {k: v.clone() for k, v in state.items()}
+    new, new_config = inherit.inherit(state, config, blocks)
+    assert state.keys() == before.keys() and all(state[k] is before[k] for k in state)
+    assert same_weights(state, copies)
+    assert config.n_layer == 4 and new_config == dataclasses.replace(config, n_layer=len(blocks))
+    for i, number in enumerate(blocks):
+        theirs, ours = block(state, number), block(new, i)
+        assert theirs.keys() == ours.keys() and all(ours[k] is theirs[k] for k in ours)
+    assert {k for k in new if ".h." not in k} == OUTSIDE
+    assert all(new[k] is state[k] for k in OUTSIDE)
+    assert len(new) == len(OUTSIDE) + 12 * len(blocks)
+
+
+def test_block_1_is_not_block_10():
+    state = {f"transformer.h.{i}.x": torch.tensor(i) for i in range(12)}
+    new = assemble(state, [(state, i) for i in (1, 11)])
+    assert new == {"transformer.h.0.x": state["transformer.h.1.x"], "transformer.h.1.x": state["transformer.h.11.x"]}
+
+
+@pytest.mark.parametrize("how", [["--layers", "4"], ["--blocks", "0-3"]])
+def test_all_blocks_are_the_reference_exactly(reference, tmp_path, how):
+    folder, model = reference
+    inherit.main(["--ckpt", folder, *how, "--out", str(tmp_path / "all")])
+    made = GPT.from_pretrained(str(tmp_path / "all")).eval()
+    idx = torch.randint(320, (2, 8))
+    assert torch.equal(made(idx), model(idx)) and made.config == model.config
+
+
+@pytest.mark.parametrize(
+    "how, blocks",
+    [
+        (["--layers", "1"], [0]),
+        (["--layers=3"], [0, 1, 2]),
+        (["--blocks", "0,3"], [0, 3]),
+        (["--blocks=1-2"], [1, 2]),
+        (["--blocks=0-1,3, 2"], [0, 1, 3, 2]),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_chosen_blocks_arrive_renumbered_bit_for_bit(tmp_path, how, blocks, bias):
+    write_checkpoint(tmp_path / "ref", n_layer=4, bias=bias)
+    inherit.main(["--ckpt", str(tmp_path / "ref"), *how, "--out", str(tmp_path / "sub")])
+    source, made = (load_file(tmp_path / x / "model.safetensors") for x in ("ref", "sub"))
+    for i, number in enumerate(blocks):
+        assert same_weights(block(source, number), block(made, i))
+    assert same_weights({k: source[k] for k in OUTSIDE}, {k: v for k, v in made.items() if ".h." not in k})
+    config = hf.read_config(str(tmp_path / "sub"))
+    assert config == dataclasses.replace(hf.read_config(str(tmp_path / "ref")), n_layer=len(blocks))
+    assert checkpoint.lineage_of(str(tmp_path / "sub"))["blocks"] == [{"from": "reference", "block": b} for b in blocks]
+
+
+def test_transformers_to_inherit_to_transformers(tmp_path):
+    """The logits are those of transformers' own model, cut to two blocks."""
+    import transformers
+
+    theirs = gpt2(tiny_model(n_layer=4))
+    theirs.save_pretrained(tmp_path / "theirs")
+    inherit.main(["--ckpt", str(tmp_path / "theirs"), "--layers", "2", "--out", str(tmp_path / "sub")])
+    theirs.transformer.h = theirs.transformer.h[:2]
+    theirs.config.n_layer = 2
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sub").eval()
+    idx = torch.randint(320, (2, 8))
+    assert len(back.transformer.h) == 2
+    torch.testing.assert_close(back(idx).logits, theirs(idx).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        GPT.from_pretrained(str(tmp_path / "sub")).eval()(idx), theirs(idx).logits, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_on_disk_is_kept(reference, tmp_path, dtype):
+    path = f"{reference[0]}/model.safetensors"
+    half = {k: v.to(dtype) for k, v in load_file(path).items()}
+    os.unlink(path)
+    save_file(half, path, metadata={"format": "pt"})
+    inherit.main(["--ckpt", reference[0], "--layers=2", "--out", str(tmp_path / "sub")])
+    made = load_file(tmp_path / "sub/model.safetensors")
+    assert {v.dtype for v in made.values()} == {dtype}
+    assert same_weights(made, {k: v for k, v in half.items() if k in made})
+
+
+@pytest.mark.parametrize("blocks", [[0, 1], [3]])
+def test_only_the_tensors_that_are_kept_are_read(reference, tmp_path, monkeypatch, blocks):
+    read = []
+    get = hf.Weights.__getitem__
+    monkeypatch.setattr(hf.Weights, "__getitem__", lambda self, name: read.append(name) or get(self, name))
+    inherit.main(["--ckpt", reference[0], "--blocks", ",".join(map(str, blocks)), "--out", str(tmp_path / "sub")])
+    kept = {n for n in hf.shapes(reference[1].config) if ".h." not in n or int(n.split(".")[2]) in blocks}
+    assert set(read) == kept and len(read) == len(kept), "each once"
+
+
+def test_the_source_is_only_read(reference, tmp_path):
+    before = {n: open(f"{reference[0]}/{n}", "rb").read() for n in os.listdir(reference[0])}
+    inherit.main(["--ckpt", reference[0], "--layers=2", "--out", str(tmp_path / "sub")])
+    assert {n: open(f"{reference[0]}/{n}", "rb").read() for n in os.listdir(reference[0])} == before
+
+
+def test_growing_onto_a_trained_model(reference, tmp_path):
+    """Its blocks and everything outside them, then the reference's next ones."""
+    small = write_checkpoint(tmp_path / "small", seed=7, n_layer=2)
+    inherit.main(
+        ["--ckpt", reference[0], "--layers=3", "--onto", str(tmp_path / "small"), "--out", str(tmp_path / "grown")]
+    )
+    made, theirs = load_file(tmp_path / "grown/model.safetensors"), hf.layout(small)
+    for i in (0, 1):
+        assert same_weights(block(made, i), block(theirs, i))
+    assert same_weights(block(made, 2), block(hf.layout(reference[1]), 2))
+    assert same_weights({k: made[k] for k in OUTSIDE}, {k: theirs[k] for k in OUTSIDE})
+    origin = checkpoint.lineage_of(str(tmp_path / "grown"))
+    assert [(b["from"], b["block"]) for b in origin["blocks"]] == [("onto", 0), ("onto", 1), ("reference", 2)]
+    assert origin["embeddings_and_ln_f"] == "onto" and set(origin["sources"]) == {"onto", "reference"}
+
+
+@pytest.mark.parametrize("k", [0, 2, 5])
+def test_growing_needs_a_depth_between_the_two(k):
+    small, large = tiny_model(n_layer=2), tiny_model(n_layer=4)
+    with pytest.raises(UserError, match=f"between 3 and 4 to grow 2 blocks onto, not {k}"):
+        grow_onto(hf.layout(small), small.config, hf.layout(large), large.config, k)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_embd": 24}, {"n_head": 4}, {"block_size": 4}, {"vocab_size": 384}, {"bias": False}]
+)
+def test_models_that_do_not_fit_together_do_not_grow(change):
+    small, large = tiny_model(n_layer=2, **change), tiny_model(n_layer=4)
+    with pytest.raises(UserError, match=f"cannot grow: {next(iter(change))} is"):
+        grow_onto(hf.layout(small), small.config, hf.layout(large), large.config, 3)
+
+
+def test_lineage_says_where_from_and_through_what(reference, tmp_path):
+    os.rename(reference[0], tmp_path / "step_00000042")
+    (tmp_path / "step_00000042/state.json").write_text('{"step": 42}')
+    first, second = tmp_path / "first", tmp_path / "second"
+    inherit.main(["--ckpt", str(tmp_path / "step_00000042"), "--layers=3", "--out", str(first)])
+    inherit.main(["--ckpt", str(first), "--blocks=0,2", "--out", str(second)])
+    origin = json.loads((second / "lineage.json").read_text())
+    source = origin["sources"]["reference"]
+    assert source["name"].endswith("/first") and str(tmp_path) not in json.dumps(origin), "no private paths"
+    (weights,) = source["files"].values()
+    assert weights["bytes"] == (first / "model.safetensors").stat().st_size and len(weights["sample_sha256"]) == 64
+    assert [b["block"] for b in source["lineage"]["blocks"]] == [0, 1, 2]
+    assert source["lineage"]["sources"]["reference"]["step"] == 42
+
+
+def test_lineage_tells_models_apart(tmp_path):
+    for seed in (0, 1):
+        write_checkpoint(tmp_path / str(seed), seed=seed)
+    a, b = (inherit.identify(str(tmp_path / s))["files"]["model.safetensors"] for s in "01")
+    assert a["bytes"] == b["bytes"] and a["sample_sha256"] != b["sample_sha256"]
+
+
+def test_a_run_folder_will_do_and_the_tokenizers_ranks_go_along(tmp_path):
+    write_checkpoint(tmp_path / "run/step_00000005", tokenizer="tokenizer.tiktoken")
+    (tmp_path / "run/step_00000005/tokenizer.tiktoken").write_text("YQ== 0\n")
+    inherit.main(["--ckpt", str(tmp_path / "run"), "--layers=1", "--out", str(tmp_path / "sub")])
+    assert sorted(os.listdir(tmp_path / "sub")) == [
+        "config.json",
+        "lineage.json",
+        "model.safetensors",
+        "tokenizer.tiktoken",
+    ]
+
+
+def test_an_interrupted_inheritance_leaves_nothing(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "write_json", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    message = refusal(inherit.main, ["--ckpt", reference[0], "--layers=2", "--out", tmp_path / "sub"])
+    assert "No space left on device" in message
+    assert os.listdir(tmp_path) == ["ref"]
+
+
+@pytest.mark.parametrize(
+    "text, blocks", [("0", [0]), ("0-2", [0, 1, 2]), ("0-0", [0]), (" 0 - 1", None), ("5,0-1", [5, 0, 1])]
+)
+def test_parse_blocks(text, blocks):
+    if blocks is not None:
+        assert parse_blocks(text) == blocks
+    else:
+        with pytest.raises(UserError, match="write them like 0-11,23"):
+            parse_blocks(text)

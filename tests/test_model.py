@@ -1,0 +1,214 @@
+"""The model against transformers' GPT-2, its initialisation, its loss, and sampling with and without the cache.
+
+pytest tests/test_model.py
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import gpt2, tiny_config, tiny_model
+from torch.nn import functional as F
+
+import hf
+from model import GPT, GPTConfig, next_token, pad_vocab
+
+SHAPES = {
+    "one head, odd context": dict(n_layer=2, n_head=1, n_embd=7, block_size=7, vocab_size=101, n_vocab=101),
+    "three heads, two of them odd": dict(n_layer=3, n_head=3, n_embd=15, block_size=33, vocab_size=65, n_vocab=65),
+    "five heads, inverse layer scale": dict(
+        n_layer=4, n_head=5, n_embd=20, block_size=33, vocab_size=67, n_vocab=67, scale_attn_by_inverse_layer_idx=True
+    ),
+    "one block": dict(n_layer=1, n_head=2, n_embd=8, block_size=5, vocab_size=64, n_vocab=50),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_and_gradients_are_those_of_transformers(shape, bias):
+    model = tiny_model(bias=bias, eot=0, **shape)
+    reference = gpt2(model)
+    for T in (1, shape["block_size"] - 2, shape["block_size"]):
+        idx = torch.randint(shape["vocab_size"], (3, T))
+        torch.testing.assert_close(model(idx), reference(idx).logits, rtol=0, atol=1e-5)
+    targets = torch.randint(shape["vocab_size"], idx.shape)
+    model(idx, targets).backward()
+    F.cross_entropy(reference(idx).logits.flatten(0, 1), targets.flatten()).backward()
+    theirs = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        grad = theirs[name].grad.t() if name.endswith(hf.INPUT_FIRST) else theirs[name].grad
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_model_without_biases_has_none():
+    names = [n for n, _ in GPT(tiny_config(bias=False)).named_parameters()]
+    assert names and not [n for n in names if n.endswith("bias")]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_loss_is_the_fp32_mean_cross_entropy_whatever_the_autocast(dtype):
+    model = tiny_model()
+    idx, targets = torch.randint(320, (2, 3, 8)).unbind(0)
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss, logits = model(idx, targets), model(idx)
+    assert loss.dtype == torch.float32 and loss.dim() == 0
+    assert logits.dtype == (dtype or torch.float32) and logits.shape == (3, 8, 320)
+    p = logits.detach().double().softmax(-1).numpy().reshape(-1, 320)  # of the very logits it had
+    by_hand = -np.log(p[np.arange(24), targets.flatten().numpy()]).mean()
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(tiny_config(n_embd=128, n_layer=8, n_head=4, block_size=64))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < std / 20, name
+
+
+def test_the_head_is_tied_and_the_state_dict_holds_no_buffers():
+    model = GPT(tiny_config())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert not list(model.buffers())
+    assert set(model.state_dict()) == {n for n, _ in model.named_parameters()} | {"lm_head.weight"}
+    assert model.num_params() == sum(p.numel() for p in model.parameters())
+
+
+def test_pad_vocab():
+    assert [pad_vocab(n) for n in (1, 64, 65, 257, 50257)] == [64, 64, 128, 320, 50304]
+
+
+def test_too_long_a_context_is_a_clear_error():
+    with pytest.raises(ValueError, match="9 tokens do not fit block_size 8"):
+        tiny_model()(torch.zeros(1, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bias", [True, False])  # biases are no matrix products
+def test_estimate_flops_against_a_hand_count(bias):
+    # blocks 2 x 12 x 12^2 = 3,456, head 320 x 12 = 3,840, times 6: 43,776; attention 12 x 2 x 12 x 16 = 4,608
+    assert GPT(tiny_config(block_size=16, n_layer=2, n_embd=12, bias=bias)).estimate_flops() == 43_776 + 4_608
+
+
+@pytest.mark.parametrize(
+    "n_layer, n_head, n_embd, count",
+    [(24, 16, 1024, 354_599_936), (36, 20, 1280, 773_582_080), (48, 25, 1600, 1_556_840_000)],
+)
+def test_parameters_of_the_papers_models(n_layer, n_head, n_embd, count):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)).num_params() == count
+
+
+# Sampling
+
+
+def generate(model, idx, count, seed=0, **how):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack(list(model.generate(idx, count, generator=generator, **how)), dim=1)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 8])
+@pytest.mark.parametrize(
+    "how",
+    [dict(temperature=0), dict(), dict(temperature=0.7, top_k=40), dict(top_p=0.8)],
+    ids=["greedy", "t1", "k", "p"],
+)
+def test_cached_ids_are_the_uncached_ones_also_beyond_block_size(how, block_size):
+    model = tiny_model(block_size=block_size)
+    for T in (1, block_size, 2 * block_size + 1):
+        idx = torch.randint(257, (3, T))
+        assert torch.equal(generate(model, idx, 30, cached=True, **how), generate(model, idx, 30, cached=False, **how))
+
+
+def test_greedy_ids_are_the_argmax_of_transformers():
+    model = tiny_model(block_size=32)
+    reference, idx = gpt2(model), torch.randint(257, (2, 3))
+    got = generate(model, idx, 20, temperature=0)
+    with torch.no_grad():
+        for step in range(20):
+            idx = torch.cat((idx, reference(idx).logits[:, -1, :257].argmax(-1, keepdim=True)), dim=1)
+            assert torch.equal(got[:, step], idx[:, -1]) or (got[:, : step + 1] == 256).any()
+
+
+def test_beyond_block_size_the_last_half_is_read_again():
+    model, idx = tiny_model(), torch.randint(256, (1, 8))
+    first, second = generate(model, idx, 2, temperature=0)[0]
+    context = torch.cat((idx[0], first[None]))[-4:]
+    assert second == model(context[None])[0, -1, :257].argmax()
+
+
+def test_generation_streams_and_makes_no_more_than_asked():
+    steps = tiny_model().generate(torch.zeros(2, 1, dtype=torch.int64), 5, temperature=0)
+    assert next(steps).shape == (2,)
+    assert len(list(steps)) == 4
+    assert list(tiny_model().generate(torch.zeros(2, 1, dtype=torch.int64), 0)) == []
+
+
+def test_a_row_stops_at_its_end_of_text_and_all_together_end():
+    model = tiny_model(n_vocab=4, eot=3)
+    ids = generate(model, torch.zeros(4, 1, dtype=torch.int64), 200)
+    ends = [row.tolist().index(3) for row in ids]
+    assert len(set(ends)) > 1, "the test needs rows of different lengths"
+    for row, end in zip(ids, ends, strict=True):
+        assert (row[end:] == 3).all() and (row[:end] != 3).all()
+    assert ids.size(1) == max(ends) + 1
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn():
+    model = tiny_model(n_vocab=5, eot=4)
+    with torch.no_grad():  # the padded rows win every comparison but must not be seen
+        model.transformer.wte.weight[5:] = 50 * model.transformer.ln_f.bias
+    for how in (dict(temperature=0), dict(temperature=5.0), dict(top_k=9), dict(top_p=0.9)):
+        assert generate(model, torch.zeros(50, 1, dtype=torch.int64), 8, **how).max() < 5
+
+
+def allowed(logits, temperature=1.0, top_k=None, top_p=None):
+    """The distribution that sampling must have, in numpy, written from the definition."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    keep = order[:top_k] if top_k else order
+    kept = np.zeros_like(p)
+    kept[keep] = p[keep]
+    p = kept / kept.sum()
+    if top_p is not None:
+        nucleus, mass = [], 0.0
+        for i in np.argsort(-p):  # the fewest likeliest ids whose mass reaches top_p
+            if mass >= top_p:
+                break
+            nucleus.append(i)
+            mass += p[i]
+        kept = np.zeros_like(p)
+        kept[nucleus] = p[nucleus]
+        p = kept / kept.sum()
+    return p
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 99])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.6, 1.0])
+def test_sampling_follows_the_definition_of_top_k_and_top_p(temperature, top_k, top_p):
+    logits = np.array([0.1, 2.0, -1.0, 1.5, 0.9, -3.0, 1.2])
+    many = torch.tensor(logits, dtype=torch.float32).expand(20_000, -1)
+    drawn = next_token(many, temperature, top_k, top_p, torch.Generator().manual_seed(0)).numpy()
+    share = np.bincount(drawn, minlength=7) / len(drawn)
+    expected = allowed(logits, temperature, top_k, top_p)
+    assert not share[expected == 0].any()
+    np.testing.assert_allclose(share, expected, atol=0.015)
+
+
+def test_the_same_generator_gives_the_same_text_and_another_another():
+    model, idx = tiny_model(), torch.zeros(2, 1, dtype=torch.int64)
+    a, b, c = (generate(model, idx, 20, seed=s) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_generation_works_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(tiny_model(), torch.zeros(2, 1, dtype=torch.int64), 12).shape[0] == 2

@@ -1,0 +1,198 @@
+"""Each initialisation: exactly which tensors equal which, and that it trains. python -m pytest tests/test_recipes.py"""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import hf
+import inherit
+import recipes
+import train
+from tests.tiny import arguments, refusal, tiny_model, write_checkpoint, write_data
+
+OUTSIDE = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """(state dict, config) of a model with 6 blocks and 5 heads of 4 channels, every tensor random."""
+    model = tiny_model(seed=5, n_layer=6, n_head=5, n_embd=20)
+    return hf.layout(model), model.config
+
+
+def block(state, i):
+    """The tensors of one block by their names inside it."""
+    prefix = f"transformer.h.{i}."
+    return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "n_layer", "k", "blocks"),
+    [
+        ("first", 6, 3, [0, 1, 2]),
+        ("last", 6, 3, [3, 4, 5]),
+        ("middle", 6, 2, [2, 3]),
+        ("middle", 6, 3, [1, 2, 3]),
+        ("alternate", 6, 3, [0, 2, 4]),
+        ("alternate", 6, 2, [0, 2]),
+        ("alternate", 24, 16, [*range(0, 24, 2), 18, 19, 20, 21]),  # DistilBERT-style, paper App. D
+        ("first_plus_last", 6, 3, [0, 1, 5]),
+        ("first_plus_last", 6, 1, [5]),
+        ("stack", 3, 6, [0, 1, 2, 0, 1, 2]),
+        ("hybrid", 36, 18, [*range(9), *range(9)]),  # Large: reference layers 0-8 twice
+        ("hybrid", 6, 4, [0, 1, 0, 1]),
+        ("half_width", 6, 6, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_blocks_of_each_recipe(recipe, n_layer, k, blocks):
+    assert recipes.choose_blocks(recipe, n_layer, k) == blocks
+
+
+@pytest.mark.parametrize("recipe", ["first", "last", "middle", "alternate", "first_plus_last", "hybrid", "stack"])
+def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
+    state, config = reference
+    k = 12 if recipe == "stack" else 4
+    new, small, blocks = recipes.initialise(state, config, recipe, k)
+    assert small.n_layer == k == len(blocks)
+    for i, source in enumerate(blocks):
+        assert same(block(new, i), block(state, source))
+    for name in OUTSIDE:
+        assert new[name] is state[name]
+    assert set(new) == set(hf.shapes(small))
+
+
+def test_random_keeps_nothing_and_follows_its_seed(reference):
+    state, config = reference
+    before = torch.get_rng_state()
+    new, small, blocks = recipes.initialise(state, config, "random", 3, seed=1)
+    assert blocks == [] and small.n_layer == 3
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(new, recipes.initialise(state, config, "random", 3, seed=1)[0])
+    other = recipes.initialise(state, config, "random", 3, seed=2)[0]
+    wte = "transformer.wte.weight"
+    assert not torch.equal(new[wte], other[wte]) and not torch.equal(new[wte], state[wte])
+
+
+def test_half_width_takes_the_first_heads(reference):
+    """5 heads of 4: 2 are kept, with 8 channels; every tensor is a corner of the reference's."""
+    state, config = reference
+    new, small, _ = recipes.initialise(state, config, "half_width", 6)
+    assert (small.n_layer, small.n_head, small.n_embd) == (6, 2, 8)
+    assert {n: tuple(t.shape) for n, t in new.items()} == hf.shapes(small)
+    c, C = 8, 20
+    for i in range(6):
+        old, got = block(state, i), block(new, i)
+        for q in range(3):
+            there = slice(q * C, q * C + c)
+            assert torch.equal(got["attn.c_attn.weight"][:, q * c : (q + 1) * c], old["attn.c_attn.weight"][:c, there])
+            assert torch.equal(got["attn.c_attn.bias"][q * c : (q + 1) * c], old["attn.c_attn.bias"][there])
+        assert torch.equal(got["attn.c_proj.weight"], old["attn.c_proj.weight"][:c, :c])
+        assert torch.equal(got["mlp.c_fc.weight"], old["mlp.c_fc.weight"][:c, : 4 * c])
+        assert torch.equal(got["mlp.c_fc.bias"], old["mlp.c_fc.bias"][: 4 * c])
+        assert torch.equal(got["mlp.c_proj.weight"], old["mlp.c_proj.weight"][: 4 * c, :c])
+        for name in ("ln_1.weight", "ln_2.bias", "attn.c_proj.bias", "mlp.c_proj.bias"):
+            assert torch.equal(got[name], old[name][:c])
+    for name in OUTSIDE:
+        assert torch.equal(new[name], state[name][..., :c])
+
+
+def test_half_width_of_xl():
+    """25 heads of 64: 12 heads, 768 channels."""
+    config = recipes.dataclasses.replace(hf.GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64))
+    state = {n: torch.zeros(s) for n, s in hf.shapes(config).items()}
+    small = recipes.halve(state, config)[1]
+    assert (small.n_head, small.n_embd) == (12, 768)
+
+
+@pytest.mark.parametrize("layernorms", [True, False])
+@pytest.mark.parametrize("parts", ["attn", "mlp", "attn+mlp", "all"])
+def test_parts(reference, parts, layernorms):
+    """What is not taken is random init: ones in LayerNorms, zero biases, small matrices."""
+    state, config = reference
+    new, small, _ = recipes.initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
+    fresh = recipes.fresh(small, 3)
+    taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[parts]
+    if layernorms:
+        taken += {"attn": ["ln_1."], "mlp": ["ln_2."]}.get(parts, ["ln_1.", "ln_2."])
+    for i in range(3):
+        for name, tensor in block(new, i).items():
+            source = block(state, i) if name.startswith(tuple(taken)) else block(fresh, i)
+            assert torch.equal(tensor, source[name]), name
+    for name in OUTSIDE:
+        assert torch.equal(new[name], state[name])
+
+
+def test_released_slice_leaves_positions_and_final_norm_random(reference):
+    state, config = reference
+    new, small, _ = recipes.initialise(state, config, "first", 3, released_slice=True, seed=3)
+    fresh = recipes.fresh(small, 3)
+    for i in range(3):
+        assert same(block(new, i), block(state, i))
+    assert torch.equal(new["transformer.wte.weight"], state["transformer.wte.weight"])
+    for name in OUTSIDE[1:]:
+        assert torch.equal(new[name], fresh[name]) and not torch.equal(new[name], state[name])
+
+
+def test_arguments_are_not_changed(reference):
+    state, config = reference
+    before = {name: t.clone() for name, t in state.items()}
+    for recipe in recipes.RECIPES:
+        k = {"stack": 12, "half_width": 6}.get(recipe, 2)
+        recipes.initialise(state, config, recipe, k, parts="attn", released_slice=True)
+    assert same(state, before) and config.n_layer == 6
+
+
+COMMANDS = [
+    *(["--recipe", r, "--layers", "2"] for r in ("first", "last", "middle", "alternate", "first_plus_last", "random")),
+    ["--recipe", "hybrid", "--layers", "2"],
+    ["--recipe", "stack", "--layers", "6"],
+    ["--recipe", "half_width"],
+    *(["--layers", "2", "--parts", p] for p in ("attn", "mlp", "attn+mlp")),
+    ["--layers", "2", "--parts", "attn+mlp", "--layernorms", "False"],
+    ["--layers", "2", "--released_slice"],
+]
+
+
+@pytest.mark.parametrize("flags", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_command_trains_one_step(tmp_path, flags, bias):
+    write_checkpoint(tmp_path / "reference", bias=bias)
+    out = tmp_path / "small"
+    inherit.main(["--ckpt", str(tmp_path / "reference"), "--out", str(out), *flags])
+    origin = checkpoint.lineage_of(out)
+    recipe = flags[1] if flags[0] == "--recipe" else "first"
+    assert origin["recipe"] == recipe and json.dumps(origin)
+    data = write_data(tmp_path / "data")
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    train.main(arguments(data, tmp_path / "run", init_from=out, max_iters=1, warmup_iters=0, **sizes))
+    new = hf.Weights(checkpoint.find(str(tmp_path / "run")))
+    assert any(not torch.equal(new[name], t) for name, t in hf.Weights(str(out)).items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "stack", "--layers", "4"], "--layers must be 6, twice its 3 blocks"),
+        (["--recipe", "hybrid", "--layers", "3"], "must be even"),
+        (["--recipe", "half_width", "--layers", "2"], "keeps all 3 blocks"),
+        (["--recipe", "last", "--layers", "4"], "more than the 3 blocks"),
+        (["--recipe", "last"], "give --layers K"),
+        (["--recipe", "lost", "--layers", "2"], "invalid choice"),
+        (["--recipe", "last", "--blocks", "0"], "--blocks says which blocks"),
+        (["--layers", "2", "--layernorms", "maybe"], "must be True or False"),
+        (["--layers", "auto"], "needs --data"),
+        (["--layers", "few"], "must be auto or a whole number"),
+        (["--onto", "x", "--layers", "2", "--parts", "attn"], "takes whole blocks"),
+    ],
+)
+def test_refusals(tmp_path, flags, message):
+    write_checkpoint(tmp_path / "reference")
+    shown = refusal(inherit.main, ["--ckpt", tmp_path / "reference", "--out", tmp_path / "small", *flags])
+    assert message in shown and "\n" not in shown
+    assert not (tmp_path / "small").exists()

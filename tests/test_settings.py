@@ -1,0 +1,226 @@
+"""Settings: where a value comes from, what is refused, and that a config file is never executed.
+
+pytest tests/test_settings.py
+"""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from errors import UserError
+from settings import HARMLESS, GrowSettings, TrainSettings, parse
+
+
+def read(*argv):
+    return parse((TrainSettings,), list(argv), "test", others={"grow.py": GrowSettings})
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config file and return its path."""
+
+    def write(text):
+        (tmp_path / "config.py").write_text(text)
+        return str(tmp_path / "config.py")
+
+    return write
+
+
+def refused(*argv):
+    with pytest.raises(UserError) as e:
+        read(*argv)
+    return str(e.value)
+
+
+def test_the_command_line_beats_the_file_and_the_file_the_default(config):
+    settings, given_keys = read(config("n_layer = 3\nn_head = 5\n"), "--n_layer=7")
+    assert (settings.n_layer, settings.n_head, settings.n_embd) == (7, 5, TrainSettings().n_embd)
+    assert given_keys == {"n_layer", "n_head"}
+
+
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--n_layer=3"], "n_layer", 3),
+        (["--n_layer", "3"], "n_layer", 3),
+        (["--n-layer=3"], "n_layer", 3),
+        (["--bias"], "bias", True),
+        (["--bias=true"], "bias", True),
+        (["--bias=True"], "bias", True),
+        (["--bias", "false"], "bias", False),
+        (["--bias=0"], "bias", False),
+        (["--bias", "--seed=3"], "bias", True),
+        (["--out_dir=a=b=c"], "out_dir", "a=b=c"),
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--learning_rate=6e-4"], "learning_rate", 6e-4),
+        (["--compile=false"], "compile", False),
+        (["--compile=auto"], "compile", None),
+        (["--inherit_layers=None"], "inherit_layers", None),
+        (["--inherit_layers=4"], "inherit_layers", 4),
+        (["--dtype=bfloat16"], "dtype", "bfloat16"),
+    ],
+)
+def test_every_way_of_writing_a_value(argv, key, value):
+    got = getattr(read(*argv)[0], key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("batch_tokens = 12 * 1024 * 40", "batch_tokens", 491_520),
+        ("learning_rate = 1  # an int for a float", "learning_rate", 1.0),
+        ("min_lr = 6e-4 / 10", "min_lr", 6e-4 / 10),
+        ("max_iters = 7 // 2 + 5 % 3 - -1", "max_iters", 6),
+        ("stop_at_val_loss = -1", "stop_at_val_loss", -1.0),
+        ("bias = True", "bias", True),
+        ("lr_decay_iters = None", "lr_decay_iters", None),
+        ("dataset = 'data/x=y'", "dataset", "data/x=y"),
+        ("out_dir = 'a' 'b'", "out_dir", "ab"),
+        ("\n\n# only a comment\nseed = 1\nseed = 2\n", "seed", 2),
+    ],
+)
+def test_config_files_hold_literals_and_arithmetic(config, text, key, value):
+    got = getattr(read(config(text))[0], key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "seed = open('{mark}', 'w') and 1",
+        "seed = [open('{mark}', 'w'), 1][1]",
+        "seed = (lambda: open('{mark}', 'w'))()",
+        "open('{mark}', 'w')",
+        "import os; os.mkdir('{mark}')",
+        "from os import mkdir",
+        "__import__('os').mkdir('{mark}')",
+        "seed = __import__('os').mkdir('{mark}')",
+        "def f(): pass",
+        "class A: pass",
+        "if True: seed = 1",
+        "for seed in (1, 2): pass",
+        "exec('seed = 1')",
+        "seed: int = 1",
+        "seed += 1",
+        "seed = batch_size = 1",
+        "seed, batch_size = 1, 2",
+        "out_dir = f'{{1 + 1}}'",
+        "seed = batch_size",
+        "seed = (1).real",
+        "out_dir = 'a' * 10",
+        "seed = 2 ** 10",
+        "seed = 1 if True else 2",
+        "seed = (seed := 3)",
+        "seed = 1 / 0",
+        "seed = True + 1",
+        "seed = 1 < 2",
+        "seed = b'1'",
+        "seed = 1j",
+        "seed = ",
+        "seed 1",
+        "assert False",
+        "del seed",
+    ],
+)
+def test_a_config_is_never_executed(config, tmp_path, line):
+    """Refused with file and line number, and what it would have done has not happened."""
+    mark = tmp_path / "mark"
+    message = refused(config("n_layer = 2\n" + line.format(mark=mark) + "\n"))
+    assert f"{tmp_path}/config.py:2:" in message and "\n" not in message
+    assert not mark.exists()
+
+
+def test_a_typo_names_the_nearest_key(config):
+    assert "(did you mean learning_rate?)" in refused(config("lerning_rate = 5.0"))
+    assert "config.py:1: lerning_rate is not a setting" in refused(config("lerning_rate = 5.0"))
+    assert "(did you mean --learning_rate?)" in refused("--lerning_rate=5.0")
+    assert "did you mean" not in refused("--qqqq=1")
+
+
+def test_abbreviations_are_not_guessed():
+    assert "unknown argument '--learn=1'" in refused("--learn=1")
+
+
+def test_all_problems_of_a_file_and_a_command_line_come_together(config):
+    message = refused(config("n_layer = 'two'\nlerning_rate = 1\nbias = 3\n"), "--seed=-1", "--dtype=int8")
+    assert message.startswith("5 problems:\n")
+    for part in (
+        "config.py:1: n_layer must be a whole number, not 'two'",
+        "config.py:2: lerning_rate is not a setting (did you mean learning_rate?)",
+        "config.py:3: bias must be True or False, not 3",
+        "--seed must be at least 0, not -1",
+        "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("key", ["k_start", "k_step", "growth", "control", "reference"])
+def test_a_growing_config_is_sent_to_grow(config, key):
+    assert f"config.py:1: {key} is not a setting but one of grow.py" in refused(config(f"{key} = 1"))
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n_layer=2.5"], "must be a whole number"),
+        (["--n_layer=True"], "must be a whole number"),
+        (["--n_layer="], "must be a whole number"),
+        (["--n_layer=0"], "must be at least 1"),
+        (["--n_layer=" + "9" * 400], "must be a whole number"),
+        (["--n_layer"], "expected one argument"),
+        (["--learning_rate=fast"], "must be a number"),
+        (["--learning_rate=nan"], "must be a number"),
+        (["--learning_rate=inf"], "must be a number"),
+        (["--learning_rate=1e999"], "must be a number"),
+        (["--dropout=1"], "between 0.0 and 0.999"),
+        (["--bias=yes"], "must be True or False"),
+        (["--resume=maybe"], "must be one of never, auto, must"),
+        (["a.py", "b.py"], "unknown argument 'b.py'"),
+        (["gone.py"], "no config file 'gone.py'"),
+    ],
+)
+def test_wrong_values_are_named(argv, message):
+    assert message in refused(*argv)
+
+
+@pytest.mark.parametrize("text", ["n_layer = 1" + "0" * 400, "learning_rate = 1e300 * 1e300", "n_layer = 3.0"])
+def test_unusable_numbers_in_a_file_are_named(config, text):
+    assert "config.py:1: " in refused(config(text))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", b"((((" * 5000, b"seed = " + b"-" * 20000 + b"1"])
+def test_a_file_that_is_no_config_is_one_line(tmp_path, content):
+    (tmp_path / "config.py").write_bytes(content)
+    message = refused(str(tmp_path / "config.py"))
+    assert "config.py" in message and "\n" not in message
+
+
+@given(st.text(max_size=60))
+def test_no_text_can_do_more_than_be_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.py"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        settings, keys = read(str(path))
+    except UserError:
+        return
+    assert keys <= {f.name for f in dataclasses.fields(settings)}
+
+
+def test_every_setting_says_what_it_is(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainSettings):
+        assert f"--{field.name}" in text
+        assert field.metadata["help"].split()[0] in text
+    assert {f.name for f in dataclasses.fields(TrainSettings)} >= HARMLESS
+
+
+def test_parsing_leaves_the_defaults_alone():
+    read("--n_layer=3")
+    assert read()[0] == TrainSettings()

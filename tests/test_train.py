@@ -1,0 +1,600 @@
+"""Training: against an independent loop, over several processes, killed and continued, and from other models.
+
+pytest tests/test_train.py
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    ROOT,
+    Forks,
+    arguments,
+    column,
+    contents,
+    gpt2,
+    refusal,
+    rows,
+    same_weights,
+    tiny_config,
+    write_checkpoint,
+    write_data,
+)
+
+import checkpoint
+import hf
+import inherit
+import plan as planning
+import train
+from data import TrainData
+from errors import UserError
+from files import read_json
+from model import GPT
+from optim import learning_rate, make_optimizer
+from plan import split_batch
+from ranks import Ranks, seed_all
+from settings import TrainSettings, parse
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def plain(data, tmp_path_factory):
+    """The run folder of a plain run of twelve steps."""
+    out = str(tmp_path_factory.mktemp("plain") / "out")
+    train.main(arguments(data, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def forks():
+    server = Forks()
+    yield server
+    server.close()
+
+
+def make_run(data, out, **changes):
+    """A Run at its first step, not yet fitted."""
+    settings, given = parse((TrainSettings,), arguments(data, out, **changes), "test")
+    return train.setup(settings, planning.make_plan(settings, given, 1), Ranks(), CPU)
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize(
+    "batch_tokens, block_size, batch_size, world, expected",
+    [
+        (491_520, 1024, 12, 1, (480, 12, 40)),
+        (491_520, 1024, 12, 8, (480, 12, 5)),
+        (491_520, 1024, 16, 8, (480, 15, 4)),
+        (491_520, 1024, 1, 4, (480, 1, 120)),
+        (491_520, 1024, 10_000, 1, (480, 480, 1)),
+        (64, 8, 3, 1, (8, 2, 4)),
+        (64, 8, 3, 8, (8, 1, 1)),
+        (7 * 8, 8, 6, 1, (7, 1, 7)),
+        (8, 8, 1, 1, (1, 1, 1)),
+    ],
+)
+def test_the_batch_is_split_exactly(batch_tokens, block_size, batch_size, world, expected):
+    sequences, micro, accumulation = split_batch(batch_tokens, block_size, batch_size, world)
+    assert (sequences, micro, accumulation) == expected
+    assert world * micro * accumulation * block_size == batch_tokens and micro <= batch_size
+
+
+@pytest.mark.parametrize(
+    "batch_tokens, world, near",
+    [(100, 1, "96 or 104"), (100, 3, "96 or 120"), (7, 1, "use 8$"), (1000, 7, "952 or 1,008")],
+)
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch_tokens, world, near):
+    with pytest.raises(UserError, match=near):
+        split_batch(batch_tokens, 8, 4, world)
+
+
+def test_the_schedule_is_warm_up_cosine_floor():
+    s = TrainSettings(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=12, max_iters=20)
+    cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))
+    by_hand = np.concatenate(([0.2, 0.4, 0.6, 0.8], cosine, np.full(8, 0.1)))
+    np.testing.assert_allclose([learning_rate(i, s) for i in range(20)], by_hand, rtol=1e-12)
+    assert cosine[0] == 1.0
+
+
+@pytest.mark.parametrize("warmup, decay", [(0, None), (5, 5), (5, 3), (0, 0), (20, None)])
+def test_no_schedule_divides_by_zero_or_starts_at_zero(warmup, decay):
+    s = TrainSettings(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay, max_iters=10)
+    lrs = [learning_rate(i, s) for i in range(30)]
+    assert all(0 < lr <= 1 for lr in lrs) and lrs[-1] == 0.1
+
+
+def test_only_the_blocks_matrices_decay():
+    model = GPT(tiny_config())
+    decayed, rest = make_optimizer(model, TrainSettings(weight_decay=0.3), CPU).param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    names = {p: n for n, p in model.named_parameters()}
+    by_hand = {
+        f"transformer.h.{i}.{m}.weight"
+        for i in range(3)
+        for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert {names[p] for p in decayed["params"]} == by_hand
+    assert len(decayed["params"]) + len(rest["params"]) == len(names), "each once"
+
+
+# One run
+
+
+def test_losses_are_those_of_an_independent_loop(plain, data):
+    """transformers' model, torch's plain AdamW, the data's windows: six steps with clipping, decay and schedule."""
+    seed_all(1337)
+    c = read_json(f"{plain}/step_00000012/config.json")
+    start = GPT(tiny_config(n_layer=2, bias=False, vocab_size=c["vocab_size"]))
+    model = gpt2(start)
+    trained = {n for n, _ in start.named_parameters()}
+    named = [(n, p) for n, p in model.named_parameters() if n in trained]  # transformers' zero biases stay zero
+    matrices = [p for n, p in named if p.dim() == 2 and ".h." in n]
+    others = [p for n, p in named if not (p.dim() == 2 and ".h." in n)]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+    windows = TrainData(data, 8, 1337)
+    for step, row in enumerate(rows(plain)[1:7]):
+        lr = [0.0025, 0.005, 0.0075, *(0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * i / 9)) for i in range(9))][step]
+        for group in optimizer.param_groups:
+            group.update(lr=lr, betas=(0.9, 0.95))
+        x, y = windows.batch(step * 8, 8)
+        loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for _, p in named]))
+        for _, p in named:
+            p.grad *= min(1.0, 1.0 / norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), abs=2e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert row["lr"] == pytest.approx(lr, rel=1e-8)
+        assert row["tokens"] == 64 * (step + 1)
+
+
+def test_a_run_makes_exactly_max_iters_updates_and_saves_the_last(plain):
+    assert checkpoint.list_steps(plain) == ["step_00000008", "step_00000012"]
+    from safetensors.torch import load_file
+
+    steps = {v.item() for k, v in load_file(f"{plain}/latest/optimizer.safetensors").items() if k.endswith("/step")}
+    assert steps == {12}
+    assert read_json(f"{plain}/latest/state.json")["step"] == 12
+    assert [r["step"] for r in rows(plain)] == list(range(13))
+    assert [r["step"] for r in rows(plain) if r["val_loss"] is not None] == [0, 4, 8, 12]
+    assert column(plain, "loss")[-1] < column(plain, "loss")[0] - 0.5, "and it learns"
+
+
+def test_the_loss_of_a_checkpoint_is_the_loss_of_its_file(plain, data):
+    """The logged val_loss belongs to the weights on disk, and to the first eval_tokens of val."""
+    ids = np.fromfile(f"{data}/val.bin", dtype="<u2").astype(np.int64)
+    x, y = torch.tensor(ids[:200]).view(25, 8), torch.tensor(ids[1:201]).view(25, 8)
+    for step in (8, 12):
+        loss = GPT.from_pretrained(f"{plain}/step_{step:08d}")(x, y).item()
+        (logged,) = [r["val_loss"] for r in rows(plain) if r["step"] == step]
+        assert loss == pytest.approx(logged, abs=1e-6)
+    best = read_json(f"{plain}/latest/state.json")["best_val_loss"]
+    assert best == pytest.approx(column(plain, "val_loss")[-2], abs=1e-8), "as it stood before the last validation"
+    assert os.readlink(f"{plain}/best") == "step_00000012"
+
+
+def test_state_says_with_what_and_where_it_was_trained(plain):
+    state = read_json(f"{plain}/latest/state.json")
+    assert state["tokens"] == 12 * 64
+    assert state["settings"]["learning_rate"] == 0.01 and state["versions"]["torch"] == torch.__version__
+    assert {"git", "hardware", "best_val_loss"} <= state.keys()
+
+
+def test_accumulation_changes_neither_losses_nor_gradient_norms(plain, data, tmp_path):
+    train.main(arguments(data, tmp_path / "a", batch_size=1))
+    for name in ("loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(column(tmp_path / "a", name), column(plain, name), rtol=0, atol=1e-5)
+
+
+def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path):
+    train.main(arguments(data, tmp_path / "a", eval_interval=1, save_interval=4, eval_tokens=80, dropout=0.1))
+    train.main(arguments(data, tmp_path / "b", eval_interval=12, save_interval=4, log_interval=1, dropout=0.1))
+    for name in ("loss", "grad_norm"):
+        assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
+    assert column(tmp_path / "a", "loss") != column(plain, "loss"), "dropout does something"
+    for name in ("model", "optimizer"):
+        a, b = (open(tmp_path / x / f"latest/{name}.safetensors", "rb").read() for x in "ab")
+        assert a == b
+
+
+def test_checkpoints_come_every_save_interval(data, tmp_path):
+    train.main(arguments(data, tmp_path / "a", save_interval=5, eval_interval=6, keep_last=9))
+    assert checkpoint.list_steps(tmp_path / "a") == ["step_00000005", "step_00000010", "step_00000012"]
+
+
+def test_stop_at_val_loss_stops_saves_and_is_the_best(plain, data, tmp_path):
+    target = column(plain, "val_loss")[2]  # at step 8
+    train.main(arguments(data, tmp_path / "a", stop_at_val_loss=target + 1e-6, save_interval=5))
+    assert rows(tmp_path / "a")[-1]["step"] == 8
+    assert os.readlink(tmp_path / "a/latest") == os.readlink(tmp_path / "a/best") == "step_00000008"
+    loss = GPT.from_pretrained(str(tmp_path / "a")).config  # and it opens
+    assert loss.n_layer == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_keeps_fp32_masters(plain, data, tmp_path, dtype):
+    train.main(arguments(data, tmp_path / "a", dtype=dtype))
+    np.testing.assert_allclose(column(tmp_path / "a", "loss"), column(plain, "loss"), atol=0.05)
+    assert column(tmp_path / "a", "loss") != column(plain, "loss"), "it is not simply float32"
+    weights = hf.Weights(checkpoint.find(str(tmp_path / "a")))
+    assert {weights[n].dtype for n in weights} == {torch.float32}
+
+
+def test_seeds_decide_start_and_order(plain, data, tmp_path):
+    train.main(arguments(data, tmp_path / "a", max_iters=2, lr_decay_iters=12))
+    train.main(arguments(data, tmp_path / "b", max_iters=2, lr_decay_iters=12, seed=2))
+    assert rows(tmp_path / "a")[2] == rows(plain)[2] | {"val_loss": rows(tmp_path / "a")[2]["val_loss"]}
+    assert rows(tmp_path / "b")[1]["loss"] != rows(plain)[1]["loss"]
+
+
+def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--dry_run"])
+    train.main(["--dry_run", "--init_from=gpt2-large", "--inherit_layers=18", "--block_size=512"])
+    out = capsys.readouterr().out
+    assert "data/openwebtext: not prepared" in out
+    assert "18 blocks x 20 heads x 1280, context 512" in out
+    assert os.listdir(tmp_path) == []
+
+
+# Non-finite steps
+
+
+class Poison(torch.nn.Module):
+    """A model whose loss, or only its gradient, is not finite at the calls in `when`."""
+
+    def __init__(self, model, when, what):
+        super().__init__()
+        self.model, self.when, self.what, self.calls = model, when, what, 0
+
+    def forward(self, idx, targets):
+        loss = self.model(idx, targets)
+        if self.training:
+            self.calls += 1
+            if self.calls in self.when:
+                if self.what == "loss":
+                    return loss * math.nan
+                loss.register_hook(lambda g: g * math.inf)
+        return loss
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_non_finite_step_changes_nothing_and_the_next_goes_on(data, tmp_path, what, dtype, capsys):
+    run = make_run(data, tmp_path / "a", batch_size=4, dtype=dtype)  # two micro-batches a step
+    run.forward = Poison(run.model, {4}, what)  # the second of step 2
+    train.train_step(run)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    moments = {k: v.clone() for k, v in checkpoint.optimizer_tensors(run.model, run.optimizer).items()}
+    train.train_step(run)
+    assert same_weights(before, run.model.state_dict())
+    assert same_weights(moments, checkpoint.optimizer_tensors(run.model, run.optimizer))
+    assert (run.state.step, run.state.bad_steps, run.state.bad_in_a_row) == (2, 1, 1)
+    assert "step 2: loss" in capsys.readouterr().out
+    train.train_step(run)
+    assert (run.state.bad_steps, run.state.bad_in_a_row) == (1, 0)
+    assert not same_weights(before, run.model.state_dict())
+    assert math.isfinite(run.state.row["loss"]) and math.isfinite(run.state.row["grad_norm"])
+
+
+def test_ten_non_finite_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, monkeypatch):
+    setup = train.setup
+
+    def poisoned(*args):
+        run = setup(*args)
+        run.forward = Poison(run.model, set(range(9, 99)), "loss")  # from step 5 on
+        return run
+
+    monkeypatch.setattr(train, "setup", poisoned)
+    message = refusal(train.main, arguments(data, tmp_path / "a", max_iters=30))
+    assert "10 steps in a row without a finite loss and gradient" in message and "\n" not in message
+    loaded = hf.load_model(checkpoint.find(str(tmp_path / "a"), prefer="latest"))
+    assert all(p.isfinite().all() for p in loaded.parameters())
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(data, tmp_path, monkeypatch):
+    losses = iter([5.0, math.nan, 4.0, math.inf])
+    monkeypatch.setattr(train, "validate", lambda run: next(losses))
+    train.main(arguments(data, tmp_path / "a"))
+    assert os.readlink(tmp_path / "a/best") == "step_00000008"
+    assert read_json(tmp_path / "a/latest/state.json")["best_val_loss"] == 4.0
+
+
+# Several processes
+
+
+@pytest.fixture(scope="session")
+def two_ranks(data, tmp_path_factory):
+    """The run folder of twenty steps on two ranks."""
+    out = str(tmp_path_factory.mktemp("two") / "out")
+    torchrun(2, arguments(data, out, **TWENTY))
+    return out
+
+
+TWENTY = {"max_iters": 20, "eval_interval": 10, "batch_size": 2, "eval_tokens": 390}  # 48 windows in 24 groups of 2
+
+
+def torchrun(n, argv, check=True):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={n}",
+        "train.py",
+        *argv,
+    ]
+    return subprocess.run(command, cwd=ROOT, check=check, capture_output=True, text=True, timeout=120)
+
+
+def test_two_ranks_are_one_run(two_ranks, data, tmp_path):
+    """Losses and gradient norms to 1e-5 over twenty steps, and a validation loss of the same weights equal."""
+    train.main(arguments(data, tmp_path / "one", **TWENTY))
+    for name in ("loss", "grad_norm", "val_loss"):
+        one, two = column(tmp_path / "one", name), column(two_ranks, name)
+        assert len(one) == len(two) == (3 if name == "val_loss" else 20)
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    assert rows(two_ranks)[0] == rows(tmp_path / "one")[0], "before the first step: the same weights, to the last digit"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_validation_is_the_same_number_however_it_is_dealt(data, tmp_path, world):
+    run = make_run(data, tmp_path / "a", **TWENTY)
+    alone = train.validate(run)
+    parts = []
+
+    class Dealt(Ranks):
+        def sum(self, tensor, device):
+            parts.append(tensor)
+            return tensor
+
+    for rank in range(world):
+        ranks = Dealt()
+        ranks.rank, ranks.world, ranks.first = rank, world, rank == 0
+        train.validate(dataclasses.replace(run, ranks=ranks))
+    assert sum(parts).sum().item() / (run.val.n_windows * 8) == alone
+    assert all(((p != 0).sum() - 24 / world).abs() < 1 for p in parts), "each rank has its share"
+
+
+@pytest.mark.slow
+def test_two_ranks_continue_bit_for_bit(two_ranks, data, tmp_path):
+    out = str(tmp_path / "out")
+    shutil.copytree(two_ranks, out, symlinks=True)
+    shutil.rmtree(f"{out}/step_00000020")
+    torchrun(2, arguments(data, out, **TWENTY, resume="auto"))
+    assert contents(out) == contents(two_ranks)
+
+
+@pytest.mark.slow
+def test_a_mistake_on_two_ranks_is_one_line(data, tmp_path):
+    done = torchrun(2, arguments(data, tmp_path / "a", device="cpu", init_from=str(tmp_path)), check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: ") == 1 and f"{tmp_path} is neither a checkpoint" in done.stderr
+
+
+# Killed and continued
+
+DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forks, data, tmp_path_factory):
+    """(contents of a run with dropout, number of moments at which it could have been killed)."""
+    out = str(tmp_path_factory.mktemp("undisturbed") / "out")
+    status, moments = forks.train(arguments(data, out, **DROPOUT))
+    assert status == 0
+    return contents(out), moments
+
+
+def kill_and_continue(forks, data, out, undisturbed, moments):
+    """SIGKILL at each of the moments in turn, continuing after each; the end must be as if nothing had happened."""
+    for moment in moments:
+        assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment) == (-9, None)
+        assert all(hf.load_model(os.path.join(out, s)) for s in checkpoint.list_steps(out))
+    assert forks.train(arguments(data, out, **DROPOUT, resume="auto"))[0] == 0
+    assert contents(out) == undisturbed[0]
+    assert not [n for n in os.listdir(out) if n.startswith(".")]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.38, 0.46, 0.55, 0.72, 0.8, 0.97])
+def test_a_killed_run_continues_bit_for_bit(forks, data, tmp_path, undisturbed, share):
+    """Weights, moments, log and links equal those of the uninterrupted run, with dropout."""
+    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [int(1 + share * (undisturbed[1] - 1))])
+
+
+def test_a_run_killed_three_times_continues_bit_for_bit(forks, data, tmp_path, undisturbed):
+    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [50, 40, 30])
+
+
+@pytest.mark.slow
+def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
+    for moment in range(1, undisturbed[1] + 1):
+        kill_and_continue(forks, data, tmp_path / str(moment), undisturbed, [moment])
+
+
+def test_a_kill_between_save_and_validation_costs_nothing(plain, data, tmp_path, monkeypatch):
+    """The validation that was cut off is made up, and the log ends up the same."""
+    validate, calls = train.validate, []
+
+    def cut(run):
+        calls.append(1)
+        if len(calls) == 3:
+            raise UserError("cut")
+        return validate(run)
+
+    monkeypatch.setattr(train, "validate", cut)
+    assert refusal(train.main, arguments(data, tmp_path / "a")) == "train.py: cut"
+    assert os.readlink(tmp_path / "a/latest") == "step_00000008"
+    assert os.readlink(tmp_path / "a/best") == "step_00000004"
+    monkeypatch.setattr(train, "validate", validate)
+    train.main(arguments(data, tmp_path / "a", resume="must"))
+    assert contents(tmp_path / "a") == contents(plain)
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_a_cut_line_too(plain, data, tmp_path):
+    out = tmp_path / "a"
+    shutil.copytree(plain, out, symlinks=True)
+    shutil.rmtree(out / "step_00000012")
+    with open(out / "log.csv", "a") as f:
+        f.write("13,832,1.0,,0.1,0.2\n14,8")
+    train.main(arguments(data, out, resume="auto"))
+    assert contents(out) == contents(plain)
+
+
+def test_a_finished_run_continued_changes_nothing(plain, data, tmp_path):
+    out = tmp_path / "a"
+    shutil.copytree(plain, out, symlinks=True)
+    train.main(arguments(data, out, resume="auto"))
+    assert contents(out) == contents(plain)
+
+
+def test_a_run_can_be_made_longer(plain, data, tmp_path):
+    """With the end of the schedule set, 8 + 4 steps equal 12."""
+    train.main(arguments(data, tmp_path / "a", max_iters=8, lr_decay_iters=12))
+    train.main(arguments(data, tmp_path / "a", max_iters=12, lr_decay_iters=12, resume="must"))
+    assert contents(tmp_path / "a") == contents(plain)
+
+
+def test_fp16_continues_with_its_scaler(data, tmp_path, monkeypatch):
+    half = {"dtype": "float16", "keep_last": 9}
+    train.main(arguments(data, tmp_path / "a", **half))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
+    shutil.rmtree(tmp_path / "b/step_00000012")
+    state = read_json(tmp_path / "b/step_00000008/state.json")
+    assert state["scaler"]["_growth_tracker"] == 8
+    train.main(arguments(data, tmp_path / "b", **half, resume="must"))
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"learning_rate": 0.02}, "learning_rate was 0.01, is 0.02"),
+        ({"batch_tokens": 128}, "batch_tokens was 64, is 128"),
+        ({"seed": 1}, "seed was 1337, is 1"),
+        ({"n_layer": 3}, "n_layer was 2, is 3"),
+        ({"max_iters": 13}, "lr_decay_iters was 12, is 13"),
+        ({"dropout": 0.1, "data_end": 0.5}, "data_end was 1.0, is 0.5; dropout was 0.0, is 0.1"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings(plain, data, change, named):
+    before = contents(plain)
+    message = refusal(train.main, arguments(data, plain, resume="auto", **change))
+    assert named in message and "\n" not in message
+    assert contents(plain) == before
+
+
+def test_harmless_settings_may_change(plain, data, tmp_path):
+    out = tmp_path / "moved"
+    shutil.copytree(plain, out, symlinks=True)
+    shutil.rmtree(out / "step_00000012")
+    changes = {"eval_interval": 3, "save_interval": 6, "log_interval": 2, "keep_last": 5, "threads": 1, "batch_size": 2}
+    train.main(arguments(data, out, resume="auto", **changes))
+    np.testing.assert_allclose(column(out, "loss")[-1], column(plain, "loss")[-1], atol=1e-5)
+
+
+def test_resume_never_auto_must(plain, data, tmp_path):
+    assert "already holds a run: continue it with --resume=auto" in refusal(train.main, arguments(data, plain))
+    assert "holds no checkpoint" in refusal(train.main, arguments(data, tmp_path / "a", resume="must"))
+    assert not (tmp_path / "a").exists()
+    train.main(arguments(data, tmp_path / "a", resume="auto"))  # nothing there: from the start
+    assert contents(tmp_path / "a") == contents(plain)
+
+
+def test_a_run_that_had_not_saved_yet_starts_afresh(plain, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save", lambda run: (_ for _ in ()).throw(UserError("cut")))
+    refusal(train.main, arguments(data, tmp_path / "a"))
+    monkeypatch.undo()
+    assert "already holds a run" in refusal(train.main, arguments(data, tmp_path / "a"))
+    train.main(arguments(data, tmp_path / "a", resume="auto"))
+    assert contents(tmp_path / "a") == contents(plain)
+
+
+# Starting from another model
+
+
+def without_shape(data, out, **changes):
+    return arguments(data, out, **{"n_layer": None, "n_head": None, "n_embd": None, "block_size": None} | changes)
+
+
+def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path):
+    write_checkpoint(tmp_path / "ref", bias=False)
+    train.main(without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", inherit_layers=2))
+    inherit.main(["--ckpt", str(tmp_path / "ref"), "--layers", "2", "--out", str(tmp_path / "sub")])
+    train.main(without_shape(data, tmp_path / "b", init_from=tmp_path / "sub"))
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / f"a/latest/{name}").read_bytes() == (tmp_path / f"b/latest/{name}").read_bytes()
+    made = hf.read_config(str(tmp_path / "a/latest"))
+    assert (made.n_layer, made.bias, made.vocab_size) == (2, False, 320)
+    origin = json.loads((tmp_path / "a/latest/lineage.json").read_text())
+    assert [b["block"] for b in origin["blocks"]] == [0, 1] and origin["sources"]["reference"]["name"].endswith("/ref")
+
+
+def test_the_reference_is_only_read(data, tmp_path):
+    model = write_checkpoint(tmp_path / "ref", bias=False)
+    before = {n: (tmp_path / "ref" / n).read_bytes() for n in os.listdir(tmp_path / "ref")}
+    train.main(without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", inherit_layers=1, max_iters=4))
+    assert {n: (tmp_path / "ref" / n).read_bytes() for n in os.listdir(tmp_path / "ref")} == before
+    assert hf.read_config(str(tmp_path / "ref")) == model.config
+
+
+def test_the_first_loss_is_that_of_the_inherited_model(data, tmp_path):
+    write_checkpoint(tmp_path / "ref")
+    train.main(without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", max_iters=1, lr_decay_iters=9))
+    ids = torch.tensor(np.fromfile(f"{data}/val.bin", dtype="<u2").astype(np.int64))
+    loss = hf.load_model(str(tmp_path / "ref"))(ids[:200].view(25, 8), ids[1:201].view(25, 8))
+    assert rows(tmp_path / "a")[0]["val_loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_a_smaller_block_size_keeps_the_first_positions(data, tmp_path):
+    model = write_checkpoint(tmp_path / "ref")
+    run = make_run(
+        data, tmp_path / "a", init_from=tmp_path / "ref", block_size=4, n_layer=None, n_head=None, n_embd=None
+    )
+    assert run.model.config.block_size == 4
+    assert torch.equal(run.model.transformer.wpe.weight, model.transformer.wpe.weight[:4])
+    idx = torch.randint(257, (2, 4))
+    torch.testing.assert_close(run.model.eval()(idx), model(idx))
+
+
+@pytest.mark.parametrize("key, value", [("n_layer", 2), ("n_head", 1), ("n_embd", 8), ("bias", False)])
+def test_an_explicit_other_architecture_is_refused(data, tmp_path, key, value):
+    write_checkpoint(tmp_path / "ref")
+    message = refusal(train.main, without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", **{key: value}))
+    assert f"{key} {value} was asked for" in message and "leave it out" in message
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_same_architecture_may_be_named(data, tmp_path):
+    write_checkpoint(tmp_path / "ref")
+    run = make_run(data, tmp_path / "a", init_from=tmp_path / "ref", inherit_layers=2, bias=True, dropout=0.3)
+    assert (run.model.config.n_layer, run.model.config.dropout) == (2, 0.3)
+
+
+def test_a_run_folder_means_its_best_checkpoint(plain, data, tmp_path):
+    out = tmp_path / "ref"
+    shutil.copytree(plain, out, symlinks=True)
+    checkpoint.link(str(out), "best", 8)
+    run = make_run(data, tmp_path / "a", init_from=out)
+    assert same_weights(run.model, hf.load_model(str(out / "step_00000008")))
+    run = make_run(data, tmp_path / "b", init_from=out / "step_00000012")
+    assert same_weights(run.model, hf.load_model(str(out / "step_00000012")))

@@ -1,0 +1,220 @@
+"""What several tests need: tiny data, models and checkpoints, scripts run in this process, and real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import hf
+from log import read_rows
+from model import GPT, GPTConfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOKENIZER = {"name": "bytes", "n_vocab": 257, "eot": 256}
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
+
+
+def write_data(folder, train=3000, val=400, tokenizer=TOKENIZER, dtype="uint16", meta=True, high=60):
+    """A data folder with learnable tokens (each follows from the one before, with noise) below `high`."""
+    os.makedirs(folder, exist_ok=True)
+    splits = {}
+    for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
+        rng = np.random.default_rng(seed)
+        ids = np.cumsum(rng.choice([1, 1, 1, 7], size=count)) % high
+        ids.astype(np.dtype(dtype).newbyteorder("<")).tofile(os.path.join(folder, f"{split}.bin"))
+        splits[split] = {"shards": [{"file": f"{split}.bin", "tokens": count}]}
+    if meta:
+        with open(os.path.join(folder, "meta.json"), "w") as f:
+            json.dump({"tokenizer": tokenizer, "dtype": dtype, "splits": splits}, f)
+    return str(folder)
+
+
+def tiny_config(**changes):
+    """A GPTConfig whose sizes are all different and small."""
+    sizes = {"block_size": 8, "vocab_size": 320, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    return GPTConfig(**sizes | {"n_vocab": 257, "tokenizer": "bytes", "eot": 256} | changes)
+
+
+def tiny_model(seed=0, **changes):
+    """A GPT in eval mode whose every parameter is random: also LayerNorms and biases, to tell which is which."""
+    torch.manual_seed(seed)
+    model = GPT(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def write_checkpoint(folder, seed=0, **changes):
+    """A tiny checkpoint folder, of the model alone; returns its model."""
+    model = tiny_model(seed, **changes)
+    os.makedirs(folder)
+    hf.write_model(str(folder), hf.layout(model), model.config)
+    return model
+
+
+def arguments(data, out, **changes):
+    """A command line for train.py: twelve steps, evaluated and saved every fourth."""
+    settings = {
+        "dataset": data,
+        "out_dir": out,
+        **SHAPE,
+        "batch_tokens": 64,
+        "batch_size": 4,
+        "max_iters": 12,
+        "eval_interval": 4,
+        "eval_tokens": 200,
+        "log_interval": 1,
+        "warmup_iters": 3,
+        "learning_rate": 0.01,
+        "min_lr": 0.001,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return [f"--{k}={v}" for k, v in (settings | changes).items() if v is not None]
+
+
+def refusal(main, argv):
+    """The message with which a script ends."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in argv])
+    assert isinstance(end.value.code, str), "no message"
+    return end.value.code
+
+
+def rows(out):
+    """log.csv as a list of {column: float or None}."""
+    return [{k: float(v) if v else None for k, v in r.items()} for r in read_rows(os.path.join(out, "log.csv"))]
+
+
+def column(out, name):
+    """One column of log.csv where it has values."""
+    return [r[name] for r in rows(out) if r[name] is not None]
+
+
+def contents(out):
+    """{path: bytes} of all that must not depend on how often a run was interrupted, and where its links point."""
+    found = {"log.csv": open(os.path.join(out, "log.csv"), "rb").read()}
+    for step in checkpoint.list_steps(out):
+        for name in ("model.safetensors", "optimizer.safetensors", "config.json", "lineage.json"):
+            with open(os.path.join(out, step, name), "rb") as f:
+                found[f"{step}/{name}"] = f.read()
+    links = {name: os.readlink(os.path.join(out, name)) for name in ("latest", "best")}
+    return found | links
+
+
+def same_weights(a, b):
+    """Whether two models' or two state dicts' tensors are equal, bit for bit."""
+    a, b = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def gpt2(model):
+    """transformers' GPT2LMHeadModel with this model's weights, zero biases where it has none."""
+    import transformers
+
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
+        attn_implementation="eager",
+    )
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    missing, unexpected = reference.load_state_dict(hf.layout(model), strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    return reference
+
+
+class Forks:
+    """A process that has imported train.py once and forks a fresh child for every run: real processes, real SIGKILLs,
+    without five seconds of start each.
+
+    `die` counts the moments at which the disk is about to change or a step to begin: the child kills itself with
+    SIGKILL at that one. Each run returns (exit status as subprocess gives it, moments passed or None).
+    """
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": ROOT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, argv, die=None):
+        self.process.stdin.write(json.dumps({"argv": argv, "die": die}) + "\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve():
+    """The other side of Forks."""
+    import torch._dynamo  # noqa: F401  (optimizers import it: seconds that every child would spend)
+
+    import train
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+            sys.stdin.close()
+            os.close(reader)
+            moments = count_moments(train, request["die"])
+            status = 1
+            try:
+                train.main(request["argv"])
+                status = 0
+            except SystemExit as e:
+                print(e.code, file=sys.stderr)
+            finally:
+                os.write(writer, str(moments[0]).encode())
+                os._exit(status)
+        os.close(writer)
+        with os.fdopen(reader) as f:
+            passed = f.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps([status, int(passed) if passed else None]), flush=True)
+
+
+def count_moments(train, die):
+    """Let every call that changes the disk, and every training step, count; the one numbered `die` is the last."""
+    moments = [0]
+
+    def counted(call):
+        def wrapped(*args, **kwargs):
+            moments[0] += 1
+            if moments[0] == die:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for module, names in ((os, ("fsync", "rename", "replace", "symlink", "mkdir", "rmdir")), (train, ("train_step",))):
+        for name in names:
+            setattr(module, name, counted(getattr(module, name)))
+    return moments
+
+
+if __name__ == "__main__":
+    serve()
