@@ -82,7 +82,7 @@ def make_parser():
     parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
     parser.add_argument("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
     parser.add_argument("--out", required=True, help="folder to create")
-    parser.add_argument("--layers", help="how many blocks; auto chooses by the analysis of --data (see analyze.py)")
+    parser.add_argument("--layers", type=int, help="how many blocks")
     parser.add_argument("--blocks", help="keep these blocks instead, e.g. 0-11,23")
     parser.add_argument("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
     parser.add_argument("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
@@ -90,28 +90,21 @@ def make_parser():
     parser.add_argument("--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too")
     parser.add_argument("--released_slice", action="store_true", help="blocks and wte only, as the authors did")
     parser.add_argument("--seed", type=int, default=1337, help="of whatever is random")
-    parser.add_argument("--data", help="data folder whose validation tokens --layers auto analyses")
     return parser
 
 
 def check(args):
-    """Raise UserError for flags that do not go together; return --layers as a number, "auto" or None."""
+    """Raise UserError for flags that do not go together; return --layers."""
     needs_layers = not args.blocks and args.recipe != "half_width"
-    if args.blocks and (args.layers or args.onto or args.recipe != "first"):
+    if args.blocks and (args.layers is not None or args.onto or args.recipe != "first"):
         raise UserError("--blocks says which blocks: leave out --layers, --onto and --recipe")
-    if needs_layers and not args.layers:
+    if needs_layers and args.layers is None:
         raise UserError("--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST")
     if args.onto and (args.recipe, args.parts, args.layernorms, args.released_slice) != ("first", "all", True, False):
         raise UserError("--onto takes whole blocks: leave out --recipe, --parts, --layernorms and --released_slice")
-    if args.layers == "auto":
-        if not args.data:
-            raise UserError("--layers auto needs --data FOLDER, on whose validation tokens the layers are analysed")
-        return "auto"
-    if args.layers is None:
-        return None
-    if not re.fullmatch(r"\d{1,6}", args.layers) or int(args.layers) < 1:
-        raise UserError(f"--layers must be auto or a whole number of at least 1, not {args.layers}")
-    return int(args.layers)
+    if args.layers is not None and args.layers < 1:
+        raise UserError(f"--layers must be at least 1, not {args.layers}")
+    return args.layers
 
 
 def build(args):
@@ -122,12 +115,6 @@ def build(args):
     k = check(args)
     folder = checkpoint.find(args.ckpt)
     weights, config = hf.open_model(folder)
-    said = ""
-    if k == "auto":
-        import analyze  # only here: it draws, too
-
-        k, reason = analyze.choose_for(folder, args.data)
-        said = f"{reason}\n"
     if args.onto:
         onto = checkpoint.find(args.onto)
         small, small_config = hf.open_model(onto)
@@ -146,7 +133,7 @@ def build(args):
         hf.write_model(temporary, state, new_config, tokenizer_from=folder)
         write_json(os.path.join(temporary, "lineage.json"), origin)
     total = sum(t.numel() for t in state.values())
-    return f"{said}{args.out}: {new_config.n_layer} of {config.n_layer} blocks, {total:,} values"
+    return f"{args.out}: {new_config.n_layer} of {config.n_layer} blocks, {total:,} values"
 
 
 @one_line

@@ -96,21 +96,6 @@ class GrowSettings:
     control: bool = setting(True, "also train random-init controls: equal steps, and equal compute of the pipeline")
 
 
-@dataclass
-class ReplicateSettings:
-    """What replicate.py compares: arms x seeds, every arm's small model with these depths."""
-
-    results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
-    reference_config: str = setting("", "train.py config of the reference; each seed trains its own")
-    arms: str = setting("reference:1 random:1 inheritune:1", "arms, and on how many seeds each: name:count …")
-    first_seed: int = setting(1, "seeds count from here", 0)
-    layers: int = setting(4, "blocks of every small model", 1)
-    rounds_from: int = setting(2, "blocks of the first round, in the arms that grow", 1)
-    rounds_step: int = setting(2, "blocks added per round, in the arms that grow", 1)
-    seen: float = setting(1.0, "arms use this first part of the data, arm unseen the rest", 0.0, 1.0)
-    jobs: int = setting(1, "arms trained side by side; threads is per arm, and bits depend on it", 1)
-
-
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
 HARMLESS = frozenset(
     {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}

@@ -5,13 +5,13 @@ k_step = 2
 
 out_dir = "out/demo"
 dataset = "data/pydocs"
-batch_tokens = 16 * 64
+batch_tokens = 16 * 32
 batch_size = 16
-max_iters = 400
-eval_interval = 50
-eval_tokens = 32_768
-log_interval = 25
+max_iters = 800
+eval_interval = 100
+eval_tokens = 16_384
+log_interval = 50
 
 learning_rate = 3e-3
 min_lr = 3e-4
-warmup_iters = 40
+warmup_iters = 80

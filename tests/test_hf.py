@@ -209,7 +209,7 @@ def test_the_file_is_plain_fp32_with_the_one_metadata_key(tmp_path):
 def test_biases_that_bias_false_would_lose_are_refused(tmp_path):
     write_checkpoint(tmp_path / "a")
     edit_config(tmp_path / "a", bias=False)
-    with pytest.raises(UserError, match="is not zero, though its config.json says bias: false"):
+    with pytest.raises(UserError, match=r"is not zero, though its config\.json says bias: false"):
         GPT.from_pretrained(str(tmp_path / "a"))
 
 
