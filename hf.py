@@ -10,17 +10,16 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import hf_tokenizer
 from errors import UserError
 from files import read_json, sync_folder, write_json
 from model import GPT, GPTConfig
-from tokenizer import RANKS_FILE
 
 INPUT_FIRST = (
     "attn.c_attn.weight",
@@ -287,8 +286,9 @@ def layout(model):
 def write_model(folder, state, config, tokenizer_from=None):
     """Write config.json and model.safetensors into an existing folder and fsync them.
 
-    `state` has canonical names and Hugging Face's orientation. A tokenizer ranks file found in `tokenizer_from` is
-    copied beside them. The folder is not yet what anybody looks for: the caller renames it into place.
+    `state` has canonical names and Hugging Face's orientation. The tokenizer's files go beside them, those found in
+    the folder `tokenizer_from` or else made (hf_tokenizer.py). The folder is not yet what anybody looks for: the
+    caller renames it into place.
     """
     path = os.path.join(folder, "model.safetensors")
     seen = set()  # a block in two places is the same memory, which safetensors refuses to write twice
@@ -296,10 +296,10 @@ def write_model(folder, state, config, tokenizer_from=None):
     save_file(state, path, metadata={"format": "pt"})  # more keys would be written in random order
     finish_file(path)
     write_json(os.path.join(folder, "config.json"), hf_config(config))
-    ranks = os.path.join(tokenizer_from, RANKS_FILE) if tokenizer_from else ""
-    if config.tokenizer == RANKS_FILE and os.path.exists(ranks):
-        shutil.copyfile(ranks, os.path.join(folder, RANKS_FILE))
-        finish_file(os.path.join(folder, RANKS_FILE))
+    for name, content in hf_tokenizer.files(config, tokenizer_from).items():
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(content)
+        finish_file(f.name)
     sync_folder(folder)
 
 

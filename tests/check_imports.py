@@ -9,7 +9,7 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-EXTRA = {"wandb"}  # in requirements-log.txt, imported only when asked for
+EXTRA = {"wandb", "lm_eval"}  # in requirements-log.txt and requirements-eval.txt, imported only when asked for
 
 
 def imported(path):

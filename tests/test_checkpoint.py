@@ -51,6 +51,7 @@ def everything(folder):
 def test_a_checkpoint_holds_these_files(tmp_path):
     save(tmp_path, 7)
     names = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir(tmp_path / "step_00000007")) == names
     assert os.readlink(tmp_path / "latest") == "step_00000007"
     assert all(os.stat(tmp_path / "step_00000007" / n).st_mode & 0o444 == 0o444 for n in names)

@@ -1,0 +1,281 @@
+"""Score a checkpoint: its loss over a whole split, and downstream tasks by lm-evaluation-harness.
+
+    python score.py --ckpt out/ --data data/owt
+    torchrun --nproc_per_node=8 score.py --ckpt out/ --data data/owt
+    python score.py --ckpt out/ --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai --out scores.json
+
+The split is cut into windows of block_size inputs that do not overlap, the last one shorter, so that every token but
+the very first is predicted exactly once, from the inputs that its window has up to there. Nothing is drawn at random,
+and the sum does not depend on how many processes share the work.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import tempfile
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import device as machine
+import hf
+import hf_tokenizer
+from data import Tokens, read_meta
+from errors import Parser, UserError, nearest, one_line
+from files import sha256, write_json
+from ranks import Ranks
+from tokenizer import RANKS_FILE
+
+# The paper's downstream tables: what stands above a column, and the metric in it.
+PAPER = {
+    "arc_easy": ("ARC-E", "acc_norm"),
+    "piqa": ("PIQA", "acc_norm"),
+    "sciq": ("SciQ", "acc_norm"),
+    "hellaswag": ("HellaSwag", "acc_norm"),
+    "lambada_openai": ("LAMBADA", "acc"),
+    "winogrande": ("WinoGrande", "acc"),
+    "boolq": ("BoolQ", "acc"),
+}
+
+
+class Whole:
+    """A whole split (a `Tokens`) as windows that do not overlap, in groups of `group`; the shorter last window is a
+    group of its own. Raises UserError when there is nothing to predict."""
+
+    def __init__(self, tokens, block_size, group):
+        if len(tokens) < 2:
+            raise UserError(f"{tokens.folder}: {tokens.split} has {len(tokens)} tokens; a loss needs two")
+        self.tokens, self.block_size, self.group = tokens, block_size, group
+        self.n_windows, self.rest = divmod(len(tokens) - 1, block_size)
+        self.n_groups = -(-self.n_windows // group) + (self.rest > 0)
+
+    def batch(self, g):
+        """Inputs and targets of group g: (≤ group, block_size) int64, or (1, rest) for the last window."""
+        numbers = range(g * self.group, min((g + 1) * self.group, self.n_windows))
+        if numbers:
+            return self.tokens.windows(numbers, self.block_size)
+        return self.tokens.windows([0], self.rest, first=self.n_windows * self.block_size)
+
+
+def open_split(folder, split, group, model_folder, config):
+    """The Whole of a data folder's split. Raises UserError unless its tokenizer is the model's."""
+    theirs, ranks = read_meta(folder)["tokenizer"], os.path.join(model_folder, RANKS_FILE)
+    named = config.tokenizer or theirs["name"]  # a model that does not say can only be asked how many ids it has
+    if (theirs["name"], theirs["n_vocab"]) != (named, config.n_vocab):
+        raise UserError(
+            f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids), but {model_folder} was trained "
+            f"with {config.tokenizer!r} ({config.n_vocab} ids): prepare the data with that one"
+        )
+    if named == RANKS_FILE and os.path.exists(ranks) and theirs.get("sha256", digest := sha256(ranks)) != digest:
+        raise UserError(f"{folder} was tokenised with another {RANKS_FILE} than the one in {model_folder}")
+    return Whole(Tokens(folder, split), config.block_size, group)
+
+
+@torch.inference_mode()
+def total_nats(model, whole, ranks, device, dtype):
+    """The summed loss (nats) over all targets of `whole`, the same number on every rank.
+
+    As in train.mean_loss ranks take turns with the groups, and each group's sum has its own place, so the total does
+    not depend on how many ranks there are. The model is a GPT in eval mode on `device`.
+    """
+    sums = torch.zeros(whole.n_groups, dtype=torch.float64)
+    mine = range(ranks.rank, whole.n_groups, ranks.world)
+    for g in tqdm(mine, desc=f"loss on {whole.tokens.folder}", unit="batch", disable=not ranks.first):
+        idx, targets = whole.batch(g)
+        with machine.autocast(device, dtype):
+            loss = model(idx.to(device), targets.to(device))
+        sums[g] = loss.double().cpu() * targets.numel()
+    return ranks.sum(sums, device).sum().item()
+
+
+def losses(nats, scored, n_bytes):
+    """{loss in nats/token, perplexity, bits_per_byte, …} from summed nats over `scored` tokens of `n_bytes` of text.
+
+    The bits are those of all scored tokens, also of those that end a text, as where it ends has to be told, too; the
+    bytes are those of the split's text alone, end-of-text marks not counted (as in meta.json). n_bytes None, from a
+    folder that does not say, gives None. Raises UserError when the loss is not finite.
+    """
+    loss = nats / scored
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss}: the model's weights, or its activations in this dtype, are not finite")
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),  # any more and it is no float
+        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
+        "tokens_scored": scored,
+        "bytes": n_bytes,
+    }
+
+
+def score_split(args, folder, config, ranks, device):
+    """The `losses` of a checkpoint folder on the split that the command line names."""
+    group = args.batch_size
+    whole = ranks.agree(lambda: open_split(args.data, args.split, group, folder, config))
+    model = ranks.agree(lambda: hf.load_model(folder)).eval().to(device)
+    nats = total_nats(model, whole, ranks, device, machine.pick_dtype(args.dtype, device))
+    described = read_meta(args.data).get("splits", {}).get(args.split, {})
+    return {"data": args.data, "split": args.split} | losses(nats, len(whole.tokens) - 1, described.get("bytes"))
+
+
+def find_tasks(names, include_path):
+    """lm-evaluation-harness's TaskManager, which knows all of `names`. Raises UserError."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as e:
+        raise UserError(f"--tasks needs {e.name}: pip install -r requirements-eval.txt") from None
+    if include_path and not os.path.isdir(include_path):
+        raise UserError(f"--include_path: no folder {include_path!r}")
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(f"lm_eval knows no task {name!r}{nearest(name, manager.all_tasks)}; see --include_path")
+    return manager
+
+
+@contextlib.contextmanager
+def with_tokenizer(folder, config):
+    """A folder with the checkpoint's tokenizer files: itself, or a temporary one for a checkpoint that has none."""
+    content = hf_tokenizer.files(config, folder)
+    if any(os.path.exists(os.path.join(folder, name)) for name in content if name != RANKS_FILE):
+        yield folder
+    elif "tokenizer.json" not in content:
+        raise UserError(f"{folder} has no tokenizer files and its vocabulary {config.tokenizer!r} is not to be had")
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            for name in content:
+                with open(os.path.join(temporary, name), "wb") as f:
+                    f.write(content[name])
+            yield temporary
+
+
+def score_tasks(args, names, manager, folder, config, device):
+    """What lm-evaluation-harness says of the tasks, as in its own results.json.
+
+    The model is Hugging Face's, with its weights in --dtype; number of shots, prompts and seeds are the tasks' own.
+    """
+    import lm_eval
+
+    dtype = str(machine.pick_dtype(args.dtype, device)).removeprefix("torch.")
+    with with_tokenizer(folder, config) as tokenizer:
+        said = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": folder, "tokenizer": tokenizer, "dtype": dtype},
+            tasks=names,
+            task_manager=manager,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            device=str(device),
+        )
+    return {key: finite(said[key]) for key in ("results", "versions", "n-shot", "n-samples")} | {"limit": args.limit}
+
+
+def finite(value):
+    """`value` with the numbers for which JSON has no form, in it or in dicts in it, spelled out as text."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def headline(name, result):
+    """(column title, metric, value, standard error or None) of one task's results; fractions become per cent.
+
+    The metric is the paper's, and for a task that the paper does not have accuracy, or else the first there is.
+    """
+    title, wanted = PAPER.get(name, (name, "acc"))
+    keys = [k for k, v in result.items() if "," in k and "_stderr," not in k and isinstance(v, int | float)]
+    if not keys:
+        return title, "–", None, None
+    key = next((k for k in keys if k.split(",")[0] == wanted), keys[0])
+    metric, kept = key.split(",", 1)
+    error = result.get(f"{metric}_stderr,{kept}")
+    scale = 100 if metric in ("acc", "acc_norm") else 1
+    return title, metric, result[key] * scale, error * scale if isinstance(error, int | float) else None
+
+
+def task_table(names, results):
+    """The tasks as a Markdown table in the paper's form: a column each and the average of the accuracies, in per
+    cent, with standard errors (the average's as if the tasks' errors were independent)."""
+    columns = [headline(name, results[name]) for name in names]
+    accuracies = [c for c in columns if c[1] in ("acc", "acc_norm")]
+    if accuracies:
+        n, errors = len(accuracies), [c[3] for c in accuracies]
+        error = math.hypot(*errors) / n if None not in errors else None
+        columns.append(("average", "", sum(c[2] for c in accuracies) / n, error))
+    titles, metrics, values, errors = zip(*columns, strict=True)
+    shown = [["–" if v is None else f"{v:.2f}" for v in row] for row in (values, errors)]
+    rows = [("", *titles), ("---", *["---:"] * len(titles))]
+    rows += [("metric", *metrics), ("score", *shown[0]), ("standard error", *shown[1])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def loss_table(found):
+    """What `score_split` found, as a Markdown table."""
+    bits = found["bits_per_byte"]
+    return (
+        "| data | split | tokens scored | loss (nats/token) | perplexity | bits per byte |\n"
+        "|---|---|---:|---:|---:|---:|\n"
+        f"| {found['data']} | {found['split']} | {found['tokens_scored']:,} | {found['loss']:.4f} | "
+        f"{found['perplexity']:.3f} | {'n/a' if bits is None else f'{bits:.4f}'} |"
+    )
+
+
+def make_parser():
+    """The command line."""
+    parser = Parser(description="Score a checkpoint on a data folder, on downstream tasks, or on both.")
+    parser.add_argument("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
+    parser.add_argument("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
+    parser.add_argument("--split", default="val", help="the split of --data")
+    parser.add_argument("--tasks", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-eval.txt)")
+    parser.add_argument("--include_path", help="folder with YAML files of further tasks")
+    parser.add_argument("--limit", type=int, help="only this many examples of each task, to try things out")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows or requests per forward pass")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--out", help="write the results to this JSON file")
+    return parser
+
+
+def check(args, world):
+    """Raise UserError for values that make no sense; return the names of the tasks."""
+    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    if not args.data and not names:
+        raise UserError("nothing to score: give --data FOLDER for the loss, --tasks LIST, or both")
+    if not names and (args.include_path or args.limit is not None):
+        raise UserError("--include_path and --limit belong to --tasks, which is not given")
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise UserError("--batch_size and --limit must be at least 1")
+    if names and world > 1:
+        raise UserError("--tasks runs in one process: leave torchrun to a command of its own for --data")
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise UserError(f"--out {args.out}: there is no such folder")
+    return names
+
+
+@one_line
+def main(argv=None):
+    """Command line: score, show tables on standard output, and write the JSON file."""
+    args = make_parser().parse_args(argv)
+    ranks = Ranks()
+    names = check(args, ranks.world)
+    manager = find_tasks(names, args.include_path) if names else None  # hours before a typo would come to light
+    device = machine.pick(args.device, ranks.local)
+    with ranks.joined(device):
+        folder = ranks.once_per_node(lambda: checkpoint.find(args.ckpt))
+        config = ranks.agree(lambda: hf.read_config(folder))
+        found = {"checkpoint": args.ckpt, "folder": folder}
+        if args.data:
+            found["loss"] = score_split(args, folder, config, ranks, device)
+            if ranks.first:
+                print(loss_table(found["loss"]), flush=True)
+    if names:
+        found["tasks"] = score_tasks(args, names, manager, folder, config, device)
+        print(task_table(names, found["tasks"]["results"]))
+    if args.out and ranks.first:
+        write_json(args.out, found)
+        print(f"written: {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

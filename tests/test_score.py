@@ -1,0 +1,304 @@
+"""score.py: the loss against a plain computation, the tables, and lm_eval's own numbers.
+
+pytest tests/test_score.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import data
+import hf
+import score
+import train
+from ranks import Ranks
+from tests.tiny import ROOT, refusal, write_checkpoint, write_data
+
+TEXT = "Déjà vu: the quick brown fox jumps over the lazy dog. " * 4
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A tiny random model of bytes with 64 positions."""
+    folder = tmp_path_factory.mktemp("score") / "ckpt"
+    write_checkpoint(folder, block_size=64)
+    return str(folder)
+
+
+def write_text(folder, texts, split="val", **tokenizer):
+    """A data folder with one split of texts in bytes, as prepare.py writes it."""
+    os.makedirs(folder)
+    ids = [i for text in texts for i in (*text.encode(), 256)]
+    np.array(ids, "<u2").tofile(os.path.join(folder, f"{split}.bin"))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    splits = {split: {"bytes": n_bytes, "shards": [{"file": f"{split}.bin", "tokens": len(ids)}]}}
+    described = {"name": "bytes", "n_vocab": 257, "eot": 256} | tokenizer
+    with open(os.path.join(folder, "meta.json"), "w") as f:
+        json.dump({"tokenizer": described, "dtype": "uint16", "splits": splits}, f)
+    return str(folder), np.array(ids)
+
+
+def scored(ckpt, folder, tmp_path, *more):
+    """The `loss` entry of score.py's JSON."""
+    out = str(tmp_path / "scores.json")
+    score.main(["--ckpt", ckpt, "--data", folder, "--device", "cpu", "--out", out, *more])
+    with open(out) as f:
+        return json.load(f)["loss"]
+
+
+def plain_nats(ckpt, ids, T):
+    """Summed loss in float64 by transformers, window after window."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(ckpt).double().eval()
+    total = 0.0
+    for start in range(0, len(ids) - 1, T):
+        window = torch.tensor(ids[start : start + T + 1])
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0]
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return total
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3", "100"])
+def test_loss_is_the_plain_one(ckpt, tmp_path, capsys, batch_size):
+    folder, ids = write_text(tmp_path / "data", [TEXT, TEXT * 2, "", "é"])
+    assert (len(ids) - 1) % 64, "the last window is a shorter one"
+    found = scored(ckpt, folder, tmp_path, "--batch_size", batch_size)
+    nats = plain_nats(ckpt, ids, 64)
+    assert found["tokens_scored"] == len(ids) - 1
+    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
+    assert found["bytes"] == len(ids) - 4, "four end-of-texts"
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(ids) - 4), rel=1e-6)
+    assert f"| {found['loss']:.4f} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [2, 64, 65, 66, 129])
+def test_every_token_but_the_first_is_a_target_once(tmp_path, count):
+    folder = write_data(tmp_path / "data", val=count)
+    whole = score.Whole(data.Tokens(folder, "val"), 64, 2)
+    batches = [whole.batch(g) for g in range(whole.n_groups)]
+    ids = data.Tokens(folder, "val").read(0, count)
+    assert torch.cat([targets.flatten() for _, targets in batches]).tolist() == ids[1:].tolist()
+    assert torch.cat([idx.flatten() for idx, _ in batches]).tolist() == ids[:-1].tolist()
+    assert all(idx.numel() for idx, _ in batches)
+
+
+def test_on_whole_windows_it_is_the_validation_loss(ckpt, tmp_path):
+    """That of train.py, to the last digit: 4 × 64 + 1 tokens, validated in groups of the same size."""
+    folder = write_data(tmp_path / "data", val=257)
+    val = data.ValData(folder, 64, 257, 3)
+    loss = train.mean_loss(hf.load_model(ckpt), val, Ranks(), torch.device("cpu"), torch.float32)
+    assert scored(ckpt, folder, tmp_path, "--batch_size", "3")["loss"] == loss
+
+
+def test_another_split_and_no_byte_count(ckpt, tmp_path, capsys):
+    folder = write_data(tmp_path / "data")
+    found = scored(ckpt, folder, tmp_path, "--split", "train")
+    assert found["tokens_scored"] == 2999 and found["bits_per_byte"] is None
+    assert "| n/a |" in capsys.readouterr().out
+
+
+def test_shares_add_up(ckpt, tmp_path):
+    """What several ranks compute of the sum is the sum, each group in its place."""
+    folder = write_data(tmp_path / "data")
+    whole = score.Whole(data.Tokens(folder, "val"), 64, 1)
+    model, cpu = hf.load_model(ckpt).eval(), torch.device("cpu")
+
+    class Share:
+        def __init__(self, rank, world):
+            self.rank, self.world, self.first = rank, world, rank == 0
+
+        def sum(self, sums, device):
+            self.sums = sums
+            return sums
+
+    shares = [Share(rank, 3) for rank in range(3)]
+    for share in shares:
+        score.total_nats(model, whole, share, cpu, torch.float32)
+    one = score.total_nats(model, whole, Ranks(), cpu, torch.float32)
+    assert sum(share.sums for share in shares).sum().item() == one
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_number(ckpt, tmp_path):
+    folder, _ = write_text(tmp_path / "data", [TEXT] * 3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "score.py"]
+    command += ["--ckpt", ckpt, "--data", folder, "--device", "cpu", "--batch_size", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "two.json")], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("| val |") == 1
+    with open(tmp_path / "two.json") as f:
+        assert json.load(f)["loss"] == scored(ckpt, folder, tmp_path, "--batch_size", "2")
+    done = subprocess.run([*command, "--split", "test"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("score.py: ") == 1 and "no usable list of test shards" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "nothing to score: give --data"),
+        (["--tasks=,"], "nothing to score"),
+        (["--data=/nowhere"], "no data folder '/nowhere'"),
+        (["--data=DATA", "--split=test"], "no usable list of test shards"),
+        (["--data=DATA", "--batch_size=0"], "must be at least 1"),
+        (["--data=DATA", "--limit=3"], "belong to --tasks"),
+        (["--data=DATA", "--include_path=."], "belong to --tasks"),
+        (["--data=DATA", "--out=/no/such/folder/x.json"], "there is no such folder"),
+        (["--data=DATA", "--ckpt=/nowhere"], "no folder '/nowhere' here"),
+        (["--data=DATA", "--task=piqa"], "did you mean --tasks?"),
+        (["--data=OTHER"], "was tokenised with 'gpt2' (50257 ids), but"),
+        (["--data=SHORT"], "val has 1 tokens; a loss needs two"),
+    ],
+)
+def test_refusals(ckpt, tmp_path, argv, message):
+    folders = {"DATA": write_data(tmp_path / "data"), "SHORT": write_data(tmp_path / "short", val=1)}
+    folders["OTHER"] = write_data(tmp_path / "other", meta=False)
+    for name, folder in folders.items():
+        argv = [a.replace(f"={name}", f"={folder}") for a in argv]
+    shown = refusal(score.main, ["--ckpt", ckpt, *argv])
+    assert message in shown and "\n" not in shown
+
+
+def test_another_ranks_file_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "ckpt", tokenizer="tokenizer.tiktoken")
+    (tmp_path / "ckpt/tokenizer.tiktoken").write_text("YQ== 0\n")
+    folder, _ = write_text(tmp_path / "data", [TEXT], name="tokenizer.tiktoken", sha256="0" * 64)
+    shown = refusal(score.main, ["--ckpt", str(tmp_path / "ckpt"), "--data", folder])
+    assert "another tokenizer.tiktoken" in shown
+
+
+def test_a_model_of_nans_is_one_line(tmp_path):
+    folder, _ = write_text(tmp_path / "data", [TEXT])
+    model = write_checkpoint(tmp_path / "a")
+    state = {name: t * math.nan for name, t in hf.layout(model).items()}
+    os.mkdir(tmp_path / "b")
+    hf.write_model(str(tmp_path / "b"), state, model.config)
+    assert "the loss is nan" in refusal(score.main, ["--ckpt", str(tmp_path / "b"), "--data", folder])
+
+
+def test_tasks_under_torchrun_are_refused(ckpt, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--tasks runs in one process" in refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa"])
+
+
+def test_without_lm_eval_it_names_the_requirements(ckpt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa"])
+    assert "pip install -r requirements-eval.txt" in shown and "\n" not in shown
+
+
+def test_the_table_is_the_papers():
+    results = {
+        "arc_easy": {"acc,none": 0.4, "acc_stderr,none": 0.02, "acc_norm,none": 0.5, "acc_norm_stderr,none": 0.03},
+        "lambada_openai": {"perplexity,none": 20.0, "perplexity_stderr,none": 1.0, "acc,none": 0.3},
+        "mine": {"alias": "mine", "bits,none": 1.5, "bits_stderr,none": "N/A"},
+    }
+    results["lambada_openai"]["acc_stderr,none"] = 0.04
+    assert score.task_table(["arc_easy", "lambada_openai", "mine"], results) == (
+        "|  | ARC-E | LAMBADA | mine | average |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| metric | acc_norm | acc | bits |  |\n"
+        "| score | 50.00 | 30.00 | 1.50 | 40.00 |\n"
+        "| standard error | 3.00 | 4.00 | – | 2.50 |"
+    )
+
+
+# Tasks, where lm_eval is installed
+
+CHOICE = """task: toy_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/toy.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: "{{choices}}"
+metric_list:
+  - {metric: acc}
+  - {metric: acc_norm}
+"""
+ROLLING = """task: toy_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/toy.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: bits_per_byte}
+  - {metric: word_perplexity}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with two tasks on forty questions, some longer than the model's 64 positions."""
+    rng = np.random.default_rng(0)
+    words = ["the", "a", "fox", "dog", "é", "<|endoftext|>", "jumps\n", "over", "lazy", "quick", "😀", "one", "two"]
+    with open(tmp_path / "toy.jsonl", "w") as f:
+        for i in range(40):
+            question = " ".join(rng.choice(words, 4 + i // 2))
+            choices = [" ".join(rng.choice(words, n)) for n in (1, 2, 3)]
+            f.write(json.dumps({"question": question, "choices": choices, "answer": int(rng.integers(3))}) + "\n")
+    (tmp_path / "choice.yaml").write_text(CHOICE.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "rolling.yaml").write_text(ROLLING.replace("FOLDER", str(tmp_path)))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_tasks_are_what_lm_eval_says_by_hand(ckpt, toy, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
+    asked = ["--tasks", "toy_choice,toy_rolling", "--include_path", str(toy), "--device", "cpu", "--batch_size", "4"]
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={ckpt},dtype=float32"]
+    subprocess.run([*command, *asked, "--output_path", str(toy / "by_hand")], cwd=toy, check=True, capture_output=True)
+    (by_hand,) = (toy / "by_hand").rglob("results_*.json")
+    by_hand = json.loads(by_hand.read_text())["results"]
+    score.main(["--ckpt", ckpt, *asked, "--out", str(toy / "scores.json")])
+    ours = json.loads((toy / "scores.json").read_text())["tasks"]
+    numbers = {"acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"}
+    assert numbers <= ours["results"]["toy_choice"].keys()
+    assert {"bits_per_byte,none", "word_perplexity,none"} <= ours["results"]["toy_rolling"].keys()
+    for task in ("toy_choice", "toy_rolling"):
+        assert ours["results"][task] == by_hand[task]
+    table = capsys.readouterr().out
+    assert f"| score | {100 * by_hand['toy_choice']['acc,none']:.2f} |" in table
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_tokenizer_files_and_a_limit(ckpt, toy, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
+    bare = tmp_path / "bare"
+    write_checkpoint(bare, block_size=64)
+    both = {}
+    for name, folder in (("with", ckpt), ("without", str(bare))):
+        if name == "without":
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                os.unlink(bare / file)
+        out = str(toy / f"{name}.json")
+        argv = ["--ckpt", folder, "--tasks", "toy_rolling", "--include_path", str(toy), "--limit", "3"]
+        score.main([*argv, "--device", "cpu", "--out", out])
+        with open(out) as f:
+            both[name] = json.load(f)["tasks"]
+    assert both["with"] == both["without"] and both["with"]["n-samples"]["toy_rolling"]["effective"] == 3
+
+
+@pytest.mark.slow
+def test_a_task_that_lm_eval_does_not_know(ckpt):
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "arc_eazy"])
+    assert "lm_eval knows no task 'arc_eazy' (did you mean arc_easy?)" in shown
+    shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa", "--include_path", "/nowhere"])
+    assert "no folder '/nowhere'" in shown
