@@ -10,6 +10,7 @@ whole. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
 """
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -186,8 +187,12 @@ def lineage_of(folder):
     return read_json(path) if os.path.exists(path) else {}
 
 
+@functools.cache
 def environment():
-    """Versions, git revision and hardware, for state.json: what a reader of the run will want to know."""
+    """Versions, git revision and hardware, for state.json: what a reader of the run will want to know.
+
+    Asked once per process: it is the code that runs, whatever happens to the working tree later.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]

@@ -25,11 +25,11 @@ from data import ValData
 from errors import UserError, one_line
 from files import read_json
 from log import read_rows
+from loss import mean_loss
 from model import GPT, GPTConfig
 from ranks import Ranks
 from report import write_report
 from settings import GrowSettings, TrainSettings, parse, raise_all
-from train import mean_loss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # the reference's are the same
@@ -53,21 +53,17 @@ def flags_of(settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train_command(flags, out_dir, config=()):
-    """(the command, its arguments to show) that runs train.py on `config` (at most one file) with these flags
-    ({key: value}), continuing what out_dir holds; on several GPUs under torchrun."""
+def run_train(flags, out_dir, config=()):
+    """Run train.py on `config` (at most one file) with these flags ({key: value}), continuing what out_dir holds.
+
+    On several GPUs it runs under torchrun. Raises UserError when it fails.
+    """
     arguments = [*config, *flags_of(flags | {"out_dir": out_dir, "resume": "auto"})]
     command = [sys.executable, os.path.join(HERE, "train.py"), *arguments]
     gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
     if gpus > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    return command, shlex.join(arguments)
-
-
-def run_train(flags, out_dir, config=()):
-    """Run train.py, its progress on our terminal. Raises UserError when it fails."""
-    command, shown = train_command(flags, out_dir, config)
-    print(f"\n$ train.py {shown}", flush=True)
+    print(f"\n$ train.py {shlex.join(arguments)}", flush=True)
     if subprocess.run(command).returncode:
         raise UserError(f"training {out_dir} did not finish (see above); run the same command again to go on")
 
@@ -145,7 +141,8 @@ def rounds(settings, given, grow, reference, n_layer, target):
             start = os.path.join(settings.out_dir, f"onto_{k:02}")
             if not os.path.exists(start):
                 small = checkpoint.find(previous, prefer="latest")
-                inherit.main([f"--ckpt={reference}", f"--onto={small}", f"--layers={k}", f"--out={start}"])
+                grown = [f"--ckpt={reference}", f"--onto={small}", f"--layers={k}", f"--out={start}"]
+                print(inherit.build(inherit.make_parser().parse_args(grown)))
             run_train(flags | {"init_from": start}, run)
         else:
             run_train(flags | {"init_from": reference, "inherit_layers": k}, run)

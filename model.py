@@ -71,6 +71,7 @@ class CausalSelfAttention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, cache=None):
+        """What attention adds to the residual stream, (B, T, C), for its normalised x (B, T, C)."""
         B, T, C = x.size()
         q, k, v = self.heads(x)
         if cache is not None:

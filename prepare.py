@@ -36,6 +36,7 @@ MAX_DOWNLOAD = 20 << 30  # bytes of one URL
 
 @one_line
 def main(argv=None):
+    """Command line: text of any kind, or the embedded corpus, into a data folder."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "sources",

@@ -23,6 +23,7 @@ DOCUMENTS = {"sample-10BT": 9.67e6, "sample-100BT": 97.3e6}  # roughly; only the
 
 @one_line
 def main(argv=None):
+    """Command line: FineWeb-Edu, from the hub or from local files, into a data folder of shards."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="data/fineweb_edu_10B", help="folder to write")
     dataset = "HuggingFaceFW/fineweb-edu"

@@ -29,6 +29,7 @@ TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
 
 @one_line
 def main(argv=None):
+    """Command line: OpenWebText, from the hub or from local files, into a data folder."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="data/openwebtext", help="folder to write")
     parser.add_argument("--dataset", default=DATASET, help="hub dataset, or a local folder in the hub's layout")

@@ -15,7 +15,7 @@ from model import GPT
 
 RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "stack", "hybrid", "half_width", "random")
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}  # prefixes in a block
-EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
+WTE = "transformer.wte.weight"
 
 
 def assemble(base, blocks):
@@ -133,7 +133,7 @@ def initialise(state, config, recipe, k, parts="all", layernorms=True, released_
 
     def kept(name):
         if not name.startswith("transformer.h."):
-            return name == EMBEDDINGS[0] or not released_slice
+            return name == WTE or not released_slice
         inside = name.split(".", 3)[3]  # ln_1.weight, attn.c_attn.weight, …
         return inside.startswith(PARTS[parts]) and (layernorms or not inside.startswith("ln_"))
 

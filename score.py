@@ -15,9 +15,6 @@ import os
 import sys
 import tempfile
 
-import torch
-from tqdm import tqdm
-
 import checkpoint
 import device as machine
 import hf
@@ -25,6 +22,7 @@ import hf_tokenizer
 from data import Tokens, read_meta
 from errors import Parser, UserError, nearest, one_line
 from files import sha256, write_json
+from loss import total_nats
 from ranks import Ranks
 from tokenizer import RANKS_FILE
 
@@ -73,23 +71,6 @@ def open_split(folder, split, group, model_folder, config):
     return Whole(Tokens(folder, split), config.block_size, group)
 
 
-@torch.inference_mode()
-def total_nats(model, whole, ranks, device, dtype):
-    """The summed loss (nats) over all targets of `whole`, the same number on every rank.
-
-    As in train.mean_loss ranks take turns with the groups, and each group's sum has its own place, so the total does
-    not depend on how many ranks there are. The model is a GPT in eval mode on `device`.
-    """
-    sums = torch.zeros(whole.n_groups, dtype=torch.float64)
-    mine = range(ranks.rank, whole.n_groups, ranks.world)
-    for g in tqdm(mine, desc=f"loss on {whole.tokens.folder}", unit="batch", disable=not ranks.first):
-        idx, targets = whole.batch(g)
-        with machine.autocast(device, dtype):
-            loss = model(idx.to(device), targets.to(device))
-        sums[g] = loss.double().cpu() * targets.numel()
-    return ranks.sum(sums, device).sum().item()
-
-
 def losses(nats, scored, n_bytes):
     """{loss in nats/token, perplexity, bits_per_byte, …} from summed nats over `scored` tokens of `n_bytes` of text.
 
@@ -113,8 +94,9 @@ def score_split(args, folder, config, ranks, device):
     """The `losses` of a checkpoint folder on the split that the command line names."""
     group = args.batch_size
     whole = ranks.agree(lambda: open_split(args.data, args.split, group, folder, config))
-    model = ranks.agree(lambda: hf.load_model(folder)).eval().to(device)
-    nats = total_nats(model, whole, ranks, device, machine.pick_dtype(args.dtype, device))
+    model = ranks.agree(lambda: hf.load_model(folder)).to(device)
+    dtype = machine.pick_dtype(args.dtype, device)
+    nats = total_nats(model, whole, ranks, device, dtype, title=f"loss on {args.data}")
     described = read_meta(args.data).get("splits", {}).get(args.split, {})
     return {"data": args.data, "split": args.split} | losses(nats, len(whole.tokens) - 1, described.get("bytes"))
 

@@ -1,0 +1,171 @@
+"""A run, built: model, data, optimizer, logs, and the state that is saved and restored, for train.py's loop."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import device as machine
+import hf
+import inherit
+import log
+import plan as planning
+from data import TrainData, ValData
+from errors import UserError
+from files import read_json
+from model import GPT
+from optim import make_optimizer
+from ranks import Ranks, seed_all
+from settings import TrainSettings
+
+LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
+TERMS = ("ce", "kl")  # further columns when there is a teacher: the terms of the loss, before they are weighted
+TIMING_COLUMNS = ("step", "tokens_per_s", "mfu", "memory_mb", "train_s", "val_s")
+
+
+@dataclass
+class State:
+    """What changes from step to step besides weights and moments: saved whole, restored whole."""
+
+    step: int = 0  # optimizer steps behind us
+    best_val_loss: float | None = None  # nats/token, among saved checkpoints
+    best_step: int | None = None
+    bad_steps: int = 0  # steps skipped so far because loss or gradient was not finite
+    bad_in_a_row: int = 0
+    row: dict = field(default_factory=dict)  # loss, lr, grad_norm of the step that led here
+
+
+@dataclass
+class Run:
+    """Everything `fit` needs."""
+
+    settings: TrainSettings
+    plan: planning.Plan
+    ranks: Ranks
+    device: torch.device
+    dtype: torch.dtype
+    model: GPT  # the plain module: saved, and the source of truth
+    forward: torch.nn.Module  # what computes: the model, compiled and wrapped in DDP as needed
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    train: TrainData
+    val: ValData
+    state: State
+    lineage: dict
+    teacher: GPT | None  # in eval mode, for distillation
+    log: log.CsvLog | None  # rank 0 only, as are the next two
+    timing: log.CsvLog | None
+    sink: object
+    flops_per_token: int
+    first_step: int  # where this process began
+    train_s: float = 0.0  # since this process began, without validation and saving
+    val_s: float = 0.0
+
+
+def setup(settings, plan, ranks, device):
+    """Build the Run on every rank. Raises the same UserError on all ranks if it fails on any."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect elsewhere
+    seed_all(settings.seed)  # alike on all ranks: they start from the same weights
+
+    train, val = ranks.agree(lambda: open_data(settings, plan))
+    if plan.resume_from:
+        folder = plan.resume_from
+    elif settings.init_from != "scratch":
+        folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
+    else:
+        folder = None
+    model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
+    model.to(device)
+    teacher = None
+    if settings.teacher:
+        found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
+        teacher = ranks.agree(lambda: hf.load_model(found)).to(device).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, settings, device)
+    dtype = machine.pick_dtype(settings.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = State()
+    if plan.resume_from:
+        state = ranks.agree(lambda: restore(folder, model, optimizer, scaler))
+
+    logs = ranks.agree(lambda: open_logs(settings, state, plan) if ranks.first else (None, None, None))
+    forward = model
+    if settings.compile or (settings.compile is None and device.type == "cuda"):
+        forward = torch.compile(forward)
+    if ranks.world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    return Run(
+        settings=settings,
+        plan=plan,
+        ranks=ranks,
+        device=device,
+        dtype=dtype,
+        model=model,
+        forward=forward,
+        optimizer=optimizer,
+        scaler=scaler,
+        train=train,
+        val=val,
+        state=state,
+        lineage=lineage,
+        teacher=teacher,
+        log=logs[0],
+        timing=logs[1],
+        sink=logs[2],
+        flops_per_token=model.estimate_flops(),
+        first_step=state.step,
+    )
+
+
+def open_data(settings, plan):
+    """(TrainData, ValData) of a run. Validation comes in groups of batch_size windows on any number of ranks."""
+    T = plan.config.block_size
+    train = TrainData(settings.dataset, T, settings.seed, settings.data_start, settings.data_end)
+    return train, ValData(settings.dataset, T, settings.eval_tokens, settings.batch_size)
+
+
+def build_model(settings, plan, folder):
+    """(model, lineage): fresh weights when folder is None, else those of the checkpoint folder, of which only the
+    first blocks and positions that the plan's config has are read."""
+    model = GPT(plan.config)
+    if folder is None:
+        return model, {}
+    weights, source = hf.open_model(folder)
+    if plan.resume_from:
+        hf.fill(model, weights, folder)
+        return model, checkpoint.lineage_of(folder)
+    blocks = list(range(plan.config.n_layer))
+    state, _ = inherit.inherit(weights, source, blocks)
+    wpe = "transformer.wpe.weight"
+    state[wpe] = state[wpe][: plan.config.block_size]
+    hf.fill(model, state, folder)
+    return model, inherit.lineage(folder, blocks)
+
+
+def restore(folder, model, optimizer, scaler):
+    """Fill optimizer and scaler from a checkpoint folder and return its State. Raises UserError."""
+    checkpoint.load_optimizer(folder, model, optimizer)
+    saved = read_json(os.path.join(folder, "state.json"))
+    try:
+        if scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
+        saved["row"] = {k: float(v) for k, v in saved["row"].items()}
+        return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
+    except (KeyError, RuntimeError) as e:
+        raise UserError(f"{folder}/state.json lacks {e}; delete the folder to go on from the one before it") from None
+
+
+def open_logs(settings, state, plan):
+    """Make the run folder, clear what a kill left in it, and open (log, timing, sink) at the state's step."""
+    os.makedirs(settings.out_dir, exist_ok=True)
+    checkpoint.sweep(settings.out_dir)
+    last_step = state.step if plan.resume_from else -1
+    if plan.resume_from:
+        checkpoint.link(settings.out_dir, "latest", state.step)
+    columns = {"log.csv": LOG_COLUMNS + TERMS if settings.teacher else LOG_COLUMNS, "timing.csv": TIMING_COLUMNS}
+    logs = [log.CsvLog(os.path.join(settings.out_dir, name), names, last_step) for name, names in columns.items()]
+    return *logs, log.open_sink(settings.log_to, settings.out_dir, dataclasses.asdict(settings))
