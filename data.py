@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from errors import UserError
-from files import read_json
+from files import read_json, sha256
+from tokenizer import RANKS_FILE
 
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
 ROUNDS = 4  # of the Feistel network; four make a permutation that no statistical test on orders tells from random
@@ -144,6 +145,19 @@ def read_meta(folder):
     ):
         raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")
     return meta
+
+
+def check_tokenizer(folder, model_folder, config):
+    """Raise UserError unless a data folder's tokenizer is that of the model in model_folder (with this GPTConfig)."""
+    theirs, ranks = read_meta(folder)["tokenizer"], os.path.join(model_folder, RANKS_FILE)
+    named = config.tokenizer or theirs["name"]  # a model that does not say can only be asked how many ids it has
+    if (theirs["name"], theirs["n_vocab"]) != (named, config.n_vocab):
+        raise UserError(
+            f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids), but {model_folder} was trained "
+            f"with {config.tokenizer!r} ({config.n_vocab} ids): prepare the data with that one"
+        )
+    if named == RANKS_FILE and os.path.exists(ranks) and theirs.get("sha256", digest := sha256(ranks)) != digest:
+        raise UserError(f"{folder} was tokenised with another {RANKS_FILE} than the one in {model_folder}")
 
 
 def shards_of(folder, split, meta):

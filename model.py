@@ -70,6 +70,13 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
+    def probabilities(self, x):
+        """Attention matrices (B, nh, T, T) for normalised x (B, T, C): what `forward` multiplies v by, without ever
+        holding it. For looking at (analyze.py): no cache, no dropout."""
+        q, k, _ = self.heads(x)
+        future = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        return (q @ k.mT * self.scale).masked_fill(future, -math.inf).softmax(dim=-1)
+
     def forward(self, x, cache=None):
         """What attention adds to the residual stream, (B, T, C), for its normalised x (B, T, C)."""
         B, T, C = x.size()
@@ -147,6 +154,11 @@ class GPT(nn.Module):
 
         return hf.load_model(checkpoint.find(name_or_folder))
 
+    def embed(self, idx, start=0):
+        """The residual stream (B, T, C) that enters block 0, of ids idx (B, T) at positions from `start` on."""
+        pos = torch.arange(start, start + idx.size(1), device=idx.device)
+        return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+
     def hidden(self, idx, cache=None):
         """Final hidden states (B, T, C) of token ids idx (B, T); with a cache, of what follows the ids read so far.
 
@@ -156,8 +168,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size {self.config.block_size}")
-        pos = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        x = self.embed(idx, start)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:

@@ -1,12 +1,15 @@
-"""Figures of runs, drawn from their log.csv."""
+"""Figures: of runs, drawn from their log.csv, and of an analysis."""
 
 import os
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm, PowerNorm
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from files import replacing
 from log import read_rows
@@ -16,6 +19,13 @@ def curve(run_folder):
     """(tokens, validation losses) of a run folder's log.csv, two lists of floats of equal length."""
     rows = [r for r in read_rows(os.path.join(run_folder, "log.csv")) if r["val_loss"]]
     return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
+
+
+def save(figure, path):
+    """Write the figure as a PNG, atomically, and close it."""
+    with replacing(path) as f:
+        figure.savefig(f, format="png", dpi=150)
+    plt.close(figure)
 
 
 def plot_losses(path, curves, reference_loss, title):
@@ -36,6 +46,45 @@ def plot_losses(path, curves, reference_loss, title):
     axes.set(xlabel="training tokens of the run itself", ylabel="validation loss (nats/token)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    with replacing(path) as f:
-        figure.savefig(f, format="png", dpi=150)
-    plt.close(figure)
+    save(figure, path)
+
+
+def plot_analysis(path, found, title):
+    """Draw an analysis (a dict as from analyze.analyse): rank of each head, and MaxRank and AvgMass by depth."""
+    tau, layers = found["taus"][0], found["layers"]
+    ranks = np.array(found["heads"][f"rank_{tau:g}"])  # (n_layer, n_head)
+    depth = np.arange(len(ranks))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    scale = LogNorm(1, max(2, ranks.max()))  # most of what there is to see lies between 1 and 5
+    image = left.imshow(ranks.T, aspect="auto", origin="lower", cmap="viridis", norm=scale, interpolation="none")
+    left.set(xlabel="layer", ylabel="head", title="mean rank of each head")
+    figure.colorbar(image, ax=left, ticks=[t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= scale.vmax])
+    image.colorbar.ax.yaxis.set_major_formatter(ScalarFormatter())
+    image.colorbar.ax.minorticks_off()
+    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    right.plot(depth, layers["max_rank"], "o-", markersize=4, color="tab:red", label=f"MaxRank (tau {tau:g})")
+    right.plot(depth, layers["avg_mass"], "s-", markersize=4, color="tab:blue", label=f"AvgMass (eta {found['eta']:g})")
+    lazy = f"{found['lazy_layers']} of {len(ranks)} layers lazy, at {found['length']} tokens"
+    right.set(xlabel="layer", ylim=(0, None), title=lazy)
+    right.grid(alpha=0.25)
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_maps(path, maps):
+    """Draw attention maps, {(layer, head): (T, T) array}, on a scale that shows small probabilities too."""
+    columns = min(6, len(maps))
+    rows = -(-len(maps) // columns)
+    size = (max(4, 2 * columns), 2.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for place in axes.flat:
+        place.axis("off")
+    for place, ((layer, head), A) in zip(axes.flat, maps.items(), strict=False):
+        image = place.imshow(A, cmap="magma", norm=PowerNorm(0.5, 0, 1), interpolation="none")
+        place.set_title(f"layer {layer}, head {head}", fontsize=8)
+    figure.colorbar(image, ax=axes, label="attention probability", shrink=0.7)
+    save(figure, path)

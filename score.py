@@ -19,9 +19,9 @@ import checkpoint
 import device as machine
 import hf
 import hf_tokenizer
-from data import Tokens, read_meta
+from data import Tokens, check_tokenizer, read_meta
 from errors import Parser, UserError, nearest, one_line
-from files import sha256, write_json
+from files import write_json
 from loss import total_nats
 from ranks import Ranks
 from tokenizer import RANKS_FILE
@@ -57,20 +57,6 @@ class Whole:
         return self.tokens.windows([0], self.rest, first=self.n_windows * self.block_size)
 
 
-def open_split(folder, split, group, model_folder, config):
-    """The Whole of a data folder's split. Raises UserError unless its tokenizer is the model's."""
-    theirs, ranks = read_meta(folder)["tokenizer"], os.path.join(model_folder, RANKS_FILE)
-    named = config.tokenizer or theirs["name"]  # a model that does not say can only be asked how many ids it has
-    if (theirs["name"], theirs["n_vocab"]) != (named, config.n_vocab):
-        raise UserError(
-            f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids), but {model_folder} was trained "
-            f"with {config.tokenizer!r} ({config.n_vocab} ids): prepare the data with that one"
-        )
-    if named == RANKS_FILE and os.path.exists(ranks) and theirs.get("sha256", digest := sha256(ranks)) != digest:
-        raise UserError(f"{folder} was tokenised with another {RANKS_FILE} than the one in {model_folder}")
-    return Whole(Tokens(folder, split), config.block_size, group)
-
-
 def losses(nats, scored, n_bytes):
     """{loss in nats/token, perplexity, bits_per_byte, …} from summed nats over `scored` tokens of `n_bytes` of text.
 
@@ -93,7 +79,12 @@ def losses(nats, scored, n_bytes):
 def score_split(args, folder, config, ranks, device):
     """The `losses` of a checkpoint folder on the split that the command line names."""
     group = args.batch_size
-    whole = ranks.agree(lambda: open_split(args.data, args.split, group, folder, config))
+
+    def open_split():
+        check_tokenizer(args.data, folder, config)
+        return Whole(Tokens(args.data, args.split), config.block_size, group)
+
+    whole = ranks.agree(open_split)
     model = ranks.agree(lambda: hf.load_model(folder)).to(device)
     dtype = machine.pick_dtype(args.dtype, device)
     nats = total_nats(model, whole, ranks, device, dtype, title=f"loss on {args.data}")
