@@ -1,6 +1,7 @@
 """Inherit: make a smaller GPT out of the first blocks of a larger one (paper, Algorithm 1, step 2).
 
     python inherit.py --ckpt gpt2-large --layers 18 --out out-gpt2-large-18
+    python inherit.py --ckpt gpt2-large --layers auto --data data/openwebtext --out small
 
 The new model has the chosen blocks, renumbered, and the larger one's token and position embeddings, final LayerNorm
 and tied head. (The authors' released script leaves positions and final LayerNorm random: --released_slice does that.)
@@ -82,7 +83,8 @@ def make_parser():
     parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
     parser.add_argument("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
     parser.add_argument("--out", required=True, help="folder to create")
-    parser.add_argument("--layers", type=int, help="how many blocks")
+    parser.add_argument("--layers", help="how many blocks, or auto: as many as are not lazy (needs --data)")
+    parser.add_argument("--data", help="data folder on whose validation split --layers auto looks at the attention")
     parser.add_argument("--blocks", help="keep these blocks instead, e.g. 0-11,23")
     parser.add_argument("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
     parser.add_argument("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
@@ -94,7 +96,7 @@ def make_parser():
 
 
 def check(args):
-    """Raise UserError for flags that do not go together; return --layers."""
+    """Raise UserError for flags that do not go together."""
     needs_layers = not args.blocks and args.recipe != "half_width"
     if args.blocks and (args.layers is not None or args.onto or args.recipe != "first"):
         raise UserError("--blocks says which blocks: leave out --layers, --onto and --recipe")
@@ -102,9 +104,12 @@ def check(args):
         raise UserError("--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST")
     if args.onto and (args.recipe, args.parts, args.layernorms, args.released_slice) != ("first", "all", True, False):
         raise UserError("--onto takes whole blocks: leave out --recipe, --parts, --layernorms and --released_slice")
-    if args.layers is not None and args.layers < 1:
-        raise UserError(f"--layers must be at least 1, not {args.layers}")
-    return args.layers
+    if (args.layers == "auto") != (args.data is not None):
+        raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
+    if args.layers == "auto" and args.recipe in ("stack", "half_width"):
+        raise UserError(f"{args.recipe} leaves nothing to choose: leave out --layers auto")
+    if args.layers not in (None, "auto") and not (args.layers.isdecimal() and int(args.layers)):
+        raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
 
 
 def build(args):
@@ -112,14 +117,23 @@ def build(args):
 
     Raises UserError.
     """
-    k = check(args)
+    check(args)
     folder = checkpoint.find(args.ckpt)
+    why = {}
+    if args.layers == "auto":
+        import analyze  # with what it draws figures with: only where it is needed
+
+        k, reason = analyze.choose_for(folder, args.data)
+        print(f"{k} blocks: {reason}", flush=True)
+        why = {"layers_auto": reason}
+    else:
+        k = int(args.layers) if args.layers else None
     weights, config = hf.open_model(folder)
     if args.onto:
         onto = checkpoint.find(args.onto)
         small, small_config = hf.open_model(onto)
         state, new_config = grow_onto(small, small_config, weights, config, k)
-        origin = lineage(folder, list(range(k)), onto, small_config.n_layer)
+        origin = lineage(folder, list(range(k)), onto, small_config.n_layer, **why)
     elif args.blocks:
         blocks = parse_blocks(args.blocks)
         state, new_config = inherit(weights, config, blocks)
@@ -128,7 +142,7 @@ def build(args):
         how = {"parts": args.parts, "layernorms": args.layernorms, "released_slice": args.released_slice}
         how["seed"] = args.seed
         state, new_config, blocks = initialise(weights, config, args.recipe, k or config.n_layer, **how)
-        origin = lineage(folder, blocks, recipe=args.recipe, **how)
+        origin = lineage(folder, blocks, recipe=args.recipe, **how, **why)
     with checkpoint.new_folder(args.out) as temporary:
         hf.write_model(temporary, state, new_config, tokenizer_from=folder)
         write_json(os.path.join(temporary, "lineage.json"), origin)

@@ -142,9 +142,9 @@ INHERIT = {
     "unknown flag": (["--ckpt=ref", "--layer=2"], "unknown argument '--layer=2' (did you mean --layers?)"),
     "neither": (["--ckpt=ref"], "give --layers K or --blocks LIST"),
     "both": (["--ckpt=ref", "--layers=1", "--blocks=0"], "--blocks says which blocks: leave out --layers"),
-    "not a number": (["--ckpt=ref", "--layers=two"], "invalid int value: 'two'"),
-    "zero": (["--ckpt=ref", "--layers=0"], "--layers must be at least 1, not 0"),
-    "negative": (["--ckpt=ref", "--layers=-1"], "--layers must be at least 1, not -1"),
+    "not a number": (["--ckpt=ref", "--layers=two"], "--layers must be a whole number from 1 on, or auto, not 'two'"),
+    "zero": (["--ckpt=ref", "--layers=0"], "a whole number from 1 on, or auto, not '0'"),
+    "negative": (["--ckpt=ref", "--layers=-1"], "a whole number from 1 on, or auto, not '-1'"),
     "too many": (["--ckpt=ref", "--layers=4"], "--layers 4 is more than the 3 blocks"),
     "block not there": (
         ["--ckpt=ref", "--blocks=0,7"],

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint
+from tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint, write_data
 
 import checkpoint
 import hf
@@ -219,3 +219,42 @@ def test_parse_blocks(text, blocks):
     else:
         with pytest.raises(UserError, match="write them like 0-11,23"):
             parse_blocks(text)
+
+
+def attend_to_the_first(model, blocks):
+    """Make all heads of these blocks look at position 0 alone."""
+    c = model.config
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = 100  # which position 0 is known by, also behind a LayerNorm
+        for i in blocks:
+            h = model.transformer.h[i]
+            h.ln_1.weight.fill_(1)
+            h.attn.c_attn.weight[: 2 * c.n_embd] = 0
+            h.attn.c_attn.bias[: c.n_embd] = 10  # every query is the same
+            h.attn.c_attn.weight[c.n_embd : 2 * c.n_embd, 0] = 10
+
+
+@pytest.mark.parametrize("lazy, k, why", [((2, 3), 2, "all 2 layers"), ((1,), 2, "half of 4"), ((1, 3), 3, "all 1 ")])
+def test_layers_auto_takes_what_is_not_lazy(tmp_path, capsys, lazy, k, why):
+    model = tiny_model(n_layer=4, block_size=100)
+    attend_to_the_first(model, lazy)
+    (tmp_path / "ref").mkdir()
+    hf.write_model(str(tmp_path / "ref"), hf.layout(model), model.config)
+    data = write_data(tmp_path / "data", val=600)
+    flags = ["--ckpt", str(tmp_path / "ref"), "--layers", "auto", "--data", data, "--out", str(tmp_path / "small")]
+    inherit.main(flags)
+    assert hf.read_config(tmp_path / "small").n_layer == k
+    with open(tmp_path / "small/lineage.json") as f:
+        reason = json.load(f)["layers_auto"]
+    assert why in reason and f"{k} blocks: {reason}" in capsys.readouterr().out
+
+
+def test_layers_auto_refusals(reference, tmp_path):
+    def answer(*flags):
+        return refusal(inherit.main, ["--ckpt", reference[0], "--out", tmp_path / "small", *flags])
+
+    assert "--layers auto and --data FOLDER go together" in answer("--layers", "auto")
+    assert "--layers auto and --data FOLDER go together" in answer("--layers", "2", "--data", "x")
+    assert "no data folder 'x'" in answer("--layers", "auto", "--data", "x")
+    assert "nothing to choose" in answer("--layers", "auto", "--data", "x", "--recipe", "half_width")
+    assert not (tmp_path / "small").exists()

@@ -186,7 +186,7 @@ def test_each_command_trains_one_step(tmp_path, flags, bias):
         (["--recipe", "lost", "--layers", "2"], "invalid choice"),
         (["--recipe", "last", "--blocks", "0"], "--blocks says which blocks"),
         (["--layers", "2", "--layernorms", "maybe"], "must be True or False"),
-        (["--layers", "few"], "invalid int value"),
+        (["--layers", "few"], "must be a whole number from 1 on, or auto"),
         (["--onto", "x", "--layers", "2", "--parts", "attn"], "takes whole blocks"),
     ],
 )
