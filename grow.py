@@ -26,10 +26,10 @@ from errors import UserError, one_line
 from files import read_json
 from log import read_rows
 from loss import mean_loss
-from model import GPT, GPTConfig
+from model import GPTConfig
 from ranks import Ranks
 from report import write_report
-from settings import GrowSettings, TrainSettings, parse, raise_all
+from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # the reference's are the same
@@ -53,17 +53,21 @@ def flags_of(settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def run_train(flags, out_dir, config=()):
-    """Run train.py on `config` (at most one file) with these flags ({key: value}), continuing what out_dir holds.
-
-    On several GPUs it runs under torchrun. Raises UserError when it fails.
-    """
-    arguments = [*config, *flags_of(flags | {"out_dir": out_dir, "resume": "auto"})]
-    command = [sys.executable, os.path.join(HERE, "train.py"), *arguments]
+def train_command(flags, out_dir, config=()):
+    """The command line (a list) of train.py on `config` (at most one file) with these flags ({key: value}) that begins
+    or continues the run in out_dir, under torchrun where there are several GPUs."""
+    command = [sys.executable, os.path.join(HERE, "train.py"), *config]
+    command += flags_of(flags | {"out_dir": out_dir, "resume": "auto"})
     gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
     if gpus > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    print(f"\n$ train.py {shlex.join(arguments)}", flush=True)
+    return command
+
+
+def run_train(flags, out_dir, config=()):
+    """Run `train_command` and wait for it. Raises UserError when it fails."""
+    command = train_command(flags, out_dir, config)
+    print(f"\n$ {shlex.join(command)}", flush=True)
     if subprocess.run(command).returncode:
         raise UserError(f"training {out_dir} did not finish (see above); run the same command again to go on")
 
@@ -110,17 +114,16 @@ def arm_of(name, run, settings):
     """The Arm of a finished run folder or a lone checkpoint; a checkpoint without state.json has unknown compute."""
     folder = checkpoint.find(run, prefer="latest")
     config = hf.read_config(folder)
-    with torch.device("meta"):
-        model = GPT(config)
+    params, flops_per_token = planning.costs(config)
     state = os.path.join(folder, "state.json")
     tokens = read_json(state)["tokens"] if os.path.exists(state) else None
     inside = os.path.abspath(run).startswith(os.path.abspath(settings.out_dir) + os.sep)
     return Arm(
         arm=name,
         n_layer=config.n_layer,
-        params=model.num_params(),
+        params=params,
         tokens=tokens,
-        flops=tokens * model.estimate_flops() if tokens is not None else None,
+        flops=tokens * flops_per_token if tokens is not None else None,
         val_loss=final_loss(run) if os.path.exists(os.path.join(run, "log.csv")) else float("nan"),
         folder=os.path.relpath(run, settings.out_dir) if inside else run,
     )
@@ -176,6 +179,14 @@ def controls(settings, given, reference, arms):
     yield arm_of("random_matched", run, settings)
 
 
+def plan_reference(path, dataset):
+    """(TrainSettings, GPTConfig) of the reference that the train.py config `path` makes on a data folder, which in a
+    dry run may not be there yet. Raises UserError."""
+    settings, given = parse((TrainSettings,), [path], "")
+    settings = dataclasses.replace(settings, dataset=dataset, dry_run=True)
+    return settings, planning.make_plan(settings, given, world=1).config
+
+
 def check(settings, given, grow):
     """The reference's GPTConfig. Raises UserError with every problem that shows before anything is trained."""
     problems = []
@@ -184,11 +195,7 @@ def check(settings, given, grow):
         if key in given:
             problems.append(f"{key} is decided by the recipe (k_start, k_step): leave it out")
     if grow.reference_config:
-        reference, reference_given = parse((TrainSettings,), [grow.reference_config], "")
-        # the reference's vocabulary comes from the data, which may not be there yet in a dry run
-        config = planning.make_plan(
-            dataclasses.replace(reference, dataset=settings.dataset, dry_run=True), reference_given, world=1
-        ).config
+        _, config = plan_reference(grow.reference_config, settings.dataset)
     elif os.path.isdir(name) or grow.reference:
         config = planning.source_config(name)
     else:
@@ -227,7 +234,9 @@ def describe(settings, given, grow, config: GPTConfig):
 def main(argv=None):
     """Command line: the recipe, its report, its figure."""
     description = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
-    settings, grow, given = parse((TrainSettings, GrowSettings), argv, description)
+    settings, grow, given = parse(
+        (TrainSettings, GrowSettings), argv, description, others={"replicate.py": ReplicateSettings}
+    )
     config = check(settings, given, grow)
     if settings.dry_run:
         print(describe(settings, given, grow, config))

@@ -42,6 +42,13 @@ class Plan:
     world: int
 
 
+def costs(config):
+    """(parameters, training FLOPs per token) of a GPT with this config, without making it."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.num_params(), model.estimate_flops()
+
+
 def split_batch(batch_tokens, block_size, batch_size, world):
     """(sequences per step, micro-batch, accumulation steps) such that world × micro × accumulation = sequences.
 
@@ -234,8 +241,7 @@ def training_memory(config, micro_batch, half):
 
     half: whether autocast computes in 16 bits. The allocator's own overhead is not in it.
     """
-    with torch.device("meta"):
-        n_params = GPT(config).num_params()
+    n_params, _ = costs(config)
     act = 2 if half else 4
     rows = micro_batch * config.block_size
     # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms,
@@ -249,16 +255,15 @@ def training_memory(config, micro_batch, half):
 def describe(plan, settings):
     """The text of --dry_run."""
     c = plan.config
-    with torch.device("meta"):
-        model = GPT(c)
+    n_params, flops_per_token = costs(c)
     total_tokens = settings.max_iters * settings.batch_tokens
-    flops = model.estimate_flops() * total_tokens
+    flops = flops_per_token * total_tokens
     origin = settings.init_from
     if settings.inherit_layers:
         origin += f", its first {settings.inherit_layers} blocks"
     lines = [
         f"model        {c.n_layer} blocks x {c.n_head} heads x {c.n_embd}, context {c.block_size}, {c.vocab_size} ids",
-        f"parameters   {model.num_params():,}",
+        f"parameters   {n_params:,}",
         f"starts from  {origin}",
         f"batch        {settings.batch_tokens:,} tokens = {plan.micro_batch} sequences x {c.block_size} tokens"
         f" x {plan.accumulation} accumulation x {plan.world} rank(s)",

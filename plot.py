@@ -49,6 +49,82 @@ def plot_losses(path, curves, reference_loss, title):
     save(figure, path)
 
 
+def draw_points(axes, points):
+    """Draw [(label, value, standard error or None, colour)] as dots with bars, one line for each, the first on top."""
+    for i, (_, value, error, colour) in enumerate(reversed(points)):
+        axes.errorbar(value, i, xerr=error or 0, fmt="o", markersize=4, capsize=2, color=colour)
+    axes.set_yticks(range(len(points)), [label for label, *_ in reversed(points)], fontsize=7)
+    axes.grid(alpha=0.25, axis="x")
+
+
+def plot_comparison(path, curves, points, reference_loss, title):
+    """Draw an arm's validation loss over its own training FLOPs (left), and the final losses (right).
+
+    curves: [(label, colour, FLOPs, losses)], label None for those that only stand in the background; points as for
+    `draw_points`. The left axis is cut above the worst final loss so that the ends can be told apart.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained", width_ratios=(1.2, 1))
+    for label, colour, flops, losses in sorted(curves, key=lambda c: c[0] is not None):
+        shown = {"color": colour, "label": label} if label else {"color": "lightgray", "linewidth": 0.8}
+        left.plot(flops, losses, **shown)
+    finals = [losses[-1] for *_, losses in curves]
+    spread = max(finals) - min(finals) or 0.1
+    left.set_ylim(min(finals) - 0.1 * spread, max(finals) + 1.2 * spread)
+    left.set(xlabel="training FLOPs of the arm's own stages", ylabel="validation loss (nats/token)")
+    left.grid(alpha=0.25)
+    left.legend(fontsize=8)
+    draw_points(right, points)
+    right.set(xlabel="final validation loss, mean and standard error over seeds")
+    for axes, line in ((left, left.axhline), (right, right.axvline)):
+        line(reference_loss, color="black", linewidth=0.8, linestyle=":")
+        axes.set_axisbelow(True)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_point_panels(path, panels, title):
+    """Draw panels [(title, xlabel, points)] side by side, points as for `draw_points`."""
+    columns = min(3, len(panels))
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [0.9 + 0.22 * max(len(points) for *_, points in row) for row in rows]
+    size = (6 * columns, 0.4 + sum(heights))
+    shape = {"squeeze": False, "height_ratios": heights, "layout": "constrained"}
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, **shape)
+    for place in axes.flat[len(panels) :]:
+        place.axis("off")
+    for place, (name, xlabel, points) in zip(axes.flat, panels, strict=False):
+        draw_points(place, points)
+        place.set_title(name, fontsize=10)
+        place.set_xlabel(xlabel, fontsize=8)
+        place.tick_params(axis="x", labelsize=8)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_ranks(path, panels, title):
+    """Draw MaxRank by depth, one panel for each [(title, before, after)], lists over layers; before may be None."""
+    columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (2.6 * columns, 1.9 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for place in axes.flat[len(panels) :]:
+        place.axis("off")
+    for place, (name, before, after) in zip(axes.flat, panels, strict=False):
+        place.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        if before is not None:
+            place.plot(before, ".--", color="tab:gray", linewidth=1, label="before training")
+        place.plot(after, "o-", color="tab:red", markersize=3, linewidth=1.2, label="after")
+        place.set_title(name, fontsize=7)
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place.grid(alpha=0.25)
+    axes.flat[0].set_ylim(0, 1.05 * max(max((before or []) + after) for _, before, after in panels))  # shared by all
+    axes.flat[0].legend(fontsize=7)
+    figure.supxlabel("layer")
+    figure.supylabel("MaxRank")
+    figure.suptitle(title)
+    save(figure, path)
+
+
 def plot_analysis(path, found, title):
     """Draw an analysis (a dict as from analyze.analyse): rank of each head, and MaxRank and AvgMass by depth."""
     tau, layers = found["taus"][0], found["layers"]

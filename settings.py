@@ -1,4 +1,4 @@
-"""Every setting of train.py and grow.py, and how it gets its value: default < config file < command line.
+"""Every setting of train.py, grow.py and replicate.py, and how it gets its value: default < config file < command line.
 
 The calling form is nanoGPT's: `train.py [CONFIG.py] --key=value …`. A config file is Python to look at, but it is
 read as data: assignments of literals and arithmetic on them. It is never executed.
@@ -94,6 +94,22 @@ class GrowSettings:
         "a further round takes all blocks from the reference, or adds its next ones onto the trained model",
     )
     control: bool = setting(True, "also train random-init controls: equal steps, and equal compute of the pipeline")
+
+
+@dataclass
+class ReplicateSettings:
+    """What replicate.py does around train.py: arms × seeds, compared (arms.py lists the arms)."""
+
+    results: str = setting("results/replicate", "folder for results.csv, table.md, curves.png and rank.png")
+    reference: str = setting("", "reference: checkpoint, run folder or Hugging Face id (default: one for each seed)")
+    reference_config: str = setting("", "train.py config that trains each seed's reference")
+    arms: str = setting("all:1", "which arms, each with its number of seeds, e.g. 'all:1 random:3'; later ones count")
+    first_seed: int = setting(1, "seeds count up from this one", 0)
+    layers: int | None = setting(None, "blocks of the small models (default: half of the reference's)", 1)
+    rounds_from: int | None = setting(None, "first round of the arms that grow (default: layers - rounds_step)", 1)
+    rounds_step: int = setting(2, "blocks added from round to round in the arms that grow", 1)
+    seen: float = setting(1.0, "fraction of the training stream that all arms but `unseen` train on", 0.01, 1.0)
+    jobs: int | None = setting(None, "arms trained side by side (default: cores / threads; 1 on GPUs)", 1)
 
 
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
@@ -225,8 +241,8 @@ def parse(classes, argv, description, others=None):
         if key in fields:
             values[key] = (value, f"{config}:{line}: {key}")
         else:
-            script = next((s for s, c in (others or {}).items() if key in c.__dataclass_fields__), None)
-            hint = f" but one of {script}: run that with this file" if script else nearest(key, fields)
+            scripts = [s for s, c in (others or {}).items() if key in c.__dataclass_fields__]
+            hint = f" but one of {' or '.join(scripts)}: run that with this file" if scripts else nearest(key, fields)
             problems.append(f"{config}:{line}: {key} is not a setting{hint}")
     values.update({key: (text, f"--{key}") for key, text in arguments.items() if text is not None})
     given = {}

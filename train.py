@@ -25,7 +25,7 @@ from loss import mean_loss, to_device
 from optim import learning_rate
 from ranks import Ranks, seed_all
 from run import TERMS, setup
-from settings import GrowSettings, TrainSettings, parse
+from settings import GrowSettings, ReplicateSettings, TrainSettings, parse
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
@@ -197,7 +197,9 @@ def clock(seconds):
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
     description = "Train a GPT from scratch, from a checkpoint, or from the first blocks of one."
-    settings, given = parse((TrainSettings,), argv, description, others={"grow.py": GrowSettings})
+    settings, given = parse(
+        (TrainSettings,), argv, description, others={"grow.py": GrowSettings, "replicate.py": ReplicateSettings}
+    )
     ranks = Ranks()
     plan = planning.make_plan(settings, given, ranks.world)
     if settings.dry_run:
