@@ -7,6 +7,7 @@ import re
 import pytest
 
 import grow
+import replicate
 import train
 from settings import GrowSettings, read_config_file
 from tests.tiny import ROOT
@@ -24,10 +25,15 @@ PARAMETERS = {
 def test_dry_run(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = os.path.join("config", name)
-    recipe = read_config_file(path).keys() & GrowSettings.__dataclass_fields__.keys()
-    (grow if recipe else train).main([path, "--dry_run"])
+    keys = read_config_file(path).keys()
+    if "arms" in keys:
+        script, words = replicate, ("random_matched", "FLOPs")
+    else:
+        script = grow if keys & GrowSettings.__dataclass_fields__.keys() else train
+        words = ("parameters", "memory", "FLOPs")
+    script.main([path, "--dry_run"])
     shown = capsys.readouterr().out
-    assert "parameters" in shown and "memory" in shown and "FLOPs" in shown
+    assert all(word in shown for word in words)
     if name in PARAMETERS:
         found = re.search(r"parameters +([\d,]+)", shown)[1]
         assert int(found.replace(",", "")) == PARAMETERS[name]
