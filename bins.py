@@ -8,7 +8,6 @@ bit. meta.json is written last: a folder without it is unfinished.
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import os
 import platform
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from encode import batched, dtype_of, encode_in_order
 from errors import UserError
-from files import read_json, replacing, sha256, sync_folder, write_json
+from files import lock_folder, read_json, replacing, sha256, sync_folder, write_json
 from tokenizer import RANKS_FILE
 
 FORMAT = 1
@@ -63,12 +62,10 @@ def unfinished(out, script, arguments, tokenizer):
     if existed and not os.path.isdir(out):
         raise UserError(f"{out} is a file; --out names a folder")
     os.makedirs(out, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
+    lock = lock_folder(out)
+    if lock is None:
+        raise UserError(f"{out} is being written by another run; wait or choose another --out")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is being written by another run; wait or choose another --out") from None
         if os.path.exists(os.path.join(out, "meta.json")):
             check_finished(out, script, arguments, described)
             yield None

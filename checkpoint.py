@@ -2,8 +2,8 @@
 
 A checkpoint is a folder: the model in Hugging Face's layout (hf.py), and for training `optimizer.safetensors`,
 `state.json` (step, tokens, best loss, settings, versions, git revision, hardware) and `lineage.json` (which blocks
-came from which checkpoint). A run folder holds `step_00001000/ …`, links `latest` and `best`, `log.csv` and
-`timing.csv`.
+came from which checkpoint). `SHA256SUMS` has the hash of each file (`sha256sum -c` reads it). A run folder holds
+`step_00001000/ …`, links `latest` and `best`, `log.csv` and `timing.csv`.
 
 A folder is written under a temporary name, everything in it fsynced, then renamed: whatever is called `step_…` is
 whole. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
@@ -18,14 +18,15 @@ import shutil
 import subprocess
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 import hf
 from errors import UserError
-from files import read_json, sync_folder, write_json
+from files import read_json, replacing, sha256, sync_folder, write_json
 
 STEP = re.compile(r"step_(\d{8,})")
+SUMS = "SHA256SUMS"
 
 
 def find(name, prefer="best", weights=True):
@@ -62,7 +63,8 @@ def list_steps(run):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Yield a temporary neighbour folder to fill; on success it is renamed to `path` and the rename made durable.
+    """Yield a temporary neighbour folder to fill; on success its files' hashes are added, it is renamed to `path`, and
+    the rename made durable.
 
     On an exception it is removed. Raises UserError when `path` exists: a checkpoint is never overwritten.
     """
@@ -76,12 +78,48 @@ def new_folder(path):
     try:
         os.mkdir(temporary)
         yield temporary
-        sync_folder(temporary)
+        with replacing(os.path.join(temporary, SUMS), "w") as f:
+            f.writelines(
+                f"{sha256(os.path.join(temporary, n))}  {n}\n" for n in sorted(os.listdir(temporary)) if n[0] != "."
+            )
         os.rename(temporary, path)
         sync_folder(parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def verify(folder):
+    """Raise UserError unless every file of a checkpoint folder has the hash that its SHA256SUMS says."""
+    path = os.path.join(folder, SUMS)
+    if not os.path.isfile(path):
+        raise UserError(f"{folder} has no {SUMS} to verify it by: only checkpoints that we wrote have one")
+    with open(path, encoding="utf-8", errors="replace") as f:
+        lines = [line.rstrip("\n").split("  ", 1) for line in f.read(1_000_000).splitlines()]
+    for line in lines:
+        if len(line) != 2 or os.path.basename(line[1]) != line[1]:
+            raise UserError(f"{path} is damaged; restore it, or do without --verify")
+        file = os.path.join(folder, line[1])
+        if not os.path.isfile(file) or sha256(file) != line[0]:
+            raise UserError(f"{file} is missing or not what was written (its sha256 differs): restore the folder")
+
+
+def examine(folder, hashes=False):
+    """Raise UserError unless a checkpoint folder looks fit to continue a run: files, headers, sizes and shapes, and
+    with `hashes` every byte."""
+    hf.open_model(folder)
+    if not isinstance(read_json(os.path.join(folder, "state.json")).get("settings"), dict):
+        raise UserError(f"{folder}/state.json holds no settings")
+    read_json(os.path.join(folder, "lineage.json"))
+    path = os.path.join(folder, "optimizer.safetensors")
+    try:
+        safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it can start a run (--init_from) but not continue one") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged ({e})") from None
+    if hashes:
+        verify(folder)
 
 
 def link(run, name, step):
@@ -114,8 +152,7 @@ def save(run, model, optimizer, state, lineage, tokenizer_from=None):
     with new_folder(folder) as temporary:
         hf.write_model(temporary, hf.layout(model), model.config, tokenizer_from)
         path = os.path.join(temporary, "optimizer.safetensors")
-        save_file(optimizer_tensors(model, optimizer), path, metadata={"format": "pt"})
-        hf.finish_file(path)
+        hf.save_tensors(path, optimizer_tensors(model, optimizer))
         write_json(os.path.join(temporary, "state.json"), state)
         write_json(os.path.join(temporary, "lineage.json"), lineage)
     link(run, "latest", state["step"])
@@ -157,6 +194,13 @@ def load_optimizer(folder, model, optimizer):
     ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
     packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def set_aside(folder):
+    """Rename a damaged checkpoint to step_….damaged, which nothing takes for a checkpoint."""
+    aside = f"{folder}.damaged"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
 
 
 def prune(run, keep_last, best_step):

@@ -187,6 +187,17 @@ def file_size(path):
     return os.path.getsize(path)
 
 
+def verify(folder, split):
+    """Raise UserError unless every shard of a split has the sha256 that meta.json says."""
+    meta = read_meta(folder)
+    for shard in meta["splits"][split]["shards"] if "splits" in meta else [{}]:
+        if "sha256" not in shard:
+            raise UserError(f"{folder} says no sha256 of its {split} bins to verify them by: prepare it with ours")
+        path = os.path.join(folder, shard["file"])
+        if sha256(path) != shard["sha256"]:
+            raise UserError(f"{path} is not what was prepared (its sha256 differs): restore it, or prepare it again")
+
+
 class TrainData:
     """The training windows of a run, dealt to ranks.
 

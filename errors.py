@@ -6,13 +6,26 @@ script. A bug still shows its traceback: only `UserError`, a full disk and the l
 
 import argparse
 import difflib
+import errno
 import functools
 import os
+import signal
 import sys
+import threading
+
+FULL = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "raise the limit (ulimit -f)"}
 
 
 class UserError(Exception):
     """Something the user can mend. The message is shown as it stands, so it says what to do."""
+
+
+class Stopped(BaseException):
+    """The process was asked to end by a signal, and everything is in good order."""
+
+    def __init__(self, number, message="interrupted; run the same command again to go on"):
+        super().__init__(message)
+        self.signal = number
 
 
 def nearest(word, known):
@@ -40,25 +53,43 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all flags")
 
 
-def one_line(main):
-    """Decorate a script's `main(argv=None)`: a UserError or OSError becomes one line and exit status 1.
+def of_system(e):
+    """The line for an OSError: what, where, and how to go on."""
+    where = f" ({e.filename})" if e.filename else ""
+    cure = f": {FULL[e.errno]} and run the same command again" if e.errno in FULL else ""
+    return f"{e.strerror or e}{where}; nothing written before is damaged{cure}"
 
-    Under torchrun, errors that every rank meets are shown by rank 0 only.
+
+def one_line(main):
+    """Decorate a script's `main(argv=None)`: a UserError or OSError becomes one line and exit status 1; SIGINT and
+    SIGTERM end it in one line too, with the usual exit status, 128 + the signal's number.
+
+    Under torchrun, what every rank has to say is said by rank 0 only.
     """
+
+    def terminate(number, _frame):
+        raise Stopped(number)
 
     @functools.wraps(main)
     def wrapped(argv=None):
         script = os.path.basename(main.__globals__["__file__"])
+        first = os.environ.get("RANK", "0") == "0"
+        handled = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, terminate) if handled else None
         try:
             return main(argv)
         except UserError as e:
             message = f"{script}: {e}"
         except OSError as e:  # disk full, permission denied, a folder where a file should be …
-            where = f" ({e.filename})" if e.filename else ""
-            message = f"{script}: {e.strerror or e}{where}; nothing written before is damaged"
-        except KeyboardInterrupt:
-            print(f"\n{script}: interrupted; run the same command again to go on", file=sys.stderr)
-            raise SystemExit(130) from None
-        raise SystemExit(message if os.environ.get("RANK", "0") == "0" else 1)
+            message = f"{script}: {of_system(e)}"
+        except (KeyboardInterrupt, Stopped) as e:
+            stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
+            if first:
+                print(f"\n{script}: {stopped}", file=sys.stderr)
+            raise SystemExit(128 + stopped.signal) from None
+        finally:
+            if handled:
+                signal.signal(signal.SIGTERM, before)
+        raise SystemExit(message if first else 1)
 
     return wrapped

@@ -1,6 +1,7 @@
 """Writing files so that a kill, a full disk or a power cut leaves either the old file or the new one, never half."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,20 @@ def sync_folder(folder):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock_folder(folder):
+    """A file descriptor that holds `folder` for this process until it is closed or the process is gone, however it
+    went; None when another holds it. The folder may be moved meanwhile."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError as e:  # a file system without locks: nothing to be done about it
+        print(f"{folder}: cannot be locked ({e.strerror}); see to it yourself that no other run uses it")
+    return fd
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ folder of its own under out_dir; all of them continue where they were, so an int
 import dataclasses
 import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from model import GPTConfig
 from ranks import Ranks
 from report import write_report
 from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from stop import Request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # the reference's are the same
@@ -68,7 +68,9 @@ def run_train(flags, out_dir, config=()):
     """Run `train_command` and wait for it. Raises UserError when it fails."""
     command = train_command(flags, out_dir, config)
     print(f"\n$ {shlex.join(command)}", flush=True)
-    if subprocess.run(command).returncode:
+    with Request() as request:
+        status = request.call(command)
+    if status:
         raise UserError(f"training {out_dir} did not finish (see above); run the same command again to go on")
 
 
@@ -216,7 +218,7 @@ def describe(settings, given, grow, config: GPTConfig):
     first = dataclasses.replace(settings, init_from=reference_name(settings, grow), inherit_layers=k)
     small = dataclasses.replace(config, n_layer=k, dropout=settings.dropout)
     batch = planning.split_batch(settings.batch_tokens, small.block_size, settings.batch_size, 1)
-    plan = planning.Plan(small, None, planning.part_tokens(settings), *batch, 1)
+    plan = planning.Plan(small, None, [], planning.part_tokens(settings), *batch, 1)
     train_it = f", trained by {grow.reference_config} unless it is there" if grow.reference_config else ""
     control = "random init at equal steps, and at the compute of the pipeline" if grow.control else "none"
     return "\n".join(

@@ -293,14 +293,25 @@ def write_model(folder, state, config, tokenizer_from=None):
     path = os.path.join(folder, "model.safetensors")
     seen = set()  # a block in two places is the same memory, which safetensors refuses to write twice
     state = {name: t.clone() if t.data_ptr() in seen or seen.add(t.data_ptr()) else t for name, t in state.items()}
-    save_file(state, path, metadata={"format": "pt"})  # more keys would be written in random order
-    finish_file(path)
+    save_tensors(path, state)
     write_json(os.path.join(folder, "config.json"), hf_config(config))
     for name, content in hf_tokenizer.files(config, tokenizer_from).items():
         with open(os.path.join(folder, name), "wb") as f:
             f.write(content)
         finish_file(f.name)
     sync_folder(folder)
+
+
+def save_tensors(path, tensors):
+    """Write {name: tensor} to a safetensors file, and fsync it. Raises OSError when the disk is full or the like."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # more keys would be written in random order
+    except SafetensorError as e:
+        code = re.search(r"os error (\d+)", str(e))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), path) from None
+    finish_file(path)
 
 
 def finish_file(path):

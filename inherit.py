@@ -92,6 +92,7 @@ def make_parser():
     parser.add_argument("--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too")
     parser.add_argument("--released_slice", action="store_true", help="blocks and wte only, as the authors did")
     parser.add_argument("--seed", type=int, default=1337, help="of whatever is random")
+    parser.add_argument("--verify", action="store_true", help="check the sha256 of --ckpt's files first")
     return parser
 
 
@@ -119,6 +120,8 @@ def build(args):
     """
     check(args)
     folder = checkpoint.find(args.ckpt)
+    if args.verify:
+        checkpoint.verify(folder)
     why = {}
     if args.layers == "auto":
         import analyze  # with what it draws figures with: only where it is needed

@@ -35,6 +35,7 @@ class Plan:
 
     config: GPTConfig  # of the model that will be trained
     resume_from: str | None  # the checkpoint folder that this run continues
+    damaged: list[tuple[str, str]]  # newer ones that cannot be continued, and why
     train_tokens: int | None  # in this run's part of the corpus; None when the data is not prepared
     sequences: int  # per optimizer step, over all ranks
     micro_batch: int  # sequences per forward pass on one rank
@@ -90,7 +91,7 @@ def make_plan(settings, given, world):
             problems.append(str(e))
             return otherwise
 
-    resume_from = attempt(lambda: resumable(settings))
+    resume_from, damaged = attempt(lambda: resumable(settings), (None, []))
     tokenizer, train_tokens = GPT2, None
     if os.path.isdir(settings.dataset) or not settings.dry_run:
         tokenizer = attempt(lambda: read_meta(settings.dataset)["tokenizer"], GPT2)
@@ -120,7 +121,7 @@ def make_plan(settings, given, world):
     if train_tokens is not None and train_tokens <= config.block_size:
         problems.append(f"this run's part of {settings.dataset} has {train_tokens:,} tokens, fewer than block_size + 1")
     raise_all(problems)
-    return Plan(config, resume_from, train_tokens, sequences, micro, accumulation, world)
+    return Plan(config, resume_from, damaged, train_tokens, sequences, micro, accumulation, world)
 
 
 def check_teacher(name, config):
@@ -197,7 +198,8 @@ def inherited_config(settings, given, source, tokenizer, problems):
 
 
 def resumable(settings):
-    """The newest checkpoint of out_dir if this run is to continue it, else None. Raises UserError.
+    """(the newest whole checkpoint of out_dir if this run is to continue it, else None; [(folder, why)] of damaged
+    ones after it). Raises UserError.
 
     A continued run must have the settings it began with, except for harmless ones.
     """
@@ -205,7 +207,7 @@ def resumable(settings):
     steps = checkpoint.list_steps(out)
     begun = bool(steps) or bool(read_rows(os.path.join(out, "log.csv")))
     if settings.dry_run:
-        return None
+        return None, []
     if os.path.exists(os.path.join(out, "config.json")):
         raise UserError(f"{out} is a checkpoint, not a run folder: choose another --out_dir")
     if settings.resume == "never" and begun:
@@ -213,19 +215,25 @@ def resumable(settings):
     if settings.resume == "must" and not steps:
         raise UserError(f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh")
     if not steps:
-        return None
-    folder = os.path.join(out, steps[-1])
-    before = read_json(os.path.join(folder, "state.json")).get("settings")
-    if not isinstance(before, dict):
-        raise UserError(f"{folder}/state.json holds no settings; delete the folder to go on from the one before it")
+        return None, []
+    damaged = []
+    for step in reversed(steps):
+        folder = os.path.join(out, step)
+        try:
+            checkpoint.examine(folder, settings.verify)
+            break
+        except UserError as e:
+            damaged.append((folder, str(e)))
+    else:
+        raise UserError(f"{out} holds no whole checkpoint to continue ({damaged[0][1]}): restore one, or delete {out}")
     now = comparable(dataclasses.asdict(settings))
-    before = comparable(before)
+    before = comparable(read_json(os.path.join(folder, "state.json"))["settings"])
     changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
     if changed:
         raise UserError(
             f"cannot continue {out} with other settings: {'; '.join(changed)}. Restore them, or use another out_dir"
         )
-    return folder
+    return folder, damaged
 
 
 def comparable(settings):

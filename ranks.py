@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, of_system
 
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
@@ -41,7 +41,7 @@ class Ranks:
         try:
             result = work()
         except (UserError, OSError) as e:
-            error = str(e)
+            error = of_system(e) if isinstance(e, OSError) else str(e)
         errors = [error]
         if self.world > 1:
             errors = [None] * self.world

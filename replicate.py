@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from model import GPT
 from plot import curve
 from ranks import seed_all
 from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from stop import Request
 from train import clock
 
 DECIDED = ("init_from", "inherit_layers", "n_layer", "teacher", "seed", "data_start", "data_end", "resume")
@@ -124,10 +124,10 @@ def settings_hash(bench, arm):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def run_stage(stage):
+def run_stage(stage, request):
     """Make what a stage starts from, and train it to its end, with train.py's output in a text file beside the run.
 
-    Raises UserError when it fails.
+    Raises UserError when it fails, and Stopped when the stop.Request asks to end.
     """
     if stage.start and not os.path.exists(stage.start_folder):
         with ALONE:
@@ -136,7 +136,7 @@ def run_stage(stage):
     os.makedirs(os.path.dirname(stage.run), exist_ok=True)
     log = stage.run + ".txt"
     with open(log, "a", encoding="utf-8") as f:
-        status = subprocess.run(grow.train_command(flags, stage.run, stage.files), stdout=f, stderr=f).returncode
+        status = request.call(grow.train_command(flags, stage.run, stage.files), stdout=f, stderr=f)
     if status:
         with open(log, encoding="utf-8") as f:
             last = ([line.strip() for line in f if line.strip()] or ["no output"])[-1]
@@ -291,7 +291,7 @@ def run_all(settings, benches, seeds, jobs):
         bench = benches[seed]
         target = None if arm == "reference" else rows["reference", seed]["val_loss"]
         for stage in ARMS[arm].stages(bench, arm):
-            run_stage(stage)
+            run_stage(stage, request)
         row = make_row(settings, bench, arm, seed, target)
         os.makedirs(os.path.join(bench.folder, arm), exist_ok=True)
         write_json(os.path.join(bench.folder, arm, "row.json"), row)
@@ -303,7 +303,7 @@ def run_all(settings, benches, seeds, jobs):
 
     order = {"reference": 0, "reference_scaled": 1}  # what others are compared with and start from
     for phase in range(3):
-        with ThreadPoolExecutor(jobs) as pool:
+        with Request() as request, ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(work, pair) for pair in todo if order.get(pair[0], 2) == phase]
             try:
                 for future in futures:

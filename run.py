@@ -13,13 +13,14 @@ import hf
 import inherit
 import log
 import plan as planning
-from data import TrainData, ValData
+from data import TrainData, ValData, verify
 from errors import UserError
-from files import read_json
+from files import lock_folder, read_json
 from model import GPT
 from optim import make_optimizer
 from ranks import Ranks, seed_all
 from settings import TrainSettings
+from stop import Request
 
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
 TERMS = ("ce", "kl")  # further columns when there is a teacher: the terms of the loss, before they are weighted
@@ -56,13 +57,21 @@ class Run:
     state: State
     lineage: dict
     teacher: GPT | None  # in eval mode, for distillation
-    log: log.CsvLog | None  # rank 0 only, as are the next two
+    lock: int | None  # holds the run folder against other runs; rank 0 only, as are the next three
+    log: log.CsvLog | None
     timing: log.CsvLog | None
     sink: object
     flops_per_token: int
     first_step: int  # where this process began
     train_s: float = 0.0  # since this process began, without validation and saving
     val_s: float = 0.0
+    request: Request = field(default_factory=Request)  # of this process, to end
+    stopping: bool = False  # all ranks know that one of them has such a request
+
+    def close(self):
+        """Let others have the run folder."""
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def setup(settings, plan, ranks, device):
@@ -73,12 +82,16 @@ def setup(settings, plan, ranks, device):
     seed_all(settings.seed)  # alike on all ranks: they start from the same weights
 
     train, val = ranks.agree(lambda: open_data(settings, plan))
+    if settings.verify:
+        ranks.once(lambda: [verify(settings.dataset, split) for split in ("train", "val")])
     if plan.resume_from:
         folder = plan.resume_from
     elif settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     else:
         folder = None
+    if settings.verify and folder and not plan.resume_from:  # (the plan has seen to that)
+        ranks.once(lambda: checkpoint.verify(folder))
     model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
     model.to(device)
     teacher = None
@@ -92,7 +105,7 @@ def setup(settings, plan, ranks, device):
     if plan.resume_from:
         state = ranks.agree(lambda: restore(folder, model, optimizer, scaler))
 
-    logs = ranks.agree(lambda: open_logs(settings, state, plan) if ranks.first else (None, None, None))
+    logs = ranks.agree(lambda: open_run_folder(settings, state, plan) if ranks.first else (None, None, None, None))
     forward = model
     if settings.compile or (settings.compile is None and device.type == "cuda"):
         forward = torch.compile(forward)
@@ -113,9 +126,10 @@ def setup(settings, plan, ranks, device):
         state=state,
         lineage=lineage,
         teacher=teacher,
-        log=logs[0],
-        timing=logs[1],
-        sink=logs[2],
+        lock=logs[0],
+        log=logs[1],
+        timing=logs[2],
+        sink=logs[3],
         flops_per_token=model.estimate_flops(),
         first_step=state.step,
     )
@@ -159,13 +173,32 @@ def restore(folder, model, optimizer, scaler):
         raise UserError(f"{folder}/state.json lacks {e}; delete the folder to go on from the one before it") from None
 
 
-def open_logs(settings, state, plan):
-    """Make the run folder, clear what a kill left in it, and open (log, timing, sink) at the state's step."""
-    os.makedirs(settings.out_dir, exist_ok=True)
-    checkpoint.sweep(settings.out_dir)
-    last_step = state.step if plan.resume_from else -1
-    if plan.resume_from:
-        checkpoint.link(settings.out_dir, "latest", state.step)
-    columns = {"log.csv": LOG_COLUMNS + TERMS if settings.teacher else LOG_COLUMNS, "timing.csv": TIMING_COLUMNS}
-    logs = [log.CsvLog(os.path.join(settings.out_dir, name), names, last_step) for name, names in columns.items()]
-    return *logs, log.open_sink(settings.log_to, settings.out_dir, dataclasses.asdict(settings))
+def open_run_folder(settings, state, plan):
+    """Make or take the run folder, clear what a kill left in it, open (lock, log, timing, sink) at the state's step.
+
+    Raises UserError when another run has it, or had it since the plan was made.
+    """
+    out = settings.out_dir
+    os.makedirs(out, exist_ok=True)
+    lock = lock_folder(out)
+    if lock is None:
+        raise UserError(f"another process is training in {out}: wait for it or stop it, or choose another --out_dir")
+    try:
+        for folder, why in plan.damaged:
+            print(f"{folder} is no whole checkpoint and is set aside: {why}")
+            checkpoint.set_aside(folder)
+        newest = checkpoint.list_steps(out)[-1:]
+        if newest != ([os.path.basename(plan.resume_from)] if plan.resume_from else []):
+            raise UserError(f"another process has just trained in {out}: run the same command again to go on")
+        checkpoint.sweep(out)
+        if plan.resume_from:
+            checkpoint.link(out, "latest", state.step)
+            if state.best_step is not None and checkpoint.step_name(state.best_step) in checkpoint.list_steps(out):
+                checkpoint.link(out, "best", state.best_step)
+        last_step = state.step if plan.resume_from else -1
+        columns = {"log.csv": LOG_COLUMNS + TERMS if settings.teacher else LOG_COLUMNS, "timing.csv": TIMING_COLUMNS}
+        logs = [log.CsvLog(os.path.join(out, name), names, last_step) for name, names in columns.items()]
+        return lock, *logs, log.open_sink(settings.log_to, out, dataclasses.asdict(settings))
+    except BaseException:
+        os.close(lock)
+        raise

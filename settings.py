@@ -70,6 +70,7 @@ class TrainSettings:
         "never",
         "continue the run in out_dir: never refuses one that is there, auto if there is one, must or fail",
     )
+    verify: bool = setting(False, "check the sha256 of the checkpoint and the data that this run starts from")
     # machine
     seed: int = setting(1337, "seeds the initialisation, the data order and dropout", 0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -115,7 +116,7 @@ class ReplicateSettings:
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
 HARMLESS = frozenset(
     {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}
-    | {"save_interval", "keep_last", "resume", "device", "compile", "threads", "dry_run"}
+    | {"save_interval", "keep_last", "resume", "verify", "device", "compile", "threads", "dry_run"}
 )
 
 ARITHMETIC = {

@@ -11,6 +11,8 @@ not been.
 import contextlib
 import dataclasses
 import math
+import os
+import signal
 import time
 
 import torch
@@ -20,7 +22,7 @@ import checkpoint
 import device as machine
 import plan as planning
 from distill import distillation_loss
-from errors import UserError, one_line
+from errors import Stopped, UserError, one_line
 from loss import mean_loss, to_device
 from optim import learning_rate
 from ranks import Ranks, seed_all
@@ -33,7 +35,8 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 def fit(run):
     """Train until max_iters or stop_at_val_loss; returns the last validation loss (nats/token).
 
-    At each step: save, validate, log, then update. The last pass does all but update.
+    At each step: save, validate, log, then update. The last pass does all but update. When any rank is asked to end
+    (stop.py), all of them save at the next step, or at this one if they are validating, and raise Stopped.
     """
     s, state = run.settings, run.state
     save_interval = s.save_interval or s.eval_interval
@@ -42,26 +45,41 @@ def fit(run):
     saved = run.plan.resume_from is not None
     while True:
         last = state.step >= s.max_iters
-        if state.step and (state.step % save_interval == 0 or last) and not saved:
+        due = state.step > 0 and (state.step % save_interval == 0 or last)
+        if (due or run.stopping) and not saved:
             save(run)
             saved = True
+        if run.stopping:
+            stop(run)
         if here:
             val_loss = here["val_loss"]
         else:
             val_loss = validate(run) if state.step % s.eval_interval == 0 or last else None
+            if run.stopping:
+                continue
             report(run, val_loss)
         reached = s.stop_at_val_loss is not None and val_loss is not None and val_loss <= s.stop_at_val_loss
         if reached and not saved:
             save(run)
             saved = True
         best = math.inf if state.best_val_loss is None else state.best_val_loss
-        if saved and val_loss is not None and val_loss < best:
+        if (due or reached) and val_loss is not None and val_loss < best:
             state.best_val_loss, state.best_step = val_loss, state.step
             run.ranks.agree(lambda: run.ranks.first and checkpoint.link(s.out_dir, "best", state.step))
         if last or reached:
             return val_loss
         train_step(run)
         here, saved = None, False
+
+
+def stop(run):
+    """End the run, whose state has just been saved: raise Stopped."""
+    s = run.settings
+    where = os.path.join(s.out_dir, checkpoint.step_name(run.state.step))
+    how = "run the same command again" if s.resume != "never" else "add --resume=auto"
+    number = run.request.signal or signal.SIGTERM  # which came to another rank
+    name = signal.Signals(number).name
+    raise Stopped(number, f"{name}: saved {where} after step {run.state.step:,}; {how} to go on from there")
 
 
 def train_step(run):
@@ -77,7 +95,7 @@ def train_step(run):
         group["lr"] = lr
     run.forward.train()
     idx, targets = run.train.batch(state.step * plan.sequences, plan.sequences, ranks.rank, ranks.world)
-    sums = torch.zeros(3 if run.teacher else 1, device=run.device)  # loss, and with a teacher its terms CE and KL
+    sums = torch.zeros(4 if run.teacher else 2, device=run.device)  # asked to end; loss; with a teacher also CE and KL
     for m in range(plan.accumulation):
         rows = slice(m * plan.micro_batch, (m + 1) * plan.micro_batch)
         x, y = to_device(idx[rows], run.device), to_device(targets[rows], run.device)
@@ -88,10 +106,12 @@ def train_step(run):
             with machine.autocast(run.device, run.dtype):
                 losses = distilled(run, x, y) if run.teacher else (run.forward(x, y),)
             run.scaler.scale(losses[0] / plan.accumulation).backward()
-        sums += torch.stack(losses).detach()
+        sums[1:] += torch.stack(losses).detach()
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf).item()
-    loss, *terms = (ranks.sum(sums.cpu() / plan.accumulation, run.device) / ranks.world).tolist()
+    sums[0] = run.request.signal is not None
+    asked, loss, *terms = (ranks.sum(sums.cpu() / plan.accumulation, run.device) / ranks.world).tolist()
+    run.stopping = asked > 0
     # The averaged gradient and the summed loss are the same on every rank, so all ranks decide alike.
     if math.isfinite(loss) and math.isfinite(grad_norm):
         run.scaler.step(run.optimizer)
@@ -123,12 +143,13 @@ def distilled(run, x, y):
 
 
 def validate(run):
-    """`mean_loss` of the run's model, its time kept apart from training's."""
+    """`mean_loss` of the run's model, its time kept apart from training's; None when the run is asked to end."""
     began = time.perf_counter()
     # the model without DDP: ranks may have different numbers of groups
     model = run.forward.module if isinstance(run.forward, DistributedDataParallel) else run.forward
-    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype)
+    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, run.request)
     run.val_s += time.perf_counter() - began
+    run.stopping = loss is None
     return loss
 
 
@@ -207,8 +228,7 @@ def main(argv=None):
             print(planning.describe(plan, settings))
         return
     device = machine.pick(settings.device, ranks.local)
-    with ranks.joined(device):
-        run = setup(settings, plan, ranks, device)
+    with ranks.joined(device), contextlib.closing(setup(settings, plan, ranks, device)) as run:
         if ranks.first:
             c = plan.config
             print(
@@ -216,7 +236,8 @@ def main(argv=None):
                 f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x {plan.accumulation} "
                 f"accumulation x {ranks.world} rank(s); an epoch is {run.train.n_windows / plan.sequences:,.1f} steps"
             )
-        val_loss = fit(run)
+        with run.request:
+            val_loss = fit(run)
         if ranks.first:
             shown = "" if val_loss is None else f", val {val_loss:.4f}"
             print(f"done: {settings.out_dir}, step {run.state.step}{shown}")

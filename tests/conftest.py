@@ -1,4 +1,5 @@
-"""Set before torch is imported: one thread (the bits of a sum depend on their number), and no hub to wait for."""
+"""What is set before torch is imported: one thread (the bits of a sum depend on their number), and no hub to wait for;
+and what several files of tests train on, kill and compare with."""
 
 import os
 
@@ -7,3 +8,28 @@ os.environ.update(
 )
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the tests themselves are one process
     os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+from tiny import Forks, arguments, write_data  # noqa: E402
+
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def plain(data, tmp_path_factory):
+    """The run folder of a plain run of twelve steps."""
+    out = str(tmp_path_factory.mktemp("plain") / "out")
+    train.main(arguments(data, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def forks():
+    server = Forks()
+    yield server
+    server.close()

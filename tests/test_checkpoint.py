@@ -6,6 +6,7 @@ pytest tests/test_checkpoint.py
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -51,15 +52,17 @@ def everything(folder):
 def test_a_checkpoint_holds_these_files(tmp_path):
     save(tmp_path, 7)
     names = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
-    names |= {"tokenizer.json", "tokenizer_config.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "SHA256SUMS"}
     assert set(os.listdir(tmp_path / "step_00000007")) == names
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "step_00000007", check=True)
+    assert len((tmp_path / "step_00000007/SHA256SUMS").read_text().splitlines()) == len(names) - 1
     assert os.readlink(tmp_path / "latest") == "step_00000007"
     assert all(os.stat(tmp_path / "step_00000007" / n).st_mode & 0o444 == 0o444 for n in names)
 
 
 @pytest.mark.parametrize(
     "where",
-    ["hf.save_file", "checkpoint.save_file", "hf.write_json", "checkpoint.write_json", "hf.finish_file", "os.rename"],
+    ["hf.save_file", "checkpoint.sha256", "hf.write_json", "checkpoint.write_json", "hf.finish_file", "os.rename"],
 )
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
 def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, error):
@@ -97,7 +100,7 @@ def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     save(run, 1)
     at = events.index("RENAME")
     before = {e.removeprefix(".").removesuffix(".tmp") for e in events[:at]}
-    files_inside = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
+    files_inside = set(os.listdir(run / "step_00000001"))
     assert before >= files_inside | {"step_00000001"}
     assert "run" in events[at:]
 
@@ -232,7 +235,7 @@ def test_nothing_is_pickled(tmp_path):
     save(tmp_path, 1)
     for name in os.listdir(tmp_path / "step_00000001"):
         head = (tmp_path / "step_00000001" / name).read_bytes()
-        assert name.endswith(".safetensors") or isinstance(json.loads(head), dict)
+        assert name.endswith((".safetensors", "SUMS")) or isinstance(json.loads(head), dict)
         assert not head.startswith((b"\x80", b"PK"))
 
 

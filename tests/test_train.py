@@ -16,7 +16,6 @@ import pytest
 import torch
 from tiny import (
     ROOT,
-    Forks,
     arguments,
     column,
     contents,
@@ -26,7 +25,6 @@ from tiny import (
     same_weights,
     tiny_config,
     write_checkpoint,
-    write_data,
 )
 
 import checkpoint
@@ -44,26 +42,6 @@ from ranks import Ranks, seed_all
 from settings import TrainSettings, parse
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="session")
-def plain(data, tmp_path_factory):
-    """The run folder of a plain run of twelve steps."""
-    out = str(tmp_path_factory.mktemp("plain") / "out")
-    train.main(arguments(data, out))
-    return out
-
-
-@pytest.fixture(scope="session")
-def forks():
-    server = Forks()
-    yield server
-    server.close()
 
 
 def make_run(data, out, **changes):
@@ -390,44 +368,7 @@ def test_a_mistake_on_two_ranks_is_one_line(data, tmp_path):
     assert done.stderr.count("train.py: ") == 1 and f"{tmp_path} is neither a checkpoint" in done.stderr
 
 
-# Killed and continued
-
-DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(forks, data, tmp_path_factory):
-    """(contents of a run with dropout, number of moments at which it could have been killed)."""
-    out = str(tmp_path_factory.mktemp("undisturbed") / "out")
-    status, moments = forks.train(arguments(data, out, **DROPOUT))
-    assert status == 0
-    return contents(out), moments
-
-
-def kill_and_continue(forks, data, out, undisturbed, moments):
-    """SIGKILL at each of the moments in turn, continuing after each; the end must be as if nothing had happened."""
-    for moment in moments:
-        assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment) == (-9, None)
-        assert all(hf.load_model(os.path.join(out, s)) for s in checkpoint.list_steps(out))
-    assert forks.train(arguments(data, out, **DROPOUT, resume="auto"))[0] == 0
-    assert contents(out) == undisturbed[0]
-    assert not [n for n in os.listdir(out) if n.startswith(".")]
-
-
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.38, 0.46, 0.55, 0.72, 0.8, 0.97])
-def test_a_killed_run_continues_bit_for_bit(forks, data, tmp_path, undisturbed, share):
-    """Weights, moments, log and links equal those of the uninterrupted run, with dropout."""
-    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [int(1 + share * (undisturbed[1] - 1))])
-
-
-def test_a_run_killed_three_times_continues_bit_for_bit(forks, data, tmp_path, undisturbed):
-    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [50, 40, 30])
-
-
-@pytest.mark.slow
-def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
-    for moment in range(1, undisturbed[1] + 1):
-        kill_and_continue(forks, data, tmp_path / str(moment), undisturbed, [moment])
+# Continued
 
 
 def test_a_kill_between_save_and_validation_costs_nothing(plain, data, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 import checkpoint
 import hf
+from files import sha256
 from log import read_rows
 from model import GPT, GPTConfig
 
@@ -27,8 +30,9 @@ def write_data(folder, train=3000, val=400, tokenizer=TOKENIZER, dtype="uint16",
     for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
         rng = np.random.default_rng(seed)
         ids = np.cumsum(rng.choice([1, 1, 1, 7], size=count)) % high
-        ids.astype(np.dtype(dtype).newbyteorder("<")).tofile(os.path.join(folder, f"{split}.bin"))
-        splits[split] = {"shards": [{"file": f"{split}.bin", "tokens": count}]}
+        path = os.path.join(folder, f"{split}.bin")
+        ids.astype(np.dtype(dtype).newbyteorder("<")).tofile(path)
+        splits[split] = {"shards": [{"file": f"{split}.bin", "tokens": count, "sha256": sha256(path)}]}
     if meta:
         with open(os.path.join(folder, "meta.json"), "w") as f:
             json.dump({"tokenizer": tokenizer, "dtype": dtype, "splits": splits}, f)
@@ -142,8 +146,9 @@ class Forks:
     """A process that has imported train.py once and forks a fresh child for every run: real processes, real SIGKILLs,
     without five seconds of start each.
 
-    `die` counts the moments at which the disk is about to change or a step to begin: the child kills itself with
-    SIGKILL at that one. Each run returns (exit status as subprocess gives it, moments passed or None).
+    `die` counts the moments at which the disk is about to change or a step to begin: the child sends itself `number`
+    (SIGKILL) at that one, or after `seconds`; `limit` is the largest file in bytes that it may write (RLIMIT_FSIZE).
+    Each run returns (exit status as subprocess gives it, moments passed or None); `said` is what it ended with.
     """
 
     def __init__(self):
@@ -156,10 +161,12 @@ class Forks:
             text=True,
         )
 
-    def train(self, argv, die=None):
-        self.process.stdin.write(json.dumps({"argv": argv, "die": die}) + "\n")
+    def train(self, argv, die=None, seconds=None, number=signal.SIGKILL, limit=None):
+        request = {"argv": argv, "die": die, "seconds": seconds, "number": number, "limit": limit}
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return tuple(json.loads(self.process.stdout.readline()))
+        status, moments, self.said = json.loads(self.process.stdout.readline())
+        return status, moments
 
     def close(self):
         self.process.stdin.close()
@@ -180,32 +187,38 @@ def serve():
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             sys.stdin.close()
             os.close(reader)
-            moments = count_moments(train, request["die"])
-            status = 1
+            moments = count_moments(train, request["die"], request["number"])
+            if request["limit"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
+            if request["seconds"]:
+                wait = threading.Timer(request["seconds"], os.kill, (os.getpid(), request["number"]))
+                wait.daemon = True
+                wait.start()
+            status, said = 1, None
             try:
                 train.main(request["argv"])
                 status = 0
             except SystemExit as e:
-                print(e.code, file=sys.stderr)
+                status, said = (e.code, None) if isinstance(e.code, int) else (1, e.code)
             finally:
-                os.write(writer, str(moments[0]).encode())
+                os.write(writer, json.dumps([moments[0], said]).encode())
                 os._exit(status)
         os.close(writer)
         with os.fdopen(reader) as f:
             passed = f.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps([status, int(passed) if passed else None]), flush=True)
+        print(json.dumps([status, *(json.loads(passed) if passed else [None, None])]), flush=True)
 
 
-def count_moments(train, die):
-    """Let every call that changes the disk, and every training step, count; the one numbered `die` is the last."""
+def count_moments(train, die, number):
+    """Let every call that changes the disk, and every training step, count; at that numbered `die` comes a signal."""
     moments = [0]
 
     def counted(call):
         def wrapped(*args, **kwargs):
             moments[0] += 1
             if moments[0] == die:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             return call(*args, **kwargs)
 
         return wrapped

@@ -1,0 +1,301 @@
+"""What a run survives: SIGKILL, SIGTERM, Ctrl-C, a full disk, damaged checkpoints, a second run in its folder.
+
+pytest tests/test_faults.py         (tests/faults/ and bench/torture.py go on for longer)
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import ROOT, arguments, contents, refusal, rows
+
+import checkpoint
+import hf
+import train
+from files import lock_folder
+
+DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forks, data, tmp_path_factory):
+    """(contents of a run with dropout, number of moments at which it could have been killed)."""
+    out = str(tmp_path_factory.mktemp("undisturbed") / "out")
+    status, moments = forks.train(arguments(data, out, **DROPOUT))
+    assert status == 0
+    return contents(out), moments
+
+
+def go_on(forks, data, out, undisturbed):
+    """Run the same command; the end must be as if nothing had happened. (A checkpoint written because of a signal may
+    be there besides.)"""
+    assert forks.train(arguments(data, out, **DROPOUT, resume="auto"))[0] == 0
+    found = contents(out)
+    assert {name: found.get(name) for name in undisturbed[0]} == undisturbed[0]
+    assert not [n for n in os.listdir(out) if n.startswith(".")]
+
+
+# SIGKILL
+
+
+def kill_and_continue(forks, data, out, undisturbed, moments):
+    for moment in moments:
+        assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment) == (-9, None)
+        assert all(hf.load_model(os.path.join(out, s)) for s in checkpoint.list_steps(out))
+    go_on(forks, data, out, undisturbed)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.38, 0.46, 0.55, 0.72, 0.8, 0.97])
+def test_a_killed_run_continues_bit_for_bit(forks, data, tmp_path, undisturbed, share):
+    """Weights, moments, log and links equal those of the uninterrupted run, with dropout."""
+    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [int(1 + share * (undisturbed[1] - 1))])
+
+
+def test_a_run_killed_three_times_continues_bit_for_bit(forks, data, tmp_path, undisturbed):
+    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [50, 40, 30])
+
+
+@pytest.mark.slow
+def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
+    for moment in range(1, undisturbed[1] + 1):
+        kill_and_continue(forks, data, tmp_path / str(moment), undisturbed, [moment])
+
+
+# SIGTERM and SIGINT
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.98])
+def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(forks, data, tmp_path, undisturbed, number, share):
+    out, moment = str(tmp_path / "out"), int(1 + share * (undisturbed[1] - 1))
+    status, _ = forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment, number=number)
+    steps = checkpoint.list_steps(out) if os.path.exists(out) else []
+    assert status == 128 + number or (share == 0.98 and status == 0), "at the very end it has nothing left to stop"
+    logged = max((r["step"] for r in rows(out)), default=0) if steps else 0
+    assert not steps or int(steps[-1][5:]) >= logged, "nothing that was logged has to be done again"
+    go_on(forks, data, out, undisturbed)
+
+
+def test_a_checkpoint_comes_within_one_step(data, tmp_path, monkeypatch, capsys):
+    """Asked in the middle of step 6, whose checkpoint is not due, and of nothing else."""
+    out, step = str(tmp_path / "out"), train.train_step
+
+    def asked(run):
+        if run.state.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(run)
+
+    monkeypatch.setattr(train, "train_step", asked)
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments(data, out))
+    assert end.value.code == 143 and checkpoint.list_steps(out) == ["step_00000004", "step_00000006"]
+    said = capsys.readouterr().err.strip()
+    assert said == f"train.py: SIGTERM: saved {out}/step_00000006 after step 6; add --resume=auto to go on from there"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("nth", [1, 2, 4])  # before the first step; where no checkpoint is due; after the last step
+def test_a_validation_is_given_up(data, tmp_path, monkeypatch, nth):
+    """... and is made again by the run that goes on, as its row was not written."""
+    out, mean_loss, calls = tmp_path / "out", train.mean_loss, []
+    more = {"save_interval": 6, "keep_last": 9}
+
+    def asked(*arguments):
+        calls.append(arguments)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGINT)
+        loss = mean_loss(*arguments)
+        assert (loss is None) == (len(calls) == nth)
+        return loss
+
+    monkeypatch.setattr(train, "mean_loss", asked)
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments(data, out, **more))
+    assert end.value.code == 130 and len(calls) == nth
+    monkeypatch.undo()
+    train.main(arguments(data, out, **more, resume="auto"))
+    train.main(arguments(data, tmp_path / "whole", **more))
+    whole = contents(tmp_path / "whole")
+    assert {name: contents(out).get(name) for name in whole} == whole
+
+
+def test_only_a_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, capsys):
+    out, step = str(tmp_path / "out"), train.train_step
+
+    def asked(run):
+        if run.state.step == 5:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        step(run)
+
+    monkeypatch.setattr(train, "train_step", asked)
+    for numbers, last in (  # noqa: B007 (`asked` reads the numbers)
+        ([signal.SIGINT, signal.SIGTERM, signal.SIGTERM], "step_00000006"),
+        ([signal.SIGINT, signal.SIGINT], "step_00000004"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            train.main(arguments(data, out))
+        assert end.value.code == 130 and checkpoint.list_steps(out)[-1] == last
+        shutil.rmtree(out)
+    assert "train.py: interrupted; run the same command again to go on" in capsys.readouterr().err
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 14_000, 30_000, 60_000])
+def test_a_full_disk_is_one_line_and_costs_nothing(forks, data, tmp_path, undisturbed, limit):
+    """No file may grow beyond the limit: the log, the weights, the optimizer's file, … fail."""
+    out = tmp_path / "out"
+    assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), limit=limit)[0] == 1
+    assert "File too large" in forks.said and "raise the limit (ulimit -f) and run the same" in forks.said
+    assert all(hf.load_model(os.path.join(out, s)) for s in checkpoint.list_steps(str(out)))
+    go_on(forks, data, out, undisturbed)
+
+
+# Damage
+
+
+def flip(path, at):
+    """Change one byte of a file."""
+    with open(path, "r+b") as f:
+        f.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 0x40]))
+
+
+DAMAGE = {
+    "no config": lambda f: os.unlink(f / "config.json"),
+    "no weights": lambda f: os.unlink(f / "model.safetensors"),
+    "no state": lambda f: os.unlink(f / "state.json"),
+    "no optimizer": lambda f: os.unlink(f / "optimizer.safetensors"),
+    "cut weights": lambda f: os.truncate(f / "model.safetensors", 5000),
+    "cut optimizer": lambda f: os.truncate(f / "optimizer.safetensors", 5000),
+    "empty weights": lambda f: os.truncate(f / "model.safetensors", 0),
+    "empty state": lambda f: os.truncate(f / "state.json", 0),
+    "cut state": lambda f: os.truncate(f / "state.json", 300),
+    "header": lambda f: flip(f / "model.safetensors", 20),
+    "optimizer's header": lambda f: flip(f / "optimizer.safetensors", 9),
+    "nothing at all": lambda f: [os.unlink(f / n) for n in os.listdir(f)],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_newest_checkpoint_is_set_aside(plain, data, tmp_path, damage, capsys):
+    """--resume=auto names it, goes on from the one before, and ends the same."""
+    out = tmp_path / "out"
+    shutil.copytree(plain, out, symlinks=True)
+    damage(out / "step_00000012")
+    train.main(arguments(data, out, resume="auto"))
+    said = capsys.readouterr().out
+    assert f"{out}/step_00000012 is no whole checkpoint and is set aside: " in said and "step 12/12" in said
+    assert contents(out) == contents(plain) and os.path.isdir(out / "step_00000012.damaged")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "lineage.json", "config.json"])
+def test_a_flipped_bit_is_found_by_verify(plain, data, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(plain, out, symlinks=True)
+    flip(out / "step_00000012" / name, -3)
+    train.main(arguments(data, out, resume="auto", verify=True))
+    assert contents(out) == contents(plain) and os.path.isdir(out / "step_00000012.damaged")
+
+
+def test_when_none_is_whole_nothing_is_touched(plain, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain, out, symlinks=True)
+    for step in checkpoint.list_steps(out):
+        os.truncate(out / step / "model.safetensors", 100)
+    before = sorted(os.listdir(out))
+    message = refusal(train.main, arguments(data, out, resume="auto"))
+    assert "holds no whole checkpoint to continue" in message and "step_00000012/model.safetensors" in message
+    assert sorted(os.listdir(out)) == before
+
+
+@pytest.mark.parametrize("link", [None, "gone", "step_00000008"])
+def test_a_run_folder_may_be_moved_and_lose_its_links(plain, data, tmp_path, link):
+    shutil.copytree(plain, tmp_path / "a", symlinks=True)
+    os.rename(tmp_path / "a", tmp_path / "b")
+    os.unlink(tmp_path / "b/best")
+    os.unlink(tmp_path / "b/latest")
+    if link:
+        os.symlink(link, tmp_path / "b/latest")
+    shutil.rmtree(tmp_path / "b/step_00000012")
+    assert checkpoint.find(str(tmp_path / "b"), prefer="latest") == str(tmp_path / "b/step_00000008")
+    train.main(arguments(data, tmp_path / "b", resume="auto"))
+    assert contents(tmp_path / "b") == contents(plain)
+
+
+# Two runs, one folder
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(forks, data, tmp_path, undisturbed):
+    out = str(tmp_path / "out")
+    os.makedirs(out)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import files, time; files.lock_folder({out!r}); print(); time.sleep(99)"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    message = refusal(train.main, arguments(data, out, **DROPOUT, resume="auto"))
+    assert message == (
+        f"train.py: another process is training in {out}: wait for it or stop it, or choose another --out_dir"
+    )
+    assert os.listdir(out) == []
+    holder.kill()
+    holder.wait()
+    go_on(forks, data, out, undisturbed)
+
+
+def test_a_run_holds_its_folder_while_it_trains_and_no_longer(data, tmp_path, monkeypatch):
+    out, step, seen = str(tmp_path / "out"), train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda run: seen.append(lock_folder(out)) or step(run))
+    train.main(arguments(data, out))
+    assert seen == [None] * 12
+    os.close(lock_folder(out))
+
+
+def test_a_plan_that_another_run_has_overtaken_is_refused(plain, data, tmp_path, monkeypatch):
+    """Between the look at the folder and the lock on it, another run ended there."""
+    out, setup = tmp_path / "out", train.setup
+    shutil.copytree(plain, out, symlinks=True)
+
+    def late(*arguments):
+        shutil.copytree(out / "step_00000012", out / "step_00000016")
+        return setup(*arguments)
+
+    monkeypatch.setattr(train, "setup", late)
+    message = refusal(train.main, arguments(data, out, resume="auto"))
+    assert message == f"train.py: another process has just trained in {out}: run the same command again to go on"
+    assert open(out / "log.csv").read() == open(os.path.join(plain, "log.csv")).read()
+
+
+# Children
+
+
+def test_a_child_gets_the_request_and_its_parent_waits_for_it(tmp_path):
+    """As grow.py calls train.py: SIGTERM to the parent alone, and the child ends in good order first."""
+    child = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(143)));"
+    child += "print('ready', flush=True); time.sleep(99)"
+    code = f"""
+import sys, stop
+with stop.Request() as request:
+    try:
+        request.call([sys.executable, "-c", {child!r}])
+    except stop.Stopped as e:
+        print(e, e.signal, flush=True)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    parent.terminate()
+    assert parent.communicate(timeout=20)[0].splitlines() == [
+        "saved",
+        "interrupted; run the same command again to go on 15",
+    ]
