@@ -5,6 +5,7 @@ Outside a `Request`, errors.one_line lets either end a script at once, which los
 
 import signal
 import subprocess
+import threading
 
 from errors import Stopped
 
@@ -14,7 +15,7 @@ class Request:
     `call` runs. A second SIGINT kills them and raises KeyboardInterrupt.
 
     torchrun sends its workers the signal that it got, and may send SIGTERM after SIGINT: that is the same request.
-    Must be entered in the main thread; `call` may be used from any.
+    Entered outside the main thread, where Python allows no handlers, it changes nothing; `call` may be used from any.
     """
 
     def __init__(self):
@@ -23,7 +24,8 @@ class Request:
         self.children = set()
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def __exit__(self, *_):

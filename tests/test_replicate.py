@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,10 +74,10 @@ def bench_of(path, *flags):
     return next(iter(benches.values()))
 
 
-def in_process(command, stdout, stderr):
-    """subprocess.run for train.py, without the process."""
+def in_process(request, command, stdout, stderr):
+    """Request.call for train.py, without the process."""
     train.main(command[2:])
-    return subprocess.CompletedProcess(command, 0)
+    return 0
 
 
 def read_results(folder):
@@ -185,7 +184,7 @@ def finished(tmp_path_factory):
     chosen = "reference:2 random:2 inheritune:2 kd_inherit half_width stacking onto random_matched attn rounds"
     path = write_config(folder, arms=chosen)
     patch = pytest.MonkeyPatch()
-    patch.setattr(replicate, "subprocess", SimpleNamespace(run=in_process))
+    patch.setattr(replicate.Request, "call", in_process)
     replicate.main([path])
     patch.undo()
     return path, folder
@@ -217,7 +216,7 @@ def test_deleted_arm_comes_back_the_same(finished, monkeypatch):
     before = read_results(folder / "results")
     shutil.rmtree(folder / "out/seed_1/kd_inherit")
     shutil.rmtree(folder / "out/seed_1/stacking/stage_1")
-    monkeypatch.setattr(replicate, "subprocess", SimpleNamespace(run=in_process))
+    monkeypatch.setattr(replicate.Request, "call", in_process)
     times = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("row.json")}
     replicate.main([path])
     assert read_results(folder / "results") == before
@@ -250,7 +249,7 @@ def test_a_given_reference(tmp_path, monkeypatch):
     path = write_config(
         tmp_path, reference_config="", reference=str(tmp_path / "given"), arms="all:0 inheritune random"
     )
-    monkeypatch.setattr(replicate, "subprocess", SimpleNamespace(run=in_process))
+    monkeypatch.setattr(replicate.Request, "call", in_process)
     replicate.main([path])
     with open(tmp_path / "results/results.csv") as f:
         found = {r["arm"]: r for r in csv.DictReader(f)}
@@ -263,11 +262,11 @@ def test_failed_training_is_one_line(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data")
     write_data(tmp_path / "data", val=5)  # too short to validate on: train.py will say so
 
-    def fail(command, stdout, stderr):
+    def fail(request, command, stdout, stderr):
         stdout.write("train.py: val has 5 tokens\n")
-        return subprocess.CompletedProcess(command, 1)
+        return 1
 
-    monkeypatch.setattr(replicate, "subprocess", SimpleNamespace(run=fail))
+    monkeypatch.setattr(replicate.Request, "call", fail)
     message = refusal(replicate.main, [path])
     assert "did not finish (train.py: val has 5 tokens); run the same command again" in message
     assert not (tmp_path / "results").exists()
