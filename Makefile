@@ -1,10 +1,11 @@
 # make demo   the whole recipe on a laptop: data, reference, inherit, train, grow, controls, a sample
+# make torture  a quarter of an hour of kills, full disks and damaged files, with a tally
 # make test   ruff, an import check, and the tests that take seconds; make test-all adds those that take minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all torture clean
 
 # One folder for everything installed; a changed requirements file installs again.
 .venv/installed: requirements.txt
@@ -38,6 +39,9 @@ test-all: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/check_imports.py
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+torture: .venv/installed-dev
+	$(BIN)/python bench/torture.py --seconds 900
 
 clean:
 	rm -rf .venv

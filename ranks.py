@@ -28,7 +28,11 @@ class Ranks:
         if self.world == 1:
             yield
             return
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun --max-restarts keeps its store: without a name of their own, ranks started anew would wait for
+        # the addresses of dead ones
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield

@@ -34,13 +34,18 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """0.6 MB of text in 800 documents as tables, and in two files."""
     folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+def write_inputs(folder):
+    """0.6 MB of text in 800 documents as tables, and in two files."""
+    folder.mkdir(exist_ok=True)
     whole = "".join(english())[:600_000]
     write_tables(folder, [whole[i : i + 750] for i in range(0, len(whole), 750)])
     (folder / "a.txt").write_text(whole)
     (folder / "b.txt").write_text(whole[:50_000])
-    return folder
 
 
 def command(script, folder, out, num_proc):

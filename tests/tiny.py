@@ -151,13 +151,14 @@ class Forks:
     Each run returns (exit status as subprocess gives it, moments passed or None); `said` is what it ended with.
     """
 
-    def __init__(self):
+    def __init__(self, output=None):
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": ROOT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=output,
             text=True,
         )
 

@@ -1,0 +1,442 @@
+"""Break runs on purpose for as long as asked, and count what that costs. It must cost nothing.
+
+python bench/torture.py --seconds 900                             # or: make torture
+python bench/torture.py --seconds 3600 --out results/torture.md
+
+Real processes, real signals. Each round breaks one run in one way, several times, runs the same command again until
+it ends, and compares hashes with a run that nothing happened to: of the last checkpoint's weights and optimizer and of
+log.csv; of everything but times for the other scripts. The time is shared evenly among the ways.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import platform
+import random
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+
+import torch  # noqa: E402
+from test_grow import write_recipe  # noqa: E402
+from test_prepare_kill import command as prepare_command  # noqa: E402
+from test_prepare_kill import write_inputs  # noqa: E402
+from test_replicate import read_results, write_config  # noqa: E402
+from tiny import Forks, arguments, write_data  # noqa: E402
+
+import checkpoint  # noqa: E402
+from files import replacing, sha256  # noqa: E402
+
+RUN = {"dropout": 0.2, "max_iters": 24, "keep_last": 3, "resume": "auto"}
+PATIENCE = 300  # seconds until a run counts as hanging
+MOMENTS = 300  # about as many as an undisturbed run of RUN passes
+
+
+def run_print(out):
+    """The hashes of what a finished run folder must hold."""
+    last = checkpoint.find(out, prefer="latest")
+    found = [os.path.basename(last), sha256(os.path.join(out, "log.csv"))]
+    return found + [sha256(os.path.join(last, f"{name}.safetensors")) for name in ("model", "optimizer")]
+
+
+def tree_print(folder):
+    """One hash over the names and bytes of all files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(os.path.join(d, n) for d, _, names in os.walk(folder) for n in names):
+        digest.update(f"{os.path.relpath(path, folder)} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def descendants(pid):
+    """The ids of a process's children and theirs."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            children = [int(c) for c in f.read().split()]
+    except OSError:
+        return []
+    return children + [d for c in children for d in descendants(c)]
+
+
+class Train:
+    """train.py in one process, forked from one that has imported it already: a round takes about a second."""
+
+    def __init__(self, place, rng):
+        self.place, self.rng = place, rng
+        with open(os.path.join(place, "output.txt"), "w") as f:
+            self.forks = Forks(f)
+        self.data = write_data(os.path.join(place, "data"))
+        self.undisturbed = self.finish(self.new())
+        began = time.perf_counter()
+        self.finish(self.new())
+        self.seconds = time.perf_counter() - began
+
+    def new(self):
+        return tempfile.mkdtemp(dir=self.place) + "/run"
+
+    def run(self, out, **how):
+        return self.forks.train(arguments(self.data, out, **RUN), **how)[0]
+
+    def finish(self, out):
+        status = self.run(out)
+        return run_print(out) if status == 0 else f"exit status {status}: {self.forks.said}"
+
+    def at_moments(self, number, out):
+        """A signal just before a call that changes the disk, or a training step; up to six in one run."""
+        return sum(
+            self.run(out, die=self.rng.randint(1, MOMENTS // 2), number=number) != 0
+            for _ in range(self.rng.randint(1, 6))
+        )
+
+    def at_any_time(self, number, out):
+        return sum(
+            self.run(out, seconds=self.rng.uniform(0.001, self.seconds), number=number) != 0
+            for _ in range(self.rng.randint(1, 6))
+        )
+
+    def killed_at_moments(self, out):
+        return self.at_moments(signal.SIGKILL, out)
+
+    def killed_at_any_time(self, out):
+        return self.at_any_time(signal.SIGKILL, out)
+
+    def terminated(self, out):
+        return self.at_moments(signal.SIGTERM, out) + self.at_any_time(signal.SIGTERM, out)
+
+    def interrupted(self, out):
+        return self.at_moments(signal.SIGINT, out) + self.at_any_time(signal.SIGINT, out)
+
+    def full_disk(self, out):
+        return sum(self.run(out, limit=int(10 ** self.rng.uniform(1, 4.9))) == 1 for _ in range(3))
+
+    def damaged(self, out):
+        """The newest checkpoint loses a file, or is cut at any place."""
+        faults = 0
+        for _ in range(self.rng.randint(1, 3)):
+            faults += self.run(out, die=self.rng.randint(MOMENTS // 4, MOMENTS)) != 0
+            steps = checkpoint.list_steps(out)
+            if len(steps) > 1:
+                names = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "lineage.json")
+                path = os.path.join(out, steps[-1], self.rng.choice(names))
+                if self.rng.random() < 0.2:
+                    os.unlink(path)
+                else:
+                    os.truncate(path, self.rng.randrange(os.path.getsize(path) - 1))
+                faults += 1
+        return faults
+
+    def moved(self, out):
+        """The run folder is renamed and its links are gone or point nowhere."""
+        faults = 1 + (self.run(out + "-before", die=self.rng.randint(MOMENTS // 4, MOMENTS)) != 0)
+        os.rename(out + "-before", out)
+        for name in ("latest", "best"):
+            if os.path.islink(os.path.join(out, name)):
+                os.unlink(os.path.join(out, name))
+                faults += 1
+            if self.rng.random() < 0.5:
+                os.symlink("nowhere", os.path.join(out, name))
+        return faults
+
+
+class Processes:
+    """A command line, run as a user would; one round takes as long as it takes, and a few seconds for every fault."""
+
+    def __init__(self, place, rng):
+        self.place, self.rng = place, rng
+        began = time.perf_counter()
+        self.undisturbed = self.finish(self.new())
+        self.seconds = time.perf_counter() - began
+
+    def new(self):
+        return tempfile.mkdtemp(dir=self.place) + "/run"
+
+    def begin(self, out):
+        with open(out + ".txt", "a") as f:
+            return subprocess.Popen(self.command(out), cwd=ROOT, stdout=f, stderr=f, start_new_session=True)
+
+    def finish(self, out):
+        process = self.begin(out)
+        try:
+            status = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill_everything(process)
+            status = "none: it hung"
+        return self.print_of(out) if status == 0 else f"exit status {status}, see {out}.txt"
+
+    def kill_everything(self, process):
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait_somewhat(self):
+        time.sleep(self.rng.uniform(0.02, 0.95) * self.seconds)
+
+    def killed(self, out):
+        """SIGKILL for the command and all its children, as when a machine is taken away."""
+        faults = 0
+        for _ in range(self.rng.randint(1, 3)):
+            process = self.begin(out)
+            self.wait_somewhat()
+            self.kill_everything(process)
+            faults += process.wait() == -signal.SIGKILL
+        return faults
+
+    def asked_to_end(self, out):
+        """SIGTERM or SIGINT for the command alone, which sees to its children."""
+        process = self.begin(out)
+        self.wait_somewhat()
+        process.send_signal(self.rng.choice([signal.SIGTERM, signal.SIGINT]))
+        return process.wait(PATIENCE) != 0
+
+
+class TwoRanks(Processes):
+    """train.py on two gloo ranks under torchrun."""
+
+    def __init__(self, place, rng):
+        self.data = write_data(os.path.join(place, "data"))
+        super().__init__(place, rng)
+
+    def command(self, out):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+        changes = RUN | {"max_iters": 400, "eval_interval": 40, "batch_size": 2}
+        return [sys.executable, *start, os.path.join(ROOT, "train.py"), *arguments(self.data, out, **changes)]
+
+    def print_of(self, out):
+        return run_print(out)
+
+    def one_rank_killed(self, out):
+        """torchrun starts both again; nobody else does anything."""
+        process, faults = self.begin(out), 0
+        for _ in range(2):
+            self.wait_somewhat()
+            if workers := descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.rng.choice(workers), signal.SIGKILL)
+                    faults += 1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        self.kill_everything(process)
+        return faults
+
+
+class Grow(Processes):
+    """grow.py: a reference, two rounds and two controls, each a train.py."""
+
+    def command(self, out):
+        recipe = os.path.dirname(out) + "/recipe.py"
+        if not os.path.exists(recipe):
+            write_recipe(pathlib.Path(out).parent, k_start=2)
+        return [sys.executable, os.path.join(ROOT, "grow.py"), recipe]
+
+    def print_of(self, out):
+        out = os.path.join(os.path.dirname(out), "out")
+        with open(os.path.join(out, "results.json")) as f:
+            arms = json.load(f)["runs"]
+        return [arms, [run_print(os.path.join(out, a["folder"])) for a in arms]]
+
+
+class Replicate(Processes):
+    """replicate.py: a reference and four arms."""
+
+    def command(self, out):
+        config = os.path.dirname(out) + "/c.py"
+        if not os.path.exists(config):
+            write_config(pathlib.Path(out).parent, arms="inheritune:1 random:1 stacking:1 kd:1")
+        return [sys.executable, os.path.join(ROOT, "replicate.py"), config]
+
+    def print_of(self, out):
+        rows = read_results(os.path.dirname(out) + "/results").values()
+        return sorted(str(row | {"settings_hash": ""}) for row in rows)  # (the data's path is part of the settings)
+
+
+class Prepare(Processes):
+    """prepare.py with two processes."""
+
+    script = "prepare"
+
+    def __init__(self, place, rng):
+        self.inputs = pathlib.Path(place) / "inputs"
+        write_inputs(self.inputs)
+        super().__init__(place, rng)
+
+    def command(self, out):
+        return prepare_command(self.script, self.inputs, out, 2)
+
+    def print_of(self, out):
+        return tree_print(out)
+
+
+class PrepareOwt(Prepare):
+    """prepare_owt.py on a parquet file."""
+
+    script = "prepare_owt"
+
+
+class PrepareFineweb(Prepare):
+    """prepare_fineweb.py on a .jsonl.gz, in shards."""
+
+    script = "prepare_fineweb"
+
+
+class Slow(http.server.SimpleHTTPRequestHandler):
+    """Serves a file in pieces, so that there is time to kill who fetches it."""
+
+    def copyfile(self, source, outputfile):
+        while piece := source.read(8_000):
+            outputfile.write(piece)
+            time.sleep(0.01)
+
+    def log_message(self, *_):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(OSError):  # killed clients hang up
+            super().handle()
+
+
+class Download(Prepare):
+    """prepare.py on an https address of this machine, with a certificate made here and now."""
+
+    def __init__(self, place, rng):
+        made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+        subprocess.run(made, cwd=place, check=True, capture_output=True)
+        os.environ["REQUESTS_CA_BUNDLE"] = os.path.join(place, "cert.pem")
+        inputs = os.path.join(place, "inputs")
+        server = http.server.ThreadingHTTPServer(("localhost", 0), functools.partial(Slow, directory=inputs))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(os.path.join(place, "cert.pem"), os.path.join(place, "key.pem"))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.url = f"https://localhost:{server.server_port}/a.txt"
+        super().__init__(place, rng)
+
+    def command(self, out):
+        whole = super().command(out)
+        return [a for a in whole if not a.endswith(".txt")] + [self.url]
+
+
+KINDS = (
+    ("train.py: SIGKILL before a disk operation or a step", Train, "killed_at_moments"),
+    ("train.py: SIGKILL at any time", Train, "killed_at_any_time"),
+    ("train.py: SIGTERM", Train, "terminated"),
+    ("train.py: SIGINT", Train, "interrupted"),
+    ("train.py: no file may grow further (as on a full disk)", Train, "full_disk"),
+    ("train.py: newest checkpoint cut or incomplete", Train, "damaged"),
+    ("train.py: folder moved, links lost", Train, "moved"),
+    ("train.py, 2 ranks: one rank SIGKILLed, torchrun --max-restarts", TwoRanks, "one_rank_killed"),
+    ("train.py, 2 ranks: everything SIGKILLed", TwoRanks, "killed"),
+    ("train.py, 2 ranks: SIGTERM or SIGINT to torchrun", TwoRanks, "asked_to_end"),
+    ("grow.py: everything SIGKILLed", Grow, "killed"),
+    ("grow.py: SIGTERM or SIGINT", Grow, "asked_to_end"),
+    ("replicate.py: everything SIGKILLed", Replicate, "killed"),
+    ("replicate.py: SIGTERM or SIGINT", Replicate, "asked_to_end"),
+    ("prepare.py: everything SIGKILLed", Prepare, "killed"),
+    ("prepare.py: SIGTERM or SIGINT", Prepare, "asked_to_end"),
+    ("prepare.py: SIGKILL while it downloads", Download, "killed"),
+    ("prepare_owt.py: everything SIGKILLed", PrepareOwt, "killed"),
+    ("prepare_fineweb.py: everything SIGKILLed", PrepareFineweb, "killed"),
+)
+
+
+class Tally:
+    """What was done to one kind of run so far."""
+
+    def __init__(self):
+        self.rounds = self.faults = self.mismatches = 0
+        self.seconds = 0.0
+
+
+def one_round(victim, how, tally):
+    """Break one run and let it end; say so where the end is not that of an undisturbed one, and keep it then."""
+    began, out = time.perf_counter(), victim.new()
+    faults = int(getattr(victim, how)(out))
+    found = victim.finish(out)
+    tally.rounds, tally.faults = tally.rounds + 1, tally.faults + faults
+    if found == victim.undisturbed:
+        shutil.rmtree(os.path.dirname(out))
+    else:
+        tally.mismatches += 1
+        print(f"MISMATCH: {type(victim).__name__} {how} {out}\n  {found}\n  {victim.undisturbed}", flush=True)
+    tally.seconds += time.perf_counter() - began
+
+
+def torture(seconds, seed, place, kinds=KINDS):
+    """{title: Tally} of about `seconds` of it; whatever had least time so far has its turn."""
+    rng = random.Random(seed)
+    tallies, victims = {title: Tally() for title, _, _ in kinds}, {}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        title, kind, how = min(kinds, key=lambda k: tallies[k[0]].seconds)
+        if kind not in victims:
+            folder = os.path.join(place, kind.__name__)
+            os.makedirs(folder)
+            victims[kind] = kind(folder, rng)
+        one_round(victims[kind], how, tallies[title])
+        done = sum(t.faults for t in tallies.values())
+        left = max(0, end - time.perf_counter())
+        print(f"{title}: round {tallies[title].rounds} | {done} faults in all | {left:.0f} s left", flush=True)
+    return tallies
+
+
+def table(tallies, command, seconds):
+    """The tally as Markdown."""
+    lines = ["| what | rounds | faults | mismatches |", "|---|--:|--:|--:|"]
+    lines += [f"| {title} | {t.rounds} | {t.faults} | {t.mismatches} |" for title, t in tallies.items()]
+    faults, bad = (sum(getattr(t, name) for t in tallies.values()) for name in ("faults", "mismatches"))
+    revision = checkpoint.environment()["git"]
+    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, revision {revision}"
+    return "\n".join(
+        [
+            "# Runs that were broken on purpose",
+            "",
+            f"`{command}` on {machine};",
+            f"{versions};",
+            f"{time.strftime('%Y-%m-%d')}. A mismatch is a run whose end differs from that of an undisturbed one:",
+            "hashes of last weights, optimizer and log for training, of all files or all results but times for the",
+            "rest. Nothing here cuts the power: for these tests what the kernel has accepted is on disk.",
+            "",
+            *lines,
+            "",
+            f"faults = {faults}, seconds = {seconds:.0f}, mismatches = {bad}",
+            "",
+        ]
+    )
+
+
+def main():
+    """Command line: break, compare, print and write the tally; exit status 1 when anything differed."""
+    parser = argparse.ArgumentParser(description="Break runs on purpose, and count what that costs.")
+    parser.add_argument("--seconds", type=float, default=900, help="how long, about")
+    parser.add_argument("--seed", type=int, default=1, help="of what is broken when")
+    parser.add_argument("--out", help="write the tally to this file too")
+    args = parser.parse_args()
+    place, began = tempfile.mkdtemp(prefix="torture-"), time.perf_counter()
+    tallies = torture(args.seconds, args.seed, place)
+    command = f"python bench/torture.py --seconds {args.seconds:.0f} --seed {args.seed}"
+    text = table(tallies, command, time.perf_counter() - began)
+    print("\n" + text, end="")
+    if args.out:
+        with replacing(args.out, "w") as f:
+            f.write(text)
+    if any(t.mismatches for t in tallies.values()):
+        sys.exit(f"the runs that differ are in {place}")
+    shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()
