@@ -31,12 +31,14 @@ SUMS = "SHA256SUMS"
 
 def find(name, prefer="best", weights=True):
     """The checkpoint folder that `name` means: a checkpoint folder, a run folder, or a Hugging Face id (downloaded;
-    without `weights` only its config.json).
+    without `weights` only its config.json). A nanoGPT ckpt.pt is given back as it is; hf.open_model opens it.
 
     Of a run folder it is the link `prefer` ("best" or "latest") where that exists, else the newest step.
     Raises UserError when there is none.
     """
     if not os.path.isdir(name):
+        if os.path.isfile(name) and name.endswith(".pt"):
+            return name
         if os.path.exists(name):
             raise UserError(f"{name} is a file; a checkpoint is a folder with config.json and model.safetensors")
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):

@@ -93,7 +93,12 @@ def read_index(path):
 
 
 def read_config(folder):
-    """The GPTConfig of a checkpoint folder. Raises UserError, naming everything that model.py does not implement."""
+    """The GPTConfig of a checkpoint folder (or of nanoGPT's ckpt.pt). Raises UserError, naming everything that model.py
+    does not implement."""
+    if os.fspath(folder).endswith(".pt"):
+        import nanogpt  # which builds on this file
+
+        return nanogpt.read(folder)[1]
     path = os.path.join(folder, "config.json")
     c = read_json(path)
     if c.get("model_type") != "gpt2":
@@ -241,8 +246,14 @@ def check_weights(weights, config):
 
 
 def open_model(folder):
-    """(Weights, GPTConfig) of a checkpoint folder, checked against each other. Raises UserError."""
-    config, weights = read_config(folder), Weights(folder)
+    """(Weights, GPTConfig) of a checkpoint folder, checked against each other, or what serves as those of a ckpt.pt.
+    Raises UserError."""
+    if os.fspath(folder).endswith(".pt"):
+        import nanogpt
+
+        weights, config = nanogpt.read(folder)
+    else:
+        config, weights = read_config(folder), Weights(folder)
     check_weights(weights, config)
     return weights, config
 

@@ -48,7 +48,7 @@ def read(path):
     try:
         with open(path, "rb") as f:
             return f.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter beside a ckpt.pt
         return None
 
 

@@ -32,20 +32,25 @@ def parse_blocks(text):
 
 
 def identify(folder):
-    """What lineage.json says of a source checkpoint: name, step, size, and a hash of the header and of samples.
+    """What lineage.json says of a source, a folder or a ckpt.pt: name, step, size, hash of header and samples.
 
     Enough to tell one model from another without reading gigabytes; the name keeps two path components, no more.
     """
+    if os.path.isfile(folder):
+        paths = [folder]
+    else:
+        names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") and n != "optimizer.safetensors")
+        paths = [os.path.join(folder, n) for n in names]
     files = {}
-    for name in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") and n != "optimizer.safetensors"):
-        path = os.path.join(folder, name)
+    for path in paths:
         size, digest = os.path.getsize(path), hashlib.sha256()
         with open(path, "rb") as f:
-            digest.update(f.read(int.from_bytes(f.read(8), "little")))
+            if path.endswith(".safetensors"):
+                digest.update(f.read(int.from_bytes(f.read(8), "little")))
             for i in range(64):
                 f.seek(size * i // 64)
                 digest.update(f.read(1024))
-        files[name] = {"bytes": size, "sample_sha256": digest.hexdigest()}
+        files[os.path.basename(path)] = {"bytes": size, "sample_sha256": digest.hexdigest()}
     state = os.path.join(folder, "state.json")
     return {
         "name": "/".join(os.path.abspath(folder).split(os.sep)[-2:]),

@@ -1,0 +1,116 @@
+"""nanoGPT's ckpt.pt: read exactly, executed never. pytest tests/test_nanogpt.py"""
+
+import dataclasses
+import os
+import pickle
+
+import pytest
+import torch
+from tiny import arguments, refusal, same_weights, tiny_model, write_data
+
+import checkpoint
+import hf
+import inherit
+import train
+from files import read_json
+
+
+def write_ckpt(path, module, prefix="", masks=True, **changes):
+    """What nanoGPT's train.py saves for this model: tensors, whatever its loop needs, and its config."""
+    c = module.config
+    state = {f"{prefix}{k}": v.detach().clone() for k, v in module.named_parameters()}
+    state[f"{prefix}lm_head.weight"] = state[f"{prefix}transformer.wte.weight"]
+    for i in range(c.n_layer if masks else 0):
+        state[f"{prefix}transformer.h.{i}.attn.bias"] = torch.tril(torch.ones(1, 1, c.block_size, c.block_size))
+    sizes = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    saved = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "model_args": sizes, "iter_num": 5}
+    saved |= {"best_val_loss": torch.tensor(2.5), "config": {"out_dir": "out", "device": "cuda"}, **changes}
+    torch.save(saved, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("masks", [True, False])
+def test_every_weight_arrives(tmp_path, bias, prefix, masks):
+    model = tiny_model(bias=bias)
+    path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks)
+    loaded = hf.load_model(path)
+    assert same_weights(loaded, model)
+    expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=319)
+    assert loaded.config == expected
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_gpt2s_vocabulary_is_known_by_its_size(tmp_path, vocab_size):
+    config = hf.read_config(write_ckpt(tmp_path / "ckpt.pt", tiny_model(vocab_size=vocab_size, n_layer=1)))
+    assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
+
+
+def test_inherit_takes_it(tmp_path):
+    model = tiny_model(bias=False)
+    path = write_ckpt(tmp_path / "ckpt.pt", model)
+    inherit.main(["--ckpt", path, "--layers=2", "--out", str(tmp_path / "small")])
+    small = hf.load_model(str(tmp_path / "small"))
+    whole = dict(model.named_parameters())
+    assert small.config.n_layer == 2 and not small.config.bias
+    assert all(torch.equal(p, whole[name]) for name, p in small.named_parameters())
+    source = read_json(tmp_path / "small/lineage.json")["sources"]["reference"]
+    assert list(source["files"]) == ["ckpt.pt"] and source["name"].endswith("/ckpt.pt")
+
+
+def test_train_starts_from_it_as_from_what_inherit_makes_of_it(tmp_path):
+    data = write_data(tmp_path / "data")
+    path = write_ckpt(tmp_path / "ckpt.pt", tiny_model(bias=False))
+    shape = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": None, "max_iters": 4}
+    train.main(arguments(data, tmp_path / "a", init_from=path, inherit_layers=2, **shape))
+    inherit.main(["--ckpt", path, "--layers=2", "--out", str(tmp_path / "small")])
+    train.main(arguments(data, tmp_path / "b", init_from=tmp_path / "small", **shape))
+    assert open(tmp_path / "a/log.csv").read() == open(tmp_path / "b/log.csv").read()
+    assert same_weights(*(hf.load_model(checkpoint.find(str(tmp_path / n))) for n in "ab"))
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def hostile(path, mark):
+    torch.save({"model": {"x": Evil(mark)}, "model_args": {}}, path)
+
+
+ARGS = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 320}
+BAD = {
+    "a function in the pickle": (hostile, "is not a nanoGPT checkpoint of tensors and plain values"),
+    "a plain pickle": (lambda p, m: p.write_bytes(pickle.dumps(Evil(m))), "is not a nanoGPT checkpoint"),
+    "text": (lambda p, m: p.write_text("hello"), "is not a nanoGPT checkpoint"),
+    "empty": (lambda p, m: p.write_bytes(b""), "is not a nanoGPT checkpoint"),
+    "cut": (lambda p, m: os.truncate(write_ckpt(p, tiny_model()), 20_000), "is not a nanoGPT checkpoint"),
+    "a tensor": (lambda p, m: torch.save(torch.zeros(3), p), "lacks nanoGPT's model_args or model"),
+    "other keys": (lambda p, m: torch.save({"state_dict": {}}, p), "lacks nanoGPT's model_args or model"),
+    "no sizes": (lambda p, m: write_ckpt(p, tiny_model(), model_args={}), "lacks nanoGPT's model_args"),
+    "absurd sizes": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 2**40}), "n_layer is 1099"),
+    "zero heads": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 0}), "n_head is 0"),
+    "uneven heads": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 3}), "not a multiple"),
+    "other depth": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 4}), "is missing"),
+    "other width": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_embd": 32}), "config.json says"),
+    "no dict": (lambda p, m: write_ckpt(p, tiny_model(), model=[1]), "model is no dict"),
+    "numbers": (lambda p, m: write_ckpt(p, tiny_model(), model={"a": 1}), "a is not a tensor"),
+    "integers": (lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1).int()}), "a is not a tensor"),
+    "twice": (
+        lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1), "_orig_mod.a": torch.ones(1)}),
+        "holds a twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, message", BAD.values(), ids=BAD)
+def test_anything_else_is_refused_and_nothing_runs(tmp_path, make, message):
+    path, mark = tmp_path / "ckpt.pt", tmp_path / "mark"
+    make(path, str(mark))
+    said = refusal(inherit.main, ["--ckpt", path, "--layers=2", "--out", tmp_path / "out"])
+    assert message in said and str(path) in said and len(said.splitlines()) == 1
+    assert not mark.exists() and not (tmp_path / "out").exists()
