@@ -1,11 +1,12 @@
 # make demo   the whole recipe on a laptop: data, reference, inherit, train, grow, controls, a sample
-# make torture  a quarter of an hour of kills, full disks and damaged files, with a tally
 # make test   ruff, an import check, and the tests that take seconds; make test-all adds those that take minutes
+# make torture   a quarter of an hour of kills, full disks and damaged files, with a tally
+# make mutants   faults put into the code: do the tests notice? (under 45 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all torture clean
+.PHONY: demo test test-all torture mutants clean
 
 # One folder for everything installed; a changed requirements file installs again.
 .venv/installed: requirements.txt
@@ -42,6 +43,9 @@ test-all: .venv/installed-dev
 
 torture: .venv/installed-dev
 	$(BIN)/python bench/torture.py --seconds 900
+
+mutants: .venv/installed-dev
+	$(BIN)/python bench/mutants.py --out results/mutants.md
 
 clean:
 	rm -rf .venv
