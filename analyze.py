@@ -274,6 +274,8 @@ def main(argv=None):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise UserError(f"{args.out} is a file; --out names a folder")
     folder = checkpoint.find(args.ckpt)
     config = hf.read_config(folder)
     choose_heads(args.heads, [[0] * config.n_head] * config.n_layer)  # before the long work

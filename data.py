@@ -83,9 +83,10 @@ class Tokens:
             size = file_size(path)
             count = shard.get("tokens", size // self.dtype.itemsize)
             if size != count * self.dtype.itemsize:
+                said = f"but meta.json says {count:,} tokens" if "tokens" in shard else "no whole number of tokens"
                 raise UserError(
-                    f"{path} has {size:,} bytes, but meta.json says {count:,} tokens of {self.dtype.itemsize} bytes: "
-                    "it was cut off or replaced; prepare the data again"
+                    f"{path} has {size:,} bytes, {said} of {self.dtype.itemsize} bytes: it was cut off or replaced; "
+                    "prepare the data again"
                 )
             if size:
                 with open(path, "rb") as f:

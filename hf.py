@@ -209,7 +209,7 @@ class Weights(Mapping):
 
     def __getitem__(self, name):
         path, key = self.where[name]
-        return self.files[path].get_tensor(key)
+        return check_finite(self.files[path].get_tensor(key), name, path)
 
     def shape(self, name):
         """The shape of a tensor, as a tuple, without reading it."""
@@ -224,6 +224,13 @@ class Weights(Mapping):
 
     def __len__(self):
         return len(self.where)
+
+
+def check_finite(tensor, name, source):
+    """The tensor, if all of it is finite; else UserError: the run that wrote it had diverged, or it is damaged."""
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{source}: {name:.80} holds NaN or infinity: take an earlier checkpoint")
+    return tensor
 
 
 def shapes(config):

@@ -5,6 +5,7 @@ GELU is the exact one, ours GPT-2's tanh approximation: the same weights give ve
 """
 
 import re
+import zipfile
 
 import torch
 
@@ -27,6 +28,8 @@ class Tensors(dict):
 
 def read(path):
     """(Tensors, GPTConfig) of a nanoGPT checkpoint, not yet checked against each other. Raises UserError."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a nanoGPT checkpoint: not a file that torch.save wrote, or cut off")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # whatever a damaged or hostile pickle makes the reader do
@@ -66,6 +69,7 @@ def canonical(path, state, config):
             raise UserError(f"{path}: {name:.80} is not a tensor of floating-point numbers")
         if name in tensors:
             raise UserError(f"{path} holds {name:.80} twice")
+        hf.check_finite(tensor, name, path)
         turned = name.endswith(hf.INPUT_FIRST) and tensor.dim() == 2
         tensors[name] = (tensor.t() if turned else tensor).detach().contiguous()
     if not config.bias:

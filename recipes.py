@@ -46,6 +46,8 @@ def grow_onto(small, small_config, state, config, k):
     Embeddings and final LayerNorm are the small model's. Raises UserError when the two do not fit together.
     """
     n = small_config.n_layer
+    if n >= config.n_layer:
+        raise UserError(f"there is nothing to add: the small model has {n} blocks, the reference {config.n_layer}")
     if not n < k <= config.n_layer:
         raise UserError(f"layers must be between {n + 1} and {config.n_layer} to grow {n} blocks onto, not {k}")
     for key in ("n_embd", "n_head", "block_size", "vocab_size", "bias", "scale_attn_by_inverse_layer_idx"):

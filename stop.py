@@ -24,8 +24,11 @@ class Request:
         self.children = set()
 
     def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self.before = {number: signal.signal(number, self.ask) for number in numbers}
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:  # a script's background jobs ignore SIGINT on purpose
+                    self.before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *_):

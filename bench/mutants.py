@@ -22,6 +22,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have begun us, and so the tests, without
 
 from files import replacing  # noqa: E402
 
@@ -125,14 +126,8 @@ def run_tests(folder, name, seconds):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"TMPDIR": os.path.join(folder, "tmp")}
     os.makedirs(environment["TMPDIR"], exist_ok=True)
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with open(os.path.join(folder, "tests.txt"), "w") as f:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=f, stderr=f, start_new_session=True)
     try:
         return process.wait(seconds) != 0
     except subprocess.TimeoutExpired:
@@ -193,7 +188,7 @@ def main():
     for name, source in sources.items():
         start = time.perf_counter()
         if shop.attempt(name, source, 900) is not False:
-            sys.exit(f"the tests of {name} fail without any fault")
+            sys.exit(f"the tests of {name} fail without any fault: see tests.txt in {place}")
         limits[name] = 30 + 4 * (time.perf_counter() - start)
     results = {}
 

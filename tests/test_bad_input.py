@@ -3,15 +3,20 @@
 pytest tests/test_bad_input.py
 """
 
+import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import ROOT, TOKENIZER, arguments, refusal, write_checkpoint, write_data
+from safetensors.torch import save_file
+from tiny import ROOT, SHAPE, TOKENIZER, arguments, refusal, write_checkpoint, write_data
 
+import hf
 import inherit
 import train
 
@@ -20,20 +25,42 @@ import train
 def place(tmp_path_factory):
     """A folder with all sorts of things to point at; scripts run in it."""
     here = tmp_path_factory.mktemp("place")
+    make_place(here)
+    return here
+
+
+def make_place(here):
+    """Good things and bad ones, named for what is wrong with them."""
     write_data(here / "data")
     write_data(here / "short-val", val=5)
     write_data(here / "short-train", train=8)
     write_data(here / "other-tokenizer", tokenizer=TOKENIZER | {"name": "gpt2"})
     write_data(here / "gpt2-data", meta=False)
+    write_data(here / "high-ids", high=300)
     write_data(here / "cut")
     os.truncate(here / "cut/train.bin", 1001)
+    write_data(here / "text-bin", meta=False)
+    (here / "text-bin/train.bin").write_text("a text of an odd number of bytes\n")
     write_data(here / "damaged")
     (here / "damaged/meta.json").write_text("{")
     write_data(here / "no-val")
     os.unlink(here / "no-val/val.bin")
+    write_data(here / "nan-meta")
+    change_json(here / "nan-meta/meta.json", dtype="float64")
+    write_data(here / "no-sums")
+    shards = {"train": {"shards": [{"file": "train.bin", "tokens": 3000}]}}
+    change_json(here / "no-sums/meta.json", splits=shards | {"val": {"shards": [{"file": "val.bin", "tokens": 400}]}})
+    write_data(here / "climbing")
+    change_json(here / "climbing/meta.json", splits={"train": {"shards": [{"file": "../data/train.bin", "tokens": 9}]}})
+    write_data(here / "fifo")
+    os.unlink(here / "fifo/train.bin")
+    os.mkfifo(here / "fifo/train.bin")
     os.mkdir(here / "empty")
-    write_checkpoint(here / "ref")
+
+    model = write_checkpoint(here / "ref")
     write_checkpoint(here / "untokenized", tokenizer="", vocab_size=100, n_vocab=100, eot=0)
+    write_checkpoint(here / "other-vocabulary", n_vocab=256, eot=255)
+    write_checkpoint(here / "short-teacher", block_size=4)
     write_checkpoint(here / "cut-ckpt")
     os.truncate(here / "cut-ckpt/model.safetensors", 3000)
     write_checkpoint(here / "llama")
@@ -41,158 +68,101 @@ def place(tmp_path_factory):
     write_checkpoint(here / "run/step_00000004")
     (here / "run/log.csv").write_text("")
     write_checkpoint(here / "stateless/step_00000004")
+    write_checkpoint(here / "pickled")
+    os.rename(here / "pickled/model.safetensors", here / "pickled/pytorch_model.bin")
+    for name, tensors in (
+        ("untied", {"lm_head.weight": torch.zeros(320, 16)}),
+        ("extra-tensor", {"transformer.h.0.attn.c_attn.lora": torch.zeros(2)}),
+        ("nan-weights", {"transformer.wte.weight": torch.full((320, 16), float("nan"))}),
+    ):
+        write_checkpoint(here / name)
+        save_file(hf.layout(model) | tensors, here / name / "model.safetensors")
+    write_checkpoint(here / "sharded")
+    os.unlink(here / "sharded/model.safetensors")
+    (here / "sharded/model.safetensors.index.json").write_text('{"weight_map": {"a": "../ref/model.safetensors"}}')
+    write_checkpoint(here / "deep-json")
+    (here / "deep-json/config.json").write_text("[" * 100_000)
+    write_checkpoint(here / "huge-header")
+    (here / "huge-header/model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+
     (here / "file").write_text("text")
+    (here / "ckpt.pt").write_text("text")
     (here / "typo.py").write_text("n_layer = 2\nlerning_rate = 1\n")
     (here / "code.py").write_text("import os\nos.mkdir('mark')\n")
     (here / "grow.py").write_text("k_start = 2\n")
-    return here
+    (here / "binary.py").write_bytes(bytes(range(256)))
+    (here / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (here / "bad.jsonl").write_text('{"text": "one"}\nnot json\n')
+    (here / "not-a.parquet").write_text("text")
+    (here / "empty-not").mkdir()
+    (here / "empty-not/something").write_text("text")
+    for name, without in (("base.py", ()), ("inherited.py", SHAPE)):
+        flags = [flag[2:].split("=") for flag in arguments("data", "new-out")]
+        lines = [f"{k} = {v if v[0].isdigit() else repr(v)}\n" for k, v in flags if k not in without]
+        (here / name).write_text("".join(lines))
+    train.main([str(here / "base.py"), f"--dataset={here / 'data'}", f"--out_dir={here / 'finished'}", "--max_iters=4"])
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def everything(folder):
     return {os.path.join(d, n) for d, folders, names in os.walk(folder) for n in folders + names}
 
 
-def check(main, argv, phrases, place, monkeypatch, capfd):
+def read_cases():
+    """[(command as a list, the lines it answers)] of bad_input.txt."""
+    with open(os.path.join(os.path.dirname(__file__), "bad_input.txt"), encoding="utf-8") as f:
+        blocks = re.findall(r"^\$ (.*)\n((?:.+\n?)+)", f.read(), re.MULTILINE)
+    return [(shlex.split(command), answer.rstrip("\n")) for command, answer in blocks]
+
+
+CASES = read_cases()
+
+
+def fits(said, expected):
+    """Whether a message is the expected one, in which … stands for anything on the same line."""
+    return re.fullmatch("[^\n]*".join(map(re.escape, expected.split("…"))), said)
+
+
+def test_there_are_enough_cases():
+    scripts = {command[0] for command, _ in CASES}
+    assert len(CASES) >= 160 and len({tuple(command) for command, _ in CASES}) == len(CASES)
+    assert {"train.py", "inherit.py", "sample.py", "score.py", "analyze.py", "grow.py", "replicate.py"} <= scripts
+
+
+@pytest.mark.parametrize("command, expected", CASES, ids=[" ".join(command) for command, _ in CASES])
+def test_answer(command, expected, place, monkeypatch, capfd):
     monkeypatch.chdir(place)
     before = everything(place)
-    message = refusal(main, argv)
-    for phrase in [phrases] if isinstance(phrases, str) else phrases:
-        assert phrase in message
-    lines = message.splitlines()
+    said = refusal(importlib.import_module(command[0].removesuffix(".py")).main, command[1:])
+    assert fits(said, expected), said
+    lines = said.splitlines()
     if len(lines) > 1:
         assert f"{len(lines) - 1} problems:" in lines[0] and all(line.startswith("  ") for line in lines[1:])
-    assert all(len(line) < 400 for line in lines) and "Traceback" not in message
-    assert message.startswith(f"{main.__module__}.py: "), "it says who speaks"
+    assert all(len(line) < 420 for line in lines)
     assert everything(place) == before
-    assert capfd.readouterr().err == ""
+    assert "Traceback" not in capfd.readouterr().err  # (a bar may have been begun)
 
 
-TRAIN = {
-    "unknown flag": (["--n_layers=2"], "unknown argument '--n_layers=2' (did you mean --n_layer?)"),
-    "wrong type": (["--n_layer=two"], "--n_layer must be a whole number, not 'two'"),
-    "two configs": (["typo.py", "code.py"], "unknown argument 'code.py'"),
-    "out of range": (["--dropout=2"], "--dropout must be between 0.0 and 0.999, not 2"),
-    "config missing": (["config/gone.py"], "no config file 'config/gone.py'"),
-    "config typo": (["typo.py"], "typo.py:2: lerning_rate is not a setting (did you mean learning_rate?)"),
-    "config with code": (["code.py"], "code.py:1: only lines like max_iters = 1000 are allowed"),
-    "config is a folder": (["empty"], "empty"),
-    "config of grow.py": (["grow.py"], "grow.py:1: k_start is not a setting but one of grow.py"),
-    "no dataset": ({"dataset": "gone"}, "no data folder 'gone': prepare it first"),
-    "empty dataset": ({"dataset": "empty"}, "empty has no train.bin and no meta.json"),
-    "damaged meta": ({"dataset": "damaged"}, "damaged/meta.json is not valid JSON"),
-    "cut bin": ({"dataset": "cut"}, "cut/train.bin has 1,001 bytes, but meta.json says 3,000 tokens"),
-    "no val": ({"dataset": "no-val"}, "no-val/val.bin is missing"),
-    "val too short": ({"dataset": "short-val"}, "val has 5 tokens"),
-    "train too short": ({"dataset": "short-train"}, "has 8 tokens, fewer than block_size + 1"),
-    "batch not divisible": ({"batch_tokens": 100}, "not a multiple of block_size × ranks = 8 × 1: use 96 or 104"),
-    "width and heads": ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
-    "part of nothing": ({"data_start": 0.5, "data_end": 0.5}, "data_start 0.5 is not below data_end 0.5"),
-    "part too small": ({"data_start": 0.5, "data_end": 0.501}, "has 3 tokens, fewer than block_size + 1"),
-    "min_lr": ({"learning_rate": 1e-4}, "min_lr 0.001 is above learning_rate 0.0001: set both"),
-    "no cuda": ({"device": "cuda"}, "torch sees no CUDA GPU; use --device cpu"),
-    "no mps": ({"device": "mps"}, "torch finds no Apple GPU"),
-    "unknown device": ({"device": "tpu0"}, "'tpu0' is not a device"),
-    "unsupported device": ({"device": "meta"}, "meta is not supported"),
-    "nothing to resume": ({"resume": "must"}, "holds no checkpoint to continue"),
-    "a run is there": ({"out_dir": "run"}, "run already holds a run: continue it with --resume=auto"),
-    "no state to resume": ({"out_dir": "stateless", "resume": "auto"}, "state.json does not exist"),
-    "out_dir is a file": ({"out_dir": "file"}, "file"),
-    "out_dir is a checkpoint": ({"out_dir": "ref"}, "ref is a checkpoint"),
-    "inherit from nothing": ({"inherit_layers": 1}, "inherit_layers needs a model to inherit from"),
-    "zero layers": ({"init_from": "ref", "inherit_layers": 0}, "--inherit_layers must be at least 1"),
-    "too many layers": ({"init_from": "ref", "inherit_layers": 4}, "inherit_layers 4 is more than the 3 blocks of ref"),
-    "other shape": ({"init_from": "ref", "n_embd": 32}, "n_embd 32 was asked for, but the model from ref has 16"),
-    "longer context": ({"init_from": "ref", "block_size": 16}, "block_size 16 is above the 8 positions of ref"),
-    "wrong path": ({"init_from": "./gone/ckpt"}, "no folder './gone/ckpt' here"),
-    "not a checkpoint": ({"init_from": "empty"}, "empty is neither a checkpoint"),
-    "a file": ({"init_from": "file"}, "file is a file; a checkpoint is a folder"),
-    "another architecture": ({"init_from": "llama"}, "model_type is 'llama'; only gpt2 is implemented"),
-    "damaged weights": ({"init_from": "cut-ckpt"}, "cut-ckpt/model.safetensors is damaged"),
-    "hub id offline": (
-        {"init_from": "gpt2-large", "dataset": "gpt2-data", "block_size": 8},
-        "Hugging Face hub did not",
-    ),
-    "unknown hub id offline": ({"init_from": "no/such"}, "no folder 'no/such' here, and the Hugging Face hub"),
-    "other tokenizer": (
-        {"init_from": "ref", "dataset": "other-tokenizer"},
-        "other-tokenizer was tokenised with 'gpt2', but ref was trained with 'bytes'",
-    ),
-    "too few ids": ({"init_from": "untokenized"}, "data has 257 ids, untokenized only 100"),
-    "several at once": (
-        {"n_head": 3, "batch_tokens": 100, "data_start": 0.9, "data_end": 0.1, "min_lr": 1, "dataset": "gone"},
-        ["5 problems:", "no data folder", "n_head 3", "batch_tokens 100", "data_start 0.9", "min_lr 1"],
-    ),
-    "several at once, inherited": (
-        {"init_from": "ref", "inherit_layers": 9, "n_head": 1, "block_size": 64, "batch_tokens": 100},
-        ["4 problems:", "inherit_layers 9", "n_head 1", "block_size 64", "batch_tokens 100"],
-    ),
-}
-
-
-@pytest.mark.parametrize("given, phrases", TRAIN.values(), ids=TRAIN)
-def test_train(given, phrases, place, monkeypatch, capfd):
-    if isinstance(given, dict):
-        shape = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": None} if "init_from" in given else {}
-        given = arguments("data", "new-out", **shape | given)
-    check(train.main, given, phrases, place, monkeypatch, capfd)
-
-
-INHERIT = {
-    "nothing": ([], "the following arguments are required: --ckpt, --out"),
-    "unknown flag": (["--ckpt=ref", "--layer=2"], "unknown argument '--layer=2' (did you mean --layers?)"),
-    "neither": (["--ckpt=ref"], "give --layers K or --blocks LIST"),
-    "both": (["--ckpt=ref", "--layers=1", "--blocks=0"], "--blocks says which blocks: leave out --layers"),
-    "not a number": (["--ckpt=ref", "--layers=two"], "--layers must be a whole number from 1 on, or auto, not 'two'"),
-    "zero": (["--ckpt=ref", "--layers=0"], "a whole number from 1 on, or auto, not '0'"),
-    "negative": (["--ckpt=ref", "--layers=-1"], "a whole number from 1 on, or auto, not '-1'"),
-    "too many": (["--ckpt=ref", "--layers=4"], "--layers 4 is more than the 3 blocks"),
-    "block not there": (
-        ["--ckpt=ref", "--blocks=0,7"],
-        "asked for block 7, but the model has blocks 0 to 2 (3 layers)",
-    ),
-    "blocks empty": (["--ckpt=ref", "--blocks=0,"], "'' is not a number or a range"),
-    "blocks backwards": (["--ckpt=ref", "--blocks=2-0"], "'2-0' is not a number or a range; write them like 0-11,23"),
-    "blocks gibberish": (["--ckpt=ref", "--blocks=a,b"], "'a' is not a number or a range"),
-    "out exists": (["--ckpt=ref", "--layers=1", "--out=empty"], "empty exists already; choose another --out"),
-    "out is a file": (["--ckpt=ref", "--layers=1", "--out=file"], "file exists already"),
-    "out under a file": (["--ckpt=ref", "--layers=1", "--out=file/x"], "file"),
-    "no checkpoint": (["--ckpt=./gone", "--layers=1"], "no folder './gone' here"),
-    "not a checkpoint": (["--ckpt=empty", "--layers=1"], "empty is neither a checkpoint"),
-    "data for a checkpoint": (["--ckpt=data", "--layers=1"], "data is neither a checkpoint"),
-    "a file": (["--ckpt=ref/model.safetensors", "--layers=1"], "is a file; a checkpoint is a folder"),
-    "damaged": (["--ckpt=cut-ckpt", "--layers=1"], "cut-ckpt/model.safetensors is damaged"),
-    "another architecture": (["--ckpt=llama", "--layers=1"], "only gpt2 is implemented"),
-    "hub id offline": (["--ckpt=gpt2-xl", "--layers=1"], "no folder 'gpt2-xl' here, and the Hugging Face hub"),
-    "onto without layers": (["--ckpt=ref", "--onto=ref"], "--onto needs --layers K"),
-    "onto as deep": (["--ckpt=ref", "--layers=3", "--onto=ref"], "layers must be"),
-    "onto another": (["--ckpt=ref", "--layers=3", "--onto=gone/x"], "no folder 'gone/x' here"),
-}
-
-
-@pytest.mark.parametrize("argv, phrases", INHERIT.values(), ids=INHERIT)
-def test_inherit(argv, phrases, place, monkeypatch, capfd):
-    if argv and not any(a.startswith("--out") for a in argv):
-        argv = [*argv, "--out=new-out"]
-    check(inherit.main, argv, phrases, place, monkeypatch, capfd)
-
-
-@pytest.mark.parametrize(
-    "argv, phrase",
-    [
-        (["train.py", "--dataset=gone", "--n_head=7", "--batch_tokens=1000"], "train.py: 3 problems:"),
-        (
-            ["inherit.py", "--ckpt=gpt2", "--layers=6", "--out=new-out"],
-            "inherit.py: no folder 'gpt2' here, and the Hug",
-        ),
-    ],
-    ids=["train", "inherit"],
-)
-def test_as_a_process(argv, phrase, place):
-    command = [sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(phrase) and "Traceback" not in done.stderr
-    assert not (place / "new-out").exists()
+def test_answers_of_processes(place):
+    """Ten of them as a user meets them."""
+    some = CASES[:: len(CASES) // 9][:10]
+    running = [
+        subprocess.Popen(
+            [sys.executable, os.path.join(ROOT, command[0]), *command[1:]],
+            cwd=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command, _ in some
+    ]
+    for process, (_, expected) in zip(running, some, strict=True):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 1 and out == "" and fits(err.rstrip("\n"), expected), err
+    assert len(some) == 10 and not (place / "new-out").exists()
 
 
 def test_a_run_that_failed_before_its_first_row_is_no_run(tmp_path):
