@@ -27,6 +27,7 @@ from files import read_json, replacing, sha256, sync_folder, write_json
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, besides its step
 
 
 def find(name, prefer="best", weights=True):
@@ -106,15 +107,34 @@ def verify(folder):
             raise UserError(f"{file} is missing or not what was written (its sha256 differs): restore the folder")
 
 
+def read_state(folder):
+    """state.json of a checkpoint folder, its values checked. Raises UserError."""
+    path = os.path.join(folder, "state.json")
+    state = read_json(path)
+    counts = [state.get(key) for key in ("step", "bad_steps", "bad_in_a_row")]
+    best = state.get("best_step"), state.get("best_val_loss")
+    row = state.get("row")
+    try:
+        whole = all(type(n) is int and n >= 0 for n in counts) and isinstance(state["settings"], dict)
+        whole = whole and (best == (None, None) or (type(best[0]) is int and isinstance(best[1], float)))
+        state["row"] = {key: float(value) for key, value in row.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} lacks a usable step, best_step, row or settings: it is damaged")
+    return state
+
+
 def examine(folder, hashes=False):
     """Raise UserError unless a checkpoint folder looks fit to continue a run: files, headers, sizes and shapes, and
     with `hashes` every byte."""
     hf.open_model(folder)
-    if not isinstance(read_json(os.path.join(folder, "state.json")).get("settings"), dict):
-        raise UserError(f"{folder}/state.json holds no settings")
+    read_state(folder)
     read_json(os.path.join(folder, "lineage.json"))
     path = os.path.join(folder, "optimizer.safetensors")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("no regular file")
         safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: it can start a run (--init_from) but not continue one") from None
@@ -174,6 +194,8 @@ def load_optimizer(folder, model, optimizer):
     another model's."""
     path = os.path.join(folder, "optimizer.safetensors")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("no regular file")
         tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(
@@ -185,7 +207,10 @@ def load_optimizer(folder, model, optimizer):
     state = {name: {} for name in shapes}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("/")
-        if name not in shapes or (tensor.dim() and tensor.shape != shapes[name]):
+        fits = name in shapes and (
+            tensor.shape == shapes[name] if key in MOMENTS else key == "step" and not tensor.dim()
+        )
+        if not fits or not tensor.is_floating_point():
             raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
         state[name][key] = tensor.clone()  # the optimizer keeps what it is given, and this one is the file, mapped
     keys = {key for s in state.values() for key in s}

@@ -21,6 +21,7 @@ from files import read_json, sha256
 from tokenizer import RANKS_FILE
 
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
+MAX_VOCAB = 2**26  # beyond it, meta.json is damaged
 ROUNDS = 4  # of the Feistel network; four make a permutation that no statistical test on orders tells from random
 
 
@@ -141,7 +142,7 @@ def read_meta(folder):
         or not isinstance(tokenizer, dict)
         or not isinstance(tokenizer.get("name"), str)
         or not all(type(tokenizer.get(k)) is int for k in ("n_vocab", "eot"))
-        or not 0 <= tokenizer["eot"] < tokenizer["n_vocab"]
+        or not 0 <= tokenizer["eot"] < tokenizer["n_vocab"] <= MAX_VOCAB
         or not isinstance(meta.get("splits", {}), dict)
     ):
         raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")

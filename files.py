@@ -8,6 +8,8 @@ import os
 
 from errors import UserError
 
+MAX_JSON = 50_000_000  # bytes; the largest of ours, a model's index or a data folder's list of shards, has some 100 kB
+
 
 def sync_folder(folder):
     """fsync a folder, so that the names just created or renamed in it outlive a power cut."""
@@ -62,12 +64,14 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The object in a JSON file. Raises UserError when it is missing, is not JSON, or is not an object."""
+    """The object in a JSON file. Raises UserError when it is missing, absurdly large, not JSON, or not an object."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
+    if os.path.getsize(path) > MAX_JSON:
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, too many for one of ours (at most {MAX_JSON:,})")
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); it is damaged or not ours: make it again") from None
     if not isinstance(value, dict):

@@ -28,6 +28,15 @@ INPUT_FIRST = (
     "mlp.c_proj.weight",
 )  # (in, out) on disk
 
+MOST = {
+    "n_layer": 1000,
+    "n_head": 2**16,
+    "n_embd": 2**20,
+    "n_positions": 2**26,
+    "vocab_size": 2**26,
+}  # or it is damaged
+FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 def download(name, weights=True):
     """Fetch a Hugging Face GPT-2 (an id such as gpt2-large) and return the local folder of its files; without
@@ -104,7 +113,9 @@ def read_config(folder):
     if c.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented")
     sizes = {k: c.get(k) for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
-    bad = [f"{k} is {v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]
+    bad = [
+        f"{k} is {v!r:.50} (1 to {MOST[k]:,})" for k, v in sizes.items() if type(v) is not int or not 0 < v <= MOST[k]
+    ]
     if not bad and sizes["n_embd"] % sizes["n_head"]:
         bad.append(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
     if bad:
@@ -200,6 +211,9 @@ class Weights(Mapping):
                     continue
                 if canonical in self.where:
                     raise UserError(f"{path} holds {canonical} twice")
+                dtype = self.files[path].get_slice(key).get_dtype()
+                if dtype not in FLOATS:
+                    raise UserError(f"{path}: {canonical} is of type {dtype}, not one of {', '.join(FLOATS)}")
                 self.where[canonical] = (path, key)
         if "lm_head.weight" in self.where and "transformer.wte.weight" in self.where:
             head, wte = self["lm_head.weight"], self["transformer.wte.weight"]

@@ -45,11 +45,10 @@ def files(config, source=None):
 
 def read(path):
     """The bytes of a file, or None where there is none."""
-    try:
-        with open(path, "rb") as f:
-            return f.read()
-    except (FileNotFoundError, NotADirectoryError):  # the latter beside a ckpt.pt
+    if not os.path.isfile(path):
         return None
+    with open(path, "rb") as f:
+        return f.read()
 
 
 @functools.lru_cache(maxsize=8)

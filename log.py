@@ -46,8 +46,10 @@ def show(value):
 
 def read_rows(path, columns=None):
     """The whole rows of a CSV log as [{column: text}], [] when there is no file. Raises UserError."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return []
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file")
     with open(path, encoding="utf-8", newline="") as f:
         text = f.read()
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))

@@ -29,12 +29,13 @@ class Tensors(dict):
 def read(path):
     """(Tensors, GPTConfig) of a nanoGPT checkpoint, not yet checked against each other. Raises UserError."""
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a nanoGPT checkpoint: not a file that torch.save wrote, or cut off")
+        raise UserError(f"{path} is no nanoGPT checkpoint: not a file that torch.save wrote, or cut off")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # whatever a damaged or hostile pickle makes the reader do
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a nanoGPT checkpoint of tensors and plain values ({reason:.150})") from None
+        raise UserError(
+            f"{path} is no whole nanoGPT checkpoint of tensors and plain values ({type(e).__name__})"
+        ) from None
     try:
         if not isinstance(saved, dict):
             raise TypeError
@@ -43,7 +44,8 @@ def read(path):
         bias = arguments.get("bias", True)  # early versions always had them
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{path} lacks nanoGPT's model_args or model") from None
-    bad = [f"{key} is {value!r:.50}" for key, value in sizes.items() if type(value) is not int or not 0 < value < 2**31]
+    most = hf.MOST | {"block_size": hf.MOST["n_positions"]}
+    bad = [f"{k} is {v!r:.50}" for k, v in sizes.items() if type(v) is not int or not 0 < v <= most[k]]
     if not bad and sizes["n_embd"] % sizes["n_head"]:
         bad.append(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
     if type(bias) is not bool:

@@ -14,7 +14,6 @@ import hf
 from data import GPT2, Tokens, read_meta
 from device import PEAKS
 from errors import UserError
-from files import read_json
 from log import read_rows
 from model import GPT, GPTConfig, pad_vocab
 from settings import HARMLESS, raise_all
@@ -227,7 +226,7 @@ def resumable(settings):
     else:
         raise UserError(f"{out} holds no whole checkpoint to continue ({damaged[0][1]}): restore one, or delete {out}")
     now = comparable(dataclasses.asdict(settings))
-    before = comparable(read_json(os.path.join(folder, "state.json"))["settings"])
+    before = comparable(checkpoint.read_state(folder)["settings"])
     changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
     if changed:
         raise UserError(

@@ -15,7 +15,7 @@ import log
 import plan as planning
 from data import TrainData, ValData, verify
 from errors import UserError
-from files import lock_folder, read_json
+from files import lock_folder
 from model import GPT
 from optim import make_optimizer
 from ranks import Ranks, seed_all
@@ -163,14 +163,13 @@ def build_model(settings, plan, folder):
 def restore(folder, model, optimizer, scaler):
     """Fill optimizer and scaler from a checkpoint folder and return its State. Raises UserError."""
     checkpoint.load_optimizer(folder, model, optimizer)
-    saved = read_json(os.path.join(folder, "state.json"))
+    saved = checkpoint.read_state(folder)
     try:
         if scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
-        saved["row"] = {k: float(v) for k, v in saved["row"].items()}
-        return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, TypeError) as e:
         raise UserError(f"{folder}/state.json lacks {e}; delete the folder to go on from the one before it") from None
+    return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
 
 
 def open_run_folder(settings, state, plan):

@@ -34,7 +34,7 @@ class TrainSettings:
     # what
     init_from: str = setting("scratch", "scratch, or a checkpoint folder, run folder or Hugging Face id to start from")
     inherit_layers: int | None = setting(None, "keep only the first this many blocks of init_from (default: all)", 1)
-    n_layer: int = setting(12, "transformer blocks", 1)
+    n_layer: int = setting(12, "transformer blocks", 1, 1000)
     n_head: int = setting(12, "attention heads", 1)
     n_embd: int = setting(768, "width C", 1)
     block_size: int = setting(1024, "context length T in tokens", 1)

@@ -156,14 +156,13 @@ def read_ranks(path):
     Raises UserError naming file and line unless the ranks are 0 to n-1, each once, the tokens differ, and all
     256 single bytes are among them, so that every text can be encoded and every id decoded.
     """
-    try:
-        size = os.path.getsize(path)
-        if size > MAX_RANKS_BYTES:
-            raise UserError(f"{path} has {size:,} bytes; a ranks file has at most {MAX_RANKS_BYTES:,}")
-        with open(path, "rb") as f:
-            lines = f.read().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"there is no tokenizer file {path}") from None
+    if not os.path.isfile(path):
+        raise UserError(f"there is no tokenizer file {path}")
+    size = os.path.getsize(path)
+    if size > MAX_RANKS_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; a ranks file has at most {MAX_RANKS_BYTES:,}")
+    with open(path, "rb") as f:
+        lines = f.read().splitlines()
 
     ranks, taken = {}, {}
     for number, line in enumerate(lines, 1):

@@ -84,11 +84,11 @@ def hostile(path, mark):
 
 ARGS = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 320}
 BAD = {
-    "a function in the pickle": (hostile, "is not a nanoGPT checkpoint of tensors and plain values"),
-    "a plain pickle": (lambda p, m: p.write_bytes(pickle.dumps(Evil(m))), "is not a nanoGPT checkpoint"),
-    "text": (lambda p, m: p.write_text("hello"), "is not a nanoGPT checkpoint"),
-    "empty": (lambda p, m: p.write_bytes(b""), "is not a nanoGPT checkpoint"),
-    "cut": (lambda p, m: os.truncate(write_ckpt(p, tiny_model()), 20_000), "is not a nanoGPT checkpoint"),
+    "a function in the pickle": (hostile, "is no whole nanoGPT checkpoint of tensors and plain values"),
+    "a plain pickle": (lambda p, m: p.write_bytes(pickle.dumps(Evil(m))), "is no nanoGPT checkpoint"),
+    "text": (lambda p, m: p.write_text("hello"), "is no nanoGPT checkpoint"),
+    "empty": (lambda p, m: p.write_bytes(b""), "is no nanoGPT checkpoint"),
+    "cut": (lambda p, m: os.truncate(write_ckpt(p, tiny_model()), 20_000), "is no nanoGPT checkpoint"),
     "a tensor": (lambda p, m: torch.save(torch.zeros(3), p), "lacks nanoGPT's model_args or model"),
     "other keys": (lambda p, m: torch.save({"state_dict": {}}, p), "lacks nanoGPT's model_args or model"),
     "no sizes": (lambda p, m: write_ckpt(p, tiny_model(), model_args={}), "lacks nanoGPT's model_args"),
