@@ -11,6 +11,7 @@ import ast
 import concurrent.futures
 import contextlib
 import copy
+import json
 import os
 import random
 import shutil
@@ -21,10 +22,8 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have begun us, and so the tests, without
-
-from files import replacing  # noqa: E402
+os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 TESTS = {
     "model.py": ["test_model.py", "test_hf.py"],
@@ -119,50 +118,81 @@ def mutate(source, number):
     return f"{line}: `{before}` → `{ast.unparse(new)}`", ast.unparse(tree)
 
 
-def run_tests(folder, name, seconds):
-    """Do the tests of file `name` fail in this copy of the repository? None when they take too long."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
-    command += [os.path.join("tests", t) for t in TESTS[name]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"TMPDIR": os.path.join(folder, "tmp")}
-    os.makedirs(environment["TMPDIR"], exist_ok=True)
-    with open(os.path.join(folder, "tests.txt"), "w") as f:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=f, stderr=f, start_new_session=True)
-    try:
-        return process.wait(seconds) != 0
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
+class Tester:
+    """A process that has imported all that is slow to import, but nothing of ours, and forks for every run of tests."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def fail(self, folder, name, seconds):
+        """Do the tests of file `name` fail in this copy of the repository? None when they take too long."""
+        self.process.stdin.write(json.dumps([folder, TESTS[name], seconds]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def serve():
+    """The other side of Tester."""
+    import hypothesis  # noqa: F401
+    import pytest
+    import safetensors.torch  # noqa: F401
+    import tiktoken  # noqa: F401
+    import torch._dynamo
+    import transformers
+
+    transformers.GPT2LMHeadModel  # noqa: B018 (imports it)
+    for line in sys.stdin:
+        folder, tests, seconds = json.loads(line)
+        shutil.rmtree(os.path.join(folder, "tmp"), ignore_errors=True)
+        os.mkdir(os.path.join(folder, "tmp"))
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.chdir(folder)
+            os.environ.update(TMPDIR=os.path.join(folder, "tmp"))
+            tempfile.tempdir = None
+            output = os.open("tests.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for fd in (1, 2):
+                os.dup2(output, fd)
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", *(os.path.join("tests", t) for t in tests)]
+            os._exit(int(pytest.main(arguments) != 0))
+        end, done = time.monotonic() + seconds, 0
+        while not done and time.monotonic() < end:
+            time.sleep(0.05)
+            done, status = os.waitpid(child, os.WNOHANG)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        shutil.rmtree(environment["TMPDIR"], ignore_errors=True)
+            os.killpg(child, signal.SIGKILL)
+        if not done:
+            os.waitpid(child, 0)
+        print(json.dumps(status != 0 if done else None), flush=True)
 
 
 class Workshop:
-    """Copies of the repository in which faults are tried, one for each job."""
+    """Copies of the repository in which faults are tried, and Testers, one of each for each job."""
 
     def __init__(self, place, jobs):
         self.free = []
         for j in range(jobs):
             folder = os.path.join(place, str(j))
             subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-            self.free.append(folder)
+            self.free.append((folder, Tester()))
 
     def attempt(self, name, source, seconds):
-        """`run_tests` with this source in place of the file."""
-        folder = self.free.pop()
+        """`Tester.fail` with this source in place of the file."""
+        folder, tester = self.free.pop()
         path = os.path.join(folder, name)
         with open(path, encoding="utf-8") as f:
             whole = f.read()
         try:
             with open(path, "w", encoding="utf-8") as f:
                 f.write(source)
-            return run_tests(folder, name, seconds)
+            return tester.fail(folder, name, seconds)
         finally:
             with open(path, "w", encoding="utf-8") as f:
                 f.write(whole)
-            self.free.append(folder)
+            self.free.append((folder, tester))
 
 
 def main():
@@ -208,7 +238,7 @@ def main():
     text, share = report(results, every, args, time.perf_counter() - began)
     print("\n" + text)
     if args.out:
-        with replacing(args.out, "w") as f:
+        with open(args.out, "w", encoding="utf-8") as f:
             f.write(text)
     sys.exit(0 if share >= 0.9 else 1)
 
@@ -239,4 +269,4 @@ def report(results, every, args, seconds):
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--serve"] else main()
