@@ -133,7 +133,7 @@ def read_config(folder):
         raise UserError(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
     n_vocab = c.get("n_vocab", c["vocab_size"])
     tokenizer = c.get("tokenizer", "gpt2" if n_vocab == 50257 else "")
-    eot = c.get("eos_token_id", n_vocab - 1)
+    eot = c.get("eos_token_id")
     if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
         raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
     if not isinstance(tokenizer, str) or type(c.get("bias", True)) is not bool:

@@ -139,7 +139,7 @@ def serve():
     import pytest
     import safetensors.torch  # noqa: F401
     import tiktoken  # noqa: F401
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import transformers
 
     transformers.GPT2LMHeadModel  # noqa: B018 (imports it)

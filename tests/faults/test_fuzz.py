@@ -1,0 +1,190 @@
+"""100,000 random inputs for the parsers that are ours: config files, command lines, meta.json, state.json, the
+config.json of a checkpoint, ranks files. Each is taken or refused in one line, at once, without memory that stays.
+
+pytest tests/faults -m slow        (a tenth of it, always: python -m pytest tests/faults/test_fuzz.py)
+"""
+
+import base64
+import json
+import resource
+import time
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import data
+import hf
+import plan
+import tokenizer
+from errors import UserError
+from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, read_config_file
+
+SLOW = 17_000  # cases for each of six parsers
+FEW = 400
+
+numbers = st.one_of(
+    st.integers(), st.floats(), st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**400, float("nan"), float("inf")])
+)
+scalars = st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=12))
+values = st.recursive(
+    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3), max_leaves=6
+)
+
+
+def dumped(value):
+    """JSON text of a value, as a hostile writer would have it: NaN and all."""
+    return json.dumps(value).encode()
+
+
+def mutated(valid):
+    """Bytes of a valid file with some values replaced, or with a part cut out, overwritten or repeated."""
+
+    @st.composite
+    def make(draw):
+        if draw(st.booleans()):
+            value = json.loads(valid)
+            at = value
+            for _ in range(draw(st.integers(0, 4))):
+                keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+                key = draw(st.sampled_from(keys)) if keys else None
+                if key is None or not isinstance(at[key], (dict, list)) or not at[key]:
+                    break
+                at = at[key]
+            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+            at[draw(st.sampled_from(keys))] = draw(values)
+            return dumped(value)
+        start = draw(st.integers(0, len(valid)))
+        end = min(len(valid), start + draw(st.integers(0, 40)))
+        return valid[:start] + draw(st.binary(max_size=12) | st.just(valid[start:end] * 3)) + valid[end:]
+
+    return make() | st.binary(max_size=80) | values.map(dumped)
+
+
+def fuzz(strategy, take):
+    """Hand `take` as many cases as asked for: each is taken or refused within two seconds, in one line."""
+
+    def run(count):
+        slowest, refusals, seen = 0.0, 0, 0
+
+        @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(strategy)
+        def one(case):
+            nonlocal slowest, refusals, seen
+            began, seen = time.perf_counter(), seen + 1
+            try:
+                take(case)
+            except UserError as e:
+                refusals += 1
+                message = str(e)
+                assert len(message) < 20_000 and ("\n" not in message or " problems:\n" in message)
+            slowest = max(slowest, time.perf_counter() - began)
+            assert slowest < 2
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one()
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+        assert grown < 500, f"{grown} MB"
+        assert seen >= count * 0.9 and refusals > 0
+        return seen
+
+    return run
+
+
+def written(path, take):
+    """`take` of the path at which the case stands as a file."""
+
+    def work(case):
+        path.write_bytes(case)
+        take(path)
+
+    return work
+
+
+WORDS = "n_layer learning_rate out_dir bias None True lambda: import if = # 1 0x e9 1_0 . - + * // % ( ) [ ' ; {"
+pieces = st.sampled_from([*WORDS.split(), '"', "\\", " ", "\n", "\t", "\0", "é", "f'{1}'"])
+configs = st.lists(pieces | st.text(max_size=4), max_size=30).map(lambda p: "".join(p).encode("utf-8", "replace"))
+flags = st.sampled_from(
+    ["--n_layer", "--dropout", "--resume", "--bias", "--stop-at-val-loss", "--kd_alpha", "--", "-", "--x"]
+)
+argv = st.lists(
+    st.one_of(st.builds("{}={}".format, flags, st.text(max_size=8) | numbers.map(str)), flags, st.text(max_size=8)),
+    max_size=6,
+)
+ranks = [base64.b64encode(bytes([b])).decode() + f" {b}" for b in range(256)]
+token_lines = st.lists(
+    st.sampled_from(ranks) | st.builds("{} {}".format, st.text(max_size=6), numbers) | st.text(max_size=9), max_size=4
+)
+
+
+def ranks_file(change):
+    """A valid ranks file with lines put in, at a place, for some of its own."""
+    at, count, lines = change
+    return "\n".join(ranks[:at] + lines + ranks[at + count :]).encode("utf-8", "replace")
+
+
+@pytest.fixture
+def parsers(tmp_path):
+    """{name: function that tries so many cases}."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d/train.bin").write_bytes(bytes(2000))
+    (tmp_path / "d/val.bin").write_bytes(bytes(200))
+    shards = {"train": {"shards": [{"file": "train.bin", "tokens": 1000, "sha256": "0"}]}}
+    shards["val"] = {"shards": [{"file": "val.bin", "tokens": 100}]}
+    meta = dumped({"tokenizer": {"name": "bytes", "n_vocab": 257, "eot": 256}, "dtype": "uint16", "splits": shards})
+    state = {"step": 4, "best_step": 4, "best_val_loss": 1.5, "bad_steps": 0, "bad_in_a_row": 0}
+    state |= {"row": {"loss": "1.5", "lr": "nan"}, "scaler": {}, "settings": {"seed": 1, "n_layer": 2}, "tokens": 64}
+    config = dumped(hf.hf_config(hf.GPTConfig(n_layer=2)))
+
+    def open_data(path):
+        data.TrainData(str(path.parent), 8, 1).batch(0, 2)
+        data.ValData(str(path.parent), 8, 1000, 4).batch(0)
+
+    def open_state(path):
+        plan.comparable(checkpoint.read_state(str(path.parent))["settings"])
+
+    def open_line(line):
+        parse((TrainSettings,), line, "", others={"grow.py": GrowSettings, "replicate.py": ReplicateSettings})
+
+    def no_exit(take):
+        def work(case):
+            try:
+                take(case)
+            except SystemExit as e:  # --help and its abbreviations print, and that is right
+                assert e.code == 0
+
+        return work
+
+    file = tmp_path / "case.py"
+    return {
+        "config file": fuzz(configs, written(file, lambda p: read_config_file(str(p)))),
+        "command line": fuzz(argv, no_exit(open_line)),
+        "meta.json": fuzz(mutated(meta), written(tmp_path / "d/meta.json", open_data)),
+        "state.json": fuzz(mutated(dumped(state)), written(tmp_path / "c/state.json", open_state)),
+        "config.json": fuzz(
+            mutated(config), written(tmp_path / "c/config.json", lambda p: hf.read_config(str(p.parent)))
+        ),
+        "ranks file": fuzz(
+            st.tuples(st.integers(0, 256), st.integers(0, 3), token_lines).map(ranks_file) | st.binary(max_size=60),
+            written(tmp_path / "x.tiktoken", lambda p: tokenizer.read_ranks(str(p))),
+        ),
+    }
+
+
+NAMES = ("config file", "command line", "meta.json", "state.json", "config.json", "ranks file")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_few(parsers, name, capsys):
+    parsers[name](FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hundred_thousand(parsers, name, capsys):
+    assert parsers[name](SLOW) >= SLOW * 0.9
