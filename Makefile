@@ -39,7 +39,10 @@ test-all: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/check_imports.py
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -m 'slow or not slow'
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under=95
 
 torture: .venv/installed-dev
 	$(BIN)/python bench/torture.py --seconds 900

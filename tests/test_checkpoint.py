@@ -89,20 +89,23 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
 
 
 def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
-    """Each file and the folder are fsynced before the rename, the parent after it."""
+    """Each file and the folder are fsynced before the rename, the parent after it; then the link, in the same way."""
     events = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(
         os, "fsync", lambda fd: events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd)
     )
     monkeypatch.setattr(os, "rename", lambda a, b: events.append("RENAME") or rename(a, b))
+    symlink, replace = os.symlink, os.replace
+    monkeypatch.setattr(os, "symlink", lambda a, b: events.append(f"LINK {a}") or symlink(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"REPLACE {os.path.basename(b)}") or replace(a, b))
     run = tmp_path / "run"
     save(run, 1)
     at = events.index("RENAME")
     before = {e.removeprefix(".").removesuffix(".tmp") for e in events[:at]}
     files_inside = set(os.listdir(run / "step_00000001"))
     assert before >= files_inside | {"step_00000001"}
-    assert "run" in events[at:]
+    assert events[at:] == ["RENAME", "run", "LINK step_00000001", "REPLACE latest", "run"]
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path):

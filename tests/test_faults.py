@@ -157,6 +157,30 @@ def test_a_full_disk_is_one_line_and_costs_nothing(forks, data, tmp_path, undist
     go_on(forks, data, out, undisturbed)
 
 
+def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(plain, data, tmp_path):
+    """As a user without root's rights over other people's files."""
+    ours = shutil.copytree(plain, tmp_path / "run", symlinks=True)
+    for folder, _, names in os.walk(ours):
+        for name in names:
+            os.chmod(os.path.join(folder, name), 0o444)
+        os.chmod(folder, 0o555)
+    powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    if powerless and not shutil.which("setpriv"):
+        pytest.skip("root, and no setpriv to give that up")
+    shape = {key: None for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    wanted = (
+        (arguments(data, ours, resume="auto", max_iters=16, lr_decay_iters=12), "Permission denied"),
+        (arguments(data, tmp_path / "new", init_from=ours, max_iters=1, **shape), None),
+    )
+    for argv, message in wanted:
+        done = subprocess.run([*powerless, sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        assert bool(done.returncode) == bool(message), done.stderr
+        assert not message or (message in done.stderr and len(done.stderr.splitlines()) == 1)
+    for folder, _, _ in os.walk(ours):
+        os.chmod(folder, 0o755)
+    assert contents(ours) == contents(plain)
+
+
 # Damage
 
 

@@ -361,6 +361,15 @@ def test_two_ranks_continue_bit_for_bit(two_ranks, data, tmp_path):
     assert contents(out) == contents(two_ranks)
 
 
+def test_another_number_of_ranks_goes_on_with_the_same_batches(two_ranks, data, tmp_path):
+    out = str(tmp_path / "out")
+    shutil.copytree(two_ranks, out, symlinks=True)
+    shutil.rmtree(f"{out}/step_00000020")
+    train.main(arguments(data, out, **TWENTY, resume="auto"))
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(column(out, name), column(two_ranks, name), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_mistake_on_two_ranks_is_one_line(data, tmp_path):
     done = torchrun(2, arguments(data, tmp_path / "a", device="cpu", init_from=str(tmp_path)), check=False)

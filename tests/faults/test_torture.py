@@ -4,10 +4,15 @@ pytest tests/faults -m slow
 """
 
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
-from tiny import ROOT
+from tiny import ROOT, rows
+
+import checkpoint
 
 sys.path.insert(0, os.path.join(ROOT, "bench"))
 
@@ -22,3 +27,38 @@ def test_nothing_that_is_broken_costs_anything(tmp_path):
     assert sum(t.mismatches for t in tallies.values()) == 0
     assert all(tallies[title].faults for title, _, _ in cheap) and sum(t.faults for t in tallies.values()) > 50
     assert "mismatches = 0" in torture.table(tallies, "x", 1).splitlines()[-1]
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    import random
+
+    import torture
+
+    return torture.TwoRanks(str(tmp_path), random.Random(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_agree_on_the_step_at_which_one_was_asked_to_end(ranks, rank):
+    """SIGTERM to one rank alone: both save, and the job, run again, ends as if nothing had happened."""
+    import torture
+
+    out = ranks.new()
+    command = [part for part in ranks.command(out) if not part.startswith("--max-restarts")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not os.path.exists(f"{out}/log.csv") or len(rows(out)) < 20:
+        time.sleep(0.05)
+    workers = torture.descendants(process.pid)
+    of_rank = {int(environment(pid)["RANK"]): pid for pid in workers if "RANK" in environment(pid)}
+    os.kill(of_rank[rank], signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and said.count("train.py: SIGTERM: saved ") == 1
+    step = int(checkpoint.list_steps(out)[-1][5:])
+    assert step >= rows(out)[-1]["step"] and step % 40
+    assert ranks.finish(out) == ranks.undisturbed
+
+
+def environment(pid):
+    with open(f"/proc/{pid}/environ") as f:
+        return dict(pair.split("=", 1) for pair in f.read().split("\0") if "=" in pair)
