@@ -1,7 +1,7 @@
 """How a script says what is wrong: one line on stderr that names the cause and the cure, and a non-zero exit.
 
 Everything a person can get wrong raises `UserError`; `one_line` turns it into that line at the very top of each
-script. A bug still shows its traceback: only `UserError`, a full disk and the like, and Ctrl-C are caught.
+script. A bug still shows its traceback: only `UserError`, a full disk and the like, Ctrl-C and SIGTERM are caught.
 """
 
 import argparse

@@ -219,6 +219,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside(plain, data, tmp_path, damage,
     said = capsys.readouterr().out
     assert f"{out}/step_00000012 is no whole checkpoint and is set aside: " in said and "step 12/12" in said
     assert contents(out) == contents(plain) and os.path.isdir(out / "step_00000012.damaged")
+    damage(out / "step_00000012")
+    train.main(arguments(data, out, resume="auto"))
+    assert contents(out) == contents(plain), "a second time, when the name is taken"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "lineage.json", "config.json"])

@@ -19,6 +19,7 @@ from errors import UserError
 from inherit import parse_blocks
 from model import GPT
 from recipes import assemble, grow_onto
+from settings import TrainSettings
 
 OUTSIDE = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
 
@@ -259,3 +260,12 @@ def test_layers_auto_refusals(reference, tmp_path):
     assert "no data folder 'x'" in answer("--layers", "auto", "--data", "x")
     assert "nothing to choose" in answer("--layers", "auto", "--data", "x", "--recipe", "half_width")
     assert not (tmp_path / "small").exists()
+
+
+def test_flags_mean_what_they_say(tmp_path):
+    write_checkpoint(tmp_path / "ref")
+    parser = inherit.make_parser()
+    plain = parser.parse_args(["--ckpt=a", "--out=b"])
+    assert plain.seed == TrainSettings().seed and plain.layernorms is True and plain.parts == "all"
+    for text, value in (("True", True), ("true", True), ("False", False)):
+        assert parser.parse_args(["--ckpt=a", "--out=b", f"--layernorms={text}"]).layernorms is value

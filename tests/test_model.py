@@ -81,6 +81,10 @@ def test_the_head_is_tied_and_the_state_dict_holds_no_buffers():
     assert model.num_params() == sum(p.numel() for p in model.parameters())
 
 
+def test_a_config_is_gpt2_unless_it_says_otherwise():
+    assert GPTConfig() == GPTConfig(1024, 50304, 12, 12, 768, 0.0, True, False, 50257, "gpt2", 50256)
+
+
 def test_pad_vocab():
     assert [pad_vocab(n) for n in (1, 64, 65, 257, 50257)] == [64, 64, 128, 320, 50304]
 

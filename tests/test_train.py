@@ -4,12 +4,14 @@ pytest tests/test_train.py
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ import train
 from data import TrainData
 from errors import UserError
 from files import read_json
+from log import read_rows
 from model import GPT
 from optim import learning_rate, make_optimizer
 from plan import split_batch
@@ -191,6 +194,40 @@ def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path
     for name in ("model", "optimizer"):
         a, b = (open(tmp_path / x / f"latest/{name}.safetensors", "rb").read() for x in "ab")
         assert a == b
+
+
+def test_times_are_those_that_passed(data, tmp_path):
+    began = time.perf_counter()
+    train.main(arguments(data, tmp_path / "a"))
+    wall = time.perf_counter() - began
+    timing = [{k: float(v) if v else None for k, v in r.items()} for r in read_rows(tmp_path / "a/timing.csv")]
+    assert [r["step"] for r in timing] == list(range(13)) and timing[0]["tokens_per_s"] is None
+    assert 0 < timing[-1]["val_s"] < wall and timing[-1]["train_s"] + timing[-1]["val_s"] < wall
+    for before, after in itertools.pairwise(timing):
+        assert before["train_s"] < after["train_s"] and after["memory_mb"] > 50
+        assert after["tokens_per_s"] == pytest.approx(after["step"] * 64 / after["train_s"])
+        assert (before["val_s"] < after["val_s"]) == (after["step"] % 4 == 0)
+
+
+def test_a_line_says_how_far_it_is(plain, data, tmp_path, capsys):
+    train.main(arguments(data, tmp_path / "a"))
+    lines = capsys.readouterr().out.splitlines()
+    row = rows(plain)[4]
+    shown = f"step 4/12 | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | "
+    assert (
+        lines[5].startswith(f"{shown}val {row['val_loss']:.4f} | 256 tokens | ") and "mfu n/a | eta 0:00:0" in lines[5]
+    )
+    assert lines[1].startswith("step 0/12 | val 5.") and lines[1].endswith(" | 0 tokens")
+    assert lines[0].startswith(
+        "2 blocks, 11,472 parameters, cpu; a step is 64 tokens = 4 x 8 x 2 accumulation x 1 rank(s)"
+    )
+    assert lines[-1] == f"done: {tmp_path}/a, step 12, val {rows(plain)[12]['val_loss']:.4f}"
+    assert [train.clock(s) for s in (0, 59.6, 3661, 36_000)] == ["0:00:00", "0:01:00", "1:01:01", "10:00:00"]
+
+
+def test_every_step_can_be_saved(data, tmp_path):
+    train.main(arguments(data, tmp_path / "a", save_interval=1, keep_last=99, max_iters=3))
+    assert checkpoint.list_steps(tmp_path / "a") == ["step_00000001", "step_00000002", "step_00000003"]
 
 
 def test_checkpoints_come_every_save_interval(data, tmp_path):
