@@ -225,6 +225,13 @@ def test_a_line_says_how_far_it_is(plain, data, tmp_path, capsys):
     assert [train.clock(s) for s in (0, 59.6, 3661, 36_000)] == ["0:00:00", "0:01:00", "1:01:01", "10:00:00"]
 
 
+def test_the_time_left_counts_training_and_validation(data, tmp_path, capsys):
+    run = make_run(data, tmp_path / "a")
+    run.state.step, run.train_s, run.val_s = 4, 10.0, 6.0
+    train.report(run, None)
+    assert "256 tokens | 26 tok/s | mfu n/a | eta 0:00:32" in capsys.readouterr().out
+
+
 def test_every_step_can_be_saved(data, tmp_path):
     train.main(arguments(data, tmp_path / "a", save_interval=1, keep_last=99, max_iters=3))
     assert checkpoint.list_steps(tmp_path / "a") == ["step_00000001", "step_00000002", "step_00000003"]
