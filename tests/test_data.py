@@ -3,6 +3,7 @@
 pytest tests/test_data.py
 """
 
+import hashlib
 import json
 import math
 
@@ -60,6 +61,34 @@ def test_epochs_and_seeds_differ():
     c = order(np.arange(n), n, 2)
     for x, y in ((a, b), (a, c), (a, np.arange(n))):
         assert (x == y).mean() < 0.05
+
+
+def test_the_order_is_what_it_always_was():
+    """Against the same permutation in plain whole numbers, and against numbers written down: a checkpoint of an older
+    version must go on with the batches that it would have had."""
+
+    def mixed(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def window(sample, n, seed):
+        digest = hashlib.sha256(f"{seed} {sample // n}".encode()).digest()
+        bits = max(1, ((n - 1).bit_length() + 1) // 2)
+        x = sample % n
+        while True:
+            left, right = x >> bits, x % 2**bits
+            for k in range(4):
+                key = int.from_bytes(digest[8 * k : 8 * k + 8], "little")
+                left, right = right, left ^ mixed(right ^ key) % 2**bits
+            x = left << bits | right
+            if x < n:
+                return x
+
+    for samples, n, seed in ((range(3000), 1000, 1337), (range(50), 10**12, 7), (range(9), 1, 0), (range(40), 17, 2)):
+        assert order(samples, n, seed).tolist() == [window(s, n, seed) for s in samples]
+    assert order(range(8), 1000, 1337).tolist() == [102, 507, 453, 605, 514, 24, 188, 682]
+    assert order(range(998, 1004), 1000, 1337).tolist() == [3, 593, 213, 905, 840, 744]
 
 
 def test_an_order_does_not_depend_on_the_question():
