@@ -265,3 +265,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_lineage_is_empty_where_there_is_none(tmp_path):
     write_checkpoint(tmp_path / "a")
     assert checkpoint.lineage_of(str(tmp_path / "a")) == {}
+
+
+def test_the_environment_names_the_revision_or_says_that_it_is_unknown(tmp_path, monkeypatch):
+    git = ["git", "-C", os.path.dirname(checkpoint.__file__), "describe", "--always", "--dirty", "--abbrev=12"]
+    expected = subprocess.run(git, capture_output=True, text=True)
+    checkpoint.environment.cache_clear()
+    found = checkpoint.environment()
+    assert found["git"] == (expected.stdout.strip() if expected.returncode == 0 else "unknown")
+    assert found["versions"]["torch"] == torch.__version__ and found["hardware"]["cpus"] == os.cpu_count()
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    checkpoint.environment.cache_clear()
+    assert checkpoint.environment()["git"] == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    checkpoint.environment.cache_clear()
+    assert checkpoint.environment()["git"] == "unknown"
+    checkpoint.environment.cache_clear()

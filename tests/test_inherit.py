@@ -269,3 +269,18 @@ def test_flags_mean_what_they_say(tmp_path):
     assert plain.seed == TrainSettings().seed and plain.layernorms is True and plain.parts == "all"
     for text, value in (("True", True), ("true", True), ("False", False)):
         assert parser.parse_args(["--ckpt=a", "--out=b", f"--layernorms={text}"]).layernorms is value
+
+
+def test_lineage_says_how_to_make_it_again(tmp_path, capsys):
+    write_checkpoint(tmp_path / "ref")
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        made = ["--layers=2", "--recipe=random", f"--seed={seed}", "--out", str(tmp_path / name)]
+        inherit.main(["--ckpt", str(tmp_path / "ref"), *made])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{tmp_path}/a: 2 of 3 blocks, 11,840 values; train it with"
+    assert out[1] == f"  python train.py --init_from={tmp_path}/a …"
+    a, b, c = (hf.load_model(str(tmp_path / name)) for name in "abc")
+    assert same_weights(a, b) and not same_weights(a, c)
+    with open(tmp_path / "c/lineage.json") as f:
+        lineage = json.load(f)
+    assert (lineage["recipe"], lineage["seed"], lineage["parts"], lineage["layernorms"]) == ("random", 8, "all", True)
