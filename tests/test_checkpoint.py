@@ -124,6 +124,25 @@ def test_what_a_kill_left_is_swept_and_the_rest_is_not(tmp_path):
     assert checkpoint.list_steps(str(tmp_path)) == ["step_00000001"]
     checkpoint.sweep(str(tmp_path))
     assert everything(tmp_path) == before
+    for name in (".hidden", "notes.tmp"):
+        (tmp_path / name).write_text("not ours")
+    checkpoint.sweep(str(tmp_path))
+    assert (tmp_path / ".hidden").exists() and (tmp_path / "notes.tmp").exists()
+
+
+def test_verify_reads_what_sha256sum_writes(tmp_path):
+    for name in ("a", "b  c  d", "e"):
+        (tmp_path / name).write_text(name)
+    sums = subprocess.run(["sha256sum", "a", "b  c  d", "e"], cwd=tmp_path, capture_output=True, check=True).stdout
+    (tmp_path / "SHA256SUMS").write_bytes(sums)
+    checkpoint.verify(str(tmp_path))
+    (tmp_path / "b  c  d").write_text("other")
+    with pytest.raises(UserError, match="b  c  d is missing or not what was written"):
+        checkpoint.verify(str(tmp_path))
+    for line in ("nonsense", f"{'0' * 64}  ../a", f"{'0' * 64}  /etc/passwd"):
+        (tmp_path / "SHA256SUMS").write_text(line + "\n")
+        with pytest.raises(UserError, match="SHA256SUMS is damaged"):
+            checkpoint.verify(str(tmp_path))
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
