@@ -23,7 +23,7 @@ def count_to(values, share):
 def spectrum(A):
     """The squared singular values (…, T) of each matrix, ascending: the eigenvalues of A Aᵀ."""
     gram = A @ A.mT
-    if A.is_cuda:
+    if A.is_cuda:  # needs a GPU
         return torch.linalg.eigvalsh(gram)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK takes one small matrix after another
         parts = gram.flatten(0, -3).chunk(torch.get_num_threads())

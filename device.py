@@ -36,10 +36,10 @@ def pick(name, local_rank=0):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name} asked for, but torch sees no CUDA GPU; use --device cpu")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
+        device = torch.device("cuda", local_rank if device.index is None else device.index)  # needs a GPU
+        if device.index >= torch.cuda.device_count():  # needs a GPU
             raise UserError(f"{device} asked for, but there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # needs a GPU
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps asked for, but torch finds no Apple GPU; use --device cpu")
@@ -66,14 +66,14 @@ def peak_flops(device):
     """bf16 peak in FLOP/s of a CUDA device that the table knows, else None (a guess would make MFU a lie)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = next((k for k in PEAKS if all(word in name for word in k.split())), None)
-    return PEAKS[known][0] * 1e12 if known else None
+    name = torch.cuda.get_device_name(device)  # needs a GPU
+    known = next((k for k in PEAKS if all(word in name for word in k.split())), None)  # needs a GPU
+    return PEAKS[known][0] * 1e12 if known else None  # needs a GPU
 
 
 def peak_memory_mb(device):
     """The most memory this process has held so far: on the GPU if it uses one, else resident in RAM. Megabytes."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs a GPU
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
@@ -81,7 +81,7 @@ def peak_memory_mb(device):
 
 def synchronize(device):
     """Wait for the device, before a clock is read."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs a GPU
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
+    elif device.type == "mps":  # needs a GPU
         torch.mps.synchronize()

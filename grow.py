@@ -59,7 +59,7 @@ def train_command(flags, out_dir, config=()):
     command = [sys.executable, os.path.join(HERE, "train.py"), *config]
     command += flags_of(flags | {"out_dir": out_dir, "resume": "auto"})
     gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
-    if gpus > 1:
+    if gpus > 1:  # needs a GPU
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     return command
 
@@ -107,7 +107,7 @@ def measure(settings, config, folder):
     model = hf.load_model(folder).to(device)
     loss = mean_loss(model, val, Ranks(), device, machine.pick_dtype(settings.dtype, device))
     del model
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs a GPU
         torch.cuda.empty_cache()  # the training that comes next is another process
     return loss
 

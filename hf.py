@@ -66,7 +66,7 @@ def download(name, weights=True):
             with contextlib.suppress(EntryNotFoundError):
                 hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=10)
         config = fetch("config.json")
-        if config is None:
+        if config is None:  # needs the hub
             raise UserError(f"{name} on the Hugging Face hub has no config.json: not a transformers model")
         whole, parts = "model.safetensors", "model.safetensors.index.json"
         if weights and (cached(parts) or not fetch(whole)):  # no question about what is not there: it may be offline
@@ -80,7 +80,7 @@ def download(name, weights=True):
                     )
     except UserError:
         raise
-    except RepositoryNotFoundError:
+    except RepositoryNotFoundError:  # needs the hub
         raise UserError(f"no folder {name!r} here and no model of that id on the Hugging Face hub") from None
     except Exception as e:  # the hub client's own errors, its HTTP library's, the disk's: all mean "not to be had"
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -67,7 +67,7 @@ def open_sink(kind, out_dir, settings):
     if kind == "none":
         return lambda step, values: None
     try:
-        if kind == "tensorboard":
+        if kind == "tensorboard":  # needs an extra package
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(os.path.join(out_dir, "tensorboard"))
@@ -80,7 +80,8 @@ def open_sink(kind, out_dir, settings):
             return write
         import wandb
 
-        run = wandb.init(project="nanoInheritune", name=os.path.basename(out_dir), config=settings, dir=out_dir)
-        return lambda step, values: run.log(values, step=step)
+        name = os.path.basename(out_dir)  # needs an extra package
+        run = wandb.init(project="nanoInheritune", name=name, config=settings, dir=out_dir)  # needs an extra package
+        return lambda step, values: run.log(values, step=step)  # needs an extra package
     except ImportError:
         raise UserError(f"--log_to={kind} needs a package: pip install -r requirements-log.txt") from None

@@ -8,7 +8,7 @@ import device as machine
 
 def to_device(tensor, device):
     """Move token ids to the device; to a GPU without waiting for the copy."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs a GPU
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -98,17 +98,17 @@ def find_tasks(names, include_path):
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as e:
         raise UserError(f"--tasks needs {e.name}: pip install -r requirements-eval.txt") from None
-    if include_path and not os.path.isdir(include_path):
+    if include_path and not os.path.isdir(include_path):  # needs an extra package
         raise UserError(f"--include_path: no folder {include_path!r}")
-    manager = TaskManager(include_path=include_path)
-    for name in names:
+    manager = TaskManager(include_path=include_path)  # needs an extra package
+    for name in names:  # needs an extra package
         if name not in manager.all_tasks:
             raise UserError(f"lm_eval knows no task {name!r}{nearest(name, manager.all_tasks)}; see --include_path")
-    return manager
+    return manager  # needs an extra package
 
 
 @contextlib.contextmanager
-def with_tokenizer(folder, config):
+def with_tokenizer(folder, config):  # needs an extra package
     """A folder with the checkpoint's tokenizer files: itself, or a temporary one for a checkpoint that has none."""
     content = hf_tokenizer.files(config, folder)
     if any(os.path.exists(os.path.join(folder, name)) for name in content if name != RANKS_FILE):
@@ -123,7 +123,7 @@ def with_tokenizer(folder, config):
             yield temporary
 
 
-def score_tasks(args, names, manager, folder, config, device):
+def score_tasks(args, names, manager, folder, config, device):  # needs an extra package
     """What lm-evaluation-harness says of the tasks, as in its own results.json.
 
     The model is Hugging Face's, with its weights in --dtype; number of shots, prompts and seeds are the tasks' own.
@@ -246,7 +246,7 @@ def main(argv=None):
             found["loss"] = score_split(args, folder, config, ranks, device)
             if ranks.first:
                 print(loss_table(found["loss"]), flush=True)
-    if names:
+    if names:  # needs an extra package
         found["tasks"] = score_tasks(args, names, manager, folder, config, device)
         print(task_table(names, found["tasks"]["results"]))
     if args.out and ranks.first:

@@ -294,6 +294,7 @@ def test_the_environment_names_the_revision_or_says_that_it_is_unknown(tmp_path,
     assert found["git"] == (expected.stdout.strip() if expected.returncode == 0 else "unknown")
     assert found["versions"]["torch"] == torch.__version__ and found["hardware"]["cpus"] == os.cpu_count()
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     checkpoint.environment.cache_clear()
     assert checkpoint.environment()["git"] == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -317,7 +317,7 @@ FILES = ["run/step_00000004/" + n for n in ("config.json", "state.json", "lineag
 FILES += ["run/step_00000004/optimizer.safetensors", "data/meta.json", "data/train.bin"]
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
 def test_garbled_files_are_loaded_or_refused(saved, tmp_path, count):
     rng, refusals = random.Random(7), 0
     for n in range(count):
