@@ -76,7 +76,7 @@ def fuzz(strategy, take):
             began, seen = time.process_time(), seen + 1
             try:
                 take(case)
-            except UserError as e:
+            except (UserError, OSError) as e:  # the latter for a file name too long; errors.one_line answers it
                 refusals += 1
                 message = str(e)
                 assert len(message) < 20_000 and ("\n" not in message or " problems:\n" in message)
