@@ -34,7 +34,7 @@ class Plan:
 
     config: GPTConfig  # of the model that will be trained
     resume_from: str | None  # the checkpoint folder that this run continues
-    damaged: list[tuple[str, str]]  # newer ones that cannot be continued, and why
+    damaged: list[str]  # newer ones that cannot be continued
     train_tokens: int | None  # in this run's part of the corpus; None when the data is not prepared
     sequences: int  # per optimizer step, over all ranks
     micro_batch: int  # sequences per forward pass on one rank
@@ -197,8 +197,8 @@ def inherited_config(settings, given, source, tokenizer, problems):
 
 
 def resumable(settings):
-    """(the newest whole checkpoint of out_dir if this run is to continue it, else None; [(folder, why)] of damaged
-    ones after it). Raises UserError.
+    """(the newest whole checkpoint of out_dir if this run is to continue it, else None; the damaged ones after it).
+    Raises UserError.
 
     A continued run must have the settings it began with, except for harmless ones.
     """
@@ -215,16 +215,17 @@ def resumable(settings):
         raise UserError(f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh")
     if not steps:
         return None, []
-    damaged = []
+    damaged, why = [], []
     for step in reversed(steps):
         folder = os.path.join(out, step)
         try:
             checkpoint.examine(folder, settings.verify)
             break
         except UserError as e:
-            damaged.append((folder, str(e)))
+            damaged.append(folder)
+            why.append(str(e))
     else:
-        raise UserError(f"{out} holds no whole checkpoint to continue ({damaged[0][1]}): restore one, or delete {out}")
+        raise UserError(f"{out} holds no whole checkpoint to continue ({why[0]}): restore one, or delete {out}")
     now = comparable(dataclasses.asdict(settings))
     before = comparable(checkpoint.read_state(folder)["settings"])
     changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]

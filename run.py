@@ -183,9 +183,12 @@ def open_run_folder(settings, state, plan):
     if lock is None:
         raise UserError(f"another process is training in {out}: wait for it or stop it, or choose another --out_dir")
     try:
-        for folder, why in plan.damaged:
-            print(f"{folder} is no whole checkpoint and is set aside: {why}")
-            checkpoint.set_aside(folder)
+        for folder in plan.damaged:
+            try:
+                checkpoint.examine(folder, settings.verify)  # again: another run may have mended it meanwhile
+            except UserError as e:
+                print(f"{folder} is no whole checkpoint and is set aside: {e}")
+                checkpoint.set_aside(folder)
         newest = checkpoint.list_steps(out)[-1:]
         if newest != ([os.path.basename(plan.resume_from)] if plan.resume_from else []):
             raise UserError(f"another process has just trained in {out}: run the same command again to go on")

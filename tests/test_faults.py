@@ -233,6 +233,21 @@ def test_a_flipped_bit_is_found_by_verify(plain, data, tmp_path, name):
     assert contents(out) == contents(plain) and os.path.isdir(out / "step_00000012.damaged")
 
 
+def test_a_checkpoint_that_was_mended_meanwhile_is_not_set_aside(plain, data, tmp_path, monkeypatch):
+    """By another run, between the look at the folder and the lock on it."""
+    out, setup = tmp_path / "out", train.setup
+    shutil.copytree(plain, out, symlinks=True)
+    os.truncate(out / "step_00000012/state.json", 5)
+
+    def late(*arguments):
+        shutil.copy(os.path.join(plain, "step_00000012/state.json"), out / "step_00000012/state.json")
+        return setup(*arguments)
+
+    monkeypatch.setattr(train, "setup", late)
+    assert "another process has just trained in" in refusal(train.main, arguments(data, out, resume="auto"))
+    assert contents(out) == contents(plain)
+
+
 def test_when_none_is_whole_nothing_is_touched(plain, data, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(plain, out, symlinks=True)
