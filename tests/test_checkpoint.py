@@ -88,6 +88,13 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
     assert os.readlink(tmp_path / "best") == "step_00000001"
 
 
+def test_a_link_is_made_whatever_a_kill_left(tmp_path):
+    save(tmp_path, 1)
+    os.symlink("nowhere", tmp_path / ".best.tmp")
+    checkpoint.link(str(tmp_path), "best", 1)
+    assert os.readlink(tmp_path / "best") == "step_00000001" and not os.path.lexists(tmp_path / ".best.tmp")
+
+
 def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     """Each file and the folder are fsynced before the rename, the parent after it; then the link, in the same way."""
     events = []
