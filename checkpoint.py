@@ -118,7 +118,7 @@ def read_state(folder):
         whole = all(type(n) is int and n >= 0 for n in counts) and isinstance(state["settings"], dict)
         whole = whole and (best == (None, None) or (type(best[0]) is int and isinstance(best[1], float)))
         state["row"] = {key: float(value) for key, value in row.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         whole = False
     if not whole:
         raise UserError(f"{path} lacks a usable step, best_step, row or settings: it is damaged")

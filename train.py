@@ -61,7 +61,6 @@ def fit(run):
         reached = s.stop_at_val_loss is not None and val_loss is not None and val_loss <= s.stop_at_val_loss
         if reached and not saved:
             save(run)
-            saved = True
         best = math.inf if state.best_val_loss is None else state.best_val_loss
         if (due or reached) and val_loss is not None and val_loss < best:
             state.best_val_loss, state.best_step = val_loss, state.step

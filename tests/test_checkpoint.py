@@ -88,6 +88,17 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
     assert os.readlink(tmp_path / "best") == "step_00000001"
 
 
+def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf, "download", lambda name, weights: f"hub:{name}:{weights}")
+    assert checkpoint.find("gpt2-large") == "hub:gpt2-large:True"
+    assert checkpoint.find("who/what.v2", weights=False) == "hub:who/what.v2:False"
+    for name in ("./gone", "a/b/c", "/gone", "a b", ""):
+        with pytest.raises(UserError, match="no folder"):
+            checkpoint.find(name)
+    assert checkpoint.list_steps(str(tmp_path / "gone")) == []
+
+
 def test_a_link_is_made_whatever_a_kill_left(tmp_path):
     save(tmp_path, 1)
     os.symlink("nowhere", tmp_path / ".best.tmp")

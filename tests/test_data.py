@@ -3,6 +3,7 @@
 pytest tests/test_data.py
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import write_data
+from tiny import tiny_config, write_data
 
-from data import ROUNDS, Tokens, TrainData, ValData, feistel, order, read_meta
+from data import ROUNDS, Tokens, TrainData, ValData, check_tokenizer, feistel, order, read_meta
 from errors import UserError
+from tokenizer import RANKS_FILE
 
 keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map(lambda k: np.array(k, dtype=np.uint64))
 edges = st.sampled_from([n for b in range(1, 13) for n in (2**b - 1, 2**b, 2**b + 1)] + [1, 2, 3])
@@ -251,3 +253,25 @@ def test_too_short_a_validation_is_refused(tmp_path):
         ValData(tmp_path / "d", 8, 100, 1)
     write_data(tmp_path / "d", val=9)
     assert ValData(tmp_path / "d", 8, 100, 1).n_windows == 1
+
+
+def test_an_empty_split_has_no_tokens(tmp_path):
+    write_data(tmp_path / "d", train=0)
+    assert len(Tokens(str(tmp_path / "d"), "train")) == 0
+
+
+def test_data_and_model_must_have_the_same_tokenizer(tmp_path):
+    data = write_data(tmp_path / "d")
+    config = tiny_config()
+    check_tokenizer(data, str(tmp_path), config)
+    check_tokenizer(data, str(tmp_path), tiny_config(tokenizer=""))
+    for other in (tiny_config(tokenizer="gpt2"), tiny_config(n_vocab=256, eot=255)):
+        with pytest.raises(UserError, match="was tokenised with 'bytes'"):
+            check_tokenizer(data, str(tmp_path), other)
+    (tmp_path / RANKS_FILE).write_text("ranks")
+    digest = hashlib.sha256(b"ranks").hexdigest()
+    for sha256, fits in ((digest, True), (None, True), ("0", False)):
+        entry = {"name": RANKS_FILE, "n_vocab": 257, "eot": 256} | ({"sha256": sha256} if sha256 else {})
+        data = write_data(tmp_path / f"d{sha256}", tokenizer=entry)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="was tokenised with another"):
+            check_tokenizer(data, str(tmp_path), tiny_config(tokenizer=RANKS_FILE))

@@ -175,6 +175,7 @@ STATES = {
     "row a list": {"row": [1]},
     "row no numbers": {"row": {"loss": "high"}},
     "row null": {"row": None},
+    "row too large": {"row": {"loss": 10**400}},
     "best half": {"best_step": 3, "best_val_loss": None},
     "best text": {"best_step": "3", "best_val_loss": 1.0},
     "bad steps": {"bad_steps": 1.5},
