@@ -1,0 +1,104 @@
+"""What the benchmarks share: interleaved timing, memory of a process, and the rows of results/bench.csv."""
+
+import csv
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+CSV = os.path.join(ROOT, "results", "bench.csv")
+COLUMNS = ("date", "cpu", "name", "value", "unit", "bar", "verdict")
+
+
+def seconds(work):
+    """How long work() takes, in seconds."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def interleaved(works, rounds=5, prepare=None):
+    """{name: median seconds} of {name: function}: each once to warm up, then `rounds` times in turn, so that whatever
+    else the machine does falls on all of them. `prepare(name)` runs before each, untimed."""
+    times = {name: [] for name in works}
+    for r in range(rounds + 1):
+        for name, work in works.items():
+            if prepare:
+                prepare(name)
+            spent = seconds(work)
+            if r:
+                times[name].append(spent)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def memory_mb(key="VmHWM"):
+    """The most memory (VmHWM) this process has had resident since it began, or has now (VmRSS), in MB. Linux only.
+
+    Unlike getrusage's, this peak does not begin with that of the process that started this one.
+    """
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith(key + ":"))
+
+
+def in_own_process(script, *arguments):
+    """The JSON that `python bench/SCRIPT ARGUMENTS` prints as its last line: for what must start from nothing."""
+    command = [sys.executable, os.path.join(ROOT, "bench", script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cpu_name():
+    """The processor, as Linux calls it, and how many cores there are."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def row(name, value, unit, bar=""):
+    """One result; bar is "<= 0.88", ">= 2" or "" for a number that is only told."""
+    verdict = ""
+    if bar:
+        sign, limit = bar.split()
+        reached = value <= float(limit) if sign == "<=" else value >= float(limit)
+        verdict = "reached" if reached else "not reached"
+    today = datetime.date.today().isoformat()
+    return dict(zip(COLUMNS, (today, cpu_name(), name, f"{value:.4g}", unit, bar, verdict), strict=True))
+
+
+def read():
+    """The rows of results/bench.csv."""
+    if not os.path.exists(CSV):
+        return []
+    with open(CSV, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def show(rows):
+    """Print rows as a table."""
+    wide = max(len(r["name"]) for r in rows)
+    for r in rows:
+        print(f"{r['name']:{wide}}  {r['value']:>9} {r['unit']:12} {r['bar']:>9}  {r['verdict']}")
+
+
+def report(rows):
+    """Print rows, and put them into results/bench.csv in place of those of the same names."""
+    show(rows)
+    new = {r["name"]: r for r in rows}
+    kept = [new.pop(r["name"], r) for r in read()]
+    with open(CSV, "w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *new.values()])
+
+
+if __name__ == "__main__":
+    show(read())
