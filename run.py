@@ -94,6 +94,7 @@ def setup(settings, plan, ranks, device):
         ranks.once(lambda: checkpoint.verify(folder))
     model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
     model.to(device)
+    model.checkpoint_activations = settings.checkpoint_activations
     teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))

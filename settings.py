@@ -51,11 +51,12 @@ class TrainSettings:
     kd_alpha: float = setting(0.6, "loss = kd_alpha CE + (1 - kd_alpha) T^2 KL(teacher to student)", 0.0, 1.0)
     kd_temperature: float = setting(1.0, "T, by which both sides' logits are divided in KL", 0.01)
     # optimisation
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: the blocks' matrices by Muon, the rest by AdamW")
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)
     min_lr: float = setting(6e-5, "learning rate from lr_decay_iters on", 0.0)
     warmup_iters: int = setting(2000, "steps of linear warm-up", 0)
     lr_decay_iters: int | None = setting(None, "step at which the cosine reaches min_lr (default: max_iters)", 0)
-    weight_decay: float = setting(0.1, "AdamW decay of the blocks' matrices; embeddings and norms have none", 0.0)
+    weight_decay: float = setting(0.1, "decay of the blocks' matrices; embeddings and norms have none", 0.0)
     beta1: float = setting(0.9, "AdamW beta1", 0.0, 0.9999999)
     beta2: float = setting(0.95, "AdamW beta2", 0.0, 0.9999999)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0 does not clip", 0.0)
@@ -78,6 +79,7 @@ class TrainSettings:
         "auto", "autocast type; auto is bfloat16 on a GPU that has it, else float32"
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
+    checkpoint_activations: bool = setting(False, "keep less for backward and compute it again: less memory, more time")
     threads: int | None = setting(None, "CPU threads per process; bits depend on it (default: torch's choice)", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
 
@@ -116,7 +118,17 @@ class ReplicateSettings:
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
 HARMLESS = frozenset(
     {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}
-    | {"save_interval", "keep_last", "resume", "verify", "device", "compile", "threads", "dry_run"}
+    | {
+        "save_interval",
+        "keep_last",
+        "resume",
+        "verify",
+        "device",
+        "compile",
+        "checkpoint_activations",
+        "threads",
+        "dry_run",
+    }
 )
 
 ARITHMETIC = {
