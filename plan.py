@@ -16,7 +16,7 @@ from device import PEAKS
 from errors import UserError
 from log import read_rows
 from model import GPT, GPTConfig, pad_vocab
-from settings import HARMLESS, raise_all
+from settings import HARMLESS, TrainSettings, raise_all
 
 ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
 RELEASED = {  # the four released GPT-2s: layers, heads, width
@@ -227,8 +227,9 @@ def resumable(settings):
     else:
         raise UserError(f"{out} holds no whole checkpoint to continue ({why[0]}): restore one, or delete {out}")
     now = comparable(dataclasses.asdict(settings))
-    before = comparable(checkpoint.read_state(folder)["settings"])
-    changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
+    defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
+    before = comparable(defaults | checkpoint.read_state(folder)["settings"])
+    changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
     if changed:
         raise UserError(
             f"cannot continue {out} with other settings: {'; '.join(changed)}. Restore them, or use another out_dir"

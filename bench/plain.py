@@ -58,7 +58,7 @@ class PlainGPT(nn.Module):
         for block in self.transformer["h"]:
             x = block(x)
         logits = self.lm_head(self.transformer["ln_f"](x))
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
 
 class PlainTrainer:
@@ -66,8 +66,8 @@ class PlainTrainer:
 
     def __init__(self, model, loss, lr=1e-3):
         self.model, self.loss = model, loss
-        decayed = [p for p in model.parameters() if p.dim() == 2]
-        rest = [p for p in model.parameters() if p.dim() != 2]
+        decayed = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]  # as ours
+        rest = [p for n, p in model.named_parameters() if p.dim() != 2 or ".h." not in n]
         groups = [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS)
 
@@ -105,7 +105,7 @@ def hugging_face(config):
 
     def loss(model, idx, targets):
         logits = model(idx).logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     return PlainTrainer(model.train(), loss)
 

@@ -12,7 +12,7 @@ from tiny import gpt2, tiny_config, tiny_model
 from torch.nn import functional as F
 
 import hf
-from model import GPT, GPTConfig, next_token, pad_vocab
+from model import FEW, GPT, GPTConfig, Linear, next_token, pad_vocab
 
 SHAPES = {
     "one head, odd context": dict(n_layer=2, n_head=1, n_embd=7, block_size=7, vocab_size=101, n_vocab=101),
@@ -57,6 +57,78 @@ def test_loss_is_the_fp32_mean_cross_entropy_whatever_the_autocast(dtype):
     p = logits.detach().double().softmax(-1).numpy().reshape(-1, 320)  # of the very logits it had
     by_hand = -np.log(p[np.arange(24), targets.flatten().numpy()]).mean()
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def kept_for_backward(work):
+    """The largest and the total number of elements of the tensors that autograd keeps while work() runs."""
+    sizes = {}
+    note = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4}) or t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        work()
+    return max(sizes.values()), sum(sizes.values())
+
+
+def test_the_loss_in_chunks_is_the_loss_of_whole_logits():
+    model = tiny_model(block_size=64)
+    idx, targets = torch.randint(257, (2, 18, 64)).unbind(0)  # 1,152 rows: two chunks and a part of one
+    model(idx, targets).backward()
+    chunked = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    whole = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    whole.backward()
+    assert model(idx, targets).item() == pytest.approx(whole.item(), rel=1e-6)
+    with torch.inference_mode():
+        assert model(idx, targets).item() == pytest.approx(whole.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(chunked[name], p.grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert kept_for_backward(lambda: model(idx, targets))[0] < idx.numel() * 320 // 2
+    assert kept_for_backward(lambda: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()))[0] == 1152 * 320
+
+
+def test_gradients_under_autocast_are_those_of_plain_cross_entropy():
+    model = tiny_model()
+    idx, targets = torch.randint(257, (2, 3, 8)).unbind(0)
+    grads = []
+    for loss in (lambda: model(idx, targets), lambda: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss()
+        value.backward()
+        grads.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_activations_change_memory_and_nothing_else(dropout):
+    model = tiny_model(n_layer=6, dropout=dropout).train()
+    idx, targets = torch.randint(257, (2, 4, 8)).unbind(0)
+    results, kept = [], []
+    for on in (False, True):
+        model.checkpoint_activations = on
+        model.zero_grad()
+        torch.manual_seed(3)
+        kept.append(kept_for_backward(lambda: model(idx, targets))[1])
+        torch.manual_seed(3)
+        loss = model(idx, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.7 * kept[0]
+
+
+@pytest.mark.parametrize("out", [48, 50257, 97, 3, 1])  # 50257 = 29 x 1733; 97 is prime
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_few_rows_through_a_linear_layer_are_those_of_torchs(out, bias):
+    layer = Linear(24, out, bias=bias)
+    for shape in ((24,), (1, 24), (1, 1, 24), (5, 1, 24), (4, 8, 24), (3, FEW, 24)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            got = layer(x)
+        assert got.shape == (*shape[:-1], out) and got.is_contiguous()
+        torch.testing.assert_close(got, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert Linear(24, 50257).n_bands() == 29 if torch.get_num_threads() == 1 else True
 
 
 def test_initialisation_is_gpt2s():

@@ -34,9 +34,10 @@ import hf
 import inherit
 import plan as planning
 import train
+from bench.plain import plain as plain_trainer
 from data import TrainData
 from errors import UserError
-from files import read_json
+from files import read_json, write_json
 from log import read_rows
 from model import GPT
 from optim import learning_rate, make_optimizer
@@ -114,7 +115,49 @@ def test_only_the_blocks_matrices_decay():
     assert len(decayed["params"]) + len(rest["params"]) == len(names), "each once"
 
 
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
+    """Three steps of each of torch's two optimizers on its own part."""
+    settings = TrainSettings(optimizer="muon", learning_rate=0.02, weight_decay=0.3)
+    ours, theirs = GPT(tiny_config(bias=False)), GPT(tiny_config(bias=False))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = make_optimizer(ours, settings, CPU)
+    matrices = [p for n, p in theirs.named_parameters() if p.dim() == 2 and ".h." in n]
+    rest = [p for n, p in theirs.named_parameters() if p.dim() == 1 or ".h." not in n]
+    both = (
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.02, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    for step in range(3):
+        idx = torch.arange(8)[None] + step
+        ours.zero_grad()
+        ours(idx, idx).backward()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            b.grad = a.grad.clone()
+        for o in (optimizer, *both):
+            for group in o.param_groups:
+                group["lr"] = 0.02 / (step + 1)
+            o.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
 # One run
+
+
+def test_twenty_steps_have_the_losses_of_a_plain_script(data, tmp_path):
+    """Fused AdamW, clipping and the loss in chunks against bench/plain.py's step on the same batches."""
+    how = {"batch_tokens": 1024, "batch_size": 128, "max_iters": 20, "warmup_iters": 0, "min_lr": 0.01}
+    train.main(arguments(data, tmp_path / "a", **how))
+    seed_all(1337)
+    start = GPT(tiny_config(n_layer=2, bias=False))
+    trainer = plain_trainer(start.config)
+    trainer.model.load_state_dict(start.state_dict())
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.01
+    windows = TrainData(data, 8, 1337)
+    losses = [trainer.step(*windows.batch(step * 128, 128)) for step in range(20)]
+    assert losses[-1] < losses[0] - 1
+    np.testing.assert_allclose(column(tmp_path / "a", "loss"), losses, rtol=1e-5)
 
 
 def test_losses_are_those_of_an_independent_loop(plain, data):
@@ -478,6 +521,30 @@ def test_fp16_continues_with_its_scaler(data, tmp_path, monkeypatch):
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
 
 
+def test_muon_learns_and_continues_bit_for_bit(data, tmp_path):
+    how = {"optimizer": "muon", "keep_last": 9}
+    train.main(arguments(data, tmp_path / "a", **how))
+    losses = column(tmp_path / "a", "loss")
+    assert losses[-1] < losses[0] - 0.5
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
+    shutil.rmtree(tmp_path / "b/step_00000012")
+    train.main(arguments(data, tmp_path / "b", **how, resume="must"))
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default(plain, data, tmp_path):
+    out = tmp_path / "a"
+    shutil.copytree(plain, out, symlinks=True)
+    shutil.rmtree(out / "step_00000012")
+    state = read_json(out / "step_00000008/state.json")
+    del state["settings"]["optimizer"]
+    write_json(out / "step_00000008/state.json", state)
+    message = refusal(train.main, arguments(data, out, resume="must", optimizer="muon"))
+    assert "optimizer was 'adamw', is 'muon'" in message
+    train.main(arguments(data, out, resume="must"))
+    assert contents(out) == contents(plain)
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -485,6 +552,7 @@ def test_fp16_continues_with_its_scaler(data, tmp_path, monkeypatch):
         ({"batch_tokens": 128}, "batch_tokens was 64, is 128"),
         ({"seed": 1}, "seed was 1337, is 1"),
         ({"n_layer": 3}, "n_layer was 2, is 3"),
+        ({"optimizer": "muon"}, "optimizer was 'adamw', is 'muon'"),
         ({"max_iters": 13}, "lr_decay_iters was 12, is 13"),
         ({"dropout": 0.1, "data_end": 0.5}, "data_end was 1.0, is 0.5; dropout was 0.0, is 0.1"),
     ],
@@ -501,6 +569,7 @@ def test_harmless_settings_may_change(plain, data, tmp_path):
     shutil.copytree(plain, out, symlinks=True)
     shutil.rmtree(out / "step_00000012")
     changes = {"eval_interval": 3, "save_interval": 6, "log_interval": 2, "keep_last": 5, "threads": 1, "batch_size": 2}
+    changes["checkpoint_activations"] = True
     train.main(arguments(data, out, resume="auto", **changes))
     np.testing.assert_allclose(column(out, "loss")[-1], column(plain, "loss")[-1], atol=1e-5)
 
