@@ -31,11 +31,11 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 96, "block_size": 128}
 
 
-def settings(place, optimizer, steps, rate, seed):
-    """The command line of a run."""
+def command(place, out, optimizer, steps, rate, seed):
+    """The command line of a run into folder `out`."""
     values = SHAPE | {
         "dataset": os.path.join(place, "data"),
-        "out_dir": os.path.join(place, f"{optimizer}-{steps}-{rate}-{seed}"),
+        "out_dir": out,
         "optimizer": optimizer,
         "batch_tokens": 2048,
         "batch_size": 16,
@@ -55,17 +55,18 @@ def settings(place, optimizer, steps, rate, seed):
 
 def final(place, *how):
     """The validation loss (nats/token) at the end of a run with these settings."""
-    argv = settings(place, *how)
+    out = os.path.join(place, "-".join(map(str, how)))
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main(argv)
-    return float(read_rows(os.path.join(argv[1].split("=")[1], "log.csv"))[-1]["val_loss"])
+        train.main(command(place, out, *how))
+    return float(read_rows(os.path.join(out, "log.csv"))[-1]["val_loss"])
 
 
 def step_ratio(place, rates):
     """Time of a step with Muon / with AdamW."""
     works = {}
     for optimizer in ("adamw", "muon"):
-        s, given = parse((TrainSettings,), settings(place, optimizer, 1000, rates[optimizer], 0), "")
+        argv = command(place, os.path.join(place, f"time-{optimizer}"), optimizer, 1000, rates[optimizer], 0)
+        s, given = parse((TrainSettings,), argv, "")
         run = setup(s, make_plan(s, given, 1), Ranks(), torch.device("cpu"))
         works[optimizer] = lambda run=run: [train.train_step(run) for _ in range(5)]
     times = harness.interleaved(works)
