@@ -4,7 +4,7 @@ python bench/step.py small        # 6 blocks x 384, vocabulary 50304, T 256, mic
 python bench/step.py gpt2         # GPT-2 124M, T 1024, micro-batch 2; with activation checkpointing too
 
 Ours is train.py's own `train_step` in a run built by run.py's `setup`. Memory is the peak of a process of its own that
-makes three steps, less what it had after its imports. FLOPs are 6 per matmul parameter and 12 L C T for attention.
+makes two steps, less what it had after its imports. FLOPs are 6 per matmul parameter and 12 L C T for attention.
 """
 
 import json
@@ -91,7 +91,7 @@ def matrix_peak():
 
 
 def memory(shape, name):
-    """MB that three steps need at most, in this fresh process."""
+    """MB that two steps need at most, in this fresh process."""
     if name == "transformers":
         import transformers
 
@@ -100,7 +100,7 @@ def memory(shape, name):
         make_data(folder)
         before = harness.memory_mb("VmRSS")
         (step,) = works(folder, shape, [name]).values()
-        for _ in range(3):
+        for _ in range(2):  # the second finds the optimizer's state there
             step()
         return harness.memory_mb() - before
 

@@ -163,6 +163,11 @@ def test_verify_reads_what_sha256sum_writes(tmp_path):
             checkpoint.verify(str(tmp_path))
 
 
+def test_a_folder_without_sums_cannot_be_verified(tmp_path):
+    with pytest.raises(UserError, match="has no SHA256SUMS to verify it by"):
+        checkpoint.verify(str(tmp_path))
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in (5, 10, 15, 20, 100_000_000):
         save(tmp_path, step)

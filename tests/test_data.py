@@ -177,6 +177,11 @@ def test_a_nanogpt_folder_without_meta_is_gpt2_uint16(tmp_path):
     assert (x.flatten().numpy() == stream(tmp_path / "d", "val")[:32]).all()
 
 
+def test_a_folder_that_is_not_there_is_to_be_prepared(tmp_path):
+    with pytest.raises(UserError, match=r"no data folder .*: prepare it first"):
+        read_meta(str(tmp_path / "nowhere"))
+
+
 def test_uint32_bins(tmp_path):
     tokenizer = {"name": "o200k_base", "n_vocab": 200_019, "eot": 199_999}
     write_data(tmp_path / "d", tokenizer=tokenizer, dtype="uint32")

@@ -219,6 +219,13 @@ def test_beyond_block_size_the_last_half_is_read_again():
     assert second == model(context[None])[0, -1, :257].argmax()
 
 
+def test_a_prompt_longer_than_block_size_is_read_from_its_last_block_size_ids():
+    model, idx = tiny_model(), torch.randint(256, (50, 11))
+    right, half = (model(idx[:, -n:])[:, -1, :257].argmax(-1) for n in (8, 4))
+    assert torch.equal(generate(model, idx, 1, temperature=0)[:, 0], right)
+    assert not torch.equal(half, right), "the test needs a model that looks so far back"
+
+
 def test_generation_streams_and_makes_no_more_than_asked():
     steps = tiny_model().generate(torch.zeros(2, 1, dtype=torch.int64), 5, temperature=0)
     assert next(steps).shape == (2,)

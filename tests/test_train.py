@@ -222,6 +222,14 @@ def test_state_says_with_what_and_where_it_was_trained(plain):
     assert {"git", "hardware", "best_val_loss"} <= state.keys()
 
 
+def test_mfu_is_the_share_of_the_peak(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.machine, "peak_flops", lambda device: 1e12)
+    train.main(arguments(data, tmp_path / "a"))
+    last = read_rows(str(tmp_path / "a/timing.csv"))[-1]
+    flops = GPT.from_pretrained(str(tmp_path / "a")).estimate_flops()
+    assert float(last["mfu"]) == pytest.approx(float(last["tokens_per_s"]) * flops / 1e12, rel=1e-6)
+
+
 def test_accumulation_changes_neither_losses_nor_gradient_norms(plain, data, tmp_path):
     train.main(arguments(data, tmp_path / "a", batch_size=1))
     for name in ("loss", "val_loss", "grad_norm"):
