@@ -2,11 +2,13 @@
 # make test   ruff, an import check, and the tests that take seconds; make test-all adds those that take minutes
 # make torture   a quarter of an hour of kills, full disks and damaged files, with a tally
 # make mutants   faults put into the code: do the tests notice? (under 45 minutes)
+# make bench   speed and memory as ratios, into results/bench.csv (under 25 minutes, on an otherwise idle machine);
+#              make bench-long adds what trains (Muon) and 2 GB of text
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all torture mutants clean
+.PHONY: demo test test-all torture mutants bench bench-long clean
 
 # One folder for everything installed; a changed requirements file installs again.
 .venv/installed: requirements.txt
@@ -51,6 +53,23 @@ torture: .venv/installed-dev
 
 mutants: .venv/installed-dev
 	$(BIN)/python bench/mutants.py --out results/mutants.md
+
+bench: .venv/installed-dev
+	$(BIN)/python bench/step.py small
+	$(BIN)/python bench/step.py gpt2
+	$(BIN)/python bench/sample.py
+	$(BIN)/python bench/prepare.py
+	$(BIN)/python bench/inherit.py
+	$(BIN)/python bench/loading.py
+	$(BIN)/python bench/save.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/scaling.py
+	@echo; $(BIN)/python bench/harness.py
+
+bench-long: bench
+	$(BIN)/python bench/prepare.py --long
+	$(BIN)/python bench/muon.py
 
 clean:
 	rm -rf .venv
