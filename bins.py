@@ -232,8 +232,8 @@ def write_tokens(progress, streams, pieces, stream_of, num_proc, needed=("train"
     """Tokenise what `pieces` yields, write it to `streams`, and close the folder with its meta.json.
 
     `progress` comes from `unfinished` and says where to go on; `streams` is {name: Stream}; `pieces(at)` yields the
-    `Piece`s from position `at` on; `stream_of(i)` names the stream of document number i. Returns the
-    meta.json. Raises UserError, and leaves the folder unfinished, when no token came for one of the splits `needed`.
+    `Piece`s from position `at` on; `stream_of(i)` names the stream of document number i. Returns
+    the meta.json. Raises UserError, and leaves the folder unfinished, when one of the splits `needed` got no token.
     """
     stream = next(iter(streams.values()))
     out, tokenizer, max_tokens = stream.out, stream.tokenizer, stream.max_tokens

@@ -29,6 +29,7 @@ import parts
 import prepare_fineweb
 import prepare_owt
 from data import Tokens
+from errors import UserError
 from files import read_json, sha256
 from tokenizer import load_tokenizer
 
@@ -182,6 +183,8 @@ def test_join_killed_at_every_file_operation(tmp_path, monkeypatch):
             if not (out / "meta.json").exists() and (out / "tokenizer.tiktoken").exists():
                 again = [*common, "--out", str(out), "--worker", "1/3"]
                 assert "is being joined; run --join 3 to go on" in refusal(prepare_fineweb.main, again)
+                with pytest.raises(UserError, match="is unfinished: run its preparation, or the join"):
+                    Tokens(str(out), "train")
             prepare_fineweb.main(["--out", str(out), "--join", "3"])
             check_joined(tmp_path / "single", out, "prepare_fineweb", 3)
     assert 15 < n < 999
