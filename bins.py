@@ -109,11 +109,9 @@ def read_finished(out):
     meta = read_json(os.path.join(out, "meta.json"))
     try:
         made = {"script": meta["made"]["script"], "tokenizer": meta["tokenizer"]} | meta["made"]["arguments"]
-        sizes = {
-            shard["file"]: shard["tokens"] * np.dtype(meta["dtype"]).itemsize
-            for split in meta["splits"].values()
-            for shard in split["shards"]
-        }
+        splits = [totals(meta["splits"][name]["shards"]) for name in ("train", "val")]
+        item = np.dtype(meta["dtype"]).itemsize
+        sizes = {shard["file"]: shard["tokens"] * item for split in splits for shard in split["shards"]}
     except (KeyError, TypeError):
         raise UserError(f"{out}/meta.json was not written by this script; choose another --out") from None
     return meta, made, sizes

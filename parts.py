@@ -62,13 +62,13 @@ def share(n_documents, worker):
     return range(n_documents * i // n, n_documents * (i + 1) // n)
 
 
-def within(share, document, pieces, at):
-    """Those of the pieces from position `at` on that belong to documents in `share`. The first begins document number
-    `document`, or goes on with it; the share of the input that is done is that of `share`."""
+def within(documents, number, pieces, at):
+    """Those of the pieces from position `at` on that belong to `documents`, a range of their numbers. The first piece
+    begins document `number`, or goes on with it. What share is done is counted in these documents."""
     pieces = pieces(at)
-    while document < share.stop and (piece := next(pieces, None)):
-        document += piece.end
-        yield piece._replace(done=(document - share.start) / len(share))
+    while number < documents.stop and (piece := next(pieces, None)):
+        number += piece.end
+        yield piece._replace(done=(number - documents.start) / len(documents))
 
 
 def part_folder(out, worker):
@@ -116,7 +116,7 @@ def join(out, n, script):
         if os.path.exists(os.path.join(out, "meta.json")):
             check_finished(out, read_finished(out)[1] | {"script": script, "workers": n})
         else:
-            joining(out, n)
+            joining(out, n)  # begun or not: to refuse what does not belong here
             metas = read_parts(out, n, script)
             splits, files = joined(out, metas)
             move(files)
@@ -157,8 +157,8 @@ def read_parts(out, n, script):
         expected = first | {"worker": str(w)}
         for key in [*expected, *made]:
             if made.get(key) != expected.get(key):
-                was = f"{key} {made.get(key)!r}, not {expected.get(key)!r} as the first"
-                raise UserError(f"{folder} was made with {was}; delete one of the two and run its --worker again")
+                was = f"{key} {made.get(key)!r}, not {expected.get(key)!r}"
+                raise UserError(f"{folder} was made with {was}; delete the wrong part and run its --worker again")
         metas.append(meta)
     return metas
 
@@ -173,7 +173,8 @@ def joined(out, metas):
         for folder, meta in zip(folders, metas, strict=True):
             for shard in meta["splits"][split]["shards"]:
                 name = f"{split}_{len(shards):06d}.bin"
-                here, there = os.path.join(folder, shard["file"]), os.path.join(out, name)
+                # the bare name, so that a meta.json of somebody else's cannot have us move his choice of files
+                here, there = os.path.join(folder, os.path.basename(shard["file"])), os.path.join(out, name)
                 size = shard["tokens"] * np.dtype(meta["dtype"]).itemsize
                 if not any(os.path.exists(path) and os.path.getsize(path) == size for path in (here, there)):
                     raise UserError(f"{here} is missing or not as long as it was; delete {folder} and make it again")

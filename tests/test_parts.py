@@ -196,10 +196,9 @@ def test_join_killed_at_every_file_operation(tmp_path, monkeypatch):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with `a.jsonl`, `b.jsonl` and `out`, which holds two of three parts of a.jsonl."""
+    """A folder with `a.jsonl` and `out`, which holds two of three parts of it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(9)))
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a {i}", "other": "b"}}\n' for i in range(9)))
     for i in (0, 2):
         worker(prepare_owt, i)
     return tmp_path
@@ -231,14 +230,15 @@ def test_missing_parts(place, monkeypatch):
 
 
 @pytest.mark.parametrize("more, key", [
-    (["--text_column", "other"], "text_column"),
+    (["--text_column", "other"], "text_column 'other', not 'text'"),
     (["--tokenizer", "gpt2"], "tokenizer"),
+    (["--data_files", "copy.jsonl"], "sources ['copy.jsonl'], not ['a.jsonl']"),
 ])  # fmt: skip
 def test_parts_that_differ(place, more, key):
-    (place / "a.jsonl").write_text("".join(f'{{"text": "a {i}", "other": "b"}}\n' for i in range(9)))
+    shutil.copy("a.jsonl", "copy.jsonl")
     worker(prepare_owt, 1, 3, "a.jsonl", "out", *(gpt2_ranks() if flag == "gpt2" else flag for flag in more))
     said = refusal(prepare_owt.main, ["--out", "out", "--join", "3"])
-    assert "out/part_1_of_3 was made with" in said and "delete one of the two" in said
+    assert f"out/part_1_of_3 was made with {key}" in said and "delete the wrong part" in said
 
 
 def test_parts_of_other_scripts_places_and_versions(place):
@@ -255,6 +255,20 @@ def test_parts_of_other_scripts_places_and_versions(place):
     meta["made"]["versions"]["tiktoken"] = "0.1"
     bins.write_json("out/part_1_of_3/meta.json", meta)
     assert "part_1_of_3 was made with versions" in refusal(prepare_owt.main, join)
+
+
+def test_a_hostile_or_damaged_part(place):
+    """Its meta.json names a file outside, or is none of ours: refused, and nothing is moved."""
+    worker(prepare_owt, 1)
+    join, before = ["--out", "out", "--join", "3"], sorted(map(str, place.rglob("*")))
+    meta = read_json("out/part_1_of_3/meta.json")
+    meta["splits"]["train"]["shards"][0].update(file="../../a.jsonl", tokens=os.path.getsize("a.jsonl") // 2)
+    bins.write_json("out/part_1_of_3/meta.json", meta)
+    assert "out/part_1_of_3/a.jsonl is missing" in refusal(prepare_owt.main, join)
+    for damage in ({"splits": {}}, {"splits": 3}, {"dtype": "word"}, {"made": []}):
+        bins.write_json("out/part_1_of_3/meta.json", meta | damage)
+        assert "part_1_of_3/meta.json was not written by this script" in refusal(prepare_owt.main, join)
+    assert sorted(map(str, place.rglob("*"))) == before
 
 
 def test_folders_that_are_not_for_parts(place):
