@@ -47,8 +47,8 @@ def inputs(tmp_path_factory):
     for name in ("a.jsonl.gz", "a.jsonl.zst"):
         os.unlink(folder / "mixed" / name)
     os.rename(folder / "mixed" / "a.parquet", folder / "mixed" / "c.parquet")
-    with open(folder / "mixed" / "a.jsonl", "a") as f:
-        f.write('\n\n{"text": "after two blank lines"}\n')
+    lines = (folder / "mixed" / "a.jsonl").read_text()
+    (folder / "mixed" / "a.jsonl").write_text("\n \n" + lines)  # blank lines are no documents
     (folder / "mixed" / "b.txt").write_text(whole[:30_000])
     (folder / "hub").mkdir()
     for i in range(3):
@@ -146,6 +146,18 @@ def test_killed_workers_go_on(tmp_path, inputs, script, source):
     assert sum("going on after" in err for _, err in said) == killed, said
     SCRIPTS[script].main(["--out", str(out), "--join", "3"])
     check_joined(tmp_path / "single", out, script, 3)
+
+
+def test_renames_are_on_disk_before_the_folder_is_finished(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 9)
+    for i in range(2):
+        worker(prepare_owt, i, 2, str(tmp_path / "a.jsonl"), str(tmp_path / "out"))
+    events = []
+    for name in ("move", "sync_folder", "write_meta"):
+        real = getattr(parts, name)
+        monkeypatch.setattr(parts, name, lambda *a, name=name, real=real: (events.append(name), real(*a))[1])
+    prepare_owt.main(["--out", str(tmp_path / "out"), "--join", "2"])
+    assert events == ["move", "sync_folder", "write_meta"]
 
 
 def test_join_killed_at_every_file_operation(tmp_path, monkeypatch):
