@@ -41,8 +41,9 @@ def check_shared_flags(args):
 
 
 @contextlib.contextmanager
-def unfinished(out, script, arguments, tokenizer):
-    """Open the folder `out` for writing: a context that gives the progress (a dict) to go on from.
+def unfinished(out, script, arguments, tokenizer, at=(0, 0), documents=0):
+    """Open the folder `out` for writing: a context that gives the progress (a dict) to go on from. A fresh one begins
+    at position `at` of the input, where document number `documents` starts.
 
     It gives None when the folder is already finished with these arguments. A part that was made with others is
     thrown away. Raises UserError when the folder is finished with other arguments, not ours, or being written
@@ -57,9 +58,13 @@ def unfinished(out, script, arguments, tokenizer):
         "tiktoken": importlib.metadata.version("tiktoken"),
     }
     made = {"script": script, "arguments": arguments, "versions": versions}
-    fresh = {"tokenizer": described, "made": made, "at": [0, 0], "documents": 0, "streams": {}}
-    existed = os.path.exists(out)
-    if existed and not os.path.isdir(out):
+    fresh = {"tokenizer": described, "made": made, "at": list(at), "documents": documents, "streams": {}}
+    absent = []  # the folders that will be made, the innermost first
+    folder = os.path.abspath(out)
+    while not os.path.lexists(folder):
+        absent.append(folder)
+        folder = os.path.dirname(folder)
+    if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is a file; --out names a folder")
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out)
@@ -67,7 +72,7 @@ def unfinished(out, script, arguments, tokenizer):
         raise UserError(f"{out} is being written by another run; wait or choose another --out")
     try:
         if os.path.exists(os.path.join(out, "meta.json")):
-            check_finished(out, script, arguments, described)
+            check_finished(out, {"script": script, "tokenizer": described} | arguments)
             yield None
             return
         progress_file = os.path.join(out, "progress.json")
@@ -86,28 +91,36 @@ def unfinished(out, script, arguments, tokenizer):
             yield progress
         except BaseException:
             downloads = os.path.join(out, "download")
-            if progress["at"] == [0, 0] and not (os.path.isdir(downloads) and os.listdir(downloads)):
+            if progress["at"] == list(at) and not (os.path.isdir(downloads) and os.listdir(downloads)):
                 clear(out)
-                if not existed:
-                    os.rmdir(out)
+                with contextlib.suppress(OSError):  # another worker's part may have come into the outer ones
+                    for folder in absent:
+                        os.rmdir(folder)
             raise
     finally:
         os.close(lock)
 
 
-def check_finished(out, script, arguments, tokenizer):
-    """Say that `out` is finished. Raises UserError when it was made with other arguments or has lost a file."""
+def read_finished(out):
+    """Of a finished folder: (its meta.json as a dict; script, tokenizer and arguments in one dict; {file: bytes}).
+
+    Raises UserError when its meta.json is not of our making.
+    """
     meta = read_json(os.path.join(out, "meta.json"))
     try:
-        old = {"script": meta["made"]["script"], "tokenizer": meta["tokenizer"]} | meta["made"]["arguments"]
-        sizes = {
-            shard["file"]: shard["tokens"] * np.dtype(meta["dtype"]).itemsize
-            for split in meta["splits"].values()
-            for shard in split["shards"]
-        }
+        made = {"script": meta["made"]["script"], "tokenizer": meta["tokenizer"]} | meta["made"]["arguments"]
+        splits = [totals(meta["splits"][name]["shards"]) for name in ("train", "val")]
+        item = np.dtype(meta["dtype"]).itemsize
+        sizes = {shard["file"]: shard["tokens"] * item for split in splits for shard in split["shards"]}
     except (KeyError, TypeError):
         raise UserError(f"{out}/meta.json was not written by this script; choose another --out") from None
-    new = {"script": script, "tokenizer": tokenizer} | arguments
+    return meta, made, sizes
+
+
+def check_finished(out, new):
+    """Say that `out` is finished. Raises UserError when it has lost a file, or its script, tokenizer and arguments
+    are not `new`."""
+    meta, old, sizes = read_finished(out)
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             was = f"{key} {old.get(key)!r}, not {new.get(key)!r}"
@@ -213,11 +226,12 @@ class Stream:
             self.shards[-1]["sha256"] = sha256(path)
 
 
-def write_tokens(progress, streams, pieces, stream_of, num_proc):
-    """Tokenise all that `pieces` yields, write it to `streams`, and close the folder with its meta.json.
+def write_tokens(progress, streams, pieces, stream_of, num_proc, needed=("train", "val")):
+    """Tokenise what `pieces` yields, write it to `streams`, and close the folder with its meta.json.
 
     `progress` comes from `unfinished` and says where to go on; `streams` is {name: Stream}; `pieces(at)` yields the
-    `Piece`s from position `at` on; `stream_of(i)` names the stream of document number i. Returns meta["splits"].
+    `Piece`s from position `at` on; `stream_of(i)` names the stream of document number i. Returns
+    the meta.json. Raises UserError, and leaves the folder unfinished, when one of the splits `needed` got no token.
     """
     stream = next(iter(streams.values()))
     out, tokenizer, max_tokens = stream.out, stream.tokenizer, stream.max_tokens
@@ -255,29 +269,36 @@ def write_tokens(progress, streams, pieces, stream_of, num_proc):
     for stream in streams.values():
         stream.close_shard()
     record()
-    return finish(out, progress, tokenizer)
+    return finish(out, progress, tokenizer, needed)
 
 
-def finish(out, progress, tokenizer):
+def finish(out, progress, tokenizer, needed):
     """Write meta.json, which makes the folder a finished one, and remove what only an unfinished one needs."""
     splits = {}
     for name in ("train", "val"):
         shards = [s for shards in progress["streams"].values() for s in shards if s["file"].startswith(name)]
-        if not shards:
-            raise UserError(f"{out}: no text is left for {name}; give more text or ask for smaller shards")
-        keys = ("tokens", "documents", "bytes")
-        splits[name] = {key: sum(shard[key] for shard in shards) for key in keys} | {"shards": shards}
+        if name in needed and not shards:
+            raise UserError(
+                f"{out}: no text is left for {name}; give more text, or ask for smaller shards or fewer workers"
+            )
+        splits[name] = totals(shards)
     if tokenizer.path:
         with replacing(os.path.join(out, RANKS_FILE)) as f, open(tokenizer.path, "rb") as ranks:
             shutil.copyfileobj(ranks, f)
-    meta = {
-        "format": FORMAT,
-        "tokenizer": progress["tokenizer"],
-        "dtype": dtype_of(tokenizer).name,
-        "splits": splits,
-        "made": progress["made"],
-    }
-    write_json(os.path.join(out, "meta.json"), meta)
+    meta = write_meta(out, progress["tokenizer"], dtype_of(tokenizer).name, splits, progress["made"])
     clear(out, keep=["meta.json", RANKS_FILE, *(s["file"] for name in splits for s in splits[name]["shards"])])
     print(f"{out}: {summary(splits)}")
-    return splits
+    return meta
+
+
+def totals(shards):
+    """A split's entry in meta.json."""
+    keys = ("tokens", "documents", "bytes")
+    return {key: sum(shard[key] for shard in shards) for key in keys} | {"shards": shards}
+
+
+def write_meta(out, tokenizer, dtype, splits, made):
+    """Write meta.json and return it: `tokenizer` as it describes itself, the ids' `dtype` by name."""
+    meta = {"format": FORMAT, "tokenizer": tokenizer, "dtype": dtype, "splits": splits, "made": made}
+    write_json(os.path.join(out, "meta.json"), meta)
+    return meta

@@ -111,16 +111,25 @@ def read_files(files, column, at=(0, 0)):
 
 
 def count_documents(files, column):
-    """How many documents `read_files` would end, by the cheapest pass that can tell."""
-    n = 0
+    """How many documents each file holds (a list), by the cheapest pass that can tell."""
+    counts = []
     for file in files:
         if file.path.endswith(".parquet"):
-            n += open_parquet(file.path, column).metadata.num_rows
+            counts.append(open_parquet(file.path, column).metadata.num_rows)
         elif file.path.endswith(TABLES):
-            n += sum(1 for _ in lines(file.path))
+            counts.append(sum(1 for _ in lines(file.path)))
         else:
-            n += 1
-    return n
+            counts.append(1)
+    return counts
+
+
+def place_of(document, counts):
+    """The position, [file number, item in it], where document number `document` of files with so many begins."""
+    for number, count in enumerate(counts):
+        if document < count:
+            return [number, document]
+        document -= count
+    return [len(counts), 0]
 
 
 def check_tables(files, column):
@@ -189,10 +198,10 @@ def lines(path, meter=None):
 
 
 def read_jsonl(file, column, start):
-    """The documents of a .jsonl[.gz|.zst], one on each line; items are lines."""
+    """The documents of a .jsonl[.gz|.zst], one on each line that is not blank; items are documents."""
     meter = [0]
-    for number, line in lines(file.path, meter):
-        if number <= start:
+    for item, (number, line) in enumerate(lines(file.path, meter), 1):
+        if item <= start:
             continue
         where = f"{file.path}, line {number}"
         try:
@@ -202,7 +211,7 @@ def read_jsonl(file, column, start):
             raise UserError(f"{where}: not {kind} ({e}); repair or remove the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON {type(row).__name__}; each line must be an object with the text")
-        yield text_of(row, column, where), True, number, meter[0] / (file.stop or 1)
+        yield text_of(row, column, where), True, item, meter[0] / (file.stop or 1)
 
 
 def text_of(row, column, where):

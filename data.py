@@ -134,6 +134,8 @@ def read_meta(folder):
         raise UserError(f"no data folder {folder!r}: prepare it first (prepare.py, prepare_owt.py, prepare_fineweb.py)")
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
+        if any(re.fullmatch(r"progress\.json|part_\d+_of_\d+", name) for name in os.listdir(folder)):
+            raise UserError(f"{folder} is unfinished: run its preparation, or the join of its parts, to the end")
         return {"tokenizer": GPT2, "dtype": "uint16"}
     meta = read_json(path)
     tokenizer = meta.get("tokenizer")

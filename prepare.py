@@ -76,7 +76,7 @@ def main(argv=None):
             return
         if args.sources:
             files = find_files([download(s, out) if is_url(s) else s for s in args.sources])
-            n = count_documents(files, args.text_column)
+            n = sum(count_documents(files, args.text_column))
             if n == 1 and not files[0].path.endswith(TABLES):
                 files, n = cut_in_two(files[0], args.val_fraction), 2
             pieces = functools.partial(read_files, files, args.text_column)

@@ -6,6 +6,9 @@
 Each document is followed by an end-of-text id, and the documents keep the order of the corpus. Needs 18 GB for the
 result and, from the hub, about 54 GB for its cache (set HF_HOME to say where). Killed anywhere, it goes on when
 started again.
+
+Machines can share the work (parts.py): `--worker 0/8` to `--worker 7/8`, then `--join 8`. Each split is then one
+file from each of them, and read one after the other they are train.bin and val.bin of a single machine, byte for byte.
 """
 
 import functools
@@ -14,12 +17,14 @@ import math
 import numpy as np
 
 from bins import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
-from corpus import check_tables, count_documents, find_files, fingerprint, load_hub, read_files, read_hub
+from corpus import check_tables, count_documents, find_files, fingerprint, load_hub, place_of, read_files, read_hub
 from errors import Parser, UserError, one_line
+from parts import add_sharing_flags, check_join_flags, join, part_of, share, within
 from tokenizer import load_tokenizer
 
 DATASET = "Skylion007/openwebtext"
 PARQUET = "7577b918bd30b25df0b88bb718dc8a6c80cb619b"  # where this dataset is parquet, not a loading script
+SCRIPT = "prepare_owt.py"
 VAL_FRACTION, SEED = 0.0005, 2357  # nanoGPT's
 
 # What the whole corpus comes to in GPT-2's vocabulary, by nanoGPT's own preparation.
@@ -38,32 +43,51 @@ def main(argv=None):
     help = "read these instead of the hub: .parquet, .jsonl[.gz|.zst], .txt, folders or glob patterns"
     parser.add_argument("--data_files", nargs="+", metavar="PATH", help=help + UNSET)
     add_shared_flags(parser)
+    add_sharing_flags(parser)
     args = parser.parse_args(argv)
     check_shared_flags(args)
+    if args.join is not None:
+        check_join_flags(parser, args)
+        compare(join(args.out, args.join, SCRIPT))
+    else:
+        tokenise(args)
+
+
+def tokenise(args):
+    """The whole corpus, or one worker's part of it, into the folder that the arguments name."""
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
         files = find_files(args.data_files)
         check_tables(files, args.text_column)
-        n = count_documents(files, args.text_column)
+        counts = count_documents(files, args.text_column)
         pieces = functools.partial(read_files, files, args.text_column)
         arguments = fingerprint(args.data_files, files)
     else:
         dataset, revision = load(args.dataset, args.revision, args.text_column)
-        n = len(dataset)
-        pieces = functools.partial(read_hub, dataset, args.text_column, n)
+        counts = [len(dataset)]
+        pieces = functools.partial(read_hub, dataset, args.text_column, len(dataset))
         arguments = {"dataset": args.dataset, "revision": revision}
+    n = sum(counts)
     if n < 2:
         raise UserError(f"{n} documents cannot be parted into training and validation; give more")
     arguments |= {"text_column": args.text_column, "documents": n}
+    out, documents, needed = args.out, range(n), ("train", "val")
+    if args.worker:
+        out, arguments = part_of(args.out, args.worker, arguments)
+        documents, needed = share(n, args.worker), ()
 
-    with unfinished(args.out, "prepare_owt.py", arguments, tokenizer) as progress:
+    at = place_of(documents.start, counts)
+    with unfinished(out, SCRIPT, arguments, tokenizer, at, documents.start) as progress:
         if progress is None:
             return
         held_out = validation_documents(n)
-        streams = {split: Stream(args.out, [f"{split}.bin"], tokenizer) for split in ("train", "val")}
-        splits = write_tokens(progress, streams, pieces, lambda i: "val" if held_out[i] else "train", args.num_proc)
-        if tokenizer.n_vocab == 50257:
-            compare(n, {split: splits[split]["tokens"] for split in splits})
+        streams = {split: Stream(out, [f"{split}.bin"], tokenizer) for split in ("train", "val")}
+        pieces = functools.partial(within, documents, progress["documents"], pieces)
+        meta = write_tokens(
+            progress, streams, pieces, lambda i: "val" if held_out[i] else "train", args.num_proc, needed
+        )
+        if not args.worker:
+            compare(meta)
 
 
 def load(dataset, revision, column):
@@ -89,8 +113,12 @@ def validation_documents(n):
     return held_out
 
 
-def compare(n, tokens):
-    """Print whether document and token counts are those of the whole corpus."""
+def compare(meta):
+    """Print whether document and token counts in a meta.json are those of the whole corpus, if the ids are GPT-2's."""
+    if meta["tokenizer"]["n_vocab"] != 50257:
+        return
+    n = sum(split["documents"] for split in meta["splits"].values())
+    tokens = {name: split["tokens"] for name, split in meta["splits"].items()}
     if (n, tokens) == (DOCUMENTS, TOKENS):
         print("the counts are those of the whole OpenWebText as nanoGPT prepares it")
         return

@@ -123,9 +123,11 @@ def test_owt_tokens(tmp_path, texts, kind, small_batches, capsys):
 
 
 def test_owt_full_counts(capsys):
-    prepare_owt.compare(8_013_769, {"train": 9_035_582_198, "val": 4_434_897})
+    train, val = {"documents": 8_009_762, "tokens": 9_035_582_198}, {"documents": 4_007, "tokens": 4_434_897}
+    prepare_owt.compare({"tokenizer": {"n_vocab": 50257}, "splits": {"train": train, "val": val}})
     assert "are those of" in capsys.readouterr().out
-    prepare_owt.compare(8_013_769, {"train": 9_035_582_199, "val": 4_434_897})
+    train["tokens"] += 1
+    prepare_owt.compare({"tokenizer": {"n_vocab": 50257}, "splits": {"train": train, "val": val}})
     assert "warning: 8,013,769 documents, 9,035,582,199 train" in capsys.readouterr().out
 
 
@@ -264,7 +266,7 @@ def test_reading_goes_on_from_every_place(tmp_path, texts, monkeypatch, name):
     (tmp_path / "b.txt").write_text("")
     files = corpus.find_files([str(tmp_path / name), str(tmp_path / "b.txt")])
     pieces = list(corpus.read_files(files, "text"))
-    assert sum(piece.end for piece in pieces) == corpus.count_documents(files, "text")
+    assert sum(piece.end for piece in pieces) == sum(corpus.count_documents(files, "text"))
     for i in [*range(0, len(pieces), 13), len(pieces) - 1]:
         assert list(corpus.read_files(files, "text", pieces[i].at)) == pieces[i + 1 :]
     shares = [piece.done for piece in pieces]
@@ -455,6 +457,14 @@ WRONG = [
     (OWT, "good.jsonl --out o", "unknown argument 'good.jsonl'"),
     (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 0", "--shard_tokens 0 must be at least 1"),
     (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 9 --max_tokens 9", "must exceed --shard_tokens 9"),
+    (FINEWEB, "--data_files good.jsonl --out o --worker 0/2 --max_tokens 1000000000", "which a --worker does not see"),
+    (OWT, "--data_files good.jsonl --out none --worker 0/0", "'0/0' is not I/N with 0 <= I < N"),
+    (OWT, "--data_files good.jsonl --out none --worker 3/2", "'3/2' is not I/N"),
+    (OWT, "--data_files good.jsonl --out none --worker two", "'two' is not I/N"),
+    (OWT, "--data_files good.jsonl --out full --worker 0/2", "full holds mine.txt, which is no worker's"),
+    (OWT, "--data_files json.jsonl --out o --worker 1/2", "json.jsonl, line 3: not JSON"),
+    (OWT, "--out none --join 0", "--join 0 must be at least 1"),
+    (OWT, "--out none --join 2 --data_files good.jsonl", "does not go with --join, which takes --out only"),
 ]
 
 

@@ -22,6 +22,7 @@ import encode
 import prepare
 import prepare_fineweb
 import prepare_owt
+from data import read_meta
 from errors import UserError
 from files import read_json
 
@@ -200,6 +201,8 @@ def test_changed_settings_start_afresh(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="stop here"):
         prepare_fineweb.main([*argv, "--out", str(out), "--shard_tokens", "70"])
     assert tokens_recorded(out) > 0 and (out / "train_000005.bin").exists()
+    with pytest.raises(UserError, match="is unfinished: run its preparation"):
+        read_meta(out)  # although the finished shards look like a nanoGPT folder
     monkeypatch.undo()
     prepare_fineweb.main([*argv, "--out", str(out), "--shard_tokens", "700"])
     assert "other settings; starting afresh" in capsys.readouterr().err
