@@ -165,28 +165,39 @@ def step_name(step):
     return f"step_{step:08d}"
 
 
-def save(run, model, optimizer, state, lineage, tokenizer_from=None):
+def snapshot(model, optimizer, into):
+    """Copy the model's parameters and the optimizer's state to the CPU, into the dict `into`, and return it:
+    {"parameter name": tensor} and {"parameter name/state name": tensor}, oriented and typed as they are.
+
+    Tensors that `into` has from an earlier call are overwritten: memory fresh from the system costs more than copying.
+    """
+    tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
+    for name, tensor in tensors.items():
+        if name in into:
+            into[name].copy_(tensor.detach())
+        else:
+            into[name] = tensor.detach().to("cpu", copy=True)
+    return into
+
+
+def save(run, tensors, config, state, lineage, tokenizer_from=None):
     """Write `run/step_…` (the step is state["step"]) and point `latest` at it.
 
-    model: the plain GPT (not compiled, not wrapped); optimizer: its optimizer; state: what state.json is to hold.
+    tensors: a `snapshot`; config: of its model; state: what state.json is to hold besides the environment.
     """
     folder = os.path.join(run, step_name(state["step"]))
     with new_folder(folder) as temporary:
-        hf.write_model(temporary, hf.layout(model), model.config, tokenizer_from)
+        hf.write_model(temporary, hf.arrange(tensors, config), config, tokenizer_from)
         path = os.path.join(temporary, "optimizer.safetensors")
-        hf.save_tensors(path, optimizer_tensors(model, optimizer))
-        write_json(os.path.join(temporary, "state.json"), state)
+        hf.save_tensors(path, {name: tensor for name, tensor in tensors.items() if "/" in name})
+        write_json(os.path.join(temporary, "state.json"), state | environment())
         write_json(os.path.join(temporary, "lineage.json"), lineage)
     link(run, "latest", state["step"])
 
 
 def optimizer_tensors(model, optimizer):
-    """The optimizer's state as {"parameter name/state name": CPU tensor}."""
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
-    }
+    """The optimizer's state as {"parameter name/state name": tensor}."""
+    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def load_optimizer(folder, model, optimizer):

@@ -13,6 +13,7 @@ import hf
 import inherit
 import log
 import plan as planning
+from background import Background
 from data import TrainData, ValData, verify
 from errors import UserError
 from files import lock_folder
@@ -66,10 +67,13 @@ class Run:
     train_s: float = 0.0  # since this process began, without validation and saving
     val_s: float = 0.0
     request: Request = field(default_factory=Request)  # of this process, to end
-    stopping: bool = False  # all ranks know that one of them has such a request
+    stopping: bool = False  # all ranks know that one of them has such a request, or could not write
+    background: Background = field(default_factory=Background)  # writes checkpoints
+    copies: dict = field(default_factory=dict)  # of the tensors that it writes (checkpoint.snapshot)
 
     def close(self):
-        """Let others have the run folder."""
+        """Let others have the run folder, when nothing is being written there any more."""
+        self.background.wait()
         if self.lock is not None:
             os.close(self.lock)
 
