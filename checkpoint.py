@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import hf
 from errors import UserError
 from files import read_json, replacing, sha256, sync_folder, write_json
+from shard import like, whole
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"
@@ -170,13 +171,16 @@ def snapshot(model, optimizer, into):
     {"parameter name": tensor} and {"parameter name/state name": tensor}, oriented and typed as they are.
 
     Tensors that `into` has from an earlier call are overwritten: memory fresh from the system costs more than copying.
+    Of a sharded model every rank must ask, and one tensor at a time is put together; ranks whose `into` is None only
+    lend their part.
     """
     tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
     for name, tensor in tensors.items():
-        if name in into:
-            into[name].copy_(tensor.detach())
-        else:
-            into[name] = tensor.detach().to("cpu", copy=True)
+        tensor = whole(tensor.detach())
+        if into is not None and name in into:
+            into[name].copy_(tensor)
+        elif into is not None:
+            into[name] = tensor.to("cpu", copy=True)
     return into
 
 
@@ -214,21 +218,22 @@ def load_optimizer(folder, model, optimizer):
         ) from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it") from None
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    state = {name: {} for name in shapes}
+    parameters = dict(model.named_parameters())
+    state = {name: {} for name in parameters}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("/")
-        fits = name in shapes and (
-            tensor.shape == shapes[name] if key in MOMENTS else key == "step" and not tensor.dim()
+        fits = name in parameters and (
+            tensor.shape == parameters[name].shape if key in MOMENTS else key == "step" and not tensor.dim()
         )
         if not fits or not tensor.is_floating_point():
             raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
-        state[name][key] = tensor.clone()  # the optimizer keeps what it is given, and this one is the file, mapped
+        # a copy: the optimizer keeps what it is given, and this one is the file, mapped
+        state[name][key] = like(tensor, parameters[name]) if tensor.dim() else tensor.clone()
     keys = {key for s in state.values() for key in s}
     lacking = next((f"{name}/{key}" for name, s in state.items() for key in sorted(keys - s.keys())), None)
     if lacking:
         raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
-    names = {p: name for name, p in model.named_parameters()}
+    names = {p: name for name, p in parameters.items()}
     ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
     packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})

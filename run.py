@@ -21,6 +21,7 @@ from model import GPT
 from optim import make_optimizer
 from ranks import Ranks, seed_all
 from settings import TrainSettings
+from shard import shard
 from stop import Request
 
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
@@ -49,8 +50,9 @@ class Run:
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype
-    model: GPT  # the plain module: saved, and the source of truth
+    model: GPT  # the module itself, perhaps sharded: saved, and the source of truth
     forward: torch.nn.Module  # what computes: the model, compiled and wrapped in DDP as needed
+    sharded: bool
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     train: TrainData
@@ -97,7 +99,9 @@ def setup(settings, plan, ranks, device):
     if settings.verify and folder and not plan.resume_from:  # (the plan has seen to that)
         ranks.once(lambda: checkpoint.verify(folder))
     model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
-    model.to(device)
+    compiled = settings.compile or (settings.compile is None and device.type == "cuda")
+    sharded = settings.shard and ranks.world > 1
+    shard(model, ranks, device, compiled) if sharded else model.to(device)
     teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
@@ -111,9 +115,9 @@ def setup(settings, plan, ranks, device):
 
     logs = ranks.agree(lambda: open_run_folder(settings, state, plan) if ranks.first else (None, None, None, None))
     forward = model
-    if settings.compile or (settings.compile is None and device.type == "cuda"):
+    if compiled and not sharded:
         forward = torch.compile(forward)
-    if ranks.world > 1:
+    if ranks.world > 1 and not sharded:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
     return Run(
         settings=settings,
@@ -123,6 +127,7 @@ def setup(settings, plan, ranks, device):
         dtype=dtype,
         model=model,
         forward=forward,
+        sharded=sharded,
         optimizer=optimizer,
         scaler=scaler,
         train=train,

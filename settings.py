@@ -78,6 +78,7 @@ class TrainSettings:
         "auto", "autocast type; auto is bfloat16 on a GPU that has it, else float32"
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
+    shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and moments")
     threads: int | None = setting(None, "CPU threads per process; bits depend on it (default: torch's choice)", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
 
@@ -116,7 +117,7 @@ class ReplicateSettings:
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
 HARMLESS = frozenset(
     {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}
-    | {"save_interval", "keep_last", "resume", "verify", "device", "compile", "threads", "dry_run"}
+    | {"save_interval", "keep_last", "resume", "verify", "device", "compile", "shard", "threads", "dry_run"}
 )
 
 ARITHMETIC = {

@@ -29,6 +29,7 @@ from optim import learning_rate
 from ranks import Ranks, seed_all
 from run import TERMS, setup
 from settings import GrowSettings, ReplicateSettings, TrainSettings, parse
+from shard import whole
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
@@ -105,13 +106,13 @@ def train_step(run):
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)
         final = m == plan.accumulation - 1  # gradients are averaged over ranks once, with the last micro-batch
-        with contextlib.nullcontext() if final or ranks.world == 1 else run.forward.no_sync():
+        with contextlib.nullcontext() if final or ranks.world == 1 or run.sharded else run.forward.no_sync():
             with machine.autocast(run.device, run.dtype):
                 losses = distilled(run, x, y) if run.teacher else (run.forward(x, y),)
             run.scaler.scale(losses[0] / plan.accumulation).backward()
         sums[1:] += torch.stack(losses).detach()
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf)).item()
     sums[0] = run.request.signal is not None or run.background.failed
     asked, loss, *terms = (ranks.sum(sums.cpu() / plan.accumulation, run.device) / ranks.world).tolist()
     run.stopping = asked > 0
@@ -150,7 +151,9 @@ def validate(run):
     began = time.perf_counter()
     # the model without DDP: ranks may have different numbers of groups
     model = run.forward.module if isinstance(run.forward, DistributedDataParallel) else run.forward
-    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, run.request)
+    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, run.request, run.sharded)
+    if run.sharded:
+        run.model.reshard()  # a forward pass keeps embeddings and head gathered for the backward pass, which never came
     run.val_s += time.perf_counter() - began
     run.stopping = loss is None
     return loss
@@ -161,15 +164,16 @@ def save(run):
     training goes on. Waits for the checkpoint before; what went wrong with that is raised here."""
     settle(run)
     s, state = run.settings, run.state
+    tensors = checkpoint.snapshot(run.model, run.optimizer, run.copies if run.ranks.first else None)
     if not run.ranks.first:
         return
+    best_step = state.best_step
     content = dataclasses.asdict(state) | {
         "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
         "tokens": state.step * s.batch_tokens,
         "scaler": run.scaler.state_dict(),
         "settings": dataclasses.asdict(s),
     }
-    tensors, best_step = checkpoint.snapshot(run.model, run.optimizer, run.copies), state.best_step
 
     def write():
         checkpoint.save(s.out_dir, tensors, run.model.config, content, run.lineage, tokenizer_from=s.dataset)
