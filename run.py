@@ -118,7 +118,8 @@ def setup(settings, plan, ranks, device):
     if compiled and not sharded:
         forward = torch.compile(forward)
     if ranks.world > 1 and not sharded:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+        ids = [device.index] if device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)  # no second copy
     return Run(
         settings=settings,
         plan=plan,

@@ -14,10 +14,12 @@ import sys
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tiny import ROOT, arguments, column, contents, write_checkpoint
+from tiny import ROOT, arguments, column, contents, tiny_config, write_checkpoint
 
 import checkpoint
 import train
+from model import GPT
+from plan import training_memory
 
 # gradients are clipped, accumulated, and of a width that 4 ranks cannot share evenly
 LIKE = {"grad_clip": 0.5, "batch_size": 1, "n_embd": 18, "keep_last": 9}
@@ -159,6 +161,35 @@ def test_shards_asked_to_end_or_at_their_goal_save_and_go_on(data, tmp_path):
     )
     assert checkpoint.list_steps(tmp_path / "True") == ["step_00000006", "step_00000008"]
     alike(tmp_path / "True", tmp_path / "False")
+
+
+def test_gpt2_xl_fits_eight_cards_of_40_gb_in_shards(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    said = {}
+    for more in (["--shard"], ["--batch_size=4"], ["--batch_size=16", "--shard"]):
+        train.main([os.path.join(ROOT, "config/train_gpt2_xl.py"), "--dry_run", *more])
+        said[more[0]] = capsys.readouterr().out
+        assert "GB on each of 8 with shard=True" in said[more[0]]
+    assert "does not fit" not in next(line for line in said["--shard"].splitlines() if "A100" in line)
+    assert "does not fit 40 GB: shard=True, or lower batch_size" in said["--batch_size=4"]
+    assert "does not fit 40 GB: lower batch_size" in said["--batch_size=16"]
+
+
+def test_the_estimate_of_memory_counts_what_there_is():
+    """By hand, for sizes that make one part or another the largest. bench/memory.py holds it against real steps."""
+    c = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=64, bias=False)
+    n, rows, embedding = GPT(c).num_params(), 64 * 5, 4 * 1000 * 32
+    activations, logits = 2 * rows * 32 * 64, rows * 1000 * 12
+    assert training_memory(c, 5, 1, half=False) == 12 * n + activations + logits
+    assert training_memory(c, 5, 2, half=False) == 16 * n + activations + logits
+    assert training_memory(c, 5, 2, half=True) == 18 * n + 2 * rows * 32 * 36 + logits
+    assert training_memory(c, 5, 2, half=False, logit_rows=128) == 16 * n + activations + 128 * 1000 * 12
+    checkpointed = rows * 32 * (2 * 4 + 64)
+    assert training_memory(c, 5, 2, half=False, checkpointed=True) == 16 * n + checkpointed + logits
+    assert training_memory(c, 1, 1, half=False, logit_rows=1) == 16 * n + 2 * embedding
+    block = 4 * (12 * 32 * 32 + 2 * 32)
+    gathered = 2 * (embedding + 2 * block)
+    assert training_memory(c, 5, 2, half=False, shards=4) == 4 * n + gathered + activations + logits
 
 
 def main():
