@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import hf
 from errors import UserError
 from files import read_json, replacing, sha256, sync_folder, write_json
+from shard import like, whole
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"
@@ -165,28 +166,42 @@ def step_name(step):
     return f"step_{step:08d}"
 
 
-def save(run, model, optimizer, state, lineage, tokenizer_from=None):
+def snapshot(model, optimizer, into):
+    """Copy the model's parameters and the optimizer's state to the CPU, into the dict `into`, and return it:
+    {"parameter name": tensor} and {"parameter name/state name": tensor}, oriented and typed as they are.
+
+    Tensors that `into` has from an earlier call are overwritten: memory fresh from the system costs more than copying.
+    Of a sharded model every rank must ask, and one tensor at a time is put together; ranks whose `into` is None only
+    lend their part.
+    """
+    tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if into is not None and name in into:
+            into[name].copy_(tensor)
+        elif into is not None:
+            into[name] = tensor.to("cpu", copy=True)
+    return into
+
+
+def save(run, tensors, config, state, lineage, tokenizer_from=None):
     """Write `run/step_…` (the step is state["step"]) and point `latest` at it.
 
-    model: the plain GPT (not compiled, not wrapped); optimizer: its optimizer; state: what state.json is to hold.
+    tensors: a `snapshot`; config: of its model; state: what state.json is to hold besides the environment.
     """
     folder = os.path.join(run, step_name(state["step"]))
     with new_folder(folder) as temporary:
-        hf.write_model(temporary, hf.layout(model), model.config, tokenizer_from)
+        hf.write_model(temporary, hf.arrange(tensors, config), config, tokenizer_from)
         path = os.path.join(temporary, "optimizer.safetensors")
-        hf.save_tensors(path, optimizer_tensors(model, optimizer))
-        write_json(os.path.join(temporary, "state.json"), state)
+        hf.save_tensors(path, {name: tensor for name, tensor in tensors.items() if "/" in name})
+        write_json(os.path.join(temporary, "state.json"), state | environment())
         write_json(os.path.join(temporary, "lineage.json"), lineage)
     link(run, "latest", state["step"])
 
 
 def optimizer_tensors(model, optimizer):
-    """The optimizer's state as {"parameter name/state name": CPU tensor}."""
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
-    }
+    """The optimizer's state as {"parameter name/state name": tensor}."""
+    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def load_optimizer(folder, model, optimizer):
@@ -203,7 +218,8 @@ def load_optimizer(folder, model, optimizer):
         ) from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it") from None
-    names = {p: name for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {p: name for name, p in parameters.items()}
     kept, ordered = {}, []
     for group in optimizer.param_groups:
         keys = MUON if "ns_steps" in group else ADAMW
@@ -214,7 +230,8 @@ def load_optimizer(folder, model, optimizer):
         if kept.get(full) != tensor.shape or not tensor.is_floating_point():
             raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
         name, _, key = full.rpartition("/")
-        state[name][key] = tensor.clone()  # the optimizer keeps what it is given, and this one is the file, mapped
+        # a copy: the optimizer keeps what it is given, and this one is the file, mapped
+        state[name][key] = like(tensor, parameters[name]) if tensor.dim() else tensor.clone()
     lacking = next((full for full in kept if tensors and full not in tensors), None)
     if lacking:
         raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")

@@ -304,9 +304,13 @@ def load_model(folder):
 
 def layout(model):
     """The model's parameters as a Hugging Face state dict: fp32 on the CPU, zeros for the biases it does not have."""
+    return arrange(dict(model.named_parameters()), model.config)
+
+
+def arrange(parameters, config):
+    """`layout`, for the parameters {name: tensor} of a model with `config`."""
     state = {}
-    parameters = dict(model.named_parameters())
-    for name, shape in shapes(model.config).items():
+    for name, shape in shapes(config).items():
         if name in parameters:
             p = parameters[name].detach().to("cpu", torch.float32)
             state[name] = p.t().contiguous() if name.endswith(INPUT_FIRST) else p.contiguous()

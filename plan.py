@@ -15,7 +15,7 @@ from data import GPT2, Tokens, read_meta
 from device import PEAKS
 from errors import UserError
 from log import read_rows
-from model import GPT, GPTConfig, pad_vocab
+from model import GPT, LOSS_ROWS, GPTConfig, pad_vocab
 from settings import HARMLESS, TrainSettings, raise_all
 
 ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
@@ -113,6 +113,8 @@ def make_plan(settings, given, world):
         source = attempt(lambda: source_config(settings.init_from))
         raise_all(problems if source is None else [])  # nothing more can be said without it
         config = inherited_config(settings, given, source, tokenizer, problems)
+    if settings.shard and settings.optimizer == "muon":
+        problems.append("optimizer=muon needs whole matrices and shard=True cuts them: choose one of the two")
     if settings.teacher:
         attempt(lambda: check_teacher(settings.teacher, config))
     batch = (settings.batch_tokens, config.block_size, settings.batch_size, world)
@@ -245,20 +247,36 @@ def comparable(settings):
     return kept
 
 
-def training_memory(config, micro_batch, half):
-    """Bytes that training needs on one GPU under DDP: weights, gradients, AdamW's two moments, activations, logits.
+def training_memory(config, micro_batch, accumulation, half, shards=1, checkpointed=False):
+    """Bytes that training needs on one device at its fullest: weights, gradients, AdamW's moments, activations, logits.
 
-    half: whether autocast computes in 16 bits. The allocator's own overhead is not in it.
+    half: whether autocast computes in 16 bits. shards: over how many ranks the model is sharded. checkpointed: blocks
+    keep their input only, and compute the rest again. The allocator's own overhead is not in it.
     """
     n_params, _ = costs(config)
     act = 2 if half else 4
     rows = micro_batch * config.block_size
+    embedding = 4 * config.vocab_size * config.n_embd
+    # weights and moments; the 16-bit copies that autocast makes are whole, and stay for the backward pass
+    held = 12 * n_params / shards + (2 * n_params if half else 0)
+    if shards > 1:  # gathered: embeddings and head, and two blocks, one of them ahead of its turn; also as gradients
+        one_more, _ = costs(dataclasses.replace(config, n_layer=config.n_layer + 1))
+        held += 2 * (embedding + 2 * 4 * (one_more - n_params))
     # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms,
-    # their outputs, q k v, attention's output before and after its transpose, and the MLP's 4C before and after GELU
-    per_block = 2 * 4 + act * (2 + 3 + 2 + 8)
-    activations = rows * config.n_embd * per_block * config.n_layer
-    logits = rows * config.vocab_size * ((act if half else 0) + 4 + 4)  # as computed, in fp32, and their gradient
-    return n_params * (16 + (2 if half else 0)) + activations + logits
+    # their outputs, q k v, attention's output, and the MLP's 4C before and after GELU
+    per_block = 2 * 4 + act * (2 + 3 + 1 + 8)
+    blocks = 4 * config.n_layer + per_block if checkpointed else per_block * config.n_layer
+    if half:  # of all the logits: their log-softmax and two gradients, in fp32
+        head = rows * config.vocab_size * 3 * 4
+    else:  # a chunk of logits, and the head's gradient, which the forward pass computes
+        head = min(rows, LOSS_ROWS.batch_chunk_size) * config.vocab_size * 4 + embedding
+    forward = rows * config.n_embd * blocks + head
+    gradients = 4 * n_params / shards
+    # a backward pass begins with the activations, and with gradients if there was one before; it ends with the
+    # gradients, and the tied embedding's from the head, from the look-up and their sum
+    if accumulation > 1:
+        return held + gradients + max(forward, 3 * embedding)
+    return held + max(forward, gradients + 2 * embedding)
 
 
 def describe(plan, settings):
@@ -283,15 +301,21 @@ def describe(plan, settings):
     else:
         epochs = total_tokens / plan.train_tokens
         lines.append(f"data         {settings.dataset}: {plan.train_tokens:,} tokens, {epochs:.2f} epochs")
-    memory = training_memory(c, plan.micro_batch, half=settings.dtype != "float32") / 1e9
-    lines.append(f"compute      {flops:.3g} FLOPs")
-    lines.append(
-        f"memory       about {memory:.1f} GB per GPU (weights, gradients, AdamW, activations; no allocator overhead)"
-    )
+    world = plan.world if plan.world > 1 else 8
+    half = settings.dtype != "float32"
+    how = (c, plan.micro_batch, plan.accumulation, half)
+    whole, shared = (training_memory(*how, n, settings.checkpoint_activations) / 1e9 for n in (1, world))
+    memory = shared if settings.shard else whole
+    lines += [
+        f"compute      {flops:.3g} FLOPs",
+        f"memory       about {whole:.1f} GB per GPU (weights, gradients, AdamW, activations; no allocator overhead),",
+        f"             about {shared:.1f} GB on each of {world} with shard=True",
+    ]
     lines.append(f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:")
     for name, (peak, gigabytes) in PEAKS.items():
         seconds = flops / (peak * 1e12 * ASSUMED_MFU)
-        fits = "" if memory < 0.9 * gigabytes else f"   does not fit {gigabytes} GB: lower batch_size"
+        cure = "lower batch_size" if settings.shard or shared >= 0.9 * gigabytes else "shard=True, or lower batch_size"
+        fits = "" if memory < 0.9 * gigabytes else f"   does not fit {gigabytes} GB: {cure}"
         lines.append(f"  {name:10} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{fits}")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import hf
 import inherit
 import log
 import plan as planning
+from background import Background
 from data import TrainData, ValData, verify
 from errors import UserError
 from files import lock_folder
@@ -20,6 +21,7 @@ from model import GPT
 from optim import make_optimizer
 from ranks import Ranks, seed_all
 from settings import TrainSettings
+from shard import shard
 from stop import Request
 
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
@@ -48,8 +50,9 @@ class Run:
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype
-    model: GPT  # the plain module: saved, and the source of truth
+    model: GPT  # the module itself, perhaps sharded: saved, and the source of truth
     forward: torch.nn.Module  # what computes: the model, compiled and wrapped in DDP as needed
+    sharded: bool
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     train: TrainData
@@ -66,10 +69,13 @@ class Run:
     train_s: float = 0.0  # since this process began, without validation and saving
     val_s: float = 0.0
     request: Request = field(default_factory=Request)  # of this process, to end
-    stopping: bool = False  # all ranks know that one of them has such a request
+    stopping: bool = False  # all ranks know that one of them has such a request, or could not write
+    background: Background = field(default_factory=Background)  # writes checkpoints
+    copies: dict = field(default_factory=dict)  # of the tensors that it writes (checkpoint.snapshot)
 
     def close(self):
-        """Let others have the run folder."""
+        """Let others have the run folder, when nothing is being written there any more."""
+        self.background.wait()
         if self.lock is not None:
             os.close(self.lock)
 
@@ -93,8 +99,10 @@ def setup(settings, plan, ranks, device):
     if settings.verify and folder and not plan.resume_from:  # (the plan has seen to that)
         ranks.once(lambda: checkpoint.verify(folder))
     model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
-    model.to(device)
     model.checkpoint_activations = settings.checkpoint_activations
+    compiled = settings.compile or (settings.compile is None and device.type == "cuda")
+    sharded = settings.shard and ranks.world > 1
+    shard(model, ranks, device, compiled) if sharded else model.to(device)
     teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
@@ -108,10 +116,11 @@ def setup(settings, plan, ranks, device):
 
     logs = ranks.agree(lambda: open_run_folder(settings, state, plan) if ranks.first else (None, None, None, None))
     forward = model
-    if settings.compile or (settings.compile is None and device.type == "cuda"):
+    if compiled and not sharded:
         forward = torch.compile(forward)
-    if ranks.world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    if ranks.world > 1 and not sharded:
+        ids = [device.index] if device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)  # no second copy
     return Run(
         settings=settings,
         plan=plan,
@@ -120,6 +129,7 @@ def setup(settings, plan, ranks, device):
         dtype=dtype,
         model=model,
         forward=forward,
+        sharded=sharded,
         optimizer=optimizer,
         scaler=scaler,
         train=train,

@@ -80,6 +80,7 @@ class TrainSettings:
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
     checkpoint_activations: bool = setting(False, "keep less for backward and compute it again: less memory, more time")
+    shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and moments")
     threads: int | None = setting(None, "CPU threads per process; bits depend on it (default: torch's choice)", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
 
@@ -118,17 +119,8 @@ class ReplicateSettings:
 # What may change when a run is continued: it alters neither the mathematics nor what the log's rows mean.
 HARMLESS = frozenset(
     {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}
-    | {
-        "save_interval",
-        "keep_last",
-        "resume",
-        "verify",
-        "device",
-        "compile",
-        "checkpoint_activations",
-        "threads",
-        "dry_run",
-    }
+    | {"save_interval", "keep_last", "resume", "verify", "device", "compile", "checkpoint_activations", "shard"}
+    | {"threads", "dry_run"}
 )
 
 ARITHMETIC = {

@@ -10,6 +10,7 @@ not been.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -28,6 +29,7 @@ from optim import learning_rate
 from ranks import Ranks, seed_all
 from run import TERMS, setup
 from settings import GrowSettings, ReplicateSettings, TrainSettings, parse
+from shard import whole
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
@@ -64,15 +66,18 @@ def fit(run):
         best = math.inf if state.best_val_loss is None else state.best_val_loss
         if (due or reached) and val_loss is not None and val_loss < best:
             state.best_val_loss, state.best_step = val_loss, state.step
-            run.ranks.agree(lambda: run.ranks.first and checkpoint.link(s.out_dir, "best", state.step))
+            if run.ranks.first:
+                run.background.start(functools.partial(checkpoint.link, s.out_dir, "best", state.step))
         if last or reached:
+            settle(run)
             return val_loss
         train_step(run)
         here, saved = None, False
 
 
 def stop(run):
-    """End the run, whose state has just been saved: raise Stopped."""
+    """End the run, whose state is saved: raise Stopped when that is on disk."""
+    settle(run)
     s = run.settings
     where = os.path.join(s.out_dir, checkpoint.step_name(run.state.step))
     how = "run the same command again" if s.resume != "never" else "add --resume=auto"
@@ -101,14 +106,14 @@ def train_step(run):
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)
         final = m == plan.accumulation - 1  # gradients are averaged over ranks once, with the last micro-batch
-        with contextlib.nullcontext() if final or ranks.world == 1 else run.forward.no_sync():
+        with contextlib.nullcontext() if final or ranks.world == 1 or run.sharded else run.forward.no_sync():
             with machine.autocast(run.device, run.dtype):
                 losses = distilled(run, x, y) if run.teacher else (run.forward(x, y),)
             run.scaler.scale(losses[0] / plan.accumulation).backward()
         sums[1:] += torch.stack(losses).detach()
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf).item()
-    sums[0] = run.request.signal is not None
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf)).item()
+    sums[0] = run.request.signal is not None or run.background.failed
     asked, loss, *terms = (ranks.sum(sums.cpu() / plan.accumulation, run.device) / ranks.world).tolist()
     run.stopping = asked > 0
     # The averaged gradient and the summed loss are the same on every rank, so all ranks decide alike.
@@ -146,28 +151,40 @@ def validate(run):
     began = time.perf_counter()
     # the model without DDP: ranks may have different numbers of groups
     model = run.forward.module if isinstance(run.forward, DistributedDataParallel) else run.forward
-    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, run.request)
+    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, run.request, run.sharded)
+    if run.sharded:
+        run.model.reshard()  # a forward pass keeps embeddings and head gathered for the backward pass, which never came
     run.val_s += time.perf_counter() - began
     run.stopping = loss is None
     return loss
 
 
 def save(run):
-    """Write the checkpoint of this step, on rank 0, and delete those that are no longer kept."""
+    """Copy this step's state, and let rank 0 write its checkpoint and delete those that are no longer kept while the
+    training goes on. Waits for the checkpoint before; what went wrong with that is raised here."""
+    settle(run)
     s, state = run.settings, run.state
+    tensors = checkpoint.snapshot(run.model, run.optimizer, run.copies if run.ranks.first else None)
+    if not run.ranks.first:
+        return
+    best_step = state.best_step
+    content = dataclasses.asdict(state) | {
+        "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
+        "tokens": state.step * s.batch_tokens,
+        "scaler": run.scaler.state_dict(),
+        "settings": dataclasses.asdict(s),
+    }
 
     def write():
-        content = dataclasses.asdict(state) | {
-            "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
-            "tokens": state.step * s.batch_tokens,
-            "scaler": run.scaler.state_dict(),
-            "settings": dataclasses.asdict(s),
-            **checkpoint.environment(),
-        }
-        checkpoint.save(s.out_dir, run.model, run.optimizer, content, run.lineage, tokenizer_from=s.dataset)
-        checkpoint.prune(s.out_dir, s.keep_last, state.best_step)
+        checkpoint.save(s.out_dir, tensors, run.model.config, content, run.lineage, tokenizer_from=s.dataset)
+        checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
-    run.ranks.agree(lambda: write() if run.ranks.first else None)
+    run.background.start(write)
+
+
+def settle(run):
+    """Wait until the checkpoint that is being written is whole, and the link to the best made."""
+    run.ranks.agree(run.background.join)
 
 
 def report(run, val_loss):

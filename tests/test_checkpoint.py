@@ -36,7 +36,8 @@ def save(run, step, model=None, optimizer=None):
     if model is None:
         model, optimizer = trained(step, steps=1)
     os.makedirs(run, exist_ok=True)
-    checkpoint.save(str(run), model, optimizer, {"step": step}, {"blocks": []})
+    tensors = checkpoint.snapshot(model, optimizer, {})
+    checkpoint.save(str(run), tensors, model.config, {"step": step}, {"blocks": []})
 
 
 def everything(folder):
@@ -240,6 +241,19 @@ def test_loading_leaves_no_optimizer_state_mapped(tmp_path):
     with open(path, "r+b") as f:
         f.write(b"\xff" * os.path.getsize(path))
     assert same_weights(checkpoint.optimizer_tensors(model, optimizer), checkpoint.optimizer_tensors(model, again))
+
+
+def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():
+    model, optimizer = trained()
+    copies = checkpoint.snapshot(model, optimizer, {})
+    before = {name: t.clone() for name, t in copies.items()}
+    where = {name: t.data_ptr() for name, t in copies.items()}
+    model(*torch.randint(257, (2, 2, 8)).unbind(0)).backward()
+    optimizer.step()
+    assert same_weights(copies, before)
+    assert checkpoint.snapshot(model, optimizer, copies) is copies
+    assert {name: t.data_ptr() for name, t in copies.items()} == where
+    assert same_weights(copies, checkpoint.snapshot(model, optimizer, {})) and not same_weights(copies, before)
 
 
 def change_optimizer_file(folder, change):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from tiny import ROOT, arguments, contents, refusal, rows
 import checkpoint
 import hf
 import train
+from background import Background
 from files import lock_folder
 
 DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
@@ -74,7 +76,10 @@ def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(forks, data, tmp_pat
     out, moment = str(tmp_path / "out"), int(1 + share * (undisturbed[1] - 1))
     status, _ = forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment, number=number)
     steps = checkpoint.list_steps(out) if os.path.exists(out) else []
-    assert status == 128 + number or (share == 0.98 and status == 0), "at the very end it has nothing left to stop"
+    if share >= 0.8 and status == 0:  # the last checkpoint was being written, and nothing else was left to stop
+        assert contents(out) == undisturbed[0]
+    else:
+        assert status == 128 + number
     logged = max((r["step"] for r in rows(out)), default=0) if steps else 0
     assert not steps or int(steps[-1][5:]) >= logged, "nothing that was logged has to be done again"
     go_on(forks, data, out, undisturbed)
@@ -142,6 +147,109 @@ def test_only_a_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, caps
         assert end.value.code == 130 and checkpoint.list_steps(out)[-1] == last
         shutil.rmtree(out)
     assert "train.py: interrupted; run the same command again to go on" in capsys.readouterr().err
+
+
+# A checkpoint on its way
+
+
+@pytest.fixture
+def slow_writing(monkeypatch):
+    """What happens in order: ("step", n) begun, ("writing", n) and ("written", n); writing ends only when two more
+    steps have begun, or the training is over."""
+    events, step, save, settle = [], train.train_step, checkpoint.save, train.settle
+    free = threading.Event()
+
+    def slow(run, tensors, config, state, *more, **named):
+        events.append(("writing", state["step"]))
+        while ("step", state["step"] + 1) not in events and not free.is_set():
+            time.sleep(0.001)
+        save(run, tensors, config, state, *more, **named)
+        events.append(("written", state["step"]))
+
+    def stepping(run):
+        events.append(("step", run.state.step))
+        step(run)
+
+    def settling(run):
+        free.set()
+        settle(run)
+        free.clear()
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(train, "train_step", stepping)
+    monkeypatch.setattr(train, "settle", settling)
+    return events
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(plain, data, tmp_path, slow_writing):
+    """... and the checkpoint is of the step at which it was due; one at a time, the last before the run is over."""
+    train.main(arguments(data, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(plain)
+    for step in (4, 8):
+        assert slow_writing.index(("step", step + 1)) < slow_writing.index(("written", step))
+    done = [e for e in slow_writing if e[0] != "step"]
+    assert done == [(what, step) for step in (4, 8, 12) for what in ("writing", "written")]
+
+
+@pytest.mark.parametrize("at", [4, 5, 6])  # the checkpoint of step 4 is on its way, or just whole
+def test_a_run_asked_to_end_waits_for_its_checkpoint(data, tmp_path, monkeypatch, slow_writing, at):
+    out, step = tmp_path / "out", train.train_step
+
+    def asked(run):
+        if run.state.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(run)
+
+    monkeypatch.setattr(train, "train_step", asked)
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments(data, out, resume="auto"))
+    assert end.value.code == 143 and slow_writing[-1] == ("written", at + 1)
+    assert checkpoint.list_steps(out) == ["step_00000004", f"step_{at + 1:08d}"]
+    assert not [n for n in os.listdir(out) if n.startswith(".")]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(plain, data, tmp_path, monkeypatch):
+    """... not only when the next one is due, and its half is gone."""
+    out, save_tensors, step, failed = tmp_path / "out", hf.save_tensors, train.train_step, []
+
+    def full(path, tensors):
+        if "step_00000008" in path:
+            raise OSError(28, "No space left on device", path)
+        save_tensors(path, tensors)
+
+    def waiting(run):
+        if run.state.step == 9:
+            run.background.wait()
+        step(run)
+        failed.append(run.state.step)
+
+    monkeypatch.setattr(hf, "save_tensors", full)
+    monkeypatch.setattr(train, "train_step", waiting)
+    message = refusal(train.main, arguments(data, out))
+    assert message.startswith("train.py: No space left on device (") and "run the same command again" in message
+    assert failed[-1] <= 10 and checkpoint.list_steps(out) == ["step_00000004"]
+    assert os.readlink(out / "best") == "step_00000004" and not [n for n in os.listdir(out) if n.startswith(".")]
+    monkeypatch.undo()
+    train.main(arguments(data, out, resume="auto"))
+    assert contents(out) == contents(plain)
+
+
+def test_work_in_the_background_is_done_in_order_and_stops_at_a_failure():
+    background, done = Background(), []
+    background.join()
+    for n in range(50):
+        background.start(lambda n=n: done.append(n))
+    background.join()
+    assert done == list(range(50)) and not background.failed
+    background.start(lambda: 1 / 0)
+    background.start(lambda: done.append("never"))
+    background.wait()
+    assert background.failed and done[-1] == 49
+    with pytest.raises(ZeroDivisionError):
+        background.join()
+    background.start(lambda: done.append("again"))
+    background.join()
+    assert done[-1] == "again"
 
 
 # A full disk

@@ -1,0 +1,92 @@
+"""How long training stands still for a checkpoint, against writing the same checkpoint while it waits: GPT-2 124M with
+AdamW's moments on the CPU; and how much slower the steps are while the copy is being written.
+
+python bench/save.py        # on an otherwise idle machine; two minutes, 4.5 GB of disk, 6 GB of memory
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+
+import harness  # first: it finds the other files
+import numpy as np
+import torch
+
+import checkpoint
+import plan as planning
+import train
+from ranks import Ranks
+from settings import TrainSettings, parse
+
+BAR = "<= 0.2"
+
+
+def make_run(folder):
+    """A run of GPT-2 124M on random tokens, after its first step; its steps are short beside a write."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        rng.integers(0, 50257, 20_000, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
+    argv = f"--dataset={folder} --out_dir={folder}/out --block_size=128 --batch_size=1 --batch_tokens=128 --device=cpu"
+    settings, given = parse((TrainSettings,), argv.split(), "bench")
+    run = train.setup(settings, planning.make_plan(settings, given, 1), Ranks(), torch.device("cpu"))
+    train.train_step(run)
+    return run
+
+
+def plainly(run):
+    """Write the same checkpoint, synchronously, from the tensors themselves."""
+    state = {"step": run.state.step}
+    tensors = dict(run.model.named_parameters()) | checkpoint.optimizer_tensors(run.model, run.optimizer)
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    checkpoint.save(run.settings.out_dir, tensors, run.model.config, state, run.lineage)
+    checkpoint.prune(run.settings.out_dir, 1, None)
+
+
+def steps_while_writing(run):
+    """Seconds of each step taken while a checkpoint is written."""
+    train.save(run)
+    times = []
+    while run.background.thread.is_alive():
+        times.append(harness.seconds(lambda: train.train_step(run)))
+    return times
+
+
+def main():
+    """Measure, print, and write the rows."""
+    folder = tempfile.mkdtemp(dir=harness.ROOT, prefix=".bench-save-")
+    try:
+        run = make_run(folder)
+        first = harness.seconds(lambda: train.save(run))
+
+        def prepare(_):
+            train.settle(run)
+            os.sync()
+            run.state.step += 1
+
+        works = {"blocked": lambda: train.save(run), "plain": lambda: plainly(run)}
+        times = harness.interleaved(works, prepare=prepare)
+        prepare("")
+        alone = statistics.median(harness.seconds(lambda: train.train_step(run)) for _ in range(7))
+        beside = steps_while_writing(run)
+        train.settle(run)
+        copied = sum(t.nbytes for t in run.copies.values()) / 1e6
+    finally:
+        shutil.rmtree(folder)
+    name = "checkpoint save, GPT-2 124M"
+    row = harness.row
+    harness.report(
+        [
+            row(f"{name}: training blocked, of a synchronous save", times["blocked"] / times["plain"], "ratio", BAR),
+            row(f"{name}: the same for a run's first save", first / times["plain"], "ratio"),
+            row(f"{name}: synchronous", times["plain"], "s"),
+            row(f"{name}: blocked", times["blocked"], "s"),
+            row(f"{name}: memory of the copy", copied, "MB"),
+            row(f"{name}: until written, beside steps", sum(beside), "s"),
+            row(f"{name}: a step meanwhile, of one alone", statistics.mean(beside) / alone, "ratio"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
