@@ -7,7 +7,6 @@ implement is refused by name.
 """
 
 import contextlib
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -228,9 +227,25 @@ class Weights(Mapping):
 
 def shapes(config):
     """{canonical name: shape in Hugging Face's orientation} of every tensor that a folder with `config` must hold."""
-    with torch.device("meta"):
-        full = GPT(dataclasses.replace(config, bias=True))
-    return {name: tuple(p.t().shape if name.endswith(INPUT_FIRST) else p.shape) for name, p in full.named_parameters()}
+    C = config.n_embd
+    block = {
+        "ln_1.weight": (C,),
+        "ln_1.bias": (C,),
+        "attn.c_attn.weight": (C, 3 * C),
+        "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C),
+        "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,),
+        "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (C, 4 * C),
+        "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (4 * C, C),
+        "mlp.c_proj.bias": (C,),
+    }
+    wanted = {"transformer.wte.weight": (config.vocab_size, C), "transformer.wpe.weight": (config.block_size, C)}
+    for i in range(config.n_layer):
+        wanted |= {f"transformer.h.{i}.{name}": shape for name, shape in block.items()}
+    return wanted | {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
 
 
 def check_weights(weights, config):
