@@ -31,10 +31,10 @@ NVLINK, NETWORK = 300e9, 40e9  # bytes/s that a GPU moves inside a node, and thr
 LATENCY = 20e-6  # seconds of each of the ring's hops
 DOLLARS = 2.5  # for an hour of a GPU
 ASSUMED = (
-    f"Assumed: {PEAK / 1e12:.0f} TFLOP/s at {MFU:.0%}; ring all-reduce of fp32 gradients, {NVLINK / 1e9:.0f} GB/s a GPU in "
-    f"a node of {NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, {LATENCY * 1e6:.0f} us a hop; the backward pass (2/3 of the "
-    f"compute) hides all of it but a tenth; max(512, GPUs) sequences of {T} a step; ${DOLLARS} per GPU-hour; memory is "
-    "weights, gradients and moments (16 bytes each parameter, DDP's buckets 4 more), without activations."
+    f"Assumed: {PEAK / 1e12:.0f} TFLOP/s at {MFU:.0%}; ring all-reduce of fp32 gradients, {NVLINK / 1e9:.0f} GB/s a GPU "
+    f"in a node of {NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, {LATENCY * 1e6:.0f} us a hop; the backward pass (2/3 of "
+    f"the compute) hides all of it but a tenth; max(512, GPUs) sequences of {T} a step; ${DOLLARS} per GPU-hour; memory "
+    "is weights, gradients and moments (16 bytes each parameter, DDP's buckets 4 more), without activations."
 )
 
 
@@ -66,7 +66,7 @@ def table():
 
 
 def worker():
-    """One of one or two processes: print (rank 0) the median seconds of a step and of an all-reduce of its gradients."""
+    """One of one or two processes: print (rank 0) the median seconds of a step and of its gradients' all-reduce."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = GPT(GPTConfig(block_size=128, vocab_size=8192, n_vocab=8192, n_layer=4, n_head=4, n_embd=256))
