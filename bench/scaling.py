@@ -31,10 +31,10 @@ NVLINK, NETWORK = 300e9, 40e9  # bytes/s that a GPU moves inside a node, and thr
 LATENCY = 20e-6  # seconds of each of the ring's hops
 DOLLARS = 2.5  # for an hour of a GPU
 ASSUMED = (
-    f"Assumed: {PEAK / 1e12:.0f} TFLOP/s at {MFU:.0%}; ring all-reduce of fp32 gradients, {NVLINK / 1e9:.0f} GB/s a GPU "
-    f"in a node of {NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, {LATENCY * 1e6:.0f} us a hop; the backward pass (2/3 of "
-    f"the compute) hides all of it but a tenth; max(512, GPUs) sequences of {T} a step; ${DOLLARS} per GPU-hour; memory "
-    "is weights, gradients and moments (16 bytes each parameter, DDP's buckets 4 more), without activations."
+    f"Assumed: {PEAK / 1e12:.0f} TFLOP/s at {MFU:.0%}; ring all-reduce of fp32 gradients, {NVLINK / 1e9:.0f} GB/s "
+    f"a GPU in a node of {NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, {LATENCY * 1e6:.0f} us a hop; the backward "
+    f"pass (2/3 of the compute) hides all of it but a tenth; max(512, GPUs) sequences of {T} a step; ${DOLLARS} per "
+    "GPU-hour; memory is weights, gradients and moments (16 bytes a parameter, DDP's buckets 4 more), no activations."
 )
 
 
