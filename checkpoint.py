@@ -25,6 +25,7 @@ import hf
 from errors import UserError
 from files import read_json, replacing, sha256, sync_folder, write_json
 from shard import like, whole
+from tensors import write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"
@@ -66,11 +67,13 @@ def list_steps(run):
 
 
 @contextlib.contextmanager
-def new_folder(path):
+def new_folder(path, sums):
     """Yield a temporary neighbour folder to fill; on success its files' hashes are added, it is renamed to `path`, and
     the rename made durable.
 
-    On an exception it is removed. Raises UserError when `path` exists: a checkpoint is never overwritten.
+    sums: a dict in which whoever fills the folder leaves the {file name: hex sha256} that it knows already; the other
+    files are read for theirs. On an exception the folder is removed. Raises UserError when `path` exists: a checkpoint
+    is never overwritten.
     """
     path = os.fspath(path).rstrip("/")
     parent, name = os.path.dirname(path) or ".", os.path.basename(path)
@@ -83,9 +86,8 @@ def new_folder(path):
         os.mkdir(temporary)
         yield temporary
         with replacing(os.path.join(temporary, SUMS), "w") as f:
-            f.writelines(
-                f"{sha256(os.path.join(temporary, n))}  {n}\n" for n in sorted(os.listdir(temporary)) if n[0] != "."
-            )
+            names = sorted(n for n in os.listdir(temporary) if n[0] != ".")
+            f.writelines(f"{sums.get(n) or sha256(os.path.join(temporary, n))}  {n}\n" for n in names)
         os.rename(temporary, path)
         sync_folder(parent)
     except BaseException:
@@ -190,10 +192,12 @@ def save(run, tensors, config, state, lineage, tokenizer_from=None):
     tensors: a `snapshot`; config: of its model; state: what state.json is to hold besides the environment.
     """
     folder = os.path.join(run, step_name(state["step"]))
-    with new_folder(folder) as temporary:
-        hf.write_model(temporary, hf.arrange(tensors, config), config, tokenizer_from)
+    sums = {}
+    with new_folder(folder, sums) as temporary:
+        sums["model.safetensors"] = hf.write_model(temporary, hf.arrange(tensors, config), config, tokenizer_from)
         path = os.path.join(temporary, "optimizer.safetensors")
-        hf.save_tensors(path, {name: tensor for name, tensor in tensors.items() if "/" in name})
+        state_of_optimizer = {name: tensor for name, tensor in tensors.items() if "/" in name}
+        sums["optimizer.safetensors"] = write_tensors(path, state_of_optimizer)
         write_json(os.path.join(temporary, "state.json"), state | environment())
         write_json(os.path.join(temporary, "lineage.json"), lineage)
     link(run, "latest", state["step"])

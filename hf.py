@@ -7,19 +7,17 @@ implement is refused by name.
 """
 
 import contextlib
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import hf_tokenizer
 from errors import UserError
 from files import read_json, sync_folder, write_json
 from model import GPT, GPTConfig
+from tensors import DTYPES, pieces, read_header, stored, write_tensors
 
 INPUT_FIRST = (
     "attn.c_attn.weight",
@@ -35,7 +33,6 @@ MOST = {
     "n_positions": 2**26,
     "vocab_size": 2**26,
 }  # or it is damaged
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def download(name, weights=True):
@@ -184,14 +181,14 @@ def hf_config(config):
 
 
 class Weights(Mapping):
-    """The tensors of a checkpoint folder by their canonical names (`transformer.…`), each read when asked for.
+    """The tensors of a checkpoint folder by their canonical names (`transformer.…`), none read yet (tensors.Lazy).
 
     They have Hugging Face's orientation and the file's dtype. Names without the `transformer.` prefix are accepted,
     causal-mask buffers and the copy of the tied head are left out. Raises UserError for damaged or missing files.
     """
 
     def __init__(self, folder):
-        self.folder, self.files, self.where = folder, {}, {}
+        self.folder, self.tensors = folder, {}
         index = os.path.join(folder, "model.safetensors.index.json")
         names = sorted(set(read_index(index).values())) if os.path.exists(index) else ["model.safetensors"]
         for name in names:
@@ -200,58 +197,55 @@ class Weights(Mapping):
                 pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
                 hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
                 raise UserError(f"{folder} has no {name}{', ' + hint if pickled else '; is it a checkpoint?'}")
-            try:
-                self.files[path] = safe_open(path, framework="pt")
-                keys = self.files[path].keys()
-            except (SafetensorError, OSError) as e:
-                raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
-            for key in keys:
+            entries = read_header(path)
+            file = open(path, "rb")  # noqa: SIM115  (as long as one of its tensors is in use)
+            for key, (dtype, shape, offset) in entries.items():
                 canonical = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
                 if re.search(r"\.attn\.(bias|masked_bias)$", canonical):
                     continue
-                if canonical in self.where:
+                if canonical in self.tensors:
                     raise UserError(f"{path} holds {canonical} twice")
-                dtype = self.files[path].get_slice(key).get_dtype()
-                if dtype not in FLOATS:
-                    raise UserError(f"{path}: {canonical} is of type {dtype}, not one of {', '.join(FLOATS)}")
-                self.where[canonical] = (path, key)
-        if "lm_head.weight" in self.where and "transformer.wte.weight" in self.where:
-            head, wte = self["lm_head.weight"], self["transformer.wte.weight"]
-            if head.shape != wte.shape or not torch.equal(head, wte):
+                if dtype not in DTYPES:
+                    raise UserError(f"{path}: {canonical} is of type {dtype}, not one of {', '.join(DTYPES)}")
+                self.tensors[canonical] = stored(file, canonical, dtype, shape, offset)
+        head, wte = (self.tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+        if head is not None and wte is not None:
+            same = head.shape == wte.shape and len(wte.shape) == 2
+            if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
                 raise UserError(f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented")
-            del self.where["lm_head.weight"]
+            del self.tensors["lm_head.weight"]
 
     def __getitem__(self, name):
-        path, key = self.where[name]
-        return check_finite(self.files[path].get_tensor(key), name, path)
-
-    def shape(self, name):
-        """The shape of a tensor, as a tuple, without reading it."""
-        path, key = self.where[name]
-        return tuple(self.files[path].get_slice(key).get_shape())
-
-    def __contains__(self, name):  # Mapping's own would read the tensor
-        return name in self.where
+        return self.tensors[name]
 
     def __iter__(self):
-        return iter(self.where)
+        return iter(self.tensors)
 
     def __len__(self):
-        return len(self.where)
-
-
-def check_finite(tensor, name, source):
-    """The tensor, if all of it is finite; else UserError: the run that wrote it had diverged, or it is damaged."""
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{source}: {name:.80} holds NaN or infinity: take an earlier checkpoint")
-    return tensor
+        return len(self.tensors)
 
 
 def shapes(config):
     """{canonical name: shape in Hugging Face's orientation} of every tensor that a folder with `config` must hold."""
-    with torch.device("meta"):
-        full = GPT(dataclasses.replace(config, bias=True))
-    return {name: tuple(p.t().shape if name.endswith(INPUT_FIRST) else p.shape) for name, p in full.named_parameters()}
+    C = config.n_embd
+    block = {
+        "ln_1.weight": (C,),
+        "ln_1.bias": (C,),
+        "attn.c_attn.weight": (C, 3 * C),
+        "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C),
+        "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,),
+        "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (C, 4 * C),
+        "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (4 * C, C),
+        "mlp.c_proj.bias": (C,),
+    }
+    wanted = {"transformer.wte.weight": (config.vocab_size, C), "transformer.wpe.weight": (config.block_size, C)}
+    for i in range(config.n_layer):
+        wanted |= {f"transformer.h.{i}.{name}": shape for name, shape in block.items()}
+    return wanted | {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
 
 
 def check_weights(weights, config):
@@ -259,7 +253,7 @@ def check_weights(weights, config):
     wanted = shapes(config)
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
     wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
-    found = {n: weights.shape(n) for n in wanted if n in weights}
+    found = {n: tuple(weights[n].shape) for n in wanted if n in weights}
     wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
@@ -287,10 +281,13 @@ def fill(model, state, source):
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in state:
-            tensor = state[name]
             if name in parameters:
-                parameters[name].copy_(tensor.t() if name.endswith(INPUT_FIRST) else tensor)
-            elif tensor.any():
+                p = parameters[name].t() if name.endswith(INPUT_FIRST) else parameters[name]
+                start = 0
+                for piece in pieces(state[name]):
+                    p[start : start + len(piece)].copy_(piece)
+                    start += len(piece)
+            elif state[name][:].any():
                 raise UserError(f"{source}: {name} is not zero, though its config.json says bias: false")
 
 
@@ -320,38 +317,18 @@ def arrange(parameters, config):
 
 
 def write_model(folder, state, config, tokenizer_from=None):
-    """Write config.json and model.safetensors into an existing folder and fsync them.
+    """Write config.json and model.safetensors into an existing folder and fsync them; returns the latter's sha256.
 
-    `state` has canonical names and Hugging Face's orientation. The tokenizer's files go beside them, those found in
-    the folder `tokenizer_from` or else made (hf_tokenizer.py). The folder is not yet what anybody looks for: the
-    caller renames it into place.
+    `state` has canonical names and Hugging Face's orientation; its tensors may be Lazy. The tokenizer's files go beside
+    them, those found in the folder `tokenizer_from` or else made (hf_tokenizer.py). The folder is not yet what anybody
+    looks for: the caller renames it into place.
     """
-    path = os.path.join(folder, "model.safetensors")
-    seen = set()  # a block in two places is the same memory, which safetensors refuses to write twice
-    state = {name: t.clone() if t.data_ptr() in seen or seen.add(t.data_ptr()) else t for name, t in state.items()}
-    save_tensors(path, state)
+    digest = write_tensors(os.path.join(folder, "model.safetensors"), state)
     write_json(os.path.join(folder, "config.json"), hf_config(config))
     for name, content in hf_tokenizer.files(config, tokenizer_from).items():
         with open(os.path.join(folder, name), "wb") as f:
             f.write(content)
-        finish_file(f.name)
+            f.flush()
+            os.fsync(f.fileno())
     sync_folder(folder)
-
-
-def save_tensors(path, tensors):
-    """Write {name: tensor} to a safetensors file, and fsync it. Raises OSError when the disk is full or the like."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})  # more keys would be written in random order
-    except SafetensorError as e:
-        code = re.search(r"os error (\d+)", str(e))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), path) from None
-    finish_file(path)
-
-
-def finish_file(path):
-    """fsync a file that another library has written, and let others read it (safetensors writes 0600)."""
-    os.chmod(path, 0o644)
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+    return digest

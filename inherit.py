@@ -10,6 +10,7 @@ The paper's other initialisations are --recipe, --parts and --layernorms; recipe
 
 import argparse
 import hashlib
+import math
 import os
 import re
 
@@ -151,10 +152,11 @@ def build(args):
         how["seed"] = args.seed
         state, new_config, blocks = initialise(weights, config, args.recipe, k or config.n_layer, **how)
         origin = lineage(folder, blocks, recipe=args.recipe, **how, **why)
-    with checkpoint.new_folder(args.out) as temporary:
-        hf.write_model(temporary, state, new_config, tokenizer_from=folder)
+    sums = {}
+    with checkpoint.new_folder(args.out, sums) as temporary:
+        sums["model.safetensors"] = hf.write_model(temporary, state, new_config, tokenizer_from=folder)
         write_json(os.path.join(temporary, "lineage.json"), origin)
-    total = sum(t.numel() for t in state.values())
+    total = sum(math.prod(t.shape) for t in state.values())
     return f"{args.out}: {new_config.n_layer} of {config.n_layer} blocks, {total:,} values"
 
 

@@ -12,6 +12,7 @@ import torch
 import hf
 from errors import UserError
 from model import GPTConfig
+from tensors import check_finite
 
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and padded as nanoGPT does
 
@@ -20,10 +21,6 @@ class Tensors(dict):
     """{canonical name: tensor in Hugging Face's orientation}, with what hf.Weights has besides."""
 
     folder: str
-
-    def shape(self, name):
-        """The shape of a tensor, as a tuple."""
-        return tuple(self[name].shape)
 
 
 def read(path):
@@ -71,7 +68,7 @@ def canonical(path, state, config):
             raise UserError(f"{path}: {name:.80} is not a tensor of floating-point numbers")
         if name in tensors:
             raise UserError(f"{path} holds {name:.80} twice")
-        hf.check_finite(tensor, name, path)
+        check_finite(tensor, name, path)
         turned = name.endswith(hf.INPUT_FIRST) and tensor.dim() == 2
         tensors[name] = (tensor.t() if turned else tensor).detach().contiguous()
     if not config.bias:

@@ -1,8 +1,8 @@
 """Every initialisation that the paper compares, as pure functions on state dicts.
 
 A state dict maps canonical names (`transformer.h.0.attn.c_attn.weight` …) to tensors in Hugging Face's orientation
-(in, out). Arguments are only read, and of a lazy mapping only the tensors that are kept; what is kept unchanged is the
-same tensor, in its dtype. Nothing here knows of files: inherit.py is the command.
+(in, out), torch's or Lazy (tensors.py). Arguments are only read; what is kept unchanged is the same tensor, in its
+dtype, and no Lazy tensor is read here. Nothing here knows of files: inherit.py is the command.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import torch
 import hf
 from errors import UserError
 from model import GPT
+from tensors import Lazy
 
 RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "stack", "hybrid", "half_width", "random")
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}  # prefixes in a block
@@ -87,6 +88,7 @@ def choose_blocks(recipe, n_layer, k):
 
 def halve(state, config):
     """(state, config) at half width: the first floor(n_head / 2) heads, as many channels as they have, MLP 4 × that.
+    All its tensors are Lazy.
 
     The paper does not say which channels of embeddings and LayerNorms it keeps; the first ones go with the first heads.
     Raises UserError for a single head.
@@ -96,19 +98,19 @@ def halve(state, config):
         raise UserError("half_width needs at least two heads")
     C, c = config.n_embd, n_head * (config.n_embd // config.n_head)
 
-    def cut(name, tensor):
+    def columns(name, rows):
         if ".c_attn." in name:  # q, k and v side by side: the first c columns of each
-            tensor = tensor.unflatten(-1, (3, C))[..., :c].flatten(-2)
-        elif ".c_fc." in name:
-            tensor = tensor[..., : 4 * c]
-        else:
-            tensor = tensor[..., :c]
-        if name.endswith(hf.INPUT_FIRST):
-            tensor = tensor[: 4 * c] if ".mlp.c_proj." in name else tensor[:c]
-        return tensor.contiguous()
+            return rows.unflatten(-1, (3, C))[..., :c].flatten(-2)
+        return rows[..., : 4 * c if ".c_fc." in name else c].contiguous()
+
+    def cut(name, tensor, shape):
+        if len(shape) == 1:  # whose columns are its rows
+            return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[:])[a:b])
+        return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[a:b]))
 
     small = dataclasses.replace(config, n_head=n_head, n_embd=c)
-    return {name: cut(name, state[name]) for name in state}, small
+    shapes = hf.shapes(small)
+    return {name: cut(name, state[name], shapes[name]) for name in state}, small
 
 
 def fresh(config, seed):

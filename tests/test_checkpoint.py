@@ -63,7 +63,15 @@ def test_a_checkpoint_holds_these_files(tmp_path):
 
 @pytest.mark.parametrize(
     "where",
-    ["hf.save_file", "checkpoint.sha256", "hf.write_json", "checkpoint.write_json", "hf.finish_file", "os.rename"],
+    [
+        "hf.write_tensors",
+        "checkpoint.write_tensors",
+        "checkpoint.sha256",
+        "hf.write_json",
+        "checkpoint.write_json",
+        "os.fsync",
+        "os.rename",
+    ],
 )
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
 def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, error):

@@ -3,6 +3,7 @@
 pytest tests/test_hf.py
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -228,6 +229,15 @@ def test_a_gpt2_made_elsewhere_takes_the_tokenizer_of_its_size(saved):
     edit_config(saved[0], vocab_size=50257, eos_token_id=50256)
     config = hf.read_config(str(saved[0]))
     assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
+
+
+def test_shapes_are_those_of_the_model_in_its_order():
+    """Linear layers turned. It does not take a model, as torch's meta device costs seconds of imports."""
+    for config in (tiny_config(), tiny_config(n_layer=11, n_head=3, n_embd=24, block_size=5, bias=False)):
+        with torch.device("meta"):
+            model = GPT(dataclasses.replace(config, bias=True))
+        turned = {n: p.t() if n.endswith(hf.INPUT_FIRST) else p for n, p in model.named_parameters()}
+        assert list(hf.shapes(config).items()) == [(n, tuple(p.shape)) for n, p in turned.items()]
 
 
 def test_writing_needs_no_biases_in_the_model():

@@ -1,0 +1,128 @@
+"""Tensors in pieces: the bytes of safetensors' own writer, whatever the size of a piece, and no more in memory.
+
+pytest tests/test_tensors.py
+"""
+
+import hashlib
+import math
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import gpt2, refusal, tiny_model, write_checkpoint
+
+import checkpoint
+import hf
+import inherit
+import tensors
+from errors import UserError
+from tensors import Lazy, check_finite, pieces, read_header, stored, write_tensors
+
+
+def some_tensors():
+    """All dtypes and unusual shapes, named so that neither names nor sizes alone give the order in the file."""
+    torch.manual_seed(0)
+    shapes = {"a": (3, 5), "é": (7,), 'b\\"': (), "c": (0, 4), "d": (2, 3, 4), "A": (1,)}
+    return {
+        f"{name}{i}": torch.randn(shape).to(dtype)
+        for i, dtype in enumerate((torch.float16, torch.float64, torch.bfloat16, torch.float32))
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("piece", [1, 24, 2**22])
+def test_the_file_is_what_safetensors_writes(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(tensors, "PIECE", piece)
+    made = some_tensors()
+    save_file(made, tmp_path / "theirs", metadata={"format": "pt"})
+    digest = write_tensors(tmp_path / "ours", made)
+    content = (tmp_path / "ours").read_bytes()
+    assert content == (tmp_path / "theirs").read_bytes()
+    assert digest == hashlib.sha256(content).hexdigest()
+
+
+def test_what_is_stored_is_read_by_rows(tmp_path):
+    made = {name: t for name, t in some_tensors().items() if t.dim()}
+    save_file(made, tmp_path / "file")
+    with open(tmp_path / "file", "rb") as f:
+        lazy = {name: stored(f, name, *entry) for name, entry in read_header(tmp_path / "file").items()}
+        assert {n: (t.shape, t.dtype) for n, t in lazy.items()} == {n: (t.shape, t.dtype) for n, t in made.items()}
+        for name, tensor in made.items():
+            for rows in (slice(None), slice(1, 2), slice(2), slice(1, 100)):
+                assert torch.equal(lazy[name][rows], tensor[rows]), (name, rows)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--layers=2"], ["--blocks=2,0,0"], ["--recipe=half_width"], ["--recipe=stack", "--layers=6"]]
+)
+@pytest.mark.parametrize("shards", ["1GB", "20KB"])
+def test_no_more_than_a_piece_is_in_memory(tmp_path, monkeypatch, flags, shards):
+    """Every recipe that keeps what it takes gives the same file in pieces of 300 bytes, and never holds more."""
+    gpt2(tiny_model()).save_pretrained(tmp_path / "ref", max_shard_size=shards)
+    command = ["--ckpt", str(tmp_path / "ref"), *flags, "--out"]
+    inherit.main([*command, str(tmp_path / "whole")])
+    sizes, check = [], tensors.check_finite
+    monkeypatch.setattr(tensors, "PIECE", 300)
+    monkeypatch.setattr(tensors, "check_finite", lambda t, *a: sizes.append(t.nbytes) or check(t, *a))
+    inherit.main([*command, str(tmp_path / "pieces")])
+    for name in ("model.safetensors", checkpoint.SUMS):
+        assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert max(sizes) <= (600 if "half_width" in flags[0] else 300), "half of what is read is kept there"
+    assert sum(sizes) > os.path.getsize(tmp_path / "whole/model.safetensors") * 0.8, "nothing came another way"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_what_has_no_nan_and_no_infinity(dtype):
+    big = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
+    assert check_finite(big, "x", "f") is big, "their sum is infinite, they are not"
+    for bad in (math.nan, math.inf, -math.inf):
+        for row in (torch.tensor([1.0, bad, 2.0]), torch.tensor([bad, -bad])):
+            with pytest.raises(UserError, match="f: x holds NaN or infinity"):
+                check_finite(row.to(dtype), "x", "f")
+
+
+def test_a_nan_in_the_last_piece_is_found_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "PIECE", 64)
+    write_checkpoint(tmp_path / "ref")
+    path = tmp_path / "ref/model.safetensors"
+    state = {name: t.clone() for name, t in load_file(path).items()}
+    state["transformer.wte.weight"][-1, -1] = math.nan
+    save_file(state, path)
+    said = refusal(inherit.main, ["--ckpt", tmp_path / "ref", "--layers=1", "--out", tmp_path / "sub"])
+    assert "wte.weight holds NaN" in said and os.listdir(tmp_path) == ["ref"]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    write_checkpoint(tmp_path / "ref")
+    weights = hf.Weights(str(tmp_path / "ref"))
+    os.truncate(tmp_path / "ref/model.safetensors", 5000)
+    with pytest.raises(UserError, match=r"ref/model.safetensors ends within transformer.wte.weight"):
+        weights["transformer.wte.weight"][:]
+
+
+def test_a_full_disk_is_an_oserror_with_the_name(tmp_path):
+    with pytest.raises(OSError, match="No space left") as e:
+        write_tensors("/dev/full", {"x": torch.zeros(10)})
+    assert e.value.errno == 28
+
+
+def test_pieces_are_runs_of_rows(monkeypatch):
+    monkeypatch.setattr(tensors, "PIECE", 100)
+    made = torch.arange(7 * 10.0).reshape(7, 10)
+    lazy = Lazy(made.shape, made.dtype, lambda a, b: made[a:b])
+    for tensor in (made, lazy):
+        found = list(pieces(tensor))
+        assert [len(p) for p in found] == [2, 2, 2, 1] and torch.equal(torch.cat(found), made)
+    assert [len(p) for p in pieces(torch.zeros(2, 30))] == [1, 1], "a row is never cut"
+    assert list(pieces(torch.zeros(0, 3))) == []
+    assert [p.shape for p in pieces(torch.zeros(3, 0))] == [(3, 0)]
+
+
+def test_an_untied_head_of_any_shape_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "ref")
+    path = tmp_path / "ref/model.safetensors"
+    for odd in (torch.tensor(1.0), torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 0)):
+        save_file({"lm_head.weight": odd, "transformer.wte.weight": odd.clone()}, path)
+        with pytest.raises(UserError, match=str(tmp_path / "ref")):
+            hf.open_model(str(tmp_path / "ref"))
