@@ -57,18 +57,18 @@ mutants: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python bench/step.py small
 	$(BIN)/python bench/step.py gpt2
-	$(BIN)/python bench/sample.py
-	$(BIN)/python bench/prepare.py
-	$(BIN)/python bench/inherit.py
+	$(BIN)/python bench/sampling.py
+	$(BIN)/python bench/preparation.py
+	$(BIN)/python bench/inheriting.py
 	$(BIN)/python bench/loading.py
-	$(BIN)/python bench/save.py
+	$(BIN)/python bench/saving.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/scaling.py
 	@echo; $(BIN)/python bench/harness.py
 
 bench-long: bench
-	$(BIN)/python bench/prepare.py --long
+	$(BIN)/python bench/preparation.py --long
 	$(BIN)/python bench/muon.py
 
 clean:

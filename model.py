@@ -44,7 +44,7 @@ class Linear(nn.Linear):
     """nn.Linear that reads its weights at the speed of the memory when a CPU samples.
 
     A few rows times a large matrix is bound by reading the matrix, for which BLAS uses one core, or both badly. As a
-    batch of products with bands of the matrix it uses all cores (bench/sample.py: 1.6 times the bandwidth).
+    batch of products with bands of the matrix it uses all cores (bench/sampling.py: 1.6 times the bandwidth).
     """
 
     def forward(self, x):

@@ -51,14 +51,22 @@ def world(tmp_path_factory):
 
 
 def test_alpha_one_is_bit_identical_to_no_teacher(world):
+    """Where both take the loss of whole logits, which in fp32 only distillation does."""
     data, teacher, folder = world
-    train.main(arguments(data, folder / "plain"))
-    train.main(arguments(data, folder / "one", teacher=teacher, kd_alpha=1.0))
+    train.main(arguments(data, folder / "plain", dtype="bfloat16"))
+    train.main(arguments(data, folder / "one", teacher=teacher, kd_alpha=1.0, dtype="bfloat16"))
     a, b = contents(folder / "plain"), contents(folder / "one")
     for name in a:
         if name.endswith("model.safetensors"):
             assert a[name] == b[name]
     assert column(folder / "plain", "loss") == column(folder / "one", "loss")
+
+
+def test_alpha_one_has_the_losses_of_no_teacher_in_fp32(world):
+    data, teacher, folder = world
+    train.main(arguments(data, folder / "plain32"))
+    train.main(arguments(data, folder / "one32", teacher=teacher, kd_alpha=1.0))
+    np.testing.assert_allclose(column(folder / "one32", "loss"), column(folder / "plain32", "loss"), rtol=1e-6)
 
 
 def test_both_terms_are_logged_and_make_up_the_loss(world):

@@ -210,12 +210,12 @@ def test_a_run_asked_to_end_waits_for_its_checkpoint(data, tmp_path, monkeypatch
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(plain, data, tmp_path, monkeypatch):
     """... not only when the next one is due, and its half is gone."""
-    out, save_tensors, step, failed = tmp_path / "out", hf.save_tensors, train.train_step, []
+    out, write_tensors, step, failed = tmp_path / "out", hf.write_tensors, train.train_step, []
 
     def full(path, tensors):
         if "step_00000008" in path:
             raise OSError(28, "No space left on device", path)
-        save_tensors(path, tensors)
+        return write_tensors(path, tensors)
 
     def waiting(run):
         if run.state.step == 9:
@@ -223,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(plain
         step(run)
         failed.append(run.state.step)
 
-    monkeypatch.setattr(hf, "save_tensors", full)
+    monkeypatch.setattr(hf, "write_tensors", full)
     monkeypatch.setattr(train, "train_step", waiting)
     message = refusal(train.main, arguments(data, out))
     assert message.startswith("train.py: No space left on device (") and "run the same command again" in message

@@ -202,6 +202,16 @@ def test_cached_ids_are_the_uncached_ones_also_beyond_block_size(how, block_size
         assert torch.equal(generate(model, idx, 30, cached=True, **how), generate(model, idx, 30, cached=False, **how))
 
 
+def test_the_cache_spares_reading_what_was_read(monkeypatch):
+    read, hidden = [], GPT.hidden
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, idx, cache=None: read.append(idx.size(1)) or hidden(self, idx, cache)
+    )
+    idx = torch.randint(256, (1, 3))
+    generate(tiny_model(eot=0), idx, 4, temperature=0)
+    assert read[:4] == [3, 1, 1, 1][: len(read)]
+
+
 def test_greedy_ids_are_the_argmax_of_transformers():
     model = tiny_model(block_size=32)
     reference, idx = gpt2(model), torch.randint(257, (2, 3))

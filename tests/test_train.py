@@ -33,6 +33,7 @@ import checkpoint
 import hf
 import inherit
 import plan as planning
+import run as run_module
 import train
 from bench.plain import plain as plain_trainer
 from data import TrainData
@@ -220,6 +221,15 @@ def test_state_says_with_what_and_where_it_was_trained(plain):
     assert state["tokens"] == 12 * 64
     assert state["settings"]["learning_rate"] == 0.01 and state["versions"]["torch"] == torch.__version__
     assert {"git", "hardware", "best_val_loss"} <= state.keys()
+
+
+def test_what_is_sent_elsewhere_are_numbers(data, tmp_path, monkeypatch):
+    sent = {}
+    monkeypatch.setattr(run_module.log, "open_sink", lambda *_: lambda step, values: sent.update({step: values}))
+    train.main(arguments(data, tmp_path / "a"))
+    assert list(sent) == list(range(13))
+    assert all(isinstance(v, (int, float)) for values in sent.values() for v in values.values())
+    assert {"loss", "val_loss", "tokens_per_s", "memory_mb"} <= sent[12].keys() and "val_loss" not in sent[11]
 
 
 def test_mfu_is_the_share_of_the_peak(data, tmp_path, monkeypatch):

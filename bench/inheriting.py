@@ -1,6 +1,6 @@
 """inherit.py on a model of GPT-2 XL's shape: 24 of its 48 blocks, against `cp` and `sync` of as many bytes.
 
-python bench/inherit.py        # two minutes, and 13 GB in a temporary folder (--place), which is deleted
+python bench/inheriting.py        # two minutes, and 13 GB in a temporary folder (--place), which is deleted
 
 The whole process is timed, with its imports. What is read is in the page cache for both, as far as memory reaches;
 what is written must be on the disk.
@@ -52,7 +52,7 @@ def compare(place):
     make_source(source)
     arguments = ["--ckpt", source, "--layers=24", "--out", small]
     script = [sys.executable, os.path.join(harness.ROOT, "inherit.py"), *arguments]
-    memory = harness.in_own_process("inherit.py", "--memory", *arguments)
+    memory = harness.in_own_process("inheriting.py", "--memory", *arguments)
     plain = os.path.join(place, "plain")
     shutil.move(small, plain)
 

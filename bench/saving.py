@@ -1,7 +1,7 @@
 """How long training stands still for a checkpoint, against writing the same checkpoint while it waits: GPT-2 124M with
 AdamW's moments on the CPU; and how much slower the steps are while the copy is being written.
 
-python bench/save.py        # on an otherwise idle machine; two minutes, 4.5 GB of disk, 6 GB of memory
+python bench/saving.py        # on an otherwise idle machine; two minutes, 4.5 GB of disk, 6 GB of memory
 """
 
 import os

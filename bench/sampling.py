@@ -1,6 +1,6 @@
 """Sampling on the CPU at GPT-2 124M's shape: against recomputing the prefix, transformers' generate, and the memory.
 
-    python bench/sample.py        # 256 new tokens; four minutes
+    python bench/sampling.py        # 256 new tokens; four minutes
 
 The limit is the time in which the fp32 weights are read once, at the speed at which torch.sum reads a large tensor in
 the same round. Recomputing is timed at every eighth length and counted eightfold.

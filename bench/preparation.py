@@ -1,7 +1,7 @@
 """Preparation in GPT-2's vocabulary with two processes: against datasets.map, against bare tiktoken, and its memory.
 
-python bench/prepare.py            # three minutes
-python bench/prepare.py --long     # only the memory of 2 GB of input, three minutes
+python bench/preparation.py            # three minutes
+python bench/preparation.py --long     # only the memory of 2 GB of input, three minutes
 
 The text is real English, CPython's documentation and the plays of Shakespeare, in documents of 5,000 characters,
 shuffled and repeated as a .parquet. What is timed:
@@ -85,7 +85,7 @@ def ours(source, folder):
 def mapped(source, folder):
     """Tokens/s of datasets.map and a memmap, filled from shards and from batches, in a process with its own caches."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        return in_own_process("prepare.py", "--map", source, out)
+        return in_own_process("preparation.py", "--map", source, out)
 
 
 def map_and_concatenate(source, out):
