@@ -34,7 +34,7 @@ ASSUMED = (
     f"Assumed: {PEAK / 1e12:.0f} TFLOP/s at {MFU:.0%}; ring all-reduce of fp32 gradients, {NVLINK / 1e9:.0f} GB/s "
     f"a GPU in a node of {NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, {LATENCY * 1e6:.0f} us a hop; the backward "
     f"pass (2/3 of the compute) hides all of it but a tenth; max(512, GPUs) sequences of {T} a step; ${DOLLARS} per "
-    "GPU-hour; memory is weights, gradients and moments (16 bytes a parameter, DDP's buckets 4 more), no activations."
+    "GPU-hour; memory is weights, gradients and moments (16 bytes a parameter), no activations."
 )
 
 
@@ -48,7 +48,7 @@ def estimate(size, gpus):
     traffic = 2 * 4 * params * ((inside - 1) / inside / NVLINK + (nodes - 1) / nodes / inside / NETWORK)
     traffic += 2 * (inside + nodes - 2) * LATENCY
     exposed = max(traffic / 10, traffic - compute * 2 / 3)
-    return compute + exposed, tokens, params * (16 + 4 * (gpus > 1)) / 1e9, params * 16 / gpus / 1e9
+    return compute + exposed, tokens, params * 16 / 1e9, params * 16 / gpus / 1e9
 
 
 def table():
