@@ -59,7 +59,7 @@ def look(model, idx, taus=(0.9,), eta=0.9, title=None):
             x = model.embed(part.to(model.lm_head.weight.device))
             norms[0] += x.norm(dim=-1).double().sum().cpu()
             for i, block in enumerate(model.transformer.h):
-                A = block.attn.probabilities(block.ln_1(x)).flatten(0, 1)  # (B nh, T, T)
+                A = block.attn.probabilities(x, block.ln_1).flatten(0, 1)  # (B nh, T, T)
                 pieces = [measures(piece, taus, eta) for piece in A.split(max(1, ELEMENTS // (T * T)))]
                 for name in pieces[0]:
                     values = torch.cat([piece[name] for piece in pieces]).view(len(part), c.n_head)
@@ -209,7 +209,7 @@ def attention_maps(model, idx, chosen):
     x = model.embed(idx[None].to(model.lm_head.weight.device))
     maps = {}
     for i, block in enumerate(model.transformer.h):
-        A = block.attn.probabilities(block.ln_1(x))[0]  # (nh, T, T)
+        A = block.attn.probabilities(x, block.ln_1)[0]  # (nh, T, T)
         maps.update({(i, h): A[h].cpu().numpy() for layer, h in chosen if layer == i})
         x = block(x)
     return maps

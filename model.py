@@ -62,6 +62,14 @@ class Linear(nn.Linear):
         return next((n for n in range(wanted, 4 * wanted) if self.out_features % n == 0), 1)
 
 
+def after(cheap, linear, x):
+    """linear(cheap(x)), which keeps x for the backward pass and computes cheap(x) again: that takes less time there
+    than memory here. (A compiler decides such things itself.)"""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return linear(cheap(x))
+    return checkpoint(lambda x: linear(cheap(x)), x, use_reentrant=False, preserve_rng_state=False)
+
+
 class KVCache:
     """Keys and values of every block for the tokens read so far, allocated once for `room` tokens."""
 
@@ -91,23 +99,23 @@ class CausalSelfAttention(nn.Module):
         hs = config.n_embd // config.n_head
         self.scale = 1 / math.sqrt(hs) / (layer + 1 if config.scale_attn_by_inverse_layer_idx else 1)
 
-    def heads(self, x):
-        """Queries, keys and values of x (B, T, C), each (B, nh, T, hs)."""
+    def heads(self, x, norm):
+        """Queries, keys and values of norm(x) for x (B, T, C), each (B, nh, T, hs)."""
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = after(norm, self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def probabilities(self, x):
-        """Attention matrices (B, nh, T, T) for normalised x (B, T, C): what `forward` multiplies v by, without ever
+    def probabilities(self, x, norm):
+        """Attention matrices (B, nh, T, T) for norm(x), x (B, T, C): what `forward` multiplies v by, without ever
         holding it. For looking at (analyze.py): no cache, no dropout."""
-        q, k, _ = self.heads(x)
+        q, k, _ = self.heads(x, norm)
         future = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
         return (q @ k.mT * self.scale).masked_fill(future, -math.inf).softmax(dim=-1)
 
-    def forward(self, x, cache=None):
-        """What attention adds to the residual stream, (B, T, C), for its normalised x (B, T, C)."""
+    def forward(self, x, norm, cache=None):
+        """What attention to norm(x) adds to the residual stream x (B, T, C)."""
         B, T, C = x.size()
-        q, k, v = self.heads(x)
+        q, k, v = self.heads(x, norm)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # With a cache, T > 1 happens only when it was empty, and a single query may look at every key.
@@ -123,10 +131,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh")
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+    def forward(self, x, norm):
+        """What the MLP of norm(x) adds to the residual stream x (B, T, C)."""
+        return self.dropout(after(self.gelu, self.c_proj, after(norm, self.c_fc, x)))
 
 
 class Block(nn.Module):
@@ -138,8 +148,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(x, self.ln_1, cache)
+        return x + self.mlp(x, self.ln_2)
 
 
 class GPT(nn.Module):

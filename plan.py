@@ -262,14 +262,14 @@ def training_memory(config, micro_batch, accumulation, half, shards=1, checkpoin
     if shards > 1:  # gathered: embeddings and head, and two blocks, one of them ahead of its turn; also as gradients
         one_more, _ = costs(dataclasses.replace(config, n_layer=config.n_layer + 1))
         held += 2 * (embedding + 2 * 4 * (one_more - n_params))
-    # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms,
-    # their outputs, q k v, attention's output, and the MLP's 4C before and after GELU
-    per_block = 2 * 4 + act * (2 + 3 + 1 + 8)
+    # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms, q k
+    # v, attention's output, and the MLP's 4C before GELU (what norms and GELU make of these is computed again)
+    per_block = 2 * 4 + act * (3 + 1 + 4)
     blocks = 4 * config.n_layer + per_block if checkpointed else per_block * config.n_layer
     if half:  # of all the logits: their log-softmax and two gradients, in fp32
         head = rows * config.vocab_size * 3 * 4
-    else:  # a chunk of logits, and the head's gradient, which the forward pass computes
-        head = min(rows, LOSS_ROWS.batch_chunk_size) * config.vocab_size * 4 + embedding
+    else:  # a chunk of logits, its gradient, and the head's, which the forward pass computes
+        head = min(rows, LOSS_ROWS.batch_chunk_size) * config.vocab_size * 2 * 4 + embedding
     forward = rows * config.n_embd * blocks + head
     gradients = 4 * n_params / shards
     # a backward pass begins with the activations, and with gradients if there was one before; it ends with the
