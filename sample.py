@@ -71,7 +71,13 @@ def main(argv=None):
     parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
     parser.add_argument("--seed", type=int, default=1337, help="of the draws")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: bfloat16 on GPUs that have it, else float32); on CPUs bfloat16 makes one sample "
+        "faster and many slower, and changes logits by 1 %% of their spread (bench/sampling.py)",
+    )
     parser.add_argument("--tokenizer", help="bytes, a tiktoken name or ranks file, where the checkpoint does not say")
     args = parser.parse_args(argv)
     check(args)

@@ -100,5 +100,13 @@ def report(rows):
         writer.writerows([*kept, *new.values()])
 
 
+def markdown(rows):
+    """Print those of the rows that have a bar as the table in README.md."""
+    print("| measured | value | bar | |\n|---|--:|--:|---|")
+    for r in rows:
+        if r["bar"]:
+            print(f"| {r['name']} | {r['value']} {r['unit'].replace('ratio', '')} | {r['bar']} | {r['verdict']} |")
+
+
 if __name__ == "__main__":
-    show(read())
+    markdown(read()) if "--markdown" in sys.argv else show(read())
