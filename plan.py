@@ -262,8 +262,8 @@ def training_memory(config, micro_batch, accumulation, half, shards=1, checkpoin
     if shards > 1:  # gathered: embeddings and head, and two blocks, one of them ahead of its turn; also as gradients
         one_more, _ = costs(dataclasses.replace(config, n_layer=config.n_layer + 1))
         held += 2 * (embedding + 2 * 4 * (one_more - n_params))
-    # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms, q k
-    # v, attention's output, and the MLP's 4C before GELU (what norms and GELU make of these is computed again)
+    # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms,
+    # q k v, attention's output, and the MLP's 4C before GELU (what norms and GELU make of them is computed again)
     per_block = 2 * 4 + act * (3 + 1 + 4)
     blocks = 4 * config.n_layer + per_block if checkpointed else per_block * config.n_layer
     if half:  # of all the logits: their log-softmax and two gradients, in fp32

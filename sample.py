@@ -76,7 +76,7 @@ def main(argv=None):
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights (default: bfloat16 on GPUs that have it, else float32); on CPUs bfloat16 makes one sample "
-        "faster and many slower, and changes logits by 1 %% of their spread (bench/sampling.py)",
+        "faster but may make many slower, and changes logits by 1 %% of their spread (bench/sampling.py)",
     )
     parser.add_argument("--tokenizer", help="bytes, a tiktoken name or ranks file, where the checkpoint does not say")
     args = parser.parse_args(argv)
