@@ -57,16 +57,16 @@ def look(model, idx, taus=(0.9,), eta=0.9, title=None):
     with tqdm(total=N * c.n_layer, desc=title, unit="map", disable=title is None) as bar:
         for part in idx.split(max(1, ELEMENTS // (c.n_head * T * T))):  # (B, T)
             x = model.embed(part.to(model.lm_head.weight.device))
-            norms[0] += x.norm(dim=-1).double().sum().cpu()
+            norms[0] += x.norm(dim=-1).cpu().double().sum()
             for i, block in enumerate(model.transformer.h):
                 A = block.attn.probabilities(x, block.ln_1).flatten(0, 1)  # (B nh, T, T)
                 pieces = [measures(piece, taus, eta) for piece in A.split(max(1, ELEMENTS // (T * T)))]
                 for name in pieces[0]:
                     values = torch.cat([piece[name] for piece in pieces]).view(len(part), c.n_head)
-                    heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())[i] += values.sum(0).cpu() / N
+                    heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())[i] += values.sum(0) / N
                 before, x = x, block(x)
-                influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).double().sum().cpu()
-                norms[i + 1] += x.norm(dim=-1).double().sum().cpu()
+                influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
+                norms[i + 1] += x.norm(dim=-1).cpu().double().sum()
                 bar.update(len(part))
     return heads, influence / (N * T), norms / (N * T)
 
@@ -87,7 +87,7 @@ def skip_losses(model, idx, targets, title=None):
                 for block in model.transformer.h[i + 1 :]:
                     rest = block(rest)
                 logits = model.lm_head(model.transformer.ln_f(rest))
-                sums[i] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").double().cpu()
+                sums[i] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").cpu().double()
                 if i < c.n_layer:
                     x = model.transformer.h[i](x)
                 bar.update(len(part))
@@ -150,7 +150,7 @@ def analyse(model, idx, targets, taus, eta, groups, skip_sequences):
         **{f"max_rank_{tau:g}": heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus[1:]},
         "lazy": [r == 1 for r in max_ranks],
         "avg_mass": heads["mass"].mean(-1).tolist(),
-        "near_rank_one": (ranks <= NEAR).double().mean(-1).tolist(),
+        "near_rank_one": (ranks <= NEAR).cpu().double().mean(-1).tolist(),
         "block_influence": influence.tolist(),
         "residual_norm": norms[1:].tolist(),
     }
@@ -165,7 +165,7 @@ def analyse(model, idx, targets, taus, eta, groups, skip_sequences):
         "eta": eta,
         "near_rank_one_means_at_most": NEAR,
         "lazy_layers": sum(layers["lazy"]),
-        "near_rank_one_heads": (ranks <= NEAR).double().mean().item(),
+        "near_rank_one_heads": (ranks <= NEAR).cpu().double().mean().item(),
         "groups": groups_of(max_ranks, groups),
         "suggestion": {"layers": k, "reason": reason},
         "embedding_norm": norms[0].item(),

@@ -5,12 +5,14 @@ validated on the same tokens. replicate.py trains them, compare.py sets them sid
 """
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 
 from errors import UserError, nearest
 from model import GPTConfig
 from plan import ARCHITECTURE, costs
+from settings import TrainSettings, parse
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,12 @@ ARMS = {
     "middle": Arm("middle k", lambda b, a: [b.first(a, "--recipe", "middle")]),
     "alternate": Arm("every second", lambda b, a: [b.first(a, "--recipe", "alternate")]),
     "first_plus_last": Arm("first k-1 and the last", lambda b, a: [b.first(a, "--recipe", "first_plus_last")]),
+    "ends": Arm("first and last half of k", lambda b, a: [b.first(a, "--recipe", "ends")]),
     "kd": Arm("distillation", lambda b, a: distilled(b, b.random(a, b.k))),
     "kd_inherit": Arm("distillation + Inheritune", lambda b, a: distilled(b, b.first(a))),
+    "kd_ends": Arm(
+        "distillation + first and last half of k", lambda b, a: distilled(b, b.first(a, "--recipe", "ends"))
+    ),
     "attn": Arm("attention only", lambda b, a: [b.first(a, "--parts", "attn")]),
     "mlp": Arm("MLP only", lambda b, a: [b.first(a, "--parts", "mlp")]),
     "attn_mlp": Arm(
@@ -177,6 +183,32 @@ ARMS = {
     "reference_scaled": Arm("reference, other attention scale", lambda b, a: reference(b, a, **other_scale(b)), None),
     "inheritune_scaled": Arm("Inheritune, other attention scale", scaled, "reference_scaled"),
 }
+
+
+@functools.cache
+def find_arm(name):
+    """The Arm called `name`: one of ARMS, or one with settings of its own, NAME@key=value@…
+
+    inheritune@max_iters=500@optimizer=muon is Inheritune for 500 steps under Muon. Raises UserError.
+    """
+    base, *changes = name.split("@")
+    if base not in ARMS:
+        raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
+    if not changes:
+        return ARMS[base]
+    settings, given = parse((TrainSettings,), [f"--{change}" for change in changes], "")
+    changed = {key: getattr(settings, key) for key in sorted(given)}
+
+    def stages(b, arm):
+        reference_flags = b.reference_flags and b.reference_flags | changed
+        kd = b.kd | {key: changed[key] for key in b.kd.keys() & changed}
+        return ARMS[base].stages(
+            dataclasses.replace(b, flags=b.flags | changed, reference_flags=reference_flags, kd=kd), arm
+        )
+
+    return dataclasses.replace(
+        ARMS[base], label=f"{ARMS[base].label}, {', '.join(c.replace('=', ' ') for c in changes)}", stages=stages
+    )
 
 
 def impossible(b):
@@ -202,12 +234,14 @@ def parse_arms(text):
     seeds = {}
     for part in text.replace(",", " ").split():
         name, _, count = part.partition(":")
-        if name != "all" and name not in ARMS:
-            raise UserError(f"arms: there is no arm {name!r}{nearest(name, ARMS)}; they are {', '.join(ARMS)}")
+        if name != "all":
+            find_arm(name)
         if count and not count.isdecimal():
             raise UserError(f"arms: {part!r} is not NAME:SEEDS")
         seeds |= dict.fromkeys(ARMS if name == "all" else [name], int(count or 1))
     for name in list(seeds):
-        for needed in {"reference", ARMS[name].source} - {None}:
+        for needed in {"reference", find_arm(name).source} - {None}:
             seeds[needed] = max(seeds.get(needed, 0), seeds[name])
-    return {name: seeds[name] for name in ARMS if seeds.get(name)}
+    order = list(ARMS)
+    named = sorted(seeds, key=lambda name: order.index(name.partition("@")[0]))  # variants behind what they vary
+    return {name: seeds[name] for name in named if seeds[name]}

@@ -1,8 +1,9 @@
 """What an attention matrix looks like: rank, mass, entropy, sink (paper, sec. 2), as functions of the matrices alone.
 
 A matrix A (T, T) holds in row i what position i attends to: non-negative, each row sums to 1, zero above the diagonal.
-Every function takes a batch of them (…, T, T) and returns one number for each, (…), in float64. Products, eigenvalues
-and entropies are computed in A's dtype: an attention matrix in fp32 is no more exact than that.
+Every function takes a batch of them (…, T, T) and returns one number for each, (…), in float64 on the CPU (Apple GPUs
+have no float64). Products, eigenvalues and entropies are computed on A's device in A's dtype: an attention matrix in
+fp32 is no more exact than that.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +15,17 @@ TOLERANCE = 1e-6  # of the whole: a share that reaches its threshold up to round
 
 def count_to(values, share):
     """How many of the largest `values` (…, n), all ≥ 0, are needed to make up `share` of their sum; 0 of nothing."""
-    values = values.double().clamp(min=0).sort(dim=-1, descending=True).values
+    values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
     total = values.sum(-1, keepdim=True)
     short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet
-    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).double()
+    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).cpu().double()
 
 
 def spectrum(A):
     """The squared singular values (…, T) of each matrix, ascending: the eigenvalues of A Aᵀ."""
     gram = A @ A.mT
+    if A.device.type == "mps":  # needs a GPU
+        gram = gram.cpu()  # no eigenvalues there
     if A.is_cuda:  # needs a GPU
         return torch.linalg.eigvalsh(gram)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK takes one small matrix after another
@@ -44,12 +47,12 @@ def column_mass(A, eta=0.9):
 
 def entropy(A):
     """Mean entropy of a row, in nats."""
-    return torch.special.entr(A).sum(-1).double().mean(-1)
+    return torch.special.entr(A).sum(-1).cpu().double().mean(-1)
 
 
 def sink_mass(A):
     """What a row gives to column 0, on average; row 0 can give to nothing else and counts."""
-    return A[..., 0].double().mean(-1)
+    return A[..., 0].cpu().double().mean(-1)
 
 
 def measures(A, taus=(0.9,), eta=0.9):

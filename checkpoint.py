@@ -291,8 +291,13 @@ def environment():
     except (OSError, subprocess.SubprocessError):
         revision = "unknown"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            cpu = re.search(r"model name\s*: (.*)", f.read())[1]
+    except (OSError, TypeError):  # another system than Linux on a PC
+        cpu = platform.processor()
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "git": revision,
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpu": gpu},
+        "hardware": {"machine": platform.machine(), "cpu": cpu, "cpus": os.cpu_count(), "gpu": gpu},
     }

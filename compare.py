@@ -11,13 +11,13 @@ import math
 import os
 import statistics
 
-from arms import ARMS
+from arms import ARMS, find_arm
 from errors import Parser, UserError, one_line
 from files import replacing
 from log import read_rows, show
 from plot import plot_comparison, plot_point_panels, plot_ranks
 
-COLUMNS = ("arm", "seed", "val_loss", "steps", "flops", "params", "settings_hash", "wall_s")
+COLUMNS = ("arm", "seed", "val_loss", "curve_loss", "steps", "flops", "params", "settings_hash", "wall_s")
 COLUMNS += ("n_layer", "layer_steps", "flops_with_reference", "layer_steps_with_reference")
 COLUMNS += ("reached_step", "reached_flops", "reached_layer_steps", "lazy_before", "lazy_after")
 COLOURS = {  # of the arms that the question is about; the others are grey
@@ -63,8 +63,8 @@ def reached(rows):
 
 
 def by_arm(rows):
-    """{arm: its rows}, in the order of ARMS."""
-    return {arm: found for arm in ARMS if (found := [r for r in rows if r["arm"] == arm])}
+    """{arm: its rows}, in the order in which they come."""
+    return {arm: [r for r in rows if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in rows)}
 
 
 def paired(rows, others):
@@ -84,7 +84,7 @@ def table(rows, left_out):
     ]
     for arm, found in arms.items():
         cells = [
-            ARMS[arm].label,
+            find_arm(arm).label,
             str(found[0]["n_layer"]),
             f"{found[0]['params']:,}",
             str(len(found)),
@@ -140,16 +140,16 @@ def write_results(folder, rows, curves, left_out):
     lines, points = [], []
     for arm, found in arms.items():
         drawn = [c for r, c in zip(rows, curves, strict=True) if r["arm"] == arm and c[0]]
-        label, colour = ARMS[arm].label if arm in COLOURS else None, COLOURS.get(arm, "tab:gray")
+        label, colour = find_arm(arm).label if arm in COLOURS else None, COLOURS.get(arm, "tab:gray")
         if drawn:
             lines.append((label, colour, *mean_curve(drawn)))
-        points.append((ARMS[arm].label, *mean_and_error([r["val_loss"] for r in found]), colour))
+        points.append((find_arm(arm).label, *mean_and_error([r["val_loss"] for r in found]), colour))
     points.sort(key=lambda p: p[1])
     target = statistics.fmean(r["val_loss"] for r in arms["reference"])
     name = os.path.basename(os.path.normpath(folder))
     plot_comparison(os.path.join(folder, "curves.png"), lines, points, target, name)
     panels = [
-        (f"{ARMS[arm].label}", *(mean_ranks([r[key] for r in found]) for key in ("ranks_before", "ranks_after")))
+        (f"{find_arm(arm).label}", *(mean_ranks([r[key] for r in found]) for key in ("ranks_before", "ranks_after")))
         for arm, found in arms.items()
     ]
     plot_ranks(os.path.join(folder, "rank.png"), panels, f"{name}: MaxRank by depth")

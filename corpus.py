@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import sysconfig
+import tokenize
 import warnings
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from errors import UserError
 
 TEXT = (".txt", ".md", ".rst", ".tex", ".py")  # what a folder is searched for, besides TABLES
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LITERAL = re.compile(r"\s*[\[(]?[-\"'\\\d]|\s*b[\"']")  # how a line of a table begins
 PIECE = 1 << 17  # bytes of a text file held at a time
 
 
@@ -322,28 +324,63 @@ def read_hub(dataset, column, n, at=(0, 0)):
 # The embedded corpus
 
 
-def python_documents():
-    """The English that this Python carries, as a list of texts: no network, and the same on every run.
+def python_documentation():
+    """[(name, text)] of the English that this Python carries: no network, and the same on every run.
 
     The topics of `pydoc`'s help, and for each module of the standard library (tests left out) its docstrings,
-    each after the name it documents. A docstring that appeared before, or of less than 40 characters, is left
-    out. The order is that of the texts' hashes, so that the last tenth resembles the rest.
+    each after the name it documents. A docstring that appeared before, or of less than 40 characters, is left out.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions split it off
         topics = {}
-    texts = [text for _, text in sorted(topics.items())]
+    texts = [(f"help on {topic}", text) for topic, text in sorted(topics.items())]
 
-    folder, seen = sysconfig.get_path("stdlib"), set()
-    skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
-    for path in walk(folder, ".py", skip):
-        name = os.path.relpath(path, folder)[: -len(".py")].replace(os.sep, ".").removesuffix(".__init__")
-        if entries := list(docstrings(path, name, seen)):
-            texts.append("\n\n".join(entries) + "\n")
+    seen = set()
+    for module, path in standard_library():
+        if entries := list(docstrings(path, module, seen)):
+            texts.append((module, "\n\n".join(entries) + "\n"))
     if not texts:
         raise UserError(f"this Python ({sys.executable}) came without its sources; give a PATH to text")
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return texts
+
+
+def python_sources():
+    """[(module name, text)] of the standard library's own source files, tests left out.
+
+    Generated tables are left out too: the build's own variables (_sysconfigdata…), and files of whose lines more than
+    half begin with a number or a string, as encodings' character maps do.
+    """
+    texts = []
+    for module, path in standard_library():
+        try:
+            with tokenize.open(path) as f:  # in the encoding that the file declares
+                text = f.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        lines = [line for line in text.splitlines() if line.strip()]
+        literals = sum(LITERAL.match(line) is not None for line in lines)
+        if lines and literals <= len(lines) / 2 and not module.startswith("_sysconfigdata"):
+            texts.append((module, text))
+    return texts
+
+
+def standard_library():
+    """Yield (module name, path) of the standard library's files without its tests, always in one order."""
+    folder = sysconfig.get_path("stdlib")
+    skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
+    for path in walk(folder, ".py", skip):
+        yield os.path.relpath(path, folder)[: -len(".py")].replace(os.sep, ".").removesuffix(".__init__"), path
+
+
+def by_hash(texts):
+    """The texts of [(name, text)] in the order of their own hashes, so that the last tenth resembles the rest."""
+    return sorted((text for _, text in texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def held_out(name):
+    """Whether a document of this name is for validation: one name in ten, the same in every version of Python."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
 
 
 def docstrings(path, name, seen):

@@ -8,10 +8,11 @@ window comes exactly once, in an order that a keyed permutation computes window 
 indices, no generator state, and the position in the data is one integer however many ranks there are.
 """
 
+import functools
 import hashlib
-import mmap
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tokenizer import RANKS_FILE
 
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
 MAX_VOCAB = 2**26  # beyond it, meta.json is damaged
+MAX_OPEN = 256  # shards that are open at a time; most systems allow a process 1,024 files
 ROUNDS = 4  # of the Feistel network; four make a permutation that no statistical test on orders tells from random
 
 
@@ -69,8 +71,9 @@ def order(samples, n, seed):
 
 
 class Tokens:
-    """One split of a data folder as a read-only stream of `len(tokens)` ids, memory-mapped.
+    """One split of a data folder as a read-only stream of `len(tokens)` ids.
 
+    Plain reads: a map would fill memory with what was read, and a bin that is cut off meanwhile would kill the process.
     Raises UserError when a file is missing, or its size contradicts meta.json.
     """
 
@@ -78,7 +81,7 @@ class Tokens:
         meta = read_meta(folder)
         self.folder, self.split, self.tokenizer = folder, split, meta["tokenizer"]
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        self.maps, self.shards, lengths = [], [], []
+        self.paths, lengths = [], []
         for shard in shards_of(folder, split, meta):
             path = os.path.join(folder, shard["file"])
             size = file_size(path)
@@ -89,13 +92,10 @@ class Tokens:
                     f"{path} has {size:,} bytes, {said} of {self.dtype.itemsize} bytes: it was cut off or replaced; "
                     "prepare the data again"
                 )
-            if size:
-                with open(path, "rb") as f:
-                    self.maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-                self.maps[-1].madvise(mmap.MADV_RANDOM)  # else a cold window of 2 kB brings 128 kB off the disk
-                self.shards.append(np.frombuffer(self.maps[-1], dtype=self.dtype))
-                lengths.append(count)
+            self.paths.append(path)
+            lengths.append(count)
         self.ends = np.cumsum(lengths, dtype=np.int64)
+        self.open = functools.lru_cache(MAX_OPEN)(functools.partial(open, mode="rb", buffering=0))
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -106,10 +106,14 @@ class Tokens:
         shard = int(np.searchsorted(self.ends, start, side="right"))
         filled = 0
         while filled < count:
-            begin = start + filled - (self.ends[shard - 1] if shard else 0)
-            piece = self.shards[shard][begin : begin + count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
+            begin = start + filled - (int(self.ends[shard - 1]) if shard else 0)
+            here = min(count - filled, int(self.ends[shard]) - start - filled)
+            size = self.dtype.itemsize
+            piece = os.pread(self.open(self.paths[shard]).fileno(), here * size, begin * size)
+            if len(piece) != here * size:
+                raise UserError(f"{self.paths[shard]} ends before token {begin + here:,}: it has just been cut off")
+            out[filled : filled + here] = np.frombuffer(piece, dtype=self.dtype)
+            filled += here
             shard += 1
         return out
 
@@ -123,8 +127,6 @@ class Tokens:
                 f"{self.folder}: {self.split} holds id {out.max()}, above the {self.tokenizer['n_vocab']} ids of its "
                 f"tokenizer {self.tokenizer['name']!r}: the bin is damaged or its meta.json is another's"
             )
-        for m in self.maps:  # give the pages back (they stay in the page cache), or memory grows to the bin's size
-            m.madvise(mmap.MADV_DONTNEED)
         out = torch.from_numpy(out)
         return out[:, :-1], out[:, 1:]
 
@@ -225,6 +227,15 @@ class TrainData:
         """Inputs and targets (count/world, block_size) int64: every world-th of `count` global samples, from `rank`."""
         samples = first_sample + np.arange(rank, count, world)
         return self.tokens.windows(order(samples, self.n_windows, self.seed), self.block_size, self.first)
+
+    def batches(self, step, count, rank=0, world=1):
+        """Yield `batch` for every step from `step` on; the next step's is read in a thread meanwhile."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self.batch, step * count, count, rank, world)
+            while True:
+                batch, step = ahead.result(), step + 1
+                ahead = reader.submit(self.batch, step * count, count, rank, world)
+                yield batch
 
 
 class ValData:

@@ -37,7 +37,7 @@ def total_nats(model, data, ranks, device, dtype, title=None, request=None, toge
         with machine.autocast(device, dtype), torch.inference_mode(not together):
             loss = model(to_device(idx, device), to_device(targets, device))
         if g < data.n_groups:
-            sums[g] = loss.double().cpu() * targets.numel()
+            sums[g] = loss.cpu().double() * targets.numel()
     nats, asked = ranks.sum(sums, device).split([data.n_groups, 1])
     return None if asked.item() else nats.sum().item()
 

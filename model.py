@@ -247,13 +247,13 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, cached=True):
         """Continue each row of ids idx (B, T), T ≥ 1, and yield the next ids (B,) one step at a time.
 
-        temperature 0 takes the likeliest id; top_k and top_p (0 < p ≤ 1) narrow the choice. A row that has reached
-        end-of-text yields that id from then on, and generation ends when every row has. When block_size is full the
-        last block_size/2 tokens are read again: learned positions leave no way to slide the cache. `cached=False`
-        recomputes the whole context for every token, and yields the same ids.
+        The ids are on the CPU, and so is `generator`. temperature 0 takes the likeliest id; top_k and top_p (0 < p ≤ 1)
+        narrow the choice. A row that has reached end-of-text yields that id from then on, and generation ends when
+        every row has. When block_size is full the last block_size/2 tokens are read again: learned positions leave no
+        way to slide the cache. `cached=False` recomputes the whole context for every token, and yields the same ids.
         """
         config = self.config
-        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        done = torch.zeros(idx.size(0), dtype=torch.bool)
         idx = idx[:, -config.block_size :]  # the context the next token sees, never longer than block_size
         cache = None
         for _ in range(max_new_tokens):
@@ -270,16 +270,19 @@ class GPT(nn.Module):
             token = next_token(logits, temperature, top_k, top_p, generator)
             token = torch.where(done, config.eot, token)
             done |= token == config.eot
-            idx = torch.cat((idx, token[:, None]), dim=1)
+            idx = torch.cat((idx, token[:, None].to(idx.device)), dim=1)
             yield token
             if done.all():
                 return
 
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one id per row of logits (B, V), returned as (B,) int64. temperature 0 is argmax."""
+    """Draw one id per row of logits (B, V), returned as (B,) int64 on the CPU. temperature 0 is argmax.
+
+    The draw is made on the CPU: the same on every device, and Apple GPUs have no float64.
+    """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1).cpu()
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -289,6 +292,6 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         ordered, ids = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier ids: the likeliest always stays
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-    below = probs.double().cumsum(dim=-1)  # torch.multinomial would draw a random number for each id
-    point = torch.rand(len(probs), 1, generator=generator, device=probs.device).double() * below[:, -1:]
+    below = probs.cpu().double().cumsum(dim=-1)  # torch.multinomial would draw a random number for each id
+    point = torch.rand(len(probs), 1, generator=generator).double() * below[:, -1:]
     return torch.searchsorted(below, point, right=True)[:, 0]  # right: never an id of probability 0

@@ -19,11 +19,14 @@ from corpus import (
     TABLES,
     TEXT,
     File,
+    by_hash,
     check_tables,
     count_documents,
     find_files,
     fingerprint,
-    python_documents,
+    held_out,
+    python_documentation,
+    python_sources,
     read_files,
     read_texts,
 )
@@ -44,11 +47,15 @@ def main(argv=None):
         metavar="PATH|URL",
         help="text files, each one document; .jsonl[.gz|.zst] and .parquet files, each line or row one document; "
         f"folders, searched for {' '.join(TEXT + TABLES)}; glob patterns; https URLs of such files, up to "
-        f"{MAX_DOWNLOAD >> 30} GiB each. Without any: the documentation inside this Python" + UNSET,
+        f"{MAX_DOWNLOAD >> 30} GiB each. Without any: --corpus" + UNSET,
     )
+    help = (
+        "without PATH: docs, the documentation inside this Python, or python, its standard library's source files too"
+    )
+    parser.add_argument("--corpus", choices=("docs", "python"), default="docs", help=help)
     help = "bytes, a tiktoken name or the path of a .tiktoken ranks file (default: gpt2; without PATH bytes)"
     parser.add_argument("--tokenizer", help=help + UNSET)
-    parser.add_argument("--out", help="folder to write (default without PATH: data/pydocs)" + UNSET)
+    parser.add_argument("--out", help="folder to write (default without PATH: data/pydocs, or data/python)" + UNSET)
     help = "share of the documents, from the end, for validation; of the bytes if there is one text file only"
     parser.add_argument("--val_fraction", type=float, default=0.1, help=help)
     add_shared_flags(parser)
@@ -58,7 +65,9 @@ def main(argv=None):
         raise UserError(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if args.sources and not args.out:
         raise UserError("say where to write with --out, for example --out data/mine")
-    out = args.out or "data/pydocs"
+    if args.sources and args.corpus != "docs":
+        raise UserError("--corpus says what to take without a PATH: leave one of the two out")
+    out = args.out or {"docs": "data/pydocs", "python": "data/python"}[args.corpus]
     tokenizer = load_tokenizer(args.tokenizer or ("gpt2" if args.sources else "bytes"))
 
     urls = [check_url(source) for source in args.sources if is_url(source)]
@@ -69,7 +78,8 @@ def main(argv=None):
         check_tables(files, args.text_column)
         arguments |= fingerprint(paths, files) | {"urls": [shown(url) for url in urls]}
     else:
-        arguments |= {"sources": f"the documentation inside Python {platform.python_version()}"}
+        what = {"docs": "documentation inside", "python": "documentation and the source files of"}[args.corpus]
+        arguments |= {"sources": f"the {what} Python {platform.python_version()}"}
 
     with unfinished(out, "prepare.py", arguments, tokenizer) as progress:
         if progress is None:
@@ -81,13 +91,20 @@ def main(argv=None):
                 files, n = cut_in_two(files[0], args.val_fraction), 2
             pieces = functools.partial(read_files, files, args.text_column)
         else:
-            texts = python_documents()
+            documents = python_documentation()
+            texts = by_hash(documents)
+            if args.corpus == "python":  # a module's documentation and its source have one name, and so one split
+                documents = sorted(documents + python_sources(), key=lambda d: hashlib.sha256(d[0].encode()).digest())
+                texts = [text for _, text in documents]
             pieces, n = functools.partial(read_texts, texts), len(texts)
         if n < 2:
             raise UserError(f"{n} documents cannot be parted into training and validation; give more")
         n_train = min(max(1, n - round(n * args.val_fraction)), n - 1)
+        split_of = [("val" if i >= n_train else "train") for i in range(n)]
+        if not args.sources and args.corpus == "python":
+            split_of = [("val" if held_out(name) else "train") for name, _ in documents]
         streams = {split: Stream(out, [f"{split}.bin"], tokenizer) for split in ("train", "val")}
-        write_tokens(progress, streams, pieces, lambda i: "train" if i < n_train else "val", args.num_proc)
+        write_tokens(progress, streams, pieces, split_of.__getitem__, args.num_proc)
 
 
 def cut_in_two(file, val_fraction):

@@ -14,18 +14,39 @@ from errors import UserError
 from model import GPT
 from tensors import Lazy
 
-RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "stack", "hybrid", "half_width", "random")
+RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "ends", "stack", "hybrid", "half_width", "random")
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}  # prefixes in a block
 WTE = "transformer.wte.weight"
 
 
-def assemble(base, blocks):
-    """A new state dict: all of `base` outside its blocks, and for each (state, number) of `blocks` that block."""
+def assemble(base, blocks, scaled):
+    """A new state dict: all of `base` outside its blocks, and for each (state, number) of `blocks` that block.
+
+    scaled: blocks divide their attention logits by (block number + 1) (scale_attn_by_inverse_layer_idx). A block that
+    changes its number then takes the quotient into its queries, and computes what it did.
+    """
     new = {name: base[name] for name in base if not name.startswith("transformer.h.")}
     for i, (state, number) in enumerate(blocks):
         old, here = f"transformer.h.{number}.", f"transformer.h.{i}."
-        new.update({here + name[len(old) :]: state[name] for name in state if name.startswith(old)})
+        for name in state:
+            if name.startswith(old):
+                moved = scaled and i != number and ".attn.c_attn." in name
+                new[here + name[len(old) :]] = (
+                    scale_queries(state[name], (i + 1) / (number + 1)) if moved else state[name]
+                )
     return new
+
+
+def scale_queries(tensor, factor):
+    """c_attn's weight (C, 3C) or bias (3C,), Lazy, with its queries, the first third of the columns, times `factor`."""
+
+    def rows(a, b):
+        values = tensor[a:b] if len(tensor.shape) == 2 else tensor[:]
+        q, k, v = values.double().tensor_split(3, dim=-1)
+        values = torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
+        return values if len(tensor.shape) == 2 else values[a:b]
+
+    return Lazy(tensor.shape, tensor.dtype, rows)
 
 
 def inherit(state, config, blocks):
@@ -38,7 +59,8 @@ def inherit(state, config, blocks):
         what = f"block {missing[0]}" if missing else "at least one block"
         last = config.n_layer - 1
         raise UserError(f"asked for {what}, but the model has blocks 0 to {last} ({config.n_layer} layers)")
-    return assemble(state, [(state, i) for i in blocks]), dataclasses.replace(config, n_layer=len(blocks))
+    scaled = config.scale_attn_by_inverse_layer_idx
+    return assemble(state, [(state, i) for i in blocks], scaled), dataclasses.replace(config, n_layer=len(blocks))
 
 
 def grow_onto(small, small_config, state, config, k):
@@ -56,7 +78,7 @@ def grow_onto(small, small_config, state, config, k):
         if here != there:
             raise UserError(f"cannot grow: {key} is {here} in the small model and {there} in the reference")
     blocks = [(small, i) for i in range(n)] + [(state, i) for i in range(n, k)]
-    return assemble(small, blocks), dataclasses.replace(small_config, n_layer=k)
+    return assemble(small, blocks, config.scale_attn_by_inverse_layer_idx), dataclasses.replace(small_config, n_layer=k)
 
 
 def choose_blocks(recipe, n_layer, k):
@@ -80,6 +102,7 @@ def choose_blocks(recipe, n_layer, k):
         "middle": list(range((n_layer - k) // 2, (n_layer - k) // 2 + k)),
         "alternate": every_second + list(range(max(0, n_layer - 2 - more), max(0, n_layer - 2 - more) + more)),
         "first_plus_last": [*range(k - 1), n_layer - 1],
+        "ends": [*range(k - k // 2), *range(n_layer - k // 2, n_layer)],
         "stack": list(range(n_layer)) * 2,
         "hybrid": list(range(k // 2)) * 2,
         "half_width": list(range(n_layer)),

@@ -24,7 +24,7 @@ import grow
 import hf
 import inherit
 import plan as planning
-from arms import ARMS, Bench, impossible, parse_arms
+from arms import Bench, find_arm, impossible, parse_arms
 from compare import write_results
 from errors import UserError, one_line
 from files import read_json, write_json
@@ -32,7 +32,7 @@ from log import read_rows
 from model import GPT
 from plot import curve
 from ranks import seed_all
-from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from settings import MACHINE, GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
 from stop import Request
 from train import clock
 
@@ -97,7 +97,8 @@ def check(settings, given, rep):
         raise UserError("arms: there is nothing to do")
     bench = benches[rep.first_seed]
     planning.split_batch(settings.batch_tokens, bench.config.block_size, settings.batch_size, 1)
-    left_out = {arm: why for arm, why in impossible(bench).items() if arm in seeds}
+    reasons = impossible(bench)
+    left_out = {arm: reasons[base] for arm in seeds if (base := arm.partition("@")[0]) in reasons}
     return benches, {arm: n for arm, n in seeds.items() if arm not in left_out}, left_out
 
 
@@ -112,13 +113,18 @@ def count_jobs(settings, rep):
 
 
 def settings_hash(bench, arm):
-    """A short hash of all that decides an arm's numbers: the settings of its stages, and of what it starts from."""
+    """A short hash of all that decides an arm's numbers: the settings of its stages, and of what it starts from.
+
+    Settings at their default are left out, so that a new one changes no hash.
+    """
+    defaults = dataclasses.asdict(TrainSettings())
     described = []
-    for name in (arm, ARMS[arm].source):
-        for stage in ARMS[name].stages(bench, name) if name else []:
+    for name in (arm, find_arm(arm).source):
+        for stage in find_arm(name).stages(bench, name) if name else []:
             settings, _ = parse((TrainSettings,), [*stage.files, *grow.flags_of(stage.flags)], "")
-            described.append([sorted(dataclasses.asdict(settings).items()), stage.start])
-    if ARMS[arm].source and bench.reference_flags is None:
+            chosen = {k: v for k, v in dataclasses.asdict(settings).items() if v != defaults[k] and k not in MACHINE}
+            described.append([sorted(chosen.items()), stage.start])
+    if find_arm(arm).source and bench.reference_flags is None:
         described.append(inherit.identify(bench.reference))
     text = json.dumps(described).replace(bench.reference, "reference").replace(bench.folder, "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -195,12 +201,13 @@ def lazy(ranks):
     return None if ranks is None else sum(r == 1 for r in ranks)
 
 
-def make_row(settings, bench, arm, seed, target):
+def make_row(settings, rep, bench, arm, seed, target):
     """What row.json says of a trained arm: results.csv's columns, and MaxRank by depth before and after training.
 
-    target: the reference's final loss, None for the reference itself.
+    target: the reference's last loss on its curve, None for the reference itself.
     """
-    stages = ARMS[arm].stages(bench, arm)
+    stages = find_arm(arm).stages(bench, arm)
+    at_length = dataclasses.replace(settings, eval_tokens=rep.final_tokens or settings.eval_tokens)
     if stages:
         losses = [float(r["val_loss"]) for r in read_rows(os.path.join(stages[-1].run, "log.csv")) if r["val_loss"]]
         folder = checkpoint.find(stages[-1].run, prefer="latest")
@@ -212,8 +219,10 @@ def make_row(settings, bench, arm, seed, target):
                 seed_all(seed)  # as train.py does before it makes the same model
                 begin = GPT(config)
             before, after = max_ranks(settings, begin), max_ranks(settings, hf.load_model(folder))
+            final = grow.measure(at_length, config, folder) if rep.final_tokens else losses[-1]
         own = {
-            "val_loss": losses[-1],
+            "val_loss": final,
+            "curve_loss": losses[-1],
             "steps": sum(s.steps for s in stages),
             "flops": sum(s.steps * s.flops_per_step for s in stages),
             "layer_steps": sum(s.layer_steps for s in stages),
@@ -223,10 +232,11 @@ def make_row(settings, bench, arm, seed, target):
         config, before = bench.config, None
         with ALONE:
             after = max_ranks(settings, hf.load_model(bench.reference))
-            own = {"val_loss": grow.measure(settings, config, bench.reference), "steps": None, "wall_s": None}
+            own = {"val_loss": grow.measure(at_length, config, bench.reference), "steps": None, "wall_s": None}
+            own["curve_loss"] = grow.measure(settings, config, bench.reference) if rep.final_tokens else own["val_loss"]
         own |= {"flops": bench.reference_flops, "layer_steps": bench.reference_layer_steps}
     whole = {"flops": own["flops"], "layer_steps": own["layer_steps"]}
-    if ARMS[arm].source:
+    if find_arm(arm).source:
         theirs = {"flops": bench.reference_flops, "layer_steps": bench.reference_layer_steps}
         whole = {key: None if theirs[key] is None else whole[key] + theirs[key] for key in whole}
     return {
@@ -238,11 +248,12 @@ def make_row(settings, bench, arm, seed, target):
         "n_layer": config.n_layer,
         "flops_with_reference": whole["flops"],
         "layer_steps_with_reference": whole["layer_steps"],
-        **first_reach(stages, own["val_loss"] if target is None else target),
+        **first_reach(stages, own["curve_loss"] if target is None else target),
         "lazy_before": lazy(before),
         "lazy_after": lazy(after),
         "ranks_before": before,
         "ranks_after": after,
+        "hardware": checkpoint.environment()["hardware"] | {"threads": torch.get_num_threads()},
     }
 
 
@@ -250,7 +261,7 @@ def row_of(bench, arm):
     """The row of an arm that is done and whose runs are still there, else None. Raises UserError when it was made with
     other settings."""
     path = os.path.join(bench.folder, arm, "row.json")
-    if not os.path.exists(path) or not all(os.path.exists(s.run) for s in ARMS[arm].stages(bench, arm)):
+    if not os.path.exists(path) or not all(os.path.exists(s.run) for s in find_arm(arm).stages(bench, arm)):
         return None
     row = read_json(path)
     if row["settings_hash"] != settings_hash(bench, arm):
@@ -271,7 +282,7 @@ class Progress:
         print(f"[{self.count}/{self.total}] seed {seed} {arm}: val {row['val_loss']:.4f} | eta {eta}", flush=True)
 
 
-def run_all(settings, benches, seeds, jobs):
+def run_all(settings, rep, benches, seeds, jobs):
     """Train and measure every arm that is not done, `jobs` side by side, references first; returns all rows.
 
     Raises the first UserError when the arms already running have ended; the rest are not begun.
@@ -279,7 +290,7 @@ def run_all(settings, benches, seeds, jobs):
     pairs = [(arm, seed) for arm in seeds for seed in list(benches)[: seeds[arm]]]
     rows = {pair: row_of(benches[pair[1]], pair[0]) for pair in pairs}
     todo = {
-        (arm, seed): sum(s.steps * s.flops_per_step for s in ARMS[arm].stages(benches[seed], arm))
+        (arm, seed): sum(s.steps * s.flops_per_step for s in find_arm(arm).stages(benches[seed], arm))
         for arm, seed in pairs
         if rows[arm, seed] is None
     }
@@ -289,14 +300,14 @@ def run_all(settings, benches, seeds, jobs):
     def work(pair):
         arm, seed = pair
         bench = benches[seed]
-        target = None if arm == "reference" else rows["reference", seed]["val_loss"]
-        for stage in ARMS[arm].stages(bench, arm):
+        target = None if arm == "reference" else rows["reference", seed]["curve_loss"]
+        for stage in find_arm(arm).stages(bench, arm):
             run_stage(stage, request)
-        row = make_row(settings, bench, arm, seed, target)
+        row = make_row(settings, rep, bench, arm, seed, target)
         os.makedirs(os.path.join(bench.folder, arm), exist_ok=True)
         write_json(os.path.join(bench.folder, arm, "row.json"), row)
         rows[pair] = row
-        for stage in ARMS[arm].stages(bench, arm):
+        for stage in find_arm(arm).stages(bench, arm):
             shutil.rmtree(stage.start_folder, ignore_errors=True)  # as large as a model, and made again if needed
         with ALONE:
             progress.add(arm, seed, todo[pair], row)
@@ -319,7 +330,7 @@ def describe(benches, seeds, left_out):
     lines, total = [], 0.0
     bench = next(iter(benches.values()))
     for arm, count in seeds.items():
-        stages = ARMS[arm].stages(bench, arm)
+        stages = find_arm(arm).stages(bench, arm)
         flops = sum(s.steps * s.flops_per_step for s in stages)
         shape = " then ".join(f"{s.config.n_layer} blocks x {s.config.n_embd} for {s.steps:,} steps" for s in stages)
         lines.append(f"{arm:18} {count} seed(s), {flops:.3g} FLOPs each: {shape or 'given'}")
@@ -344,8 +355,8 @@ def main(argv=None):
         torch.set_num_threads(settings.threads)
     for arm, why in left_out.items():
         print(f"{arm} is left out: {why}")
-    rows = run_all(settings, benches, seeds, jobs)
-    stages = [ARMS[row["arm"]].stages(benches[row["seed"]], row["arm"]) for row in rows]
+    rows = run_all(settings, rep, benches, seeds, jobs)
+    stages = [find_arm(row["arm"]).stages(benches[row["seed"]], row["arm"]) for row in rows]
     print("\n" + write_results(rep.results, rows, [curve_of(s) for s in stages], left_out))
 
 

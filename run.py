@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     train: TrainData
+    batches: Iterator  # inputs and targets of this rank, step after step
     val: ValData
     state: State
     lineage: dict
@@ -75,6 +77,7 @@ class Run:
 
     def close(self):
         """Let others have the run folder, when nothing is being written there any more."""
+        self.batches.close()
         self.background.wait()
         if self.lock is not None:
             os.close(self.lock)
@@ -133,6 +136,7 @@ def setup(settings, plan, ranks, device):
         optimizer=optimizer,
         scaler=scaler,
         train=train,
+        batches=train.batches(state.step, plan.sequences, ranks.rank, ranks.world),
         val=val,
         state=state,
         lineage=lineage,

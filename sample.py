@@ -98,7 +98,7 @@ def main(argv=None):
     idx = encode_prompt(prompt, tokenizer, config).repeat(args.num_samples, 1).to(device)
 
     model = hf.load_model(folder).eval().to(device, machine.pick_dtype(args.dtype, device))
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
     tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
     sys.stdout.write(prompt)
     rows = stream(tokens, tokenizer, config.eot, sys.stdout)

@@ -113,6 +113,7 @@ class ReplicateSettings:
     rounds_from: int | None = setting(None, "first round of the arms that grow (default: layers - rounds_step)", 1)
     rounds_step: int = setting(2, "blocks added from round to round in the arms that grow", 1)
     seen: float = setting(1.0, "fraction of the training stream that all arms but `unseen` train on", 0.01, 1.0)
+    final_tokens: int | None = setting(None, "measure final losses on this many tokens (default: eval_tokens)", 1)
     jobs: int | None = setting(None, "arms trained side by side (default: cores / threads; 1 on GPUs)", 1)
 
 
@@ -121,6 +122,12 @@ HARMLESS = frozenset(
     {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}
     | {"save_interval", "keep_last", "resume", "verify", "device", "compile", "checkpoint_activations", "shard"}
     | {"threads", "dry_run"}
+)
+
+# What says where and how a run is made, and nothing of what comes out: not part of an arm's identity (replicate.py).
+MACHINE = frozenset(
+    {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "verify", "device"}
+    | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}
 )
 
 ARITHMETIC = {

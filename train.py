@@ -98,7 +98,7 @@ def train_step(run):
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.forward.train()
-    idx, targets = run.train.batch(state.step * plan.sequences, plan.sequences, ranks.rank, ranks.world)
+    idx, targets = next(run.batches)
     sums = torch.zeros(4 if run.teacher else 2, device=run.device)  # asked to end; loss; with a teacher also CE and KL
     for m in range(plan.accumulation):
         rows = slice(m * plan.micro_batch, (m + 1) * plan.micro_batch)

