@@ -57,7 +57,7 @@ def test_inheriting_is_pure_and_keeps_the_tensors_themselves(blocks):
 
 def test_block_1_is_not_block_10():
     state = {f"transformer.h.{i}.x": torch.tensor(i) for i in range(12)}
-    new = assemble(state, [(state, i) for i in (1, 11)])
+    new = assemble(state, [(state, i) for i in (1, 11)], False)
     assert new == {"transformer.h.0.x": state["transformer.h.1.x"], "transformer.h.1.x": state["transformer.h.11.x"]}
 
 
