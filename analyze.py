@@ -14,14 +14,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import checkpoint
-import device as machine
-import hf
-from attention import measures
-from data import Tokens, check_tokenizer
-from errors import Parser, UserError, one_line
-from files import write_json
-from plot import plot_analysis, plot_maps
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import write_json
+from inheritune.data.reader import Tokens, check_tokenizer
+from inheritune.experiments.attention_metrics import measures
+from inheritune.experiments.plots import plot_analysis, plot_maps
+from inheritune.training import device as machine
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 
 ELEMENTS = 1 << 22  # of attention matrices measured at a time: tens of MB, whatever model and length
 SEQUENCES, LENGTH = 100, 100  # the paper's windows

@@ -15,21 +15,21 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-import device as machine
-import hf
 import inherit
-import plan as planning
-from data import ValData
-from errors import UserError, one_line
-from files import read_json
-from log import read_rows
-from loss import mean_loss
+from inheritune.base.errors import UserError, one_line
+from inheritune.base.files import read_json
+from inheritune.base.signals import Request
+from inheritune.data.reader import ValData
+from inheritune.experiments.report import write_report
+from inheritune.training import device as machine
+from inheritune.training import planning
+from inheritune.training.distributed import Ranks
+from inheritune.training.logs import read_rows
+from inheritune.training.losses import mean_loss
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPTConfig
-from ranks import Ranks
-from report import write_report
-from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
-from stop import Request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # the reference's are the same

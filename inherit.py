@@ -14,11 +14,11 @@ import math
 import os
 import re
 
-import checkpoint
-import hf
-from errors import Parser, UserError, one_line
-from files import read_json, write_json
-from recipes import PARTS, RECIPES, grow_onto, inherit, initialise
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import read_json, write_json
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.recipes import PARTS, RECIPES, grow_onto, inherit, initialise
 
 
 def parse_blocks(text):

@@ -187,8 +187,8 @@ class GPT(nn.Module):
 
         Raises UserError when it cannot be fetched or is not a GPT-2 that this file implements.
         """
-        import checkpoint  # these two import this file
-        import hf
+        from inheritune.weights import checkpoint  # these two import this file
+        from inheritune.weights import gpt2_format as hf
 
         return hf.load_model(checkpoint.find(name_or_folder))
 

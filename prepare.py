@@ -14,8 +14,9 @@ import urllib.parse
 
 from tqdm import tqdm
 
-from bins import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
-from corpus import (
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import replacing
+from inheritune.data.sources import (
     TABLES,
     TEXT,
     File,
@@ -30,9 +31,8 @@ from corpus import (
     read_files,
     read_texts,
 )
-from errors import Parser, UserError, one_line
-from files import replacing
-from tokenizer import load_tokenizer
+from inheritune.data.tokenizer import load_tokenizer
+from inheritune.data.writer import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
 
 MAX_DOWNLOAD = 20 << 30  # bytes of one URL
 

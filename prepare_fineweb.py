@@ -18,11 +18,20 @@ import functools
 import itertools
 import sys
 
-from bins import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
-from corpus import check_tables, count_documents, find_files, fingerprint, load_hub, place_of, read_files, read_hub
-from errors import Parser, UserError, one_line
-from parts import add_sharing_flags, check_join_flags, join, part_of, share, within
-from tokenizer import load_tokenizer
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.data.parts import add_sharing_flags, check_join_flags, join, part_of, share, within
+from inheritune.data.sources import (
+    check_tables,
+    count_documents,
+    find_files,
+    fingerprint,
+    load_hub,
+    place_of,
+    read_files,
+    read_hub,
+)
+from inheritune.data.tokenizer import load_tokenizer
+from inheritune.data.writer import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
 
 SCRIPT = "prepare_fineweb.py"
 DOCUMENTS = {"sample-10BT": 9.67e6, "sample-100BT": 97.3e6}  # roughly; only the remaining time follows from them

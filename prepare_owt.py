@@ -16,11 +16,20 @@ import math
 
 import numpy as np
 
-from bins import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
-from corpus import check_tables, count_documents, find_files, fingerprint, load_hub, place_of, read_files, read_hub
-from errors import Parser, UserError, one_line
-from parts import add_sharing_flags, check_join_flags, join, part_of, share, within
-from tokenizer import load_tokenizer
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.data.parts import add_sharing_flags, check_join_flags, join, part_of, share, within
+from inheritune.data.sources import (
+    check_tables,
+    count_documents,
+    find_files,
+    fingerprint,
+    load_hub,
+    place_of,
+    read_files,
+    read_hub,
+)
+from inheritune.data.tokenizer import load_tokenizer
+from inheritune.data.writer import UNSET, Stream, add_shared_flags, check_shared_flags, unfinished, write_tokens
 
 DATASET = "Skylion007/openwebtext"
 PARQUET = "7577b918bd30b25df0b88bb718dc8a6c80cb619b"  # where this dataset is parquet, not a loading script

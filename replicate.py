@@ -18,22 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import analyze
-import checkpoint
-import device as machine
 import grow
-import hf
 import inherit
-import plan as planning
-from arms import Bench, find_arm, impossible, parse_arms
-from compare import write_results
-from errors import UserError, one_line
-from files import read_json, write_json
-from log import read_rows
+from inheritune.base.errors import UserError, one_line
+from inheritune.base.files import read_json, write_json
+from inheritune.base.signals import Request
+from inheritune.experiments.arms import Bench, find_arm, impossible, parse_arms
+from inheritune.experiments.plots import curve
+from inheritune.experiments.tables import write_results
+from inheritune.training import device as machine
+from inheritune.training import planning
+from inheritune.training.distributed import seed_all
+from inheritune.training.logs import read_rows
+from inheritune.training.settings import MACHINE, GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT
-from plot import curve
-from ranks import seed_all
-from settings import MACHINE, GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
-from stop import Request
 from train import clock
 
 DECIDED = ("init_from", "inherit_layers", "n_layer", "teacher", "seed", "data_start", "data_end", "resume")

@@ -8,11 +8,11 @@ import sys
 
 import torch
 
-import checkpoint
-import device as machine
-import hf
-from errors import Parser, UserError, one_line
-from tokenizer import load_tokenizer
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.data.tokenizer import load_tokenizer
+from inheritune.training import device as machine
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 
 
 def encode_prompt(prompt, tokenizer, config):

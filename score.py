@@ -15,16 +15,16 @@ import os
 import sys
 import tempfile
 
-import checkpoint
-import device as machine
-import hf
-import hf_tokenizer
-from data import Tokens, check_tokenizer, read_meta, verify
-from errors import Parser, UserError, nearest, one_line
-from files import write_json
-from loss import total_nats
-from ranks import Ranks
-from tokenizer import RANKS_FILE
+from inheritune.base.errors import Parser, UserError, nearest, one_line
+from inheritune.base.files import write_json
+from inheritune.data import hf_tokenizer
+from inheritune.data.reader import Tokens, check_tokenizer, read_meta, verify
+from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.training import device as machine
+from inheritune.training.distributed import Ranks
+from inheritune.training.losses import total_nats
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 
 # The paper's downstream tables: what stands above a column, and the metric in it.
 PAPER = {

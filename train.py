@@ -19,17 +19,17 @@ import time
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import device as machine
-import plan as planning
-from distill import distillation_loss
-from errors import Stopped, UserError, one_line
-from loss import mean_loss, to_device
-from optim import learning_rate
-from ranks import Ranks, seed_all
-from run import TERMS, setup
-from settings import GrowSettings, ReplicateSettings, TrainSettings, parse
-from shard import whole
+from inheritune.base.errors import Stopped, UserError, one_line
+from inheritune.training import device as machine
+from inheritune.training import planning
+from inheritune.training.distill import distillation_loss
+from inheritune.training.distributed import Ranks, seed_all
+from inheritune.training.losses import mean_loss, to_device
+from inheritune.training.optimizer import learning_rate
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings, parse
+from inheritune.training.setup import TERMS, setup
+from inheritune.training.shard import whole
+from inheritune.weights import checkpoint
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 

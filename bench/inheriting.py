@@ -18,10 +18,10 @@ import tempfile
 import harness
 import torch
 
-import hf
 import inherit
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.tensors import Lazy, write_tensors
 from model import GPTConfig
-from tensors import Lazy, write_tensors
 
 
 def make_source(folder):

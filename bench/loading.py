@@ -16,10 +16,10 @@ import harness
 import numpy as np
 import torch
 
-from data import TrainData
+from inheritune.data.reader import TrainData
+from inheritune.training.optimizer import make_optimizer
+from inheritune.training.settings import TrainSettings
 from model import GPT, GPTConfig
-from optim import make_optimizer
-from settings import TrainSettings
 
 SIZES = ((8, 256), (480, 1024))
 

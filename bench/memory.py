@@ -37,10 +37,10 @@ def measure(argv):
     import torch
     import torch._dynamo  # as the first step would
 
-    import plan as planning
     import train
-    from ranks import Ranks
-    from settings import TrainSettings, parse
+    from inheritune.training import planning
+    from inheritune.training.distributed import Ranks
+    from inheritune.training.settings import TrainSettings, parse
 
     before = harness.memory_mb("VmRSS")
     settings, given = parse((TrainSettings,), argv, "bench")

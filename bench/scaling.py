@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from inheritune.training.optimizer import make_optimizer
+from inheritune.training.settings import TrainSettings
 from model import GPT, GPTConfig
-from optim import make_optimizer
-from settings import TrainSettings
 
 SIZES = {"124M": (12, 768), "medium": (24, 1024), "large": (36, 1280), "XL": (48, 1600)}  # blocks, channels
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)

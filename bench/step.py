@@ -19,14 +19,14 @@ from harness import row
 from plain import hugging_face, plain, random_batch
 
 import train
-from data import GPT2
-from device import pick
-from files import write_json
+from inheritune.base.files import write_json
+from inheritune.data.reader import GPT2
+from inheritune.training.device import pick
+from inheritune.training.distributed import Ranks
+from inheritune.training.planning import costs, make_plan
+from inheritune.training.settings import TrainSettings
+from inheritune.training.setup import setup
 from model import GPTConfig
-from plan import costs, make_plan
-from ranks import Ranks
-from run import setup
-from settings import TrainSettings
 
 SHAPES = {
     "small": (GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False), 8),

@@ -39,8 +39,8 @@ from test_prepare_kill import write_inputs  # noqa: E402
 from test_replicate import read_results, write_config  # noqa: E402
 from tiny import Forks, arguments, write_data  # noqa: E402
 
-import checkpoint  # noqa: E402
-from files import replacing, sha256  # noqa: E402
+from inheritune.base.files import replacing, sha256  # noqa: E402
+from inheritune.weights import checkpoint  # noqa: E402
 
 RUN = {"dropout": 0.2, "max_iters": 24, "keep_last": 3, "resume": "auto"}
 PATIENCE = 300  # seconds until a run counts as hanging

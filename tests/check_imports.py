@@ -28,8 +28,8 @@ def main():
         for line in (ROOT / "requirements.txt").read_text().splitlines()
         if line and not line.startswith("#")
     }
-    files = sorted(ROOT.glob("*.py"))
-    ours = {p.stem for p in files} | set(sys.stdlib_module_names) | EXTRA
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("inheritune/*/*.py")])
+    ours = {p.stem for p in files} | {"inheritune"} | set(sys.stdlib_module_names) | EXTRA
     lacking = [
         f"{p.name} imports {name}" for p in files for name in sorted(set(imported(p))) if name not in ours | required
     ]

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import analyze
-import attention
-import checkpoint
-import hf
-from data import Tokens
-from errors import UserError
+from inheritune.base.errors import UserError
+from inheritune.data.reader import Tokens
+from inheritune.experiments import attention_metrics as attention
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint, write_data
 

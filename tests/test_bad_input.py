@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import ROOT, SHAPE, TOKENIZER, arguments, refusal, write_checkpoint, write_data
 
-import hf
 import inherit
 import train
+from inheritune.weights import gpt2_format as hf
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ import pytest
 import torch
 from tiny import same_weights, tiny_model, write_checkpoint
 
-import checkpoint
-import files
-import hf
-from errors import UserError
+from inheritune.base import files
+from inheritune.base.errors import UserError
+from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.training.optimizer import make_optimizer
+from inheritune.training.settings import TrainSettings
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT
-from optim import make_optimizer
-from settings import TrainSettings
-from tokenizer import RANKS_FILE
 
 
 def trained(seed=0, steps=3):
@@ -64,11 +64,11 @@ def test_a_checkpoint_holds_these_files(tmp_path):
 @pytest.mark.parametrize(
     "where",
     [
-        "hf.write_tensors",
-        "checkpoint.write_tensors",
-        "checkpoint.sha256",
-        "hf.write_json",
-        "checkpoint.write_json",
+        "inheritune.weights.gpt2_format.write_tensors",
+        "inheritune.weights.checkpoint.write_tensors",
+        "inheritune.weights.checkpoint.sha256",
+        "inheritune.weights.gpt2_format.write_json",
+        "inheritune.weights.checkpoint.write_json",
         "os.fsync",
         "os.rename",
     ],

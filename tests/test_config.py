@@ -9,7 +9,7 @@ import pytest
 import grow
 import replicate
 import train
-from settings import GrowSettings, read_config_file
+from inheritune.training.settings import GrowSettings, read_config_file
 from tests.tiny import ROOT
 
 CONFIGS = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, "config", "*.py")))

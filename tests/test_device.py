@@ -7,7 +7,7 @@ import ast
 import glob
 import os
 
-import device
+from inheritune.training import device
 from tests.tiny import ROOT
 
 
@@ -22,7 +22,7 @@ def test_torch_is_told_to_use_huge_pages_unless_the_user_says_otherwise(monkeypa
 
 def test_no_float64_is_made_on_a_device():
     """Apple GPUs have none: `.double()` comes behind `.cpu()`, or on what torch.zeros and torch.rand make there."""
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
+    for path in [*glob.glob(os.path.join(ROOT, "*.py")), *glob.glob(os.path.join(ROOT, "inheritune/*/*.py"))]:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
         for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train
-from distill import distillation_loss
+from inheritune.training.distill import distillation_loss
 from model import GPT
 from tests.tiny import arguments, column, contents, refusal, rows, write_checkpoint, write_data
 

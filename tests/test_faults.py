@@ -14,11 +14,11 @@ import time
 import pytest
 from tiny import ROOT, arguments, contents, refusal, rows
 
-import checkpoint
-import hf
 import train
-from background import Background
-from files import lock_folder
+from inheritune.base.files import lock_folder
+from inheritune.training.background import Background
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 
 DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
 
@@ -388,7 +388,11 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(forks, data, t
     out = str(tmp_path / "out")
     os.makedirs(out)
     holder = subprocess.Popen(
-        [sys.executable, "-c", f"import files, time; files.lock_folder({out!r}); print(); time.sleep(99)"],
+        [
+            sys.executable,
+            "-c",
+            f"from inheritune.base import files; import time; files.lock_folder({out!r}); print(); time.sleep(99)",
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
     )
@@ -434,7 +438,7 @@ def test_a_child_gets_the_request_and_its_parent_waits_for_it(tmp_path):
     child = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(143)));"
     child += "print('ready', flush=True); time.sleep(99)"
     code = f"""
-import sys, stop
+import sys; from inheritune.base import signals as stop
 with stop.Request() as request:
     try:
         request.call([sys.executable, "-c", {child!r}])

@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-import checkpoint
 import grow
-import hf
 import train
-from errors import UserError
-from report import verdicts
+from inheritune.base.errors import UserError
+from inheritune.experiments.report import verdicts
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from tests.tiny import ROOT, contents, refusal, write_checkpoint, write_data
 
 REFERENCE = """

@@ -16,13 +16,13 @@ from assets import english, gpt2_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import hf
-import hf_tokenizer
 import inherit
 import train
+from inheritune.data import hf_tokenizer
+from inheritune.data.tokenizer import BPE, RANKS_FILE, load_tokenizer
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from tests.tiny import arguments, tiny_config, tiny_model, write_checkpoint, write_data
-from tokenizer import BPE, RANKS_FILE, load_tokenizer
 
 # Any text that Rust can hold, and texts in which the rules for cutting words meet more often than by chance.
 TEXTS = st.one_of(

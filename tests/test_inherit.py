@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint, write_data
 
-import checkpoint
-import hf
 import inherit
-import tensors
-from errors import UserError
 from inherit import parse_blocks
+from inheritune.base.errors import UserError
+from inheritune.training.settings import TrainSettings
+from inheritune.weights import checkpoint, tensors
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.recipes import assemble, grow_onto
 from model import GPT
-from recipes import assemble, grow_onto
-from settings import TrainSettings
 
 OUTSIDE = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
 

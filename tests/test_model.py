@@ -11,8 +11,8 @@ import torch
 from tiny import gpt2, tiny_config, tiny_model
 from torch.nn import functional as F
 
-import hf
 import model as model_file
+from inheritune.weights import gpt2_format as hf
 from model import FEW, GPT, GPTConfig, Linear, next_token, pad_vocab
 
 SHAPES = {

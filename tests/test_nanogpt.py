@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import arguments, refusal, same_weights, tiny_model, write_data
 
-import checkpoint
-import hf
 import inherit
 import train
-from files import read_json
+from inheritune.base.files import read_json
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 
 
 def write_ckpt(path, module, prefix="", masks=True, **changes):

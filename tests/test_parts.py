@@ -22,16 +22,15 @@ from test_prepare import ROOT, check_meta, write_tables
 from test_prepare_kill import FILES, RUN, Killed, tokens_recorded
 from tiny import refusal
 
-import bins
-import corpus
-import encode
-import parts
 import prepare_fineweb
 import prepare_owt
-from data import Tokens
-from errors import UserError
-from files import read_json, sha256
-from tokenizer import load_tokenizer
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json, sha256
+from inheritune.data import encode, parts
+from inheritune.data import sources as corpus
+from inheritune.data import writer as bins
+from inheritune.data.reader import Tokens
+from inheritune.data.tokenizer import load_tokenizer
 
 SCRIPTS = {"prepare_owt": prepare_owt, "prepare_fineweb": prepare_fineweb}
 

@@ -20,14 +20,14 @@ import requests
 import zstandard
 from assets import english, gpt2_ranks
 
-import bins
-import corpus
-import encode
 import prepare
 import prepare_fineweb
 import prepare_owt
-from files import read_json, sha256
-from tokenizer import load_tokenizer
+from inheritune.base.files import read_json, sha256
+from inheritune.data import encode
+from inheritune.data import sources as corpus
+from inheritune.data import writer as bins
+from inheritune.data.tokenizer import load_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

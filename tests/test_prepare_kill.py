@@ -16,19 +16,20 @@ import pytest
 from assets import english
 from test_prepare import ROOT, check_meta, same, write_tables
 
-import bins
-import corpus
-import encode
 import prepare
 import prepare_fineweb
 import prepare_owt
-from data import read_meta
-from errors import UserError
-from files import read_json
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json
+from inheritune.data import encode
+from inheritune.data import sources as corpus
+from inheritune.data import writer as bins
+from inheritune.data.reader import read_meta
 
 # The script as it is, but with small batches and a record after each, so that a small corpus has many of both.
 RUN = (
-    "import bins, corpus, encode, sys, {0}; encode.BATCH = corpus.PIECE = 10_000; bins.RECORD_EVERY = 0; "
+    "from inheritune.data import encode, sources, writer; import sys, {0}; "
+    "encode.BATCH = sources.PIECE = 10_000; writer.RECORD_EVERY = 0; "
     "{0}.main(sys.argv[1:])"
 )
 

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 
-import checkpoint
-import hf
 import inherit
-import recipes
 import train
+from inheritune.weights import checkpoint, recipes
+from inheritune.weights import gpt2_format as hf
 from model import GPT
 from tests.tiny import arguments, refusal, tiny_model, write_checkpoint, write_data
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import arms
-import checkpoint
-import compare
-import hf
 import replicate
 import train
-from arms import ARMS, impossible, parse_arms
-from errors import UserError
-from plan import costs
-from settings import ReplicateSettings, TrainSettings, parse
+from inheritune.base.errors import UserError
+from inheritune.experiments import arms
+from inheritune.experiments import tables as compare
+from inheritune.experiments.arms import ARMS, impossible, parse_arms
+from inheritune.training.planning import costs
+from inheritune.training.settings import ReplicateSettings, TrainSettings, parse
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from tests.tiny import ROOT, refusal, rows, write_checkpoint, write_data
 
 REFERENCE = """

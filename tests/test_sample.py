@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-import hf
 import sample
+from inheritune.data.tokenizer import load_tokenizer
+from inheritune.weights import gpt2_format as hf
 from tests.tiny import ROOT, refusal, write_checkpoint
-from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

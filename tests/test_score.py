@@ -15,11 +15,11 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-import data
-import hf
 import score
 import train
-from ranks import Ranks
+from inheritune.data import reader as data
+from inheritune.training.distributed import Ranks
+from inheritune.weights import gpt2_format as hf
 from tests.tiny import ROOT, refusal, write_checkpoint, write_data
 
 TEXT = "Déjà vu: the quick brown fox jumps over the lazy dog. " * 4

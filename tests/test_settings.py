@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from errors import UserError
-from settings import HARMLESS, GrowSettings, TrainSettings, parse
+from inheritune.base.errors import UserError
+from inheritune.training.settings import HARMLESS, GrowSettings, TrainSettings, parse
 
 
 def read(*argv):

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, refusal, tiny_model, write_checkpoint
 
-import checkpoint
-import hf
 import inherit
-import tensors
-from errors import UserError
-from tensors import Lazy, check_finite, pieces, read_header, stored, write_tensors
+from inheritune.base.errors import UserError
+from inheritune.weights import checkpoint, tensors
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.tensors import Lazy, check_finite, pieces, read_header, stored, write_tensors
 
 
 def some_tensors():

@@ -13,8 +13,8 @@ from assets import gpt2_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UserError
-from tokenizer import GPT2_PATTERN, from_tiktoken, load_tokenizer, read_ranks, utf8
+from inheritune.base.errors import UserError
+from inheritune.data.tokenizer import GPT2_PATTERN, from_tiktoken, load_tokenizer, read_ranks, utf8
 
 SINGLE = [(bytes((b,)), b) for b in range(256)]
 

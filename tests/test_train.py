@@ -29,22 +29,22 @@ from tiny import (
     write_checkpoint,
 )
 
-import checkpoint
-import hf
 import inherit
-import plan as planning
-import run as run_module
 import train
 from bench.plain import plain as plain_trainer
-from data import TrainData
-from errors import UserError
-from files import read_json, write_json
-from log import read_rows
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json, write_json
+from inheritune.data.reader import TrainData
+from inheritune.training import planning
+from inheritune.training import setup as run_module
+from inheritune.training.distributed import Ranks, seed_all
+from inheritune.training.logs import read_rows
+from inheritune.training.optimizer import learning_rate, make_optimizer
+from inheritune.training.planning import split_batch
+from inheritune.training.settings import TrainSettings, parse
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT
-from optim import learning_rate, make_optimizer
-from plan import split_batch
-from ranks import Ranks, seed_all
-from settings import TrainSettings, parse
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import hf
-from files import sha256
-from log import read_rows
+from inheritune.base.files import sha256
+from inheritune.training.logs import read_rows
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

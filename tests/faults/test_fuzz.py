@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-import data
-import hf
-import plan
-import tokenizer
-from errors import UserError
-from settings import GrowSettings, ReplicateSettings, TrainSettings, parse, read_config_file
+from inheritune.base.errors import UserError
+from inheritune.data import reader as data
+from inheritune.data import tokenizer
+from inheritune.training import planning as plan
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings, parse, read_config_file
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 
 SLOW = 17_000  # cases for each of six parsers
 FEW = 400

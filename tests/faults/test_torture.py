@@ -12,7 +12,7 @@ import time
 import pytest
 from tiny import ROOT, rows
 
-import checkpoint
+from inheritune.weights import checkpoint
 
 sys.path.insert(0, os.path.join(ROOT, "bench"))
 

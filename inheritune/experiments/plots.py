@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from files import replacing
-from log import read_rows
+from inheritune.base.files import replacing
+from inheritune.training.logs import read_rows
 
 
 def curve(run_folder):

@@ -19,7 +19,7 @@ import tokenize
 import warnings
 from typing import NamedTuple
 
-from errors import UserError
+from inheritune.base.errors import UserError
 
 TEXT = (".txt", ".md", ".rst", ".tex", ".py")  # what a folder is searched for, besides TABLES
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")

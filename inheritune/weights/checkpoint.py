@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-import hf
-from errors import UserError
-from files import read_json, replacing, sha256, sync_folder, write_json
-from shard import like, whole
-from tensors import write_tensors
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json, replacing, sha256, sync_folder, write_json
+from inheritune.training.shard import like, whole
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.tensors import write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"

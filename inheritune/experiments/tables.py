@@ -11,11 +11,11 @@ import math
 import os
 import statistics
 
-from arms import ARMS, find_arm
-from errors import Parser, UserError, one_line
-from files import replacing
-from log import read_rows, show
-from plot import plot_comparison, plot_point_panels, plot_ranks
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import replacing
+from inheritune.experiments.arms import ARMS, find_arm
+from inheritune.experiments.plots import plot_comparison, plot_point_panels, plot_ranks
+from inheritune.training.logs import read_rows, show
 
 COLUMNS = ("arm", "seed", "val_loss", "curve_loss", "steps", "flops", "params", "settings_hash", "wall_s")
 COLUMNS += ("n_layer", "layer_steps", "flops_with_reference", "layer_steps_with_reference")

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from errors import UserError, of_system
+from inheritune.base.errors import UserError, of_system
 
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 

@@ -9,10 +9,10 @@ import zipfile
 
 import torch
 
-import hf
-from errors import UserError
+from inheritune.base.errors import UserError
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.tensors import check_finite
 from model import GPTConfig
-from tensors import check_finite
 
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and padded as nanoGPT does
 

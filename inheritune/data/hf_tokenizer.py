@@ -14,8 +14,8 @@ import os
 import re
 import sys
 
-from errors import UserError
-from tokenizer import END_OF_TEXT, RANKS_FILE, load_tokenizer
+from inheritune.base.errors import UserError
+from inheritune.data.tokenizer import END_OF_TEXT, RANKS_FILE, load_tokenizer
 
 # What Hugging Face folders hold of a tokenizer.
 HF_FILES = (

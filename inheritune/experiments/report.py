@@ -4,8 +4,8 @@ import dataclasses
 import math
 import os
 
-from files import replacing, write_json
-from plot import curve, plot_losses
+from inheritune.base.files import replacing, write_json
+from inheritune.experiments.plots import curve, plot_losses
 
 STYLES = {
     "reference": {"color": "black"},

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from errors import UserError
-from files import read_json, sha256
-from tokenizer import RANKS_FILE
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json, sha256
+from inheritune.data.tokenizer import RANKS_FILE
 
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
 MAX_VOCAB = 2**26  # beyond it, meta.json is damaged

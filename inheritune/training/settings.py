@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from errors import Parser, UserError, nearest
+from inheritune.base.errors import Parser, UserError, nearest
 
 
 def setting(default, help, low=None, high=None):

@@ -3,7 +3,7 @@
 import torch
 from tqdm import tqdm
 
-import device as machine
+from inheritune.training import device as machine
 
 
 def to_device(tensor, device):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 
-from errors import UserError
+from inheritune.base.errors import UserError
 
 MAX_JSON = 50_000_000  # bytes; the largest of ours, a model's index or a data folder's list of shards, has some 100 kB
 

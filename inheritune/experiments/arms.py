@@ -9,10 +9,10 @@ import functools
 import os
 from dataclasses import dataclass
 
-from errors import UserError, nearest
+from inheritune.base.errors import UserError, nearest
+from inheritune.training.planning import ARCHITECTURE, costs
+from inheritune.training.settings import TrainSettings, parse
 from model import GPTConfig
-from plan import ARCHITECTURE, costs
-from settings import TrainSettings, parse
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bins import UNSET, check_finished, clear, read_finished, summary, totals, write_meta
-from errors import UserError
-from files import lock_folder, sync_folder
-from tokenizer import RANKS_FILE
+from inheritune.base.errors import UserError
+from inheritune.base.files import lock_folder, sync_folder
+from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.data.writer import UNSET, check_finished, clear, read_finished, summary, totals, write_meta
 
 
 class Worker(NamedTuple):

@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import device as machine
-import hf
 import inherit
-import log
-import plan as planning
-from background import Background
-from data import TrainData, ValData, verify
-from errors import UserError
-from files import lock_folder
+from inheritune.base.errors import UserError
+from inheritune.base.files import lock_folder
+from inheritune.base.signals import Request
+from inheritune.data.reader import TrainData, ValData, verify
+from inheritune.training import device as machine
+from inheritune.training import logs as log
+from inheritune.training import planning
+from inheritune.training.background import Background
+from inheritune.training.distributed import Ranks, seed_all
+from inheritune.training.optimizer import make_optimizer
+from inheritune.training.settings import TrainSettings
+from inheritune.training.shard import shard
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT
-from optim import make_optimizer
-from ranks import Ranks, seed_all
-from settings import TrainSettings
-from shard import shard
-from stop import Request
 
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
 TERMS = ("ce", "kl")  # further columns when there is a teacher: the terms of the loss, before they are weighted

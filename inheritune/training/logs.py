@@ -4,8 +4,8 @@ import csv
 import io
 import os
 
-from errors import UserError
-from files import replacing
+from inheritune.base.errors import UserError
+from inheritune.base.files import replacing
 
 
 class CsvLog:

@@ -11,8 +11,8 @@ import os
 
 import numpy as np
 
-from errors import UserError, nearest
-from files import sha256
+from inheritune.base.errors import UserError, nearest
+from inheritune.base.files import sha256
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"  # what a ranks file is called inside a data or model folder

@@ -19,10 +19,10 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from encode import batched, dtype_of, encode_in_order
-from errors import UserError
-from files import lock_folder, read_json, replacing, sha256, sync_folder, write_json
-from tokenizer import RANKS_FILE
+from inheritune.base.errors import UserError
+from inheritune.base.files import lock_folder, read_json, replacing, sha256, sync_folder, write_json
+from inheritune.data.encode import batched, dtype_of, encode_in_order
+from inheritune.data.tokenizer import RANKS_FILE
 
 FORMAT = 1
 RECORD_EVERY = 1.0  # seconds between two records of the progress

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from errors import UserError
+from inheritune.base.errors import UserError
 
 PIECE = 2**22  # bytes; stays in the processor's cache while it is read, checked, hashed and written
 DTYPES = {

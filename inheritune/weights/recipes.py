@@ -9,10 +9,10 @@ import dataclasses
 
 import torch
 
-import hf
-from errors import UserError
+from inheritune.base.errors import UserError
+from inheritune.weights import gpt2_format as hf
+from inheritune.weights.tensors import Lazy
 from model import GPT
-from tensors import Lazy
 
 RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "ends", "stack", "hybrid", "half_width", "random")
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}  # prefixes in a block

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from errors import UserError
+from inheritune.base.errors import UserError
 
 # Dense bf16 tensor-core peaks in TFLOP/s and memory in GB, from the makers' data sheets.
 PEAKS = {

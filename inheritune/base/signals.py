@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 
-from errors import Stopped
+from inheritune.base.errors import Stopped
 
 
 class Request:

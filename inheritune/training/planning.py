@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-import hf
-from data import GPT2, Tokens, read_meta
-from device import PEAKS
-from errors import UserError
-from log import read_rows
+from inheritune.base.errors import UserError
+from inheritune.data.reader import GPT2, Tokens, read_meta
+from inheritune.training.device import PEAKS
+from inheritune.training.logs import read_rows
+from inheritune.training.settings import HARMLESS, TrainSettings, raise_all
+from inheritune.weights import checkpoint
+from inheritune.weights import gpt2_format as hf
 from model import GPT, LOSS_ROWS, GPTConfig, pad_vocab
-from settings import HARMLESS, TrainSettings, raise_all
 
 ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
 RELEASED = {  # the four released GPT-2s: layers, heads, width

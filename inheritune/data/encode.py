@@ -11,8 +11,8 @@ import threading
 
 import numpy as np
 
-from errors import UserError
-from tokenizer import load_tokenizer, utf8
+from inheritune.base.errors import UserError
+from inheritune.data.tokenizer import load_tokenizer, utf8
 
 BATCH = 1 << 18  # characters that a worker tokenises at a time; larger ones are no faster, and fragment memory
 

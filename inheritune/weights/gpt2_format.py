@@ -13,11 +13,11 @@ from collections.abc import Mapping
 
 import torch
 
-import hf_tokenizer
-from errors import UserError
-from files import read_json, sync_folder, write_json
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json, sync_folder, write_json
+from inheritune.data import hf_tokenizer
+from inheritune.weights.tensors import DTYPES, pieces, read_header, stored, write_tensors
 from model import GPT, GPTConfig
-from tensors import DTYPES, pieces, read_header, stored, write_tensors
 
 INPUT_FIRST = (
     "attn.c_attn.weight",
@@ -102,7 +102,7 @@ def read_config(folder):
     """The GPTConfig of a checkpoint folder (or of nanoGPT's ckpt.pt). Raises UserError, naming everything that model.py
     does not implement."""
     if os.fspath(folder).endswith(".pt"):
-        import nanogpt  # which builds on this file
+        from inheritune.weights import nanogpt  # which builds on this file
 
         return nanogpt.read(folder)[1]
     path = os.path.join(folder, "config.json")
@@ -264,7 +264,7 @@ def open_model(folder):
     """(Weights, GPTConfig) of a checkpoint folder, checked against each other, or what serves as those of a ckpt.pt.
     Raises UserError."""
     if os.fspath(folder).endswith(".pt"):
-        import nanogpt
+        from inheritune.weights import nanogpt
 
         weights, config = nanogpt.read(folder)
     else:
