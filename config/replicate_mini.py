@@ -21,6 +21,6 @@ keep_last = 1
 device = "cpu"
 threads = 1  # two arms side by side on two cores
 
-learning_rate = 3e-3
-min_lr = 3e-4
+learning_rate = 6e-3
+min_lr = 6e-4
 warmup_iters = 100

@@ -14,6 +14,6 @@ eval_tokens = 65_536
 log_interval = 20
 keep_last = 1
 
-learning_rate = 3e-3
-min_lr = 3e-4
+learning_rate = 6e-3
+min_lr = 6e-4
 warmup_iters = 100
