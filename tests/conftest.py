@@ -12,9 +12,9 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the tests themselves are on
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
-from tiny import Forks, arguments, write_data  # noqa: E402
 
 import train  # noqa: E402
+from tests.tiny import Forks, arguments, write_data  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import ROOT, SHAPE, TOKENIZER, arguments, refusal, write_checkpoint, write_data
 
 import inherit
 import train
 from inheritune.weights import gpt2_format as hf
+from tests.tiny import ROOT, SHAPE, TOKENIZER, arguments, refusal, write_checkpoint, write_data
 
 
 @pytest.fixture(scope="module")

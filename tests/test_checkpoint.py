@@ -10,7 +10,6 @@ import subprocess
 
 import pytest
 import torch
-from tiny import same_weights, tiny_model, write_checkpoint
 
 from inheritune.base import files
 from inheritune.base.errors import UserError
@@ -20,6 +19,7 @@ from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPT
+from tests.tiny import same_weights, tiny_model, write_checkpoint
 
 
 def trained(seed=0, steps=3):

@@ -14,12 +14,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_config, write_data
 
 from inheritune.base.errors import UserError
 from inheritune.data import reader as data_module
-from inheritune.data.reader import ROUNDS, Tokens, TrainData, ValData, check_tokenizer, feistel, order, read_meta
+from inheritune.data.reader import (
+    ROUNDS,
+    Tokens,
+    TrainData,
+    ValData,
+    check_tokenizer,
+    feistel,
+    order,
+    read_meta,
+)
 from inheritune.data.tokenizer import RANKS_FILE
+from tests.tiny import tiny_config, write_data
 
 keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map(lambda k: np.array(k, dtype=np.uint64))
 edges = st.sampled_from([n for b in range(1, 13) for n in (2**b - 1, 2**b, 2**b + 1)] + [1, 2, 3])

@@ -1,6 +1,6 @@
 """What a run survives: SIGKILL, SIGTERM, Ctrl-C, a full disk, damaged checkpoints, a second run in its folder.
 
-pytest tests/test_faults.py         (tests/faults/ and bench/torture.py go on for longer)
+pytest tests/test_faults.py         (tests/stress/ and bench/torture.py go on for longer)
 """
 
 import os
@@ -12,13 +12,13 @@ import threading
 import time
 
 import pytest
-from tiny import ROOT, arguments, contents, refusal, rows
 
 import train
 from inheritune.base.files import lock_folder
 from inheritune.training.background import Background
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
+from tests.tiny import ROOT, arguments, contents, refusal, rows
 
 DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
 

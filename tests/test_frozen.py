@@ -10,10 +10,10 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import ROOT, rows
 
 import score
 import train
+from tests.tiny import ROOT, rows
 
 FROZEN = os.path.join(ROOT, "tests", "frozen")
 FLAGS = {"dataset": "data", "out_dir": "run", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
 
 from inheritune.base.errors import UserError
 from inheritune.weights import gpt2_format as hf
 from model import GPT
+from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
 
 
 @pytest.fixture

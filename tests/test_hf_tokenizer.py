@@ -12,7 +12,6 @@ import tempfile
 import pytest
 import tiktoken
 import transformers
-from assets import english, gpt2_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from inheritune.data import hf_tokenizer
 from inheritune.data.tokenizer import BPE, RANKS_FILE, load_tokenizer
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
+from tests.assets import english, gpt2_ranks
 from tests.tiny import arguments, tiny_config, tiny_model, write_checkpoint, write_data
 
 # Any text that Rust can hold, and texts in which the rules for cutting words meet more often than by chance.

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import ROOT, arguments, same_weights, tiny_config, tiny_model, write_checkpoint, write_data
 
 import train
 from inheritune.base.errors import UserError
@@ -26,6 +25,7 @@ from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPT
+from tests.tiny import ROOT, arguments, same_weights, tiny_config, tiny_model, write_checkpoint, write_data
 
 
 def refused(work, *names):

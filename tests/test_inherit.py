@@ -10,7 +10,6 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint, write_data
 
 import inherit
 from inherit import parse_blocks
@@ -20,6 +19,7 @@ from inheritune.weights import checkpoint, tensors
 from inheritune.weights import gpt2_format as hf
 from inheritune.weights.recipes import assemble, grow_onto
 from model import GPT
+from tests.tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint, write_data
 
 OUTSIDE = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
 

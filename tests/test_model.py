@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import gpt2, tiny_config, tiny_model
 from torch.nn import functional as F
 
 import model as model_file
 from inheritune.weights import gpt2_format as hf
 from model import FEW, GPT, GPTConfig, Linear, next_token, pad_vocab
+from tests.tiny import gpt2, tiny_config, tiny_model
 
 SHAPES = {
     "one head, odd context": dict(n_layer=2, n_head=1, n_embd=7, block_size=7, vocab_size=101, n_vocab=101),

@@ -6,13 +6,13 @@ import pickle
 
 import pytest
 import torch
-from tiny import arguments, refusal, same_weights, tiny_model, write_data
 
 import inherit
 import train
 from inheritune.base.files import read_json
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
+from tests.tiny import arguments, refusal, same_weights, tiny_model, write_data
 
 
 def write_ckpt(path, module, prefix="", masks=True, **changes):

@@ -17,10 +17,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from assets import english, gpt2_ranks
-from test_prepare import ROOT, check_meta, write_tables
-from test_prepare_kill import FILES, RUN, Killed, tokens_recorded
-from tiny import refusal
 
 import prepare_fineweb
 import prepare_owt
@@ -31,6 +27,10 @@ from inheritune.data import sources as corpus
 from inheritune.data import writer as bins
 from inheritune.data.reader import Tokens
 from inheritune.data.tokenizer import load_tokenizer
+from tests.assets import english, gpt2_ranks
+from tests.test_prepare import ROOT, check_meta, write_tables
+from tests.test_prepare_kill import FILES, RUN, Killed, tokens_recorded
+from tests.tiny import refusal
 
 SCRIPTS = {"prepare_owt": prepare_owt, "prepare_fineweb": prepare_fineweb}
 

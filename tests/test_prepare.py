@@ -18,7 +18,6 @@ import pyarrow.parquet
 import pytest
 import requests
 import zstandard
-from assets import english, gpt2_ranks
 
 import prepare
 import prepare_fineweb
@@ -28,6 +27,7 @@ from inheritune.data import encode
 from inheritune.data import sources as corpus
 from inheritune.data import writer as bins
 from inheritune.data.tokenizer import load_tokenizer
+from tests.assets import english, gpt2_ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -13,8 +13,6 @@ import sys
 import time
 
 import pytest
-from assets import english
-from test_prepare import ROOT, check_meta, same, write_tables
 
 import prepare
 import prepare_fineweb
@@ -25,6 +23,8 @@ from inheritune.data import encode
 from inheritune.data import sources as corpus
 from inheritune.data import writer as bins
 from inheritune.data.reader import read_meta
+from tests.assets import english
+from tests.test_prepare import ROOT, check_meta, same, write_tables
 
 # The script as it is, but with small batches and a record after each, so that a small corpus has many of both.
 RUN = (

@@ -14,12 +14,12 @@ import sys
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tiny import ROOT, arguments, column, contents, tiny_config, write_checkpoint
 
 import train
 from inheritune.training.planning import training_memory
 from inheritune.weights import checkpoint
 from model import GPT
+from tests.tiny import ROOT, arguments, column, contents, tiny_config, write_checkpoint
 
 # gradients are clipped, accumulated, and of a width that 4 ranks cannot share evenly
 LIKE = {"grad_clip": 0.5, "batch_size": 1, "n_embd": 18, "keep_last": 9}

@@ -10,13 +10,13 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import gpt2, refusal, tiny_model, write_checkpoint
 
 import inherit
 from inheritune.base.errors import UserError
 from inheritune.weights import checkpoint, tensors
 from inheritune.weights import gpt2_format as hf
 from inheritune.weights.tensors import Lazy, check_finite, pieces, read_header, stored, write_tensors
+from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint
 
 
 def some_tensors():

@@ -9,12 +9,12 @@ import functools
 import numpy as np
 import pytest
 import tiktoken
-from assets import gpt2_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import GPT2_PATTERN, from_tiktoken, load_tokenizer, read_ranks, utf8
+from tests.assets import gpt2_ranks
 
 SINGLE = [(bytes((b,)), b) for b in range(256)]
 

@@ -16,18 +16,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import (
-    ROOT,
-    arguments,
-    column,
-    contents,
-    gpt2,
-    refusal,
-    rows,
-    same_weights,
-    tiny_config,
-    write_checkpoint,
-)
 
 import inherit
 import train
@@ -45,6 +33,18 @@ from inheritune.training.settings import TrainSettings, parse
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPT
+from tests.tiny import (
+    ROOT,
+    arguments,
+    column,
+    contents,
+    gpt2,
+    refusal,
+    rows,
+    same_weights,
+    tiny_config,
+    write_checkpoint,
+)
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,6 @@
 """A round or more of everything that bench/torture.py breaks runs with, for two minutes and a half.
 
-pytest tests/faults -m slow
+pytest tests/stress -m slow
 """
 
 import os
@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from tiny import ROOT, rows
 
 from inheritune.weights import checkpoint
+from tests.tiny import ROOT, rows
 
 sys.path.insert(0, os.path.join(ROOT, "bench"))
 

@@ -1,7 +1,7 @@
 """100,000 random inputs for the parsers that are ours: config files, command lines, meta.json, state.json, the
 config.json of a checkpoint, ranks files. Each is taken or refused in one line, at once, without memory that stays.
 
-pytest tests/faults -m slow        (a tenth of it, always: python -m pytest tests/faults/test_fuzz.py)
+pytest tests/stress -m slow        (a tenth of it, always: python -m pytest tests/stress/test_fuzz.py)
 """
 
 import base64
@@ -18,7 +18,13 @@ from inheritune.base.errors import UserError
 from inheritune.data import reader as data
 from inheritune.data import tokenizer
 from inheritune.training import planning as plan
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings, parse, read_config_file
+from inheritune.training.settings import (
+    GrowSettings,
+    ReplicateSettings,
+    TrainSettings,
+    parse,
+    read_config_file,
+)
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 
