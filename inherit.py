@@ -130,9 +130,9 @@ def build(args):
         checkpoint.verify(folder)
     why = {}
     if args.layers == "auto":
-        import analyze  # with what it draws figures with: only where it is needed
+        from inheritune.experiments.attention_metrics import choose_for  # only where needed
 
-        k, reason = analyze.choose_for(folder, args.data)
+        k, reason = choose_for(folder, args.data)
         print(f"{k} blocks: {reason}", flush=True)
         why = {"layers_auto": reason}
     else:

@@ -1,183 +1,15 @@
-"""The analysis against numpy and transformers, and the command line. python -m pytest tests/test_analyze.py"""
+"""analyze.py: what it writes and what it refuses. python -m pytest tests/test_analyze.py"""
 
-import itertools
 import json
 import os
 
-import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 import analyze
-from inheritune.base.errors import UserError
-from inheritune.data.reader import Tokens
-from inheritune.experiments import attention_metrics as attention
+from inheritune.experiments.attention_metrics import draw_windows, look, max_rank, skip_losses
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
-from model import GPT
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint, write_data
-
-T = 100
-
-
-def rank(A, tau=0.9):
-    """k*(tau) of one matrix, by numpy's SVD."""
-    s = np.linalg.svd(np.asarray(A, dtype=np.float64), compute_uv=False) ** 2
-    if not s.any():
-        return 0
-    return int(np.searchsorted(np.cumsum(s) / s.sum(), tau - 1e-6)) + 1
-
-
-def mass(A, eta=0.9):
-    """m*(eta) of one matrix, by numpy."""
-    share = np.sort((np.asarray(A, dtype=np.float64) ** 2).sum(0))[::-1]
-    return int(np.searchsorted(np.cumsum(share) / share.sum(), eta - 1e-6)) + 1
-
-
-def no_column_0(A):
-    return np.concatenate([np.zeros_like(A[:, :1]), A[:, 1:]], axis=1)
-
-
-def row_entropy(A):
-    """Mean over rows of −Σ p ln p, by numpy."""
-    A = np.asarray(A, dtype=np.float64)
-    return float(-(A * np.log(np.where(A > 0, A, 1))).sum(-1).mean())
-
-
-def patterns():
-    """Attention patterns of which paper.md gives the values."""
-    sink = torch.zeros(T, T)
-    sink[:, 0] = 1
-    previous = torch.eye(T).roll(1, dims=0)
-    previous[0] = previous[1]  # position 0 has only itself
-    return {
-        "sink": sink,
-        "uniform": torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None],
-        "identity": torch.eye(T),
-        "previous": previous,
-    }
-
-
-@pytest.mark.parametrize("name, k, m", [("sink", 1, 1), ("uniform", 5, 30), ("identity", 90, 90), ("previous", 89, 89)])
-def test_sanity_values_at_100_tokens(name, k, m):
-    A = patterns()[name]
-    assert torch.allclose(A.sum(-1), torch.ones(T))
-    found = {what: value.item() for what, value in attention.measures(A[None], (0.9,)).items()}
-    assert found["rank_0.9"] == k == rank(A)
-    assert found["mass"] == mass(A)
-    if name in ("sink", "uniform"):
-        assert found["mass"] == m
-    assert found["rank_without_first"] == rank(no_column_0(A))
-    assert found["entropy"] == pytest.approx(row_entropy(A), abs=1e-5)
-    assert found["sink"] == pytest.approx(float(A[:, 0].mean()), abs=1e-6)
-
-
-def test_random_matrices_agree_with_numpy():
-    torch.manual_seed(0)
-    mask = torch.ones(40, 40, dtype=torch.bool).triu(1)
-    A = torch.stack([(torch.randn(6, 40, 40) * sd).masked_fill(mask, -torch.inf).softmax(-1) for sd in (0.5, 2, 6)])
-    found = attention.measures(A, (0.8, 0.95), eta=0.7)  # (3, 6) each
-    assert {what: value.shape for what, value in found.items()} == {what: (3, 6) for what in found}
-    for i in range(3):
-        for j in range(6):
-            a = A[i, j].numpy()
-            assert found["rank_0.8"][i, j] == rank(a, 0.8)
-            assert found["rank_0.95"][i, j] == rank(a, 0.95)
-            assert found["rank_without_first"][i, j] == rank(no_column_0(a), 0.8)
-            assert found["mass"][i, j] == mass(a, 0.7)
-            assert found["entropy"][i, j] == pytest.approx(row_entropy(a), abs=1e-5)
-
-
-def test_a_sink_hides_what_else_a_head_does():
-    """(1 − w) sink + w identity has rank 1 up to w = 0.2, 35 at w = 0.3 (paper.md); without column 0 it shows."""
-    sink, identity = patterns()["sink"], patterns()["identity"]
-    found = attention.measures(torch.stack([(1 - w) * sink + w * identity for w in (0.1, 0.2, 0.3)]))
-    assert found["rank_0.9"].tolist() == [1, 1, 35]
-    assert min(found["rank_without_first"]) > 80
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_agrees_with_numpy_on_transformers_attention(scaled):
-    """Acceptance: ranks, masses and entropies of a tiny transformers GPT-2 to 1e-4."""
-    model = tiny_model(n_layer=4, block_size=32, n_embd=32, n_head=4, scale_attn_by_inverse_layer_idx=scaled)
-    with torch.no_grad():
-        for block in model.transformer.h:  # attention that is not close to uniform
-            block.attn.c_attn.weight.mul_(6)
-    idx = torch.randint(0, 257, (7, 30), generator=torch.Generator().manual_seed(1))
-    heads, influence, norms = analyze.look(model, idx, (0.9, 0.8))
-    with torch.no_grad():
-        out = gpt2(model)(idx, output_attentions=True, output_hidden_states=True)
-    measured = {
-        "rank_0.9": rank,
-        "rank_0.8": lambda A: rank(A, 0.8),
-        "rank_without_first": lambda A: rank(no_column_0(A)),
-        "mass": mass,
-        "entropy": row_entropy,
-        "sink": lambda A: A[:, 0].mean(),
-    }
-    assert heads.keys() == measured.keys()
-    spread = set()
-    for name, f in measured.items():
-        for layer, A in enumerate(out.attentions):  # (B, nh, T, T)
-            expected = [np.mean([f(a) for a in A[:, h].numpy()]) for h in range(4)]
-            assert heads[name][layer].tolist() == pytest.approx(expected, abs=1e-4)
-            spread |= set(expected) if name == "rank_0.9" else set()
-    assert len(spread) > 8  # the test would see a wrong head or layer
-    # transformers puts the final norm into its last hidden state: compare those before it
-    hidden = out.hidden_states[:-1]
-    assert norms[:-1].tolist() == pytest.approx([x.norm(dim=-1).mean().item() for x in hidden], rel=1e-4)
-    turned = [1 - F.cosine_similarity(a, b, dim=-1).mean().item() for a, b in itertools.pairwise(hidden)]
-    assert influence[:-1].tolist() == pytest.approx(turned, abs=1e-4)
-
-
-def test_bounded_memory_gives_the_same_numbers(monkeypatch):
-    model, idx = tiny_model(), torch.randint(0, 257, (5, 8))
-    whole = analyze.look(model, idx)
-    monkeypatch.setattr(analyze, "ELEMENTS", 100)  # one window and one matrix at a time
-    pieces = analyze.look(model, idx)
-    for name, values in whole[0].items():
-        assert torch.allclose(values, pieces[0][name], atol=1e-6)
-    assert torch.allclose(whole[1], pieces[1], atol=1e-6) and torch.allclose(whole[2], pieces[2], atol=1e-5)
-
-
-def test_skip_losses_are_those_of_models_without_the_block():
-    model = tiny_model(n_layer=3)
-    idx, targets = torch.randint(0, 257, (2, 9, 8), generator=torch.Generator().manual_seed(3)).unbind(0)
-    loss, losses = analyze.skip_losses(model, idx, targets)
-    with torch.no_grad():
-        assert loss == pytest.approx(model(idx, targets).item(), rel=1e-5)
-        for i in range(3):
-            shorter = GPT(model.config)
-            shorter.load_state_dict(model.state_dict())
-            del shorter.transformer.h[i]
-            assert losses[i] == pytest.approx(shorter.eval()(idx, targets).item(), rel=1e-5)
-    assert len({round(x, 4) for x in [loss, *losses]}) == 4
-
-
-@pytest.mark.parametrize(
-    "ranks, k",
-    [
-        ([5, 8, 3, 1, 1], 3),
-        ([5, 8, 3, 1.5, 1, 1.9], 3),
-        ([5, 1, 1, 6, 1], 4),  # a lone lazy layer in front does not count
-        ([5, 8, 3, 2], 2),  # the last one is not lazy: half
-        ([4, 3, 2.5, 2, 2], 2),
-        ([1, 1, 1], 1),
-        ([7], 1),
-    ],
-)
-def test_choice_of_layers(ranks, k):
-    chosen, reason = analyze.choose_layers(ranks)
-    assert chosen == k and ("half" in reason) == (ranks[-1] >= 2)
-
-
-def test_groups():
-    groups = analyze.groups_of([8, 9, 10, 1, 2, 1.5, 1], 3)
-    assert [(g["first"], g["last"]) for g in groups] == [(0, 2), (3, 4), (5, 6)]
-    assert [g["avg_rank"] for g in groups] == [9, 1.5, 1.25]
-    assert [g["lazy"] for g in groups] == [False, True, True]
-    assert len(analyze.groups_of([1, 2], 3)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -188,35 +20,26 @@ def setting(tmp_path_factory):
     return str(folder / "ckpt"), write_data(folder / "data", val=600)
 
 
-def test_windows_are_random_places_of_the_split(setting):
-    idx, targets = analyze.draw_windows(setting[1], "val", 50, 12, seed=1)
-    assert idx.shape == targets.shape == (50, 12) and idx.dtype == torch.int64
-    assert torch.equal(idx[:, 1:], targets[:, :-1])
-    stream = Tokens(setting[1], "val").read(0, 600)
-    places = {tuple(stream[i : i + 12]) for i in range(589)}
-    assert all(tuple(w) in places for w in idx.tolist())
-    assert torch.equal(idx, analyze.draw_windows(setting[1], "val", 50, 12, seed=1)[0])
-    assert not torch.equal(idx, analyze.draw_windows(setting[1], "val", 50, 12, seed=2)[0])
-
-
 def test_command_line(setting, tmp_path, capsys):
     ckpt, data = setting
     out = tmp_path / "out"
-    flags = f"--ckpt {ckpt} --data {data} --sequences 9 --tau 0.9,0.5 --out {out} --device cpu --heads 0.1,2.0"
+    flags = (
+        f"--ckpt {ckpt} --data {data} --sequences 9 --tau 0.9,0.5 --out {out} --device cpu --heads 0.1,2.0"
+    )
     analyze.main(flags.split())
     with open(out / "analysis.json") as f:
         found = json.load(f)
     model = hf.load_model(checkpoint.find(ckpt))
-    idx, targets = analyze.draw_windows(data, "val", 9, 16, seed=1337)  # the model's context is shorter than 100
+    idx, targets = draw_windows(data, "val", 9, 16, seed=1337)  # the model's context is shorter than 100
     assert (found["sequences"], found["length"], found["taus"]) == (9, 16, [0.9, 0.5])
-    heads = analyze.look(model, idx, (0.9, 0.5))[0]
+    heads = look(model, idx, (0.9, 0.5))[0]
     assert found["heads"] == {name: values.tolist() for name, values in heads.items()}
     layers = found["layers"]
     assert layers["max_rank"] == heads["rank_0.9"].amax(-1).tolist()
-    assert layers["max_rank"] == pytest.approx(analyze.max_rank(model, idx).tolist())
+    assert layers["max_rank"] == pytest.approx(max_rank(model, idx).tolist())
     assert layers["max_rank_0.5"] == heads["rank_0.5"].amax(-1).tolist()
     assert layers["avg_mass"] == heads["mass"].mean(-1).tolist()
-    assert (found["loss"], layers["loss_without"]) == analyze.skip_losses(model, idx, targets)
+    assert (found["loss"], layers["loss_without"]) == skip_losses(model, idx, targets)
     for name in ("rank.png", "maps.png"):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     shown = capsys.readouterr().out
@@ -230,11 +53,13 @@ def test_opens_a_transformers_folder(tmp_path):
     model = tiny_model(block_size=16, bias=True, vocab_size=257)
     gpt2(model).save_pretrained(tmp_path / "theirs")
     data = write_data(tmp_path / "data", val=600)
-    analyze.main(f"--ckpt {tmp_path}/theirs --data {data} --sequences 3 --out {tmp_path}/o --device cpu".split())
+    analyze.main(
+        f"--ckpt {tmp_path}/theirs --data {data} --sequences 3 --out {tmp_path}/o --device cpu".split()
+    )
     with open(tmp_path / "o/analysis.json") as f:
         ranks = json.load(f)["heads"]["rank_0.9"]
-    idx, _ = analyze.draw_windows(data, "val", 3, 16, 1337)
-    assert ranks == analyze.look(model, idx)[0]["rank_0.9"].tolist()
+    idx, _ = draw_windows(data, "val", 3, 16, 1337)
+    assert ranks == look(model, idx)[0]["rank_0.9"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -266,5 +91,3 @@ def test_refuses_data_of_another_tokenizer(setting, tmp_path):
     data = write_data(tmp_path / "data", tokenizer=other)
     message = refusal(analyze.main, ["--ckpt", setting[0], "--data", data, "--out", tmp_path / "o"])
     assert "was tokenised with 'gpt2'" in message and not os.path.exists(tmp_path / "o")
-    with pytest.raises(UserError, match="was tokenised with"):
-        analyze.choose_for(setting[0], data)

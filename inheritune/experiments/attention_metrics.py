@@ -1,27 +1,221 @@
-"""What an attention matrix looks like: rank, mass, entropy, sink (paper, sec. 2), as functions of the matrices alone.
+"""What attention does in each layer of a model, and what each block is worth (paper, sec. 2).
 
-A matrix A (T, T) holds in row i what position i attends to: non-negative, each row sums to 1, zero above the diagonal.
-Every function takes a batch of them (…, T, T) and returns one number for each, (…), in float64 on the CPU (Apple GPUs
-have no float64). Products, eigenvalues and entropies are computed on A's device in A's dtype: an attention matrix in
-fp32 is no more exact than that.
+An attention matrix A (T, T) holds in row i what position i attends to: non-negative, each row sums to 1, zero above
+the diagonal. Functions of A take a batch of matrices (…, T, T) and return one number for each, (…), in float64 on
+the CPU (Apple GPUs have no float64); products, eigenvalues and entropies use A's device and dtype.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
+from inheritune.base.errors import UserError
+from inheritune.data.reader import Tokens, check_tokenizer
+from inheritune.weights import gpt2_format as hf
+from model import GPT
+
+SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
+NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
+ELEMENTS = 1 << 22  # of attention matrices measured at a time: tens of MB, whatever model and length
 TOLERANCE = 1e-6  # of the whole: a share that reaches its threshold up to rounding has reached it
 
 
-def count_to(values, share):
-    """How many of the largest `values` (…, n), all ≥ 0, are needed to make up `share` of their sum; 0 of nothing."""
-    values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
-    total = values.sum(-1, keepdim=True)
-    short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet
-    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).cpu().double()
+def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, length=None, seed=SEED):
+    """(model, inputs, targets) of a checkpoint folder and windows of a data folder for it.
+
+    length: tokens in a window; None is 100, or the model's context if that is shorter. Raises UserError when the data
+    does not fit the model.
+    """
+    config = hf.read_config(folder)
+    check_tokenizer(data, folder, config)
+    if length is not None and length > config.block_size:
+        raise UserError(f"--length {length} is more than the {config.block_size} tokens that {folder} reads")
+    idx, targets = draw_windows(data, split, sequences, length or min(LENGTH, config.block_size), seed)
+    return hf.load_model(folder), idx, targets
 
 
-def spectrum(A):
+def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (sequences, length) int64 from random places of a split. Raises UserError if it is shorter."""
+    tokens = Tokens(folder, split)
+    places = len(tokens) - length
+    if places < sequences:
+        raise UserError(
+            f"{folder}: {split} has {len(tokens):,} tokens, too few for {sequences} windows of {length}: "
+            "lower --sequences or --length, or take --split train"
+        )
+    starts = np.sort(np.random.default_rng(seed).choice(places, size=sequences, replace=False))
+    pairs = [tokens.windows([0], length, first=int(start)) for start in starts]
+    return tuple(torch.cat(side) for side in zip(*pairs, strict=True))
+
+
+def analyse(
+    model: GPT, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, skip_sequences: int
+) -> dict:
+    """Everything, as analysis.json has it; lists run over layers, lists of lists over layers and heads.
+
+    idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them.
+    """
+    heads, influence, norms = look(model, idx, taus, eta, title="attention")
+    ranks = heads[f"rank_{taus[0]:g}"]  # (n_layer, n_head)
+    max_ranks = ranks.amax(-1).tolist()
+    k, reason = choose_layers(max_ranks)
+    layers = {
+        "max_rank": max_ranks,
+        **{f"max_rank_{tau:g}": heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus[1:]},
+        "lazy": [r == 1 for r in max_ranks],
+        "avg_mass": heads["mass"].mean(-1).tolist(),
+        "near_rank_one": (ranks <= NEAR).double().mean(-1).tolist(),
+        "block_influence": influence.tolist(),
+        "residual_norm": norms[1:].tolist(),
+    }
+    loss, few = None, min(skip_sequences, len(idx))
+    if few:
+        loss, layers["loss_without"] = skip_losses(
+            model, idx[:few], targets[:few], title="loss without a block"
+        )
+    return {
+        "sequences": len(idx),
+        "length": idx.size(1),
+        "taus": list(taus),
+        "eta": eta,
+        "near_rank_one_means_at_most": NEAR,
+        "lazy_layers": sum(layers["lazy"]),
+        "near_rank_one_heads": (ranks <= NEAR).double().mean().item(),
+        "groups": groups_of(max_ranks, groups),
+        "suggestion": {"layers": k, "reason": reason},
+        "embedding_norm": norms[0].item(),
+        "loss": loss,
+        "loss_sequences": few,
+        "layers": layers,
+        "heads": {name: values.tolist() for name, values in heads.items()},
+    }
+
+
+@torch.inference_mode()
+def look(model: GPT, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None):
+    """(heads, influence, norms) of a model on windows idx (N, T).
+
+    heads: {measure: float64 (n_layer, n_head), the mean over windows} (see `measures`). influence (n_layer,): mean
+    over tokens of 1 − cosine of what enters a block and what leaves it. norms (n_layer + 1,): mean length of the
+    residual stream before block 0 and after each block. A title shows a progress bar. Memory does not grow with N.
+    """
+    c, (N, T) = model.config, idx.shape
+    device = model.lm_head.weight.device
+    heads, influence, norms = {}, torch.zeros(c.n_layer).double(), torch.zeros(c.n_layer + 1).double()
+    model.eval()
+    with tqdm(total=N * c.n_layer, desc=title, unit="map", disable=title is None) as bar:
+        for part in idx.split(max(1, ELEMENTS // (c.n_head * T * T))):  # (B, T)
+            x = model.embed(part.to(device))
+            norms[0] += x.norm(dim=-1).cpu().double().sum()
+            for i, block in enumerate(model.transformer.h):
+                # attention matrices, some at a time
+                A = block.attn.probabilities(x, block.ln_1).flatten(0, 1)  # (B nh, T, T)
+                pieces = [measures(piece, taus, eta) for piece in A.split(max(1, ELEMENTS // (T * T)))]
+                for name in pieces[0]:
+                    values = torch.cat([piece[name] for piece in pieces]).view(len(part), c.n_head)
+                    heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())[i] += values.sum(0) / N
+                # the residual stream
+                before, x = x, block(x)
+                influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
+                norms[i + 1] += x.norm(dim=-1).cpu().double().sum()
+                bar.update(len(part))
+    return heads, influence / (N * T), norms / (N * T)
+
+
+@torch.inference_mode()
+def skip_losses(
+    model: GPT, idx: Tensor, targets: Tensor, title: str | None = None
+) -> tuple[float, list[float]]:
+    """(loss, losses): mean loss in nats/token of windows idx with targets (N, T), and the loss without each block."""
+    n_layer, device = model.config.n_layer, model.lm_head.weight.device
+    model.eval()
+    sums = torch.zeros(n_layer + 1).double()  # the last one is the complete model
+    rows = max(1, 1024 // idx.size(1))
+    with tqdm(total=len(idx) * (n_layer + 1), desc=title, unit="loss", disable=title is None) as bar:
+        for start in range(0, len(idx), rows):
+            part, y = (t[start : start + rows].to(device) for t in (idx, targets))
+            x = model.embed(part)
+            for i in range(n_layer + 1):
+                rest = x  # has passed blocks 0 … i − 1; block i is left out
+                for block in model.transformer.h[i + 1 :]:
+                    rest = block(rest)
+                logits = model.lm_head(model.transformer.ln_f(rest))
+                sums[i] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").cpu().double()
+                if i < n_layer:
+                    x = model.transformer.h[i](x)
+                bar.update(len(part))
+    *skipped, complete = (sums / idx.numel()).tolist()
+    return complete, skipped
+
+
+def max_rank(model: GPT, idx: Tensor, tau=0.9) -> Tensor:
+    """MaxRank of every layer (n_layer,), the highest mean rank of its heads, on windows idx (N, T)."""
+    return look(model, idx, (tau,))[0][f"rank_{tau:g}"].amax(-1)
+
+
+def choose_layers(ranks: list[float]) -> tuple[int, str]:
+    """(k, reason): how many blocks to inherit from a model whose layers have these MaxRanks.
+
+    The paper announces such a choice without making it. Our rule: the shortest prefix behind which every layer counts
+    as lazy in the paper's sense for groups, floor(MaxRank) = 1; when the last layer does not, half of the blocks.
+    """
+    n = len(ranks)
+    k = max((i + 1 for i, r in enumerate(ranks) if r >= 2), default=1)
+    if k < n:
+        lazy = sum(r == 1 for r in ranks[k:])
+        return k, f"behind block {k - 1} all {n - k} layers have floor(MaxRank) = 1, {lazy} of them exactly 1"
+    return max(1, n // 2), f"half of {n} blocks: the last layer is not lazy, its MaxRank is {ranks[-1]:.2f}"
+
+
+def choose_for(folder: str, data: str) -> tuple[int, str]:
+    """`choose_layers` for a checkpoint folder, on the paper's 100 windows of a data folder's val. Raises UserError."""
+    model, idx, _ = open_with_windows(folder, data)
+    return choose_layers(max_rank(model, idx).tolist())
+
+
+def groups_of(ranks: list[float], n: int) -> list[dict]:
+    """The layers in n (or fewer) equal groups: [{first, last, avg_rank, lazy}], lazy being floor(AvgRank) = 1."""
+    made = []
+    for part in np.array_split(np.arange(len(ranks)), min(n, len(ranks))):
+        average = float(np.mean([ranks[i] for i in part]))
+        made.append({"first": int(part[0]), "last": int(part[-1]), "avg_rank": average, "lazy": average < 2})
+    return made
+
+
+@torch.inference_mode()
+def attention_maps(model: GPT, idx: Tensor, chosen: list[tuple[int, int]]) -> dict:
+    """{(layer, head): attention matrix (T, T), a NumPy array} of one window idx (T,) for the chosen heads."""
+    x = model.embed(idx[None].to(model.lm_head.weight.device))
+    maps = {}
+    for i, block in enumerate(model.transformer.h):
+        A = block.attn.probabilities(x, block.ln_1)[0]  # (nh, T, T)
+        maps.update({(i, h): A[h].cpu().numpy() for layer, h in chosen if layer == i})
+        x = block(x)
+    return maps
+
+
+def measures(A: Tensor, taus=(0.9,), eta=0.9) -> dict[str, Tensor]:
+    """{name: one number per matrix (…)}: `rank_<tau>` is k*(tau), the fewest squared singular values that make up the
+    share tau of their sum; `rank_without_first` the same for taus[0] without column 0; `mass` is m*(eta), the fewest
+    columns that hold the share eta of ||A||²; `entropy` the mean of a row's, in nats; `sink` what a row gives to
+    column 0 on average (row 0 can give to nothing else and counts)."""
+    values = spectrum(A)
+    without_first = A.clone()
+    without_first[..., 0] = 0  # a sink there hides what else a head does
+    return {
+        **{f"rank_{tau:g}": count_to(values, tau) for tau in taus},
+        "rank_without_first": count_to(spectrum(without_first), taus[0]),
+        "mass": count_to(A.square().sum(-2), eta),
+        "entropy": torch.special.entr(A).sum(-1).cpu().double().mean(-1),
+        "sink": A[..., 0].cpu().double().mean(-1),
+    }
+
+
+def spectrum(A: Tensor) -> Tensor:
     """The squared singular values (…, T) of each matrix, ascending: the eigenvalues of A Aᵀ."""
     gram = A @ A.mT
     if A.device.type == "mps":  # needs a GPU
@@ -33,36 +227,9 @@ def spectrum(A):
         return torch.cat(list(pool.map(torch.linalg.eigvalsh, parts))).view(A.shape[:-1])
 
 
-def without_first(A):
-    """A with column 0, the usual sink, set to zero."""
-    A = A.clone()
-    A[..., 0] = 0
-    return A
-
-
-def column_mass(A, eta=0.9):
-    """m*(eta): the fewest columns that hold the share eta of ||A||² (squared Frobenius norm)."""
-    return count_to(A.square().sum(-2), eta)
-
-
-def entropy(A):
-    """Mean entropy of a row, in nats."""
-    return torch.special.entr(A).sum(-1).cpu().double().mean(-1)
-
-
-def sink_mass(A):
-    """What a row gives to column 0, on average; row 0 can give to nothing else and counts."""
-    return A[..., 0].cpu().double().mean(-1)
-
-
-def measures(A, taus=(0.9,), eta=0.9):
-    """{name: one number per matrix (…)} of all of these: `rank_<tau>` is k*(tau), the fewest squared singular values
-    that make up the share tau of their sum, `rank_without_first` the same for taus[0] without column 0."""
-    values = spectrum(A)
-    return {
-        **{f"rank_{tau:g}": count_to(values, tau) for tau in taus},
-        "rank_without_first": count_to(spectrum(without_first(A)), taus[0]),
-        "mass": column_mass(A, eta),
-        "entropy": entropy(A),
-        "sink": sink_mass(A),
-    }
+def count_to(values: Tensor, share: float) -> Tensor:
+    """How many of the largest `values` (…, n), all ≥ 0, are needed to make up `share` of their sum; 0 of nothing."""
+    values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
+    total = values.sum(-1, keepdim=True)
+    short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet
+    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).double()
