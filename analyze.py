@@ -2,9 +2,9 @@
 
     python analyze.py --ckpt out/ --data data/openwebtext --out analysis
 
-For every layer and head: rank, mass, entropy and sink of its attention matrices, averaged over random windows of the
-validation split. A layer is lazy when every head has rank 1 on every window (MaxRank = 1). For every layer: how far
-the block turns the residual stream, how long that is then, and the loss without the block.
+For every layer and head: rank, mass, entropy and sink of its attention matrices, averaged over random windows
+of the validation split. A layer is lazy when every head has rank 1 on every window (MaxRank = 1). For every
+layer: how far the block turns the residual stream, how long that is then, and the loss without the block.
 """
 
 import os
@@ -95,7 +95,8 @@ def table(found: dict) -> str:
     """The analysis as text, a line for each layer."""
     layers, heads = found["layers"], found["heads"]
     lines = [
-        "layer  MaxRank  rank w/o col 0  AvgMass  sink  entropy  near-1 heads  influence     norm  loss without"
+        "layer  MaxRank  rank w/o col 0  AvgMass  sink  entropy  near-1 heads"
+        "  influence     norm  loss without"
     ]
     for i, rank in enumerate(layers["max_rank"]):
         skipped = "–"
@@ -111,8 +112,8 @@ def table(found: dict) -> str:
         lazy = ", lazy as a group" if g["lazy"] else ""
         lines.append(f"layers {g['first']} to {g['last']}: AvgRank {g['avg_rank']:.2f}{lazy}")
     lines.append(
-        f"{found['lazy_layers']} of {len(layers['lazy'])} layers are lazy (MaxRank 1 at tau {found['taus'][0]:g}), "
-        f"{found['near_rank_one_heads']:.0%} of the heads near rank 1 (mean rank at most {NEAR})"
+        f"{found['lazy_layers']} of {len(layers['lazy'])} layers are lazy "
+        f"(MaxRank 1 at tau {found['taus'][0]:g}), {found['near_rank_one_heads']:.0%} of the heads near rank 1 (mean rank at most {NEAR})"
     )
     if found["loss"] is not None:
         lines.append(

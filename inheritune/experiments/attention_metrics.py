@@ -1,8 +1,8 @@
 """What attention does in each layer of a model, and what each block is worth (paper, sec. 2).
 
-An attention matrix A (T, T) holds in row i what position i attends to: non-negative, each row sums to 1, zero above
-the diagonal. Functions of A take a batch of matrices (…, T, T) and return one number for each, (…), in float64 on
-the CPU (Apple GPUs have no float64); products, eigenvalues and entropies use A's device and dtype.
+An attention matrix A (T, T) holds in row i what position i attends to: non-negative, each row sums to 1, zero
+above the diagonal. Functions of A take a batch of matrices (…, T, T) and return one number for each, (…), in
+float64 on the CPU (Apple GPUs have no float64); products, eigenvalues and entropies use A's device and dtype.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,8 @@ TOLERANCE = 1e-6  # of the whole: a share that reaches its threshold up to round
 def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, length=None, seed=SEED):
     """(model, inputs, targets) of a checkpoint folder and windows of a data folder for it.
 
-    length: tokens in a window; None is 100, or the model's context if that is shorter. Raises UserError when the data
-    does not fit the model.
+    length: tokens in a window; None is 100, or the model's context if that is shorter. Raises UserError when
+    the data does not fit the model.
     """
     config = hf.read_config(folder)
     check_tokenizer(data, folder, config)
@@ -39,7 +39,7 @@ def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, 
 
 
 def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (sequences, length) int64 from random places of a split. Raises UserError if it is shorter."""
+    """Inputs and targets (sequences, length) int64 from random places of a split. Raises UserError."""
     tokens = Tokens(folder, split)
     places = len(tokens) - length
     if places < sequences:
@@ -99,9 +99,10 @@ def analyse(
 def look(model: GPT, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None):
     """(heads, influence, norms) of a model on windows idx (N, T).
 
-    heads: {measure: float64 (n_layer, n_head), the mean over windows} (see `measures`). influence (n_layer,): mean
-    over tokens of 1 − cosine of what enters a block and what leaves it. norms (n_layer + 1,): mean length of the
-    residual stream before block 0 and after each block. A title shows a progress bar. Memory does not grow with N.
+    heads: {measure: float64 (n_layer, n_head), the mean over windows} (see `measures`). influence (n_layer,):
+    mean over tokens of 1 − cosine of what enters a block and what leaves it. norms (n_layer + 1,): mean
+    length of the residual stream before block 0 and after each block. A title shows a progress bar. Memory
+    does not grow with N.
     """
     c, (N, T) = model.config, idx.shape
     device = model.lm_head.weight.device
@@ -130,7 +131,7 @@ def look(model: GPT, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None
 def skip_losses(
     model: GPT, idx: Tensor, targets: Tensor, title: str | None = None
 ) -> tuple[float, list[float]]:
-    """(loss, losses): mean loss in nats/token of windows idx with targets (N, T), and the loss without each block."""
+    """(loss, losses): mean nats/token of windows idx with targets (N, T), and the same without each block."""
     n_layer, device = model.config.n_layer, model.lm_head.weight.device
     model.eval()
     sums = torch.zeros(n_layer + 1).double()  # the last one is the complete model
@@ -160,8 +161,9 @@ def max_rank(model: GPT, idx: Tensor, tau=0.9) -> Tensor:
 def choose_layers(ranks: list[float]) -> tuple[int, str]:
     """(k, reason): how many blocks to inherit from a model whose layers have these MaxRanks.
 
-    The paper announces such a choice without making it. Our rule: the shortest prefix behind which every layer counts
-    as lazy in the paper's sense for groups, floor(MaxRank) = 1; when the last layer does not, half of the blocks.
+    The paper announces such a choice without making it. Our rule: the shortest prefix behind which every
+    layer counts as lazy in the paper's sense for groups, floor(MaxRank) = 1; when the last layer does not,
+    half of the blocks.
     """
     n = len(ranks)
     k = max((i + 1 for i, r in enumerate(ranks) if r >= 2), default=1)
@@ -172,13 +174,13 @@ def choose_layers(ranks: list[float]) -> tuple[int, str]:
 
 
 def choose_for(folder: str, data: str) -> tuple[int, str]:
-    """`choose_layers` for a checkpoint folder, on the paper's 100 windows of a data folder's val. Raises UserError."""
+    """`choose_layers` for a checkpoint folder, on the paper's 100 windows of val. Raises UserError."""
     model, idx, _ = open_with_windows(folder, data)
     return choose_layers(max_rank(model, idx).tolist())
 
 
 def groups_of(ranks: list[float], n: int) -> list[dict]:
-    """The layers in n (or fewer) equal groups: [{first, last, avg_rank, lazy}], lazy being floor(AvgRank) = 1."""
+    """The layers in at most n equal groups: [{first, last, avg_rank, lazy}], lazy: floor(AvgRank) = 1."""
     made = []
     for part in np.array_split(np.arange(len(ranks)), min(n, len(ranks))):
         average = float(np.mean([ranks[i] for i in part]))
@@ -199,10 +201,10 @@ def attention_maps(model: GPT, idx: Tensor, chosen: list[tuple[int, int]]) -> di
 
 
 def measures(A: Tensor, taus=(0.9,), eta=0.9) -> dict[str, Tensor]:
-    """{name: one number per matrix (…)}: `rank_<tau>` is k*(tau), the fewest squared singular values that make up the
-    share tau of their sum; `rank_without_first` the same for taus[0] without column 0; `mass` is m*(eta), the fewest
-    columns that hold the share eta of ||A||²; `entropy` the mean of a row's, in nats; `sink` what a row gives to
-    column 0 on average (row 0 can give to nothing else and counts)."""
+    """{name: one number per matrix (…)}: `rank_<tau>` is k*(tau), the fewest squared singular values that
+    make up the share tau of their sum; `rank_without_first` the same for taus[0] without column 0; `mass` is
+    m*(eta), the fewest columns that hold the share eta of ||A||²; `entropy` the mean of a row's, in nats;
+    `sink` what a row gives to column 0 on average (row 0 can give to nothing else and counts)."""
     values = spectrum(A)
     without_first = A.clone()
     without_first[..., 0] = 0  # a sink there hides what else a head does
@@ -228,7 +230,7 @@ def spectrum(A: Tensor) -> Tensor:
 
 
 def count_to(values: Tensor, share: float) -> Tensor:
-    """How many of the largest `values` (…, n), all ≥ 0, are needed to make up `share` of their sum; 0 of nothing."""
+    """How many of the largest `values` (…, n), all ≥ 0, make up `share` of their sum; 0 of nothing."""
     values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
     total = values.sum(-1, keepdim=True)
     short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet

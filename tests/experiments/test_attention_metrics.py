@@ -1,4 +1,4 @@
-"""The analysis against numpy and transformers. python -m pytest tests/experiments/test_attention_metrics.py"""
+"""The analysis against numpy and transformers. pytest tests/experiments/test_attention_metrics.py"""
 
 import itertools
 
@@ -89,7 +89,7 @@ def test_random_matrices_agree_with_numpy():
 
 
 def test_a_sink_hides_what_else_a_head_does():
-    """(1 − w) sink + w identity has rank 1 up to w = 0.2, 35 at w = 0.3 (paper.md); without column 0 it shows."""
+    """(1 − w) sink + w identity has rank 1 up to w = 0.2, 35 at w = 0.3; without column 0 it shows."""
     sink, identity = patterns()["sink"], patterns()["identity"]
     found = attention_metrics.measures(torch.stack([(1 - w) * sink + w * identity for w in (0.1, 0.2, 0.3)]))
     assert found["rank_0.9"].tolist() == [1, 1, 35]
