@@ -1,11 +1,15 @@
-"""What is set before torch is imported: one thread (the bits of a sum depend on their number), and no hub to wait for;
-and what several files of tests train on, kill and compare with."""
+"""What is set before torch is imported: one thread (the bits of a sum depend on their number), and no hub to
+wait for; and what several files of tests train on, kill and compare with."""
 
 import os
 import signal
 
 os.environ.update(
-    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline"
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    CUDA_VISIBLE_DEVICES="",
+    WANDB_MODE="offline",
 )
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have begun us with SIGINT ignored
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the tests themselves are one process

@@ -1,4 +1,5 @@
-"""Mistakes: each is answered by one clear line (or one list of them) and a non-zero exit, and leaves nothing behind.
+"""Mistakes: each is answered by one clear line (or one list of them) and a non-zero exit, and leaves nothing
+behind.
 
 pytest tests/test_bad_input.py
 """
@@ -49,9 +50,14 @@ def make_place(here):
     change_json(here / "nan-meta/meta.json", dtype="float64")
     write_data(here / "no-sums")
     shards = {"train": {"shards": [{"file": "train.bin", "tokens": 3000}]}}
-    change_json(here / "no-sums/meta.json", splits=shards | {"val": {"shards": [{"file": "val.bin", "tokens": 400}]}})
+    change_json(
+        here / "no-sums/meta.json", splits=shards | {"val": {"shards": [{"file": "val.bin", "tokens": 400}]}}
+    )
     write_data(here / "climbing")
-    change_json(here / "climbing/meta.json", splits={"train": {"shards": [{"file": "../data/train.bin", "tokens": 9}]}})
+    change_json(
+        here / "climbing/meta.json",
+        splits={"train": {"shards": [{"file": "../data/train.bin", "tokens": 9}]}},
+    )
     write_data(here / "fifo")
     os.unlink(here / "fifo/train.bin")
     os.mkfifo(here / "fifo/train.bin")
@@ -79,7 +85,9 @@ def make_place(here):
         save_file(hf.layout(model) | tensors, here / name / "model.safetensors")
     write_checkpoint(here / "sharded")
     os.unlink(here / "sharded/model.safetensors")
-    (here / "sharded/model.safetensors.index.json").write_text('{"weight_map": {"a": "../ref/model.safetensors"}}')
+    (here / "sharded/model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../ref/model.safetensors"}}'
+    )
     write_checkpoint(here / "deep-json")
     (here / "deep-json/config.json").write_text("[" * 100_000)
     write_checkpoint(here / "huge-header")
@@ -100,7 +108,14 @@ def make_place(here):
         flags = [flag[2:].split("=") for flag in arguments("data", "new-out")]
         lines = [f"{k} = {v if v[0].isdigit() else repr(v)}\n" for k, v in flags if k not in without]
         (here / name).write_text("".join(lines))
-    train.main([str(here / "base.py"), f"--dataset={here / 'data'}", f"--out_dir={here / 'finished'}", "--max_iters=4"])
+    train.main(
+        [
+            str(here / "base.py"),
+            f"--dataset={here / 'data'}",
+            f"--out_dir={here / 'finished'}",
+            "--max_iters=4",
+        ]
+    )
 
 
 def change_json(path, **changes):
@@ -129,7 +144,15 @@ def fits(said, expected):
 def test_there_are_enough_cases():
     scripts = {command[0] for command, _ in CASES}
     assert len(CASES) >= 160 and len({tuple(command) for command, _ in CASES}) == len(CASES)
-    assert {"train.py", "inherit.py", "sample.py", "score.py", "analyze.py", "grow.py", "replicate.py"} <= scripts
+    assert {
+        "train.py",
+        "inherit.py",
+        "sample.py",
+        "score.py",
+        "analyze.py",
+        "grow.py",
+        "replicate.py",
+    } <= scripts
 
 
 @pytest.mark.parametrize("command, expected", CASES, ids=[" ".join(command) for command, _ in CASES])

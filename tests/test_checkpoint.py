@@ -11,7 +11,6 @@ import subprocess
 import pytest
 import torch
 
-from inheritune.base import files
 from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import RANKS_FILE
 from inheritune.training.optimizer import make_optimizer
@@ -313,17 +312,6 @@ def test_the_tokenizer_ranks_of_the_data_go_along(tmp_path):
     model = tiny_model(tokenizer=RANKS_FILE)
     hf.write_model(str(tmp_path / "a"), hf.layout(model), model.config, tokenizer_from=str(tmp_path / "data"))
     assert (tmp_path / "a" / RANKS_FILE).read_text() == "YQ== 0\n"
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    files.write_json(path, {"a": 1})
-    with pytest.raises(ValueError):
-        files.write_json(path, {"a": float("nan")})
-    with pytest.raises(RuntimeError), files.replacing(path) as f:
-        f.write(b"half")
-        raise RuntimeError
-    assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_lineage_is_empty_where_there_is_none(tmp_path):

@@ -1,6 +1,7 @@
-"""What a run survives: SIGKILL, SIGTERM, Ctrl-C, a full disk, damaged checkpoints, a second run in its folder.
+"""What a run survives: SIGKILL, SIGTERM, Ctrl-C, a full disk, damaged checkpoints, a second run in its
+folder.
 
-pytest tests/test_faults.py         (tests/stress/ and bench/torture.py go on for longer)
+pytest tests/test_faults.py         (tests/stress/ goes on for longer)
 """
 
 import os
@@ -33,8 +34,8 @@ def undisturbed(forks, data, tmp_path_factory):
 
 
 def go_on(forks, data, out, undisturbed):
-    """Run the same command; the end must be as if nothing had happened. (A checkpoint written because of a signal may
-    be there besides.)"""
+    """Run the same command; the end must be as if nothing had happened. (A checkpoint written because of a
+    signal may be there besides.)"""
     assert forks.train(arguments(data, out, **DROPOUT, resume="auto"))[0] == 0
     found = contents(out)
     assert {name: found.get(name) for name in undisturbed[0]} == undisturbed[0]
@@ -72,11 +73,15 @@ def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.98])
-def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(forks, data, tmp_path, undisturbed, number, share):
+def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(
+    forks, data, tmp_path, undisturbed, number, share
+):
     out, moment = str(tmp_path / "out"), int(1 + share * (undisturbed[1] - 1))
     status, _ = forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment, number=number)
     steps = checkpoint.list_steps(out) if os.path.exists(out) else []
-    if share >= 0.8 and status == 0:  # the last checkpoint was being written, and nothing else was left to stop
+    if (
+        share >= 0.8 and status == 0
+    ):  # the last checkpoint was being written, and nothing else was left to stop
         assert contents(out) == undisturbed[0]
     else:
         assert status == 128 + number
@@ -99,11 +104,16 @@ def test_a_checkpoint_comes_within_one_step(data, tmp_path, monkeypatch, capsys)
         train.main(arguments(data, out))
     assert end.value.code == 143 and checkpoint.list_steps(out) == ["step_00000004", "step_00000006"]
     said = capsys.readouterr().err.strip()
-    assert said == f"train.py: SIGTERM: saved {out}/step_00000006 after step 6; add --resume=auto to go on from there"
+    assert (
+        said
+        == f"train.py: SIGTERM: saved {out}/step_00000006 after step 6; add --resume=auto to go on from there"
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("nth", [1, 2, 4])  # before the first step; where no checkpoint is due; after the last step
+@pytest.mark.parametrize(
+    "nth", [1, 2, 4]
+)  # before the first step; where no checkpoint is due; after the last step
 def test_a_validation_is_given_up(data, tmp_path, monkeypatch, nth):
     """... and is made again by the run that goes on, as its row was not written."""
     out, mean_loss, calls = tmp_path / "out", train.mean_loss, []
@@ -154,8 +164,8 @@ def test_only_a_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, caps
 
 @pytest.fixture
 def slow_writing(monkeypatch):
-    """What happens in order: ("step", n) begun, ("writing", n) and ("written", n); writing ends only when two more
-    steps have begun, or the training is over."""
+    """What happens in order: ("step", n) begun, ("writing", n) and ("written", n); writing ends only when two
+    more steps have begun, or the training is over."""
     events, step, save, settle = [], train.train_step, checkpoint.save, train.settle
     free = threading.Event()
 
@@ -182,7 +192,8 @@ def slow_writing(monkeypatch):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(plain, data, tmp_path, slow_writing):
-    """... and the checkpoint is of the step at which it was due; one at a time, the last before the run is over."""
+    """... and the checkpoint is of the step at which it was due; one at a time, the last before the run is
+    over."""
     train.main(arguments(data, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(plain)
     for step in (4, 8):
@@ -208,7 +219,9 @@ def test_a_run_asked_to_end_waits_for_its_checkpoint(data, tmp_path, monkeypatch
     assert not [n for n in os.listdir(out) if n.startswith(".")]
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(plain, data, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
+    plain, data, tmp_path, monkeypatch
+):
     """... not only when the next one is due, and its half is gone."""
     out, write_tensors, step, failed = tmp_path / "out", hf.write_tensors, train.train_step, []
 
@@ -226,9 +239,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(plain
     monkeypatch.setattr(hf, "write_tensors", full)
     monkeypatch.setattr(train, "train_step", waiting)
     message = refusal(train.main, arguments(data, out))
-    assert message.startswith("train.py: No space left on device (") and "run the same command again" in message
+    assert (
+        message.startswith("train.py: No space left on device (") and "run the same command again" in message
+    )
     assert failed[-1] <= 10 and checkpoint.list_steps(out) == ["step_00000004"]
-    assert os.readlink(out / "best") == "step_00000004" and not [n for n in os.listdir(out) if n.startswith(".")]
+    assert os.readlink(out / "best") == "step_00000004" and not [
+        n for n in os.listdir(out) if n.startswith(".")
+    ]
     monkeypatch.undo()
     train.main(arguments(data, out, resume="auto"))
     assert contents(out) == contents(plain)
@@ -281,7 +298,9 @@ def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(pla
         (arguments(data, tmp_path / "new", init_from=ours, max_iters=1, **shape), None),
     )
     for argv, message in wanted:
-        done = subprocess.run([*powerless, sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*powerless, sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True
+        )
         assert bool(done.returncode) == bool(message), done.stderr
         assert not message or (message in done.stderr and len(done.stderr.splitlines()) == 1)
     for folder, _, _ in os.walk(ours):
@@ -332,7 +351,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside(plain, data, tmp_path, damage,
     assert contents(out) == contents(plain), "a second time, when the name is taken"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "lineage.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "lineage.json", "config.json"]
+)
 def test_a_flipped_bit_is_found_by_verify(plain, data, tmp_path, name):
     out = tmp_path / "out"
     shutil.copytree(plain, out, symlinks=True)
@@ -391,7 +412,8 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(forks, data, t
         [
             sys.executable,
             "-c",
-            f"from inheritune.base import files; import time; files.lock_folder({out!r}); print(); time.sleep(99)",
+            "import time; from inheritune.base import files; "
+            f"files.lock_folder({out!r}); print(); time.sleep(99)",
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -426,30 +448,7 @@ def test_a_plan_that_another_run_has_overtaken_is_refused(plain, data, tmp_path,
 
     monkeypatch.setattr(train, "setup", late)
     message = refusal(train.main, arguments(data, out, resume="auto"))
-    assert message == f"train.py: another process has just trained in {out}: run the same command again to go on"
+    assert (
+        message == f"train.py: another process has just trained in {out}: run the same command again to go on"
+    )
     assert open(out / "log.csv").read() == open(os.path.join(plain, "log.csv")).read()
-
-
-# Children
-
-
-def test_a_child_gets_the_request_and_its_parent_waits_for_it(tmp_path):
-    """As grow.py calls train.py: SIGTERM to the parent alone, and the child ends in good order first."""
-    child = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(143)));"
-    child += "print('ready', flush=True); time.sleep(99)"
-    code = f"""
-import sys; from inheritune.base import signals as stop
-with stop.Request() as request:
-    try:
-        request.call([sys.executable, "-c", {child!r}])
-    except stop.Stopped as e:
-        print(e, e.signal, flush=True)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout.readline() == "ready\n"
-    time.sleep(0.1)
-    parent.terminate()
-    assert parent.communicate(timeout=20)[0].splitlines() == [
-        "saved",
-        "interrupted; run the same command again to go on 15",
-    ]

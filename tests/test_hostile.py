@@ -1,4 +1,5 @@
-"""Damaged and hostile files: loaded right or refused in one line that names the file; nothing in them is ever executed.
+"""Damaged and hostile files: loaded right or refused in one line that names the file; nothing in them is ever
+executed.
 
 pytest tests/test_hostile.py
 """
@@ -46,7 +47,9 @@ WPE, QKV = "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight"
 
 def change_config(folder, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "gone"}))
+    path.write_text(
+        json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "gone"})
+    )
 
 
 def change_tensors(folder, **changes):
@@ -75,27 +78,39 @@ CHECKPOINTS = {
     "seven bytes": lambda f: os.truncate(f / "model.safetensors", 7),
     "cut header": lambda f: os.truncate(f / "model.safetensors", 500),
     "cut tensors": lambda f: os.truncate(f / "model.safetensors", 30_000),
-    "a byte too few": lambda f: os.truncate(f / "model.safetensors", os.path.getsize(f / "model.safetensors") - 1),
-    "a byte too many": lambda f: os.truncate(f / "model.safetensors", os.path.getsize(f / "model.safetensors") + 1),
+    "a byte too few": lambda f: os.truncate(
+        f / "model.safetensors", os.path.getsize(f / "model.safetensors") - 1
+    ),
+    "a byte too many": lambda f: os.truncate(
+        f / "model.safetensors", os.path.getsize(f / "model.safetensors") + 1
+    ),
     "sparse": lambda f: os.truncate(f / "model.safetensors", 10**12),
     "all zeros": lambda f: (f / "model.safetensors").write_bytes(bytes(10_000)),
     "all ones": lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 10_000),
     "header of 2^63": lambda f: (f / "model.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}"),
     "header no JSON": lambda f: header(f, lambda t: b"x" * len(t)),
     "header deep": lambda f: header(f, lambda t: b"[" * 100_000),
-    "absurd shape": lambda f: header(f, lambda t: t.replace(b'"shape":[8,16]', b'"shape":[8000000000000,16]')),
+    "absurd shape": lambda f: header(
+        f, lambda t: t.replace(b'"shape":[8,16]', b'"shape":[8000000000000,16]')
+    ),
     "negative shape": lambda f: header(f, lambda t: t.replace(b'"shape":[8,16]', b'"shape":[-8,-16]')),
     "overlapping": lambda f: header(f, lambda t: t.replace(b'"data_offsets":[0,', b'"data_offsets":[4,')),
     "renamed": lambda f: header(f, lambda t: t.replace(b"wpe", b"xpe")),
-    "duplicate": lambda f: header(f, lambda t: t.replace(b"transformer.wpe.weight", b"transformer.wte.weight")),
+    "duplicate": lambda f: header(
+        f, lambda t: t.replace(b"transformer.wpe.weight", b"transformer.wte.weight")
+    ),
     "twice": lambda f: change_tensors(f, wpe__weight=torch.zeros(8, 16)),
     "missing": lambda f: change_tensors(f, transformer__wpe__weight=None),
     "extra": lambda f: change_tensors(f, transformer__wxe__weight=torch.zeros(3)),
     "shape": lambda f: change_tensors(f, transformer__wpe__weight=torch.zeros(9, 16)),
     "turned": lambda f: change_tensors(f, transformer__h__0__attn__c_attn__weight=torch.zeros(48, 16)),
-    "whole numbers": lambda f: change_tensors(f, transformer__wpe__weight=torch.zeros(8, 16, dtype=torch.int32)),
+    "whole numbers": lambda f: change_tensors(
+        f, transformer__wpe__weight=torch.zeros(8, 16, dtype=torch.int32)
+    ),
     "booleans": lambda f: change_tensors(f, transformer__wpe__weight=torch.zeros(8, 16, dtype=torch.bool)),
-    "eight bits": lambda f: change_tensors(f, transformer__wpe__weight=torch.zeros(8, 16).to(torch.float8_e4m3fn)),
+    "eight bits": lambda f: change_tensors(
+        f, transformer__wpe__weight=torch.zeros(8, 16).to(torch.float8_e4m3fn)
+    ),
     "nan": lambda f: change_tensors(f, transformer__wpe__weight=torch.full((8, 16), float("nan"))),
     "infinity": lambda f: change_tensors(f, transformer__wpe__weight=torch.full((8, 16), float("inf"))),
     "a pipe": lambda f: fifo(f / "model.safetensors"),
@@ -143,7 +158,9 @@ def test_what_only_looks_odd_is_loaded(tmp_path):
     model = tiny_model()
     write_checkpoint(tmp_path / "a")
     half = {k: v.to(torch.float64) for k, v in hf.layout(model).items()}
-    save_file(half | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).bool()}, tmp_path / "a/model.safetensors")
+    save_file(
+        half | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).bool()}, tmp_path / "a/model.safetensors"
+    )
     change_config(tmp_path / "a", task_specific_params={"x": [1, {"y": None}]}, torch_dtype="bfloat16")
     os.rename(tmp_path / "a/model.safetensors", tmp_path / "weights")
     os.symlink("../weights", tmp_path / "a/model.safetensors")
@@ -343,7 +360,7 @@ AUDIT = """
 import os, sys, runpy
 os.chdir({place!r})
 sys.path.insert(0, {root!r})
-import torch, numpy, safetensors.torch, pyarrow.parquet, tiktoken, transformers  # whatever they run at import is theirs
+import torch, numpy, safetensors.torch, pyarrow.parquet, tiktoken, transformers  # their imports run here
 import analyze, grow, inherit, prepare, replicate, sample, score, train
 from inheritune.weights import checkpoint, gpt2_format as hf, nanogpt
 from inheritune.data import reader as data, sources
@@ -352,9 +369,11 @@ from inheritune.base.errors import UserError
 seen = []
 def hook(event, arguments):
     text = repr(arguments)[:2000]
-    if "pwned" in text and event not in ("open", "os.listdir", "os.scandir", "compile"):  # ast.parse is a "compile"
+    harmless = ("open", "os.listdir", "os.scandir", "compile")  # ast.parse is a "compile"
+    started = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
+    if "pwned" in text and event not in harmless:
         seen.append((event, text[:200]))
-    elif event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
+    elif event == "pickle.find_class" or event in started:
         seen.append((event, text[:200]))
 sys.addaudithook(hook)
 loads = 0
@@ -373,7 +392,7 @@ attempt(lambda: hf.load_model("pwned.pt"))
 attempt(lambda: inherit.main(["--ckpt=pwned.pt", "--layers=1", "--out=o"]))
 attempt(lambda: data.Tokens("nanogpt", "train"))
 attempt(lambda: data.Tokens("npy", "train").read(0, 8))
-attempt(lambda: train.main(["--dataset=nanogpt", "--block_size=8", "--batch_tokens=8", "--out_dir=o", "--dry_run"]))
+attempt(lambda: train.main(["--dataset=nanogpt", "--block_size=8", "--batch_tokens=8", "--dry_run"]))
 attempt(lambda: sample.main(["--ckpt=code", "--max_new_tokens=1", "--device=cpu"]))
 attempt(lambda: prepare.main(["pwned.jsonl", "--tokenizer=bytes", "--num_proc=1", "--out=p"]))
 attempt(lambda: prepare.main(["pwned.parquet", "--tokenizer=bytes", "--num_proc=1", "--out=p"]))
@@ -399,10 +418,14 @@ def test_nothing_is_executed(tmp_path):
     os.unlink(tmp_path / "pickled/model.safetensors")
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
     write_checkpoint(tmp_path / "code")
-    change_config(tmp_path / "code", auto_map={"AutoModelForCausalLM": "pwned.Evil"}, custom_pipelines={"x": "pwned"})
+    change_config(
+        tmp_path / "code", auto_map={"AutoModelForCausalLM": "pwned.Evil"}, custom_pipelines={"x": "pwned"}
+    )
     for name in ("pwned.py", "modeling.py", "tokenizer.py"):
         (tmp_path / "code" / name).write_text(code)
-    (tmp_path / "code/tokenizer_config.json").write_text('{"tokenizer_class": "pwned", "auto_map": {"a": "pwned.b"}}')
+    (tmp_path / "code/tokenizer_config.json").write_text(
+        '{"tokenizer_class": "pwned", "auto_map": {"a": "pwned.b"}}'
+    )
     torch.save({"model": {"a": Evil()}, "model_args": {}}, tmp_path / "pwned.pt")
     write_data(tmp_path / "nanogpt", meta=False, high=300)
     (tmp_path / "nanogpt/meta.pkl").write_bytes(pickle.dumps(Evil()))
@@ -435,11 +458,20 @@ def test_the_sources_hold_nothing_that_executes_input():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads"), name
-                assert called != "torch.load" or (name == "nanogpt.py" and "weights_only=True" in ast.unparse(node))
-                assert "allow_pickle=True" not in ast.unparse(node) and "trust_remote_code=True" not in ast.unparse(
-                    node
+                assert called not in (
+                    "eval",
+                    "exec",
+                    "compile",
+                    "__import__",
+                    "pickle.load",
+                    "pickle.loads",
+                ), name
+                assert called != "torch.load" or (
+                    name == "nanogpt.py" and "weights_only=True" in ast.unparse(node)
                 )
+                assert "allow_pickle=True" not in ast.unparse(
+                    node
+                ) and "trust_remote_code=True" not in ast.unparse(node)
                 assert "shell=True" not in ast.unparse(node) and "yaml.load" not in called
 
 

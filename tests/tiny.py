@@ -46,7 +46,8 @@ def tiny_config(**changes):
 
 
 def tiny_model(seed=0, **changes):
-    """A GPT in eval mode whose every parameter is random: also LayerNorms and biases, to tell which is which."""
+    """A GPT in eval mode whose every parameter is random: also LayerNorms and biases, to tell which is
+    which."""
     torch.manual_seed(seed)
     model = GPT(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -94,7 +95,9 @@ def refusal(main, argv):
 
 def rows(out):
     """log.csv as a list of {column: float or None}."""
-    return [{k: float(v) if v else None for k, v in r.items()} for r in read_rows(os.path.join(out, "log.csv"))]
+    return [
+        {k: float(v) if v else None for k, v in r.items()} for r in read_rows(os.path.join(out, "log.csv"))
+    ]
 
 
 def column(out, name):
@@ -103,7 +106,8 @@ def column(out, name):
 
 
 def contents(out):
-    """{path: bytes} of all that must not depend on how often a run was interrupted, and where its links point."""
+    """{path: bytes} of all that must not depend on how often a run was interrupted, and where its links
+    point."""
     found = {"log.csv": open(os.path.join(out, "log.csv"), "rb").read()}
     for step in checkpoint.list_steps(out):
         for name in ("model.safetensors", "optimizer.safetensors", "config.json", "lineage.json"):
@@ -143,12 +147,13 @@ def gpt2(model):
 
 
 class Forks:
-    """A process that has imported train.py once and forks a fresh child for every run: real processes, real SIGKILLs,
-    without five seconds of start each.
+    """A process that has imported train.py once and forks a fresh child for every run: real processes, real
+    SIGKILLs, without five seconds of start each.
 
-    `die` counts the moments at which the disk is about to change or a step to begin: the child sends itself `number`
-    (SIGKILL) at that one, or after `seconds`; `limit` is the largest file in bytes that it may write (RLIMIT_FSIZE).
-    Each run returns (exit status as subprocess gives it, moments passed or None); `said` is what it ended with.
+    `die` counts the moments at which the disk is about to change or a step to begin: the child sends itself
+    `number` (SIGKILL) at that one, or after `seconds`; `limit` is the largest file in bytes that it may write
+    (RLIMIT_FSIZE). Each run returns (exit status as subprocess gives it, moments passed or None); `said` is
+    what it ended with.
     """
 
     def __init__(self, output=None):
@@ -212,7 +217,8 @@ def serve():
 
 
 def count_moments(train, die, number):
-    """Let every call that changes the disk, and every training step, count; at that numbered `die` comes a signal."""
+    """Let every call that changes the disk, and every training step, count; at that numbered `die` comes a
+    signal."""
     moments = [0]
 
     def counted(call):
@@ -224,7 +230,10 @@ def count_moments(train, die, number):
 
         return wrapped
 
-    for module, names in ((os, ("fsync", "rename", "replace", "symlink", "mkdir", "rmdir")), (train, ("train_step",))):
+    for module, names in (
+        (os, ("fsync", "rename", "replace", "symlink", "mkdir", "rmdir")),
+        (train, ("train_step",)),
+    ):
         for name in names:
             setattr(module, name, counted(getattr(module, name)))
     return moments

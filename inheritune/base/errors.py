@@ -1,41 +1,92 @@
-"""How a script says what is wrong: one line on stderr that names the cause and the cure, and a non-zero exit.
+"""How commands report errors: one line on stderr that names the problem and the fix, and a non-zero exit
+status.
 
-Everything a person can get wrong raises `UserError`; `one_line` turns it into that line at the very top of each
-script. A bug still shows its traceback: only `UserError`, a full disk and the like, Ctrl-C and SIGTERM are caught.
+Whatever a user can get wrong raises `UserError`; `one_line` wraps each command's `main` and prints that line.
+Bugs keep their traceback: only UserError, OSError (a full disk, a missing permission), Ctrl-C and SIGTERM are
+caught.
 """
 
 import argparse
 import difflib
 import errno
 import functools
+import io
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable
 
-FULL = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "raise the limit (ulimit -f)"}
+OUT_OF_SPACE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit (ulimit -f)",
+}
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is shown as it stands, so it says what to do."""
+    """A mistake the user can fix. The message is printed unchanged, so it says what to do."""
 
 
 class Stopped(BaseException):
-    """The process was asked to end by a signal, and everything is in good order."""
+    """A signal asked this process to end, and everything worth keeping is saved."""
 
-    def __init__(self, number, message="interrupted; run the same command again to go on"):
+    def __init__(self, number: int, message: str = "interrupted; run the same command again to go on"):
         super().__init__(message)
         self.signal = number
 
 
-def nearest(word, known):
-    """' (did you mean X?)' for the known word most like `word`, or '' when none is."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+def one_line(main: Callable) -> Callable:
+    """Decorates a command's `main(argv=None)`: errors end it with one line on stderr instead of a traceback.
+
+    Exit status: 1 after a UserError or OSError, 128 + the signal's number after SIGINT or SIGTERM. Under
+    torchrun only rank 0 prints. Characters that the terminal cannot encode are printed as \\x.. or \\u....
+    escapes.
+    """
+
+    def terminate(number, _frame):
+        raise Stopped(number)
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        # all commands pass here: printing must not fail, whatever the terminal's encoding
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        name = os.path.basename(main.__globals__["__file__"])
+        first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+        # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt (handlers need the main thread)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+        try:
+            return main(argv)
+        except UserError as e:
+            message = f"{name}: {e}"
+        except OSError as e:
+            message = f"{name}: {describe_os_error(e)}"
+        except (KeyboardInterrupt, Stopped) as e:
+            stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
+            if first:
+                print(f"\n{name}: {stopped}", file=sys.stderr)
+            raise SystemExit(128 + stopped.signal) from None
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, before)
+        raise SystemExit(message if first else 1)
+
+    return wrapped
+
+
+def describe_os_error(e: OSError) -> str:
+    """What failed, on which file, and how to go on."""
+    where = f" ({e.filename})" if e.filename else ""
+    fix = f": {OUT_OF_SPACE[e.errno]} and run the same command again" if e.errno in OUT_OF_SPACE else ""
+    return f"{e.strerror or e}{where}; nothing written before is damaged{fix}"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, without the page of usage before it, and name the nearest flag."""
+    """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
@@ -45,7 +96,7 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = [s for a in self._actions for s in a.option_strings]
+            known = [s for action in self._actions for s in action.option_strings]
             raise UserError(f"unknown argument {unknown[0]!r}{nearest(flag, known)}; --help lists all")
         return namespace
 
@@ -53,43 +104,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all flags")
 
 
-def of_system(e):
-    """The line for an OSError: what, where, and how to go on."""
-    where = f" ({e.filename})" if e.filename else ""
-    cure = f": {FULL[e.errno]} and run the same command again" if e.errno in FULL else ""
-    return f"{e.strerror or e}{where}; nothing written before is damaged{cure}"
-
-
-def one_line(main):
-    """Decorate a script's `main(argv=None)`: a UserError or OSError becomes one line and exit status 1; SIGINT and
-    SIGTERM end it in one line too, with the usual exit status, 128 + the signal's number.
-
-    Under torchrun, what every rank has to say is said by rank 0 only.
-    """
-
-    def terminate(number, _frame):
-        raise Stopped(number)
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        script = os.path.basename(main.__globals__["__file__"])
-        first = os.environ.get("RANK", "0") == "0"
-        handled = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, terminate) if handled else None
-        try:
-            return main(argv)
-        except UserError as e:
-            message = f"{script}: {e}"
-        except OSError as e:  # disk full, permission denied, a folder where a file should be …
-            message = f"{script}: {of_system(e)}"
-        except (KeyboardInterrupt, Stopped) as e:
-            stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
-            if first:
-                print(f"\n{script}: {stopped}", file=sys.stderr)
-            raise SystemExit(128 + stopped.signal) from None
-        finally:
-            if handled:
-                signal.signal(signal.SIGTERM, before)
-        raise SystemExit(message if first else 1)
-
-    return wrapped
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' with the known word most similar to `word`, or '' if none is similar."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,45 +1,27 @@
-"""Writing files so that a kill, a full disk or a power cut leaves either the old file or the new one, never half."""
+"""Writing files so that a kill, a full disk or a power cut leaves the old file or the new one, never half of
+one."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from typing import IO
 
 from inheritune.base.errors import UserError
 
-MAX_JSON = 50_000_000  # bytes; the largest of ours, a model's index or a data folder's list of shards, has some 100 kB
-
-
-def sync_folder(folder):
-    """fsync a folder, so that the names just created or renamed in it outlive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def lock_folder(folder):
-    """A file descriptor that holds `folder` for this process until it is closed or the process is gone, however it
-    went; None when another holds it. The folder may be moved meanwhile."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError as e:  # a file system without locks: nothing to be done about it
-        print(f"{folder}: cannot be locked ({e.strerror}); see to it yourself that no other run uses it")
-    return fd
+MAX_JSON = (
+    50_000_000  # bytes; our largest JSON files, an index of weights and a list of shards, have about 100 kB
+)
 
 
 @contextlib.contextmanager
-def replacing(path, mode="wb"):
-    """Open a temporary neighbour of `path` for writing; on success it takes the place of `path` in one rename.
+def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Opens a temporary file beside `path`; at the end it replaces `path` in one rename.
 
-    The data is on disk before the rename, and the rename before this returns. On an exception the temporary file
-    is removed and `path` is as it was.
+    The data is on disk before the rename, and the rename is on disk before this returns. After an exception
+    the temporary file is gone and `path` is unchanged.
     """
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
@@ -57,29 +39,59 @@ def replacing(path, mode="wb"):
         raise
 
 
-def write_json(path, value):
-    """Write `value` to `path` as indented JSON, atomically."""
+def sync_folder(folder: str | os.PathLike) -> None:
+    """fsync of a folder: names created or renamed in it survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock_folder(folder: str | os.PathLike) -> int | None:
+    """A file descriptor that locks `folder`, or None if another process holds the lock.
+
+    The lock lasts until the descriptor is closed, or until the process ends, even by SIGKILL. Renaming the
+    folder does not release it.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError as e:  # a file system without locks
+        print(f"{folder}: cannot be locked ({e.strerror}); make sure yourself that no other run uses it")
+    return fd
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Writes `value` as indented JSON, atomically."""
     with replacing(path, "w") as f:
         f.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path):
-    """The object in a JSON file. Raises UserError when it is missing, absurdly large, not JSON, or not an object."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file; UserError if the file is missing, too large, not JSON, or holds no
+    object."""
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
         raise UserError(f"{path} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
     if os.path.getsize(path) > MAX_JSON:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, too many for one of ours (at most {MAX_JSON:,})")
+        size = os.path.getsize(path)
+        raise UserError(f"{path} has {size:,} bytes, too many for one of ours (at most {MAX_JSON:,})")
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); it is damaged or not ours: make it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object is expected; make it again")
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__} where an object is expected; make it again"
+        )
     return value
 
 
-def sha256(path):
-    """Hex sha256 of a file's bytes, read in pieces."""
+def sha256(path: str | os.PathLike) -> str:
+    """Hex sha256 of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

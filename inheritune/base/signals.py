@@ -1,6 +1,8 @@
-"""SIGTERM (a scheduler) and SIGINT (Ctrl-C) as a request: finish what must be whole, save, and end.
+"""SIGTERM (from a scheduler) and SIGINT (Ctrl-C) as a request to stop: finish what must be whole, save, and
+end.
 
-Outside a `Request`, errors.one_line lets either end a script at once, which loses nothing that was written.
+Where no `Request` is active, errors.one_line lets both signals end a command at once; nothing written is
+lost.
 """
 
 import signal
@@ -11,45 +13,50 @@ from inheritune.base.errors import Stopped
 
 
 class Request:
-    """While entered, SIGTERM and the first SIGINT do no more than set `signal`, and pass on to the children that
-    `call` runs. A second SIGINT kills them and raises KeyboardInterrupt.
+    """A context in which SIGTERM and the first SIGINT only set `signal` and go on to the children started by
+    `call`.
 
-    torchrun sends its workers the signal that it got, and may send SIGTERM after SIGINT: that is the same request.
-    Entered outside the main thread, where Python allows no handlers, it changes nothing; `call` may be used from any.
+    A second SIGINT kills the children and raises KeyboardInterrupt. SIGTERM after SIGINT is the same request:
+    torchrun sends its workers both. Entered outside the main thread, where Python allows no handlers, it has
+    no effect.
     """
 
     def __init__(self):
-        self.signal = None  # the first that came
-        self.interrupts = 0
-        self.children = set()
+        self.signal: int | None = None  # the first that came
+        self.interrupts = 0  # how often SIGINT came
+        self.children: set[subprocess.Popen] = set()
 
     def __enter__(self):
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # a script's background jobs ignore SIGINT on purpose
-                    self.before[number] = signal.signal(number, self.ask)
+                if signal.getsignal(number) != signal.SIG_IGN:  # shells let background jobs ignore SIGINT
+                    self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def ask(self, number, _frame):
+    def handle(self, number, _frame):
         self.signal = self.signal or number
         self.interrupts += number == signal.SIGINT
+        again = self.interrupts > 1
         for child in list(self.children):
-            child.kill() if self.interrupts > 1 else child.terminate()
-        if self.interrupts > 1:
+            child.kill() if again else child.terminate()
+        if again:
             raise KeyboardInterrupt
 
-    def call(self, command, **how):
-        """Run a command to its end and return its exit status, like subprocess.call. Raises Stopped when this process
-        was asked to end meanwhile, after the command has ended."""
-        with subprocess.Popen(command, **how) as child:
+    def call(self, command: list[str], **options) -> int:
+        """Runs a command to its end and returns its exit status, as subprocess.call does. May be called in
+        any thread.
+
+        Raises Stopped, once the command has ended, if this process was asked to stop in the meantime.
+        """
+        with subprocess.Popen(command, **options) as child:
             self.children.add(child)
             try:
-                if self.signal:  # it came between the two lines above
+                if self.signal:  # the signal came before the child was in the set
                     child.terminate()
                 status = child.wait()
             finally:

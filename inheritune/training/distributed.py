@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from inheritune.base.errors import UserError, of_system
+from inheritune.base.errors import UserError, describe_os_error
 
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
@@ -45,7 +45,7 @@ class Ranks:
         try:
             result = work()
         except (UserError, OSError) as e:
-            error = of_system(e) if isinstance(e, OSError) else str(e)
+            error = describe_os_error(e) if isinstance(e, OSError) else str(e)
         errors = [error]
         if self.world > 1:
             errors = [None] * self.world

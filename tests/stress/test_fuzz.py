@@ -1,5 +1,6 @@
-"""100,000 random inputs for the parsers that are ours: config files, command lines, meta.json, state.json, the
-config.json of a checkpoint, ranks files. Each is taken or refused in one line, at once, without memory that stays.
+"""100,000 random inputs for the parsers that are ours: config files, command lines, meta.json, state.json,
+the config.json of a checkpoint, ranks files. Each is taken or refused in one line, at once, without memory
+that stays.
 
 pytest tests/stress -m slow        (a tenth of it, always: python -m pytest tests/stress/test_fuzz.py)
 """
@@ -32,11 +33,15 @@ SLOW = 17_000  # cases for each of six parsers
 FEW = 400
 
 numbers = st.one_of(
-    st.integers(), st.floats(), st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**400, float("nan"), float("inf")])
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**400, float("nan"), float("inf")]),
 )
 scalars = st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=12))
 values = st.recursive(
-    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3), max_leaves=6
+    scalars,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -70,7 +75,8 @@ def mutated(valid):
 
 
 def fuzz(strategy, take):
-    """Hand `take` as many cases as asked for: each is taken or refused within two seconds of work, in one line."""
+    """Hand `take` as many cases as asked for: each is taken or refused within two seconds of work, in one
+    line."""
 
     def run(count):
         slowest, refusals, seen = 0.0, 0, 0
@@ -82,7 +88,10 @@ def fuzz(strategy, take):
             began, seen = time.process_time(), seen + 1
             try:
                 take(case)
-            except (UserError, OSError) as e:  # the latter for a file name too long; errors.one_line answers it
+            except (
+                UserError,
+                OSError,
+            ) as e:  # the latter for a file name too long; errors.one_line answers it
                 refusals += 1
                 message = str(e)
                 assert len(message) < 20_000 and ("\n" not in message or " problems:\n" in message)
@@ -111,19 +120,26 @@ def written(path, take):
     return work
 
 
-WORDS = "n_layer learning_rate out_dir bias None True lambda: import if = # 1 0x e9 1_0 . - + * // % ( ) [ ' ; {"
+WORDS = (
+    "n_layer learning_rate out_dir bias None True lambda: import if = # 1 0x e9 1_0 . - + * // % ( ) [ ' ; {"
+)
 pieces = st.sampled_from([*WORDS.split(), '"', "\\", " ", "\n", "\t", "\0", "é", "f'{1}'"])
-configs = st.lists(pieces | st.text(max_size=4), max_size=30).map(lambda p: "".join(p).encode("utf-8", "replace"))
+configs = st.lists(pieces | st.text(max_size=4), max_size=30).map(
+    lambda p: "".join(p).encode("utf-8", "replace")
+)
 flags = st.sampled_from(
     ["--n_layer", "--dropout", "--resume", "--bias", "--stop-at-val-loss", "--kd_alpha", "--", "-", "--x"]
 )
 argv = st.lists(
-    st.one_of(st.builds("{}={}".format, flags, st.text(max_size=8) | numbers.map(str)), flags, st.text(max_size=8)),
+    st.one_of(
+        st.builds("{}={}".format, flags, st.text(max_size=8) | numbers.map(str)), flags, st.text(max_size=8)
+    ),
     max_size=6,
 )
 ranks = [base64.b64encode(bytes([b])).decode() + f" {b}" for b in range(256)]
 token_lines = st.lists(
-    st.sampled_from(ranks) | st.builds("{} {}".format, st.text(max_size=6), numbers) | st.text(max_size=9), max_size=4
+    st.sampled_from(ranks) | st.builds("{} {}".format, st.text(max_size=6), numbers) | st.text(max_size=9),
+    max_size=4,
 )
 
 
@@ -142,9 +158,16 @@ def parsers(tmp_path):
     (tmp_path / "d/val.bin").write_bytes(bytes(200))
     shards = {"train": {"shards": [{"file": "train.bin", "tokens": 1000, "sha256": "0"}]}}
     shards["val"] = {"shards": [{"file": "val.bin", "tokens": 100}]}
-    meta = dumped({"tokenizer": {"name": "bytes", "n_vocab": 257, "eot": 256}, "dtype": "uint16", "splits": shards})
+    meta = dumped(
+        {"tokenizer": {"name": "bytes", "n_vocab": 257, "eot": 256}, "dtype": "uint16", "splits": shards}
+    )
     state = {"step": 4, "best_step": 4, "best_val_loss": 1.5, "bad_steps": 0, "bad_in_a_row": 0}
-    state |= {"row": {"loss": "1.5", "lr": "nan"}, "scaler": {}, "settings": {"seed": 1, "n_layer": 2}, "tokens": 64}
+    state |= {
+        "row": {"loss": "1.5", "lr": "nan"},
+        "scaler": {},
+        "settings": {"seed": 1, "n_layer": 2},
+        "tokens": 64,
+    }
     config = dumped(hf.hf_config(hf.GPTConfig(n_layer=2)))
 
     def open_data(path):
@@ -176,7 +199,8 @@ def parsers(tmp_path):
             mutated(config), written(tmp_path / "c/config.json", lambda p: hf.read_config(str(p.parent)))
         ),
         "ranks file": fuzz(
-            st.tuples(st.integers(0, 256), st.integers(0, 3), token_lines).map(ranks_file) | st.binary(max_size=60),
+            st.tuples(st.integers(0, 256), st.integers(0, 3), token_lines).map(ranks_file)
+            | st.binary(max_size=60),
             written(tmp_path / "x.tiktoken", lambda p: tokenizer.read_ranks(str(p))),
         ),
     }

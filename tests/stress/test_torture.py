@@ -23,9 +23,13 @@ def test_nothing_that_is_broken_costs_anything(tmp_path):
 
     cheap = [k for k in torture.KINDS if k[1] is torture.Train or issubclass(k[1], torture.Prepare)]
     tallies = torture.torture(100, 5, str(tmp_path), cheap)
-    tallies |= torture.torture(30, 5, str(tmp_path / "ranks"), [k for k in torture.KINDS if k[1] is torture.TwoRanks])
+    tallies |= torture.torture(
+        30, 5, str(tmp_path / "ranks"), [k for k in torture.KINDS if k[1] is torture.TwoRanks]
+    )
     assert sum(t.mismatches for t in tallies.values()) == 0
-    assert all(tallies[title].faults for title, _, _ in cheap) and sum(t.faults for t in tallies.values()) > 50
+    assert (
+        all(tallies[title].faults for title, _, _ in cheap) and sum(t.faults for t in tallies.values()) > 50
+    )
     assert "mismatches = 0" in torture.table(tallies, "x", 1).splitlines()[-1]
 
 
@@ -46,7 +50,9 @@ def test_ranks_agree_on_the_step_at_which_one_was_asked_to_end(ranks, rank):
 
     out = ranks.new()
     command = [part for part in ranks.command(out) if not part.startswith("--max-restarts")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     while not os.path.exists(f"{out}/log.csv") or len(rows(out)) < 20:
         time.sleep(0.05)
     workers = torture.descendants(process.pid)

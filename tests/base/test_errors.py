@@ -1,0 +1,114 @@
+"""Errors are one line and an exit status; output never fails for want of an encoding.
+
+pytest tests/base/test_errors.py
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from inheritune.base.errors import Parser, Stopped, UserError, describe_os_error, one_line
+from tests.tiny import ROOT, arguments, refusal
+
+
+def command(error):
+    """A command's main that ends with this error."""
+
+    @one_line
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+def test_a_mistake_is_one_line_that_begins_with_the_command():
+    assert refusal(command(UserError("no data")), []) == "test_errors.py: no data"
+
+
+@pytest.mark.parametrize("ranks, printed", [(("1", "2"), False), (("0", "2"), True), (("1", "1"), True)])
+def test_only_rank_0_prints(monkeypatch, capsys, ranks, printed):
+    """A rank without other ranks (a variable left in the environment) prints too."""
+    for name, value in zip(("RANK", "WORLD_SIZE"), ranks, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        command(UserError("no data"))()
+    assert end.value.code == ("test_errors.py: no data" if printed else 1)
+    with pytest.raises(SystemExit) as end:
+        command(Stopped(signal.SIGTERM))()
+    assert end.value.code == 143 and bool(capsys.readouterr().err) == printed
+
+
+def test_signals_end_a_command_with_their_usual_status(capsys):
+    for error, status in ((KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM, "saved"), 143)):
+        with pytest.raises(SystemExit) as end:
+            command(error)()
+        assert end.value.code == status
+    assert capsys.readouterr().err.split("\n") == [
+        "",
+        "test_errors.py: interrupted; run the same command again to go on",
+        "",
+        "test_errors.py: saved",
+        "",
+    ]
+
+
+def test_sigterm_ends_a_command_at_once_and_is_handled_as_before_after_it():
+    @one_line
+    def main(argv=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "not reached"
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_errors_of_the_system_say_what_failed_where_and_how_to_go_on():
+    full, denied = (OSError(number, os.strerror(number), "a/b") for number in (errno.ENOSPC, errno.EACCES))
+    said = "No space left on device (a/b); nothing written before is damaged"
+    assert describe_os_error(full) == f"{said}: free some space and run the same command again"
+    assert describe_os_error(denied) == "Permission denied (a/b); nothing written before is damaged"
+
+
+def test_a_parser_names_the_nearest_flag_and_guesses_no_abbreviation():
+    parser = Parser()
+    parser.add_argument("--layers", type=int)
+    for argv, said in (
+        (["--layer=1"], "unknown argument '--layer=1' (did you mean --layers?); --help lists all"),
+        (["--layers=x"], "argument --layers: invalid int value: 'x'; --help lists all flags"),
+    ):
+        with pytest.raises(UserError) as e:
+            parser.parse_args(argv)
+        assert str(e.value) == said
+
+
+COMMANDS = """
+import sys, train, inherit, sample
+out = sys.argv[1]
+train.main(sys.argv[2:])
+inherit.main(["--ckpt", out, "--layers=1", "--out", out + "-small"])
+sample.main(["--ckpt", out + "-small", "--prompt=ü…", "--max_new_tokens=40", "--device=cpu"])
+print("ü… 𝄞")
+"""
+
+
+@pytest.mark.parametrize(
+    "encoding, printed", [("ascii", "\\xfc\\u2026"), ("cp1252", "ü…"), ("latin-1", "ü\\u2026")]
+)
+def test_a_terminal_without_our_characters(data, tmp_path, encoding, printed):
+    """Folders, messages and sampled text hold characters outside its encoding."""
+    out = str(tmp_path / "ü")
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, out, *arguments(data, out, max_iters=1)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        encoding=encoding,
+    )
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout and done.stdout.endswith(f"{printed} \\U0001d11e\n")
+    assert os.path.exists(f"{out}-small/model.safetensors")
