@@ -1,5 +1,5 @@
 # make demo   the whole recipe on a laptop: data, reference, inherit, train, grow, controls, a sample
-# make test   ruff, an import check, and the tests that take seconds; make test-all adds those that take minutes
+# make test   ruff and the tests that take seconds; make test-all adds those that take minutes
 # make torture   a quarter of an hour of kills, full disks and damaged files, with a tally
 # make mutants   faults put into the code: do the tests notice? (under 45 minutes)
 # make bench   speed and memory as ratios, into results/bench.csv (under 25 minutes, on an otherwise idle machine);
@@ -34,13 +34,11 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/check_imports.py
 	$(BIN)/python -m pytest
 
 test-all: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/check_imports.py
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest
 	-$(BIN)/python -m coverage combine --quiet 2>/dev/null  # (what a killed process left cannot be read)
