@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 import inherit
-from inheritune.base.errors import UserError, one_line
+from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json
 from inheritune.base.signals import Request
 from inheritune.data.reader import ValData
@@ -26,7 +26,8 @@ from inheritune.training import planning
 from inheritune.training.distributed import Ranks
 from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from inheritune.training.parsing import parse
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPTConfig

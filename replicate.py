@@ -20,7 +20,7 @@ import torch
 import analyze
 import grow
 import inherit
-from inheritune.base.errors import UserError, one_line
+from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import Request
 from inheritune.experiments.arms import Bench, find_arm, impossible, parse_arms
@@ -30,7 +30,8 @@ from inheritune.training import device as machine
 from inheritune.training import planning
 from inheritune.training.distributed import seed_all
 from inheritune.training.logs import read_rows
-from inheritune.training.settings import MACHINE, GrowSettings, ReplicateSettings, TrainSettings, parse, raise_all
+from inheritune.training.parsing import parse
+from inheritune.training.settings import MACHINE, GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPT

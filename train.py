@@ -26,7 +26,8 @@ from inheritune.training.distill import distillation_loss
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.losses import mean_loss, to_device
 from inheritune.training.optimizer import learning_rate
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings, parse
+from inheritune.training.parsing import parse
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.training.setup import TERMS, setup
 from inheritune.training.shard import whole
 from inheritune.weights import checkpoint

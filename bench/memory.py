@@ -40,7 +40,8 @@ def measure(argv):
     import train
     from inheritune.training import planning
     from inheritune.training.distributed import Ranks
-    from inheritune.training.settings import TrainSettings, parse
+    from inheritune.training.parsing import parse
+    from inheritune.training.settings import TrainSettings
 
     before = harness.memory_mb("VmRSS")
     settings, given = parse((TrainSettings,), argv, "bench")

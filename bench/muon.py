@@ -21,8 +21,9 @@ import prepare
 import train
 from inheritune.training.distributed import Ranks
 from inheritune.training.logs import read_rows
+from inheritune.training.parsing import parse
 from inheritune.training.planning import make_plan
-from inheritune.training.settings import TrainSettings, parse
+from inheritune.training.settings import TrainSettings
 from inheritune.training.setup import setup
 
 STEPS = 500

@@ -16,7 +16,8 @@ import torch
 import train
 from inheritune.training import planning
 from inheritune.training.distributed import Ranks
-from inheritune.training.settings import TrainSettings, parse
+from inheritune.training.parsing import parse
+from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 
 BAR = "<= 0.2"

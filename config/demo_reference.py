@@ -4,7 +4,6 @@ n_layer = 8
 n_head = 4
 n_embd = 64
 block_size = 32
-bias = False
 
 batch_tokens = 16 * 32
 batch_size = 16

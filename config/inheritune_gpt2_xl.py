@@ -1,7 +1,6 @@
 # Inheritune: the first 24 of GPT-2 XL's 48 blocks, trained on OpenWebText.
 # torchrun --nproc_per_node=8 train.py config/inheritune_gpt2_xl.py
 out_dir = "out-inheritune-gpt2-xl"
-dataset = "data/openwebtext"
 
 # The reference: OpenAI's GPT-2 from the hub. For the paper's own, train it first (config/train_gpt2_xl.py) and
 # set init_from to its run folder, out-gpt2-xl.
@@ -11,13 +10,3 @@ inherit_layers = 24  # paper sec. 4: half, matched in one round
 batch_tokens = 128 * 1024  # paper v4: 128K, as the reference
 batch_size = 4  # per GPU and forward pass, at most
 learning_rate = 1.5e-4  # paper sec. 3
-
-max_iters = 100_000  # paper sec. 3: T = 100K everywhere
-warmup_iters = 2000  # paper sec. 3
-min_lr = 1e-5  # paper sec. 3: cosine to 1e-5 at the last step
-weight_decay = 0.1  # paper sec. 3, on linear layers only
-beta1 = 0.9
-beta2 = 0.95  # paper sec. 3
-grad_clip = 1.0  # paper sec. 3 (on the mean gradient; the released scripts clip its sum over micro-batches)
-dropout = 0.0  # paper sec. 3
-eval_interval = 1000  # the released logs

@@ -4,7 +4,6 @@ n_layer = 8
 n_head = 4
 n_embd = 128
 block_size = 128
-bias = False
 
 batch_tokens = 32 * 128
 batch_size = 32

@@ -15,7 +15,6 @@ batch_size = 16
 max_iters = 60
 eval_interval = 10
 eval_tokens = 8192
-log_interval = 10
 save_interval = 30
 keep_last = 1
 device = "cpu"

@@ -4,14 +4,12 @@ n_layer = 8
 n_head = 4
 n_embd = 32
 block_size = 32
-bias = False
 
 batch_tokens = 16 * 32
 batch_size = 16
 max_iters = 120
 eval_interval = 10
 eval_tokens = 8192
-log_interval = 10
 save_interval = 60
 keep_last = 1
 

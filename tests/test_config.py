@@ -1,5 +1,6 @@
 """Every file in config/ is read and planned, as --dry_run does. python -m pytest tests/test_config.py"""
 
+import dataclasses
 import glob
 import os
 import re
@@ -9,7 +10,8 @@ import pytest
 import grow
 import replicate
 import train
-from inheritune.training.settings import GrowSettings, read_config_file
+from inheritune.training.parsing import parse, read_config_file
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from tests.tiny import ROOT
 
 CONFIGS = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, "config", "*.py")))
@@ -41,6 +43,25 @@ def test_dry_run(name, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("train_", "inheritune_"))])
 def test_paper_configs_divide_over_the_gpus_they_name(name):
-    values = {k: v for k, (v, _) in read_config_file(os.path.join(ROOT, "config", name)).items()}
+    settings, _ = parse((TrainSettings,), [os.path.join(ROOT, "config", name)], "")
     ranks = 3 if "fineweb" in name else 8
-    assert values["batch_tokens"] % (1024 * ranks) == 0
+    assert settings.batch_tokens % (1024 * ranks) == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_holds_what_differs_from_the_defaults(name):
+    defaults = dataclasses.asdict(TrainSettings())
+    values = read_config_file(os.path.join(ROOT, "config", name))
+    assert not [key for key, (value, _) in values.items() if key in defaults and value == defaults[key]]
+
+
+def test_every_dataset_is_what_a_prepare_script_writes_by_default():
+    text = "".join(open(p).read() for p in glob.glob(os.path.join(ROOT, "prepare*.py")))
+    written = set(re.findall(r"\bdata/\w+", text))
+    read = {parse_all(name).dataset for name in CONFIGS}
+    assert "data/openwebtext" in read and read <= written
+
+
+def parse_all(name):
+    classes = (TrainSettings, GrowSettings, ReplicateSettings)
+    return parse(classes, [os.path.join(ROOT, "config", name)], "")[0]

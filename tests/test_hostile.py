@@ -364,7 +364,7 @@ import torch, numpy, safetensors.torch, pyarrow.parquet, tiktoken, transformers 
 import analyze, grow, inherit, prepare, replicate, sample, score, train
 from inheritune.weights import checkpoint, gpt2_format as hf, nanogpt
 from inheritune.data import reader as data, sources
-from inheritune.training import settings
+from inheritune.training import parsing
 from inheritune.base.errors import UserError
 seen = []
 def hook(event, arguments):
@@ -384,8 +384,8 @@ def attempt(work):
         work()
     except (UserError, SystemExit) as e:
         print("refused:", str(e)[:150])
-attempt(lambda: settings.read_config_file("config.py"))
-attempt(lambda: settings.read_config_file("call.py"))
+attempt(lambda: parsing.read_config_file("config.py"))
+attempt(lambda: parsing.read_config_file("call.py"))
 attempt(lambda: hf.load_model("pickled"))
 attempt(lambda: hf.load_model("code"))
 attempt(lambda: hf.load_model("pwned.pt"))

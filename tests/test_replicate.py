@@ -19,8 +19,9 @@ from inheritune.base.errors import UserError
 from inheritune.experiments import arms
 from inheritune.experiments import tables as compare
 from inheritune.experiments.arms import ARMS, impossible, parse_arms
+from inheritune.training.parsing import parse
 from inheritune.training.planning import costs
-from inheritune.training.settings import ReplicateSettings, TrainSettings, parse
+from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from tests.tiny import ROOT, refusal, rows, write_checkpoint, write_data

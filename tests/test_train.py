@@ -28,8 +28,9 @@ from inheritune.training import setup as run_module
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.optimizer import learning_rate, make_optimizer
+from inheritune.training.parsing import parse
 from inheritune.training.planning import split_batch
-from inheritune.training.settings import TrainSettings, parse
+from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPT

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 OUT_OF_SPACE = {
     errno.ENOSPC: "free some space",
@@ -85,17 +85,31 @@ def describe_os_error(e: OSError) -> str:
     return f"{e.strerror or e}{where}; nothing written before is damaged{fix}"
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag."""
+def raise_all(problems: Sequence[str]) -> None:
+    """Raises one UserError for a list of problems, if there are any."""
+    if problems:
+        head = f"{len(problems)} problems:\n  " if len(problems) > 1 else ""
+        raise UserError(head + "\n  ".join(problems))
 
-    def __init__(self, **kwargs):
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag.
+
+    instead: {nanoGPT's name of a flag: what to write instead}.
+    """
+
+    def __init__(self, instead: dict[str, str] | None = None, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.instead = instead or {}
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
+            name = flag.lstrip("-").replace("-", "_")
+            if name in self.instead:
+                raise UserError(f"{flag} is nanoGPT's: {self.instead[name]}")
             known = [s for action in self._actions for s in action.option_strings]
             raise UserError(f"unknown argument {unknown[0]!r}{nearest(flag, known)}; --help lists all")
         return namespace

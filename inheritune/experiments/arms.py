@@ -10,8 +10,9 @@ import os
 from dataclasses import dataclass
 
 from inheritune.base.errors import UserError, nearest
+from inheritune.training.parsing import parse
 from inheritune.training.planning import ARCHITECTURE, costs
-from inheritune.training.settings import TrainSettings, parse
+from inheritune.training.settings import TrainSettings
 from model import GPTConfig
 
 

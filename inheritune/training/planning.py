@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import GPT2, Tokens, read_meta
 from inheritune.training.device import PEAKS
 from inheritune.training.logs import read_rows
-from inheritune.training.settings import HARMLESS, TrainSettings, raise_all
+from inheritune.training.settings import HARMLESS, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 from model import GPT, LOSS_ROWS, GPTConfig, pad_vocab

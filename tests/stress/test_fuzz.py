@@ -19,13 +19,8 @@ from inheritune.base.errors import UserError
 from inheritune.data import reader as data
 from inheritune.data import tokenizer
 from inheritune.training import planning as plan
-from inheritune.training.settings import (
-    GrowSettings,
-    ReplicateSettings,
-    TrainSettings,
-    parse,
-    read_config_file,
-)
+from inheritune.training.parsing import parse, read_config_file
+from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights import gpt2_format as hf
 

@@ -1,6 +1,6 @@
 """Settings: where a value comes from, what is refused, and that a config file is never executed.
 
-pytest tests/test_settings.py
+pytest tests/training/test_settings.py
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import train
 from inheritune.base.errors import UserError
-from inheritune.training.settings import HARMLESS, GrowSettings, TrainSettings, parse
+from inheritune.training.parsing import parse
+from inheritune.training.settings import HARMLESS, GrowSettings, TrainSettings
 
 
 def read(*argv):
@@ -151,7 +152,7 @@ def test_all_problems_of_a_file_and_a_command_line_come_together(config):
     for part in (
         "config.py:1: n_layer must be a whole number, not 'two'",
         "config.py:2: lerning_rate is not a setting (did you mean learning_rate?)",
-        "config.py:3: bias must be True or False, not 3",
+        "config.py:3: bias must be True or False, not '3'",
         "--seed must be at least 0, not -1",
         "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'",
     ):
