@@ -24,7 +24,7 @@ from inheritune.experiments.attention_metrics import (
 from inheritune.experiments.plots import plot_analysis, plot_maps
 from inheritune.training import device as machine
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from model import GPTConfig
 
 MAP_LENGTH = 40  # tokens in maps.png, as in the paper's Fig. 9
 
@@ -138,7 +138,7 @@ def main(argv=None):
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"{args.out} is a file; --out names a folder")
     folder = checkpoint.find(args.ckpt)
-    config = hf.read_config(folder)
+    config = GPTConfig.from_folder(folder)
     choose_heads(args.heads, [[0] * config.n_head] * config.n_layer)
     device = machine.pick(args.device)
 

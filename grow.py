@@ -29,8 +29,7 @@ from inheritune.training.losses import mean_loss
 from inheritune.training.parsing import parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # the reference's are the same
@@ -105,7 +104,7 @@ def measure(settings, config, folder):
     """Validation loss of a checkpoint on exactly the tokens, cut in the same windows, that the small models get."""
     device = machine.pick(settings.device)
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
-    model = hf.load_model(folder).to(device)
+    model = GPT.from_pretrained(folder).to(device)
     loss = mean_loss(model, val, Ranks(), device, machine.pick_dtype(settings.dtype, device))
     del model
     if device.type == "cuda":  # needs a GPU
@@ -116,7 +115,7 @@ def measure(settings, config, folder):
 def arm_of(name, run, settings):
     """The Arm of a finished run folder or a lone checkpoint; a checkpoint without state.json has unknown compute."""
     folder = checkpoint.find(run, prefer="latest")
-    config = hf.read_config(folder)
+    config = GPTConfig.from_folder(folder)
     params, flops_per_token = planning.costs(config)
     state = os.path.join(folder, "state.json")
     tokens = read_json(state)["tokens"] if os.path.exists(state) else None

@@ -9,16 +9,19 @@ The paper's other initialisations are --recipe, --parts and --layernorms; recipe
 """
 
 import argparse
-import hashlib
 import math
 import os
 import re
 
+import torch
+
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.base.files import read_json, write_json
+from inheritune.base.files import write_json
+from inheritune.data import hf_tokenizer
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights.gpt2_format import arrange, open_model, write_model
 from inheritune.weights.recipes import PARTS, RECIPES, grow_onto, inherit, initialise
+from model import GPT, GPTConfig
 
 
 def parse_blocks(text):
@@ -27,54 +30,11 @@ def parse_blocks(text):
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise UserError(f"--blocks {text!r}: {part!r} is not a number or a range; write them like 0-11,23")
+            raise UserError(
+                f"--blocks {text!r}: {part!r} is not a number or a range; write them like 0-11,23"
+            )
         blocks += range(int(match[1]), int(match[2] or match[1]) + 1)
     return blocks
-
-
-def identify(folder):
-    """What lineage.json says of a source, a folder or a ckpt.pt: name, step, size, hash of header and samples.
-
-    Enough to tell one model from another without reading gigabytes; the name keeps two path components, no more.
-    """
-    if os.path.isfile(folder):
-        paths = [folder]
-    else:
-        names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") and n != "optimizer.safetensors")
-        paths = [os.path.join(folder, n) for n in names]
-    files = {}
-    for path in paths:
-        size, digest = os.path.getsize(path), hashlib.sha256()
-        with open(path, "rb") as f:
-            if path.endswith(".safetensors"):
-                digest.update(f.read(int.from_bytes(f.read(8), "little")))
-            for i in range(64):
-                f.seek(size * i // 64)
-                digest.update(f.read(1024))
-        files[os.path.basename(path)] = {"bytes": size, "sample_sha256": digest.hexdigest()}
-    state = os.path.join(folder, "state.json")
-    return {
-        "name": "/".join(os.path.abspath(folder).split(os.sep)[-2:]),
-        "step": read_json(state).get("step") if os.path.exists(state) else None,
-        "files": files,
-    }
-
-
-def lineage(folder, blocks, onto=None, onto_layers=0, **how):
-    """The content of lineage.json: for every block of the new model, which block of which source it was.
-
-    how: what else a reader must know to make the model again, such as recipe and seed.
-    """
-    names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
-    sources = {"reference": identify(folder) | {"lineage": checkpoint.lineage_of(folder)}}
-    if onto:
-        sources["onto"] = identify(onto) | {"lineage": checkpoint.lineage_of(onto)}
-    return {
-        "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
-        "embeddings_and_ln_f": "onto" if onto else "reference",
-        **how,
-        "sources": sources,
-    }
 
 
 def true_or_false(text):
@@ -87,16 +47,28 @@ def true_or_false(text):
 def make_parser():
     """The command line."""
     parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
-    parser.add_argument("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
+    parser.add_argument(
+        "--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id"
+    )
     parser.add_argument("--out", required=True, help="folder to create")
     parser.add_argument("--layers", help="how many blocks, or auto: as many as are not lazy (needs --data)")
-    parser.add_argument("--data", help="data folder on whose validation split --layers auto looks at the attention")
+    parser.add_argument(
+        "--data", help="data folder on whose validation split --layers auto looks at the attention"
+    )
     parser.add_argument("--blocks", help="keep these blocks instead, e.g. 0-11,23")
-    parser.add_argument("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
-    parser.add_argument("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
+    parser.add_argument(
+        "--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers"
+    )
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py"
+    )
     parser.add_argument("--parts", choices=PARTS, default="all", help="take only these parts of each block")
-    parser.add_argument("--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too")
-    parser.add_argument("--released_slice", action="store_true", help="blocks and wte only, as the authors did")
+    parser.add_argument(
+        "--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too"
+    )
+    parser.add_argument(
+        "--released_slice", action="store_true", help="blocks and wte only, as the authors did"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="of whatever is random")
     parser.add_argument("--verify", action="store_true", help="check the sha256 of --ckpt's files first")
     return parser
@@ -108,15 +80,31 @@ def check(args):
     if args.blocks and (args.layers is not None or args.onto or args.recipe != "first"):
         raise UserError("--blocks says which blocks: leave out --layers, --onto and --recipe")
     if needs_layers and args.layers is None:
-        raise UserError("--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST")
-    if args.onto and (args.recipe, args.parts, args.layernorms, args.released_slice) != ("first", "all", True, False):
-        raise UserError("--onto takes whole blocks: leave out --recipe, --parts, --layernorms and --released_slice")
+        raise UserError(
+            "--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST"
+        )
+    if args.onto and (args.recipe, args.parts, args.layernorms, args.released_slice) != (
+        "first",
+        "all",
+        True,
+        False,
+    ):
+        raise UserError(
+            "--onto takes whole blocks: leave out --recipe, --parts, --layernorms and --released_slice"
+        )
     if (args.layers == "auto") != (args.data is not None):
         raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
     if args.layers == "auto" and args.recipe in ("stack", "half_width"):
         raise UserError(f"{args.recipe} leaves nothing to choose: leave out --layers auto")
     if args.layers not in (None, "auto") and not (args.layers.isdecimal() and int(args.layers)):
         raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
+
+
+def fresh(config, seed):
+    """A random-init state dict (fp32) for `config`, the same for the same seed; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return arrange(dict(GPT(GPTConfig(**config)).named_parameters()), config)
 
 
 def build(args):
@@ -137,27 +125,29 @@ def build(args):
         why = {"layers_auto": reason}
     else:
         k = int(args.layers) if args.layers else None
-    weights, config = hf.open_model(folder)
+    weights, config = open_model(folder)
     if args.onto:
         onto = checkpoint.find(args.onto)
-        small, small_config = hf.open_model(onto)
+        small, small_config = open_model(onto)
         state, new_config = grow_onto(small, small_config, weights, config, k)
-        origin = lineage(folder, list(range(k)), onto, small_config.n_layer, **why)
+        origin = checkpoint.new_lineage(folder, list(range(k)), onto, small_config["n_layer"], **why)
     elif args.blocks:
         blocks = parse_blocks(args.blocks)
         state, new_config = inherit(weights, config, blocks)
-        origin = lineage(folder, blocks)
+        origin = checkpoint.new_lineage(folder, blocks)
     else:
         how = {"parts": args.parts, "layernorms": args.layernorms, "released_slice": args.released_slice}
-        how["seed"] = args.seed
-        state, new_config, blocks = initialise(weights, config, args.recipe, k or config.n_layer, **how)
-        origin = lineage(folder, blocks, recipe=args.recipe, **how, **why)
+        state, new_config, blocks = initialise(
+            weights, config, args.recipe, k or config["n_layer"], lambda c: fresh(c, args.seed), **how
+        )
+        origin = checkpoint.new_lineage(folder, blocks, recipe=args.recipe, **how, seed=args.seed, **why)
+    tokenizer_files = hf_tokenizer.files(GPTConfig(**new_config), folder)
     sums = {}
     with checkpoint.new_folder(args.out, sums) as temporary:
-        sums["model.safetensors"] = hf.write_model(temporary, state, new_config, tokenizer_from=folder)
+        sums["model.safetensors"] = write_model(temporary, state, new_config, tokenizer_files)
         write_json(os.path.join(temporary, "lineage.json"), origin)
     total = sum(math.prod(t.shape) for t in state.values())
-    return f"{args.out}: {new_config.n_layer} of {config.n_layer} blocks, {total:,} values"
+    return f"{args.out}: {new_config['n_layer']} of {config['n_layer']} blocks, {total:,} values"
 
 
 @one_line

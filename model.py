@@ -1,7 +1,7 @@
 """GPT-2, whole, in one file: the model, its initialisation, and sampling with a key-value cache.
 
 Parameter names are those of Hugging Face's GPT2LMHeadModel (`transformer.h.0.attn.c_attn.weight` …), so a
-checkpoint is a renaming-free copy; hf.py transposes the four matrices of each block that Hugging Face stores
+checkpoint is a renaming-free copy; gpt2_format.py transposes the four matrices of each block that Hugging Face stores
 input-first.
 """
 
@@ -13,6 +13,9 @@ import torch.nn as nn
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from inheritune.weights.checkpoint import find
+from inheritune.weights.gpt2_format import fill, open_model, read_config
 
 FEW = 32  # rows of input up to which a matrix product on the CPU is bound by reading the weights
 LOSS_ROWS = LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy="compact")  # logits of so many rows at a time
@@ -33,6 +36,11 @@ class GPTConfig:
     n_vocab: int = 50257  # ids that the tokenizer can decode; sampling draws only from these
     tokenizer: str = "gpt2"  # what tokenizer.load_tokenizer opens
     eot: int = 50256  # the end-of-text id, where sampling stops
+
+    @classmethod
+    def from_folder(cls, folder):
+        """That of a checkpoint folder. Raises UserError."""
+        return cls(**read_config(folder))
 
 
 def pad_vocab(n_vocab):
@@ -187,10 +195,11 @@ class GPT(nn.Module):
 
         Raises UserError when it cannot be fetched or is not a GPT-2 that this file implements.
         """
-        from inheritune.weights import checkpoint  # these two import this file
-        from inheritune.weights import gpt2_format as hf
-
-        return hf.load_model(checkpoint.find(name_or_folder))
+        folder = find(name_or_folder)
+        weights, config = open_model(folder)
+        model = cls(GPTConfig(**config))
+        fill(dict(model.named_parameters()), weights, folder)
+        return model
 
     def embed(self, idx, start=0):
         """The residual stream (B, T, C) that enters block 0, of ids idx (B, T) at positions from `start` on."""

@@ -33,8 +33,7 @@ from inheritune.training.logs import read_rows
 from inheritune.training.parsing import parse
 from inheritune.training.settings import MACHINE, GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
-from model import GPT
+from model import GPT, GPTConfig
 from train import clock
 
 DECIDED = ("init_from", "inherit_layers", "n_layer", "teacher", "seed", "data_start", "data_end", "resume")
@@ -126,7 +125,7 @@ def settings_hash(bench, arm):
             chosen = {k: v for k, v in dataclasses.asdict(settings).items() if v != defaults[k] and k not in MACHINE}
             described.append([sorted(chosen.items()), stage.start])
     if find_arm(arm).source and bench.reference_flags is None:
-        described.append(inherit.identify(bench.reference))
+        described.append(checkpoint.identify(bench.reference))
     text = json.dumps(described).replace(bench.reference, "reference").replace(bench.folder, "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -212,14 +211,14 @@ def make_row(settings, rep, bench, arm, seed, target):
     if stages:
         losses = [float(r["val_loss"]) for r in read_rows(os.path.join(stages[-1].run, "log.csv")) if r["val_loss"]]
         folder = checkpoint.find(stages[-1].run, prefer="latest")
-        config = hf.read_config(folder)
+        config = GPTConfig.from_folder(folder)
         with ALONE:
             if stages[-1].start:
-                begin = hf.load_model(stages[-1].start_folder)
+                begin = GPT.from_pretrained(stages[-1].start_folder)
             else:
                 seed_all(seed)  # as train.py does before it makes the same model
                 begin = GPT(config)
-            before, after = max_ranks(settings, begin), max_ranks(settings, hf.load_model(folder))
+            before, after = max_ranks(settings, begin), max_ranks(settings, GPT.from_pretrained(folder))
             final = grow.measure(at_length, config, folder) if rep.final_tokens else losses[-1]
         own = {
             "val_loss": final,
@@ -232,7 +231,7 @@ def make_row(settings, rep, bench, arm, seed, target):
     else:  # a reference that was given
         config, before = bench.config, None
         with ALONE:
-            after = max_ranks(settings, hf.load_model(bench.reference))
+            after = max_ranks(settings, GPT.from_pretrained(bench.reference))
             own = {"val_loss": grow.measure(at_length, config, bench.reference), "steps": None, "wall_s": None}
             own["curve_loss"] = grow.measure(settings, config, bench.reference) if rep.final_tokens else own["val_loss"]
         own |= {"flops": bench.reference_flops, "layer_steps": bench.reference_layer_steps}

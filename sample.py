@@ -12,7 +12,7 @@ from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training import device as machine
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from model import GPT, GPTConfig
 
 
 def encode_prompt(prompt, tokenizer, config):
@@ -83,7 +83,7 @@ def main(argv=None):
     check(args)
     device = machine.pick(args.device)
     folder = checkpoint.find(args.ckpt)
-    config = hf.read_config(folder)
+    config = GPTConfig.from_folder(folder)
     name = args.tokenizer or config.tokenizer
     if not name:
         raise UserError(f"{folder} does not say what tokenizer it was trained with: give --tokenizer")
@@ -97,7 +97,7 @@ def main(argv=None):
             raise UserError(f"{prompt[5:]} is not a UTF-8 text file") from None
     idx = encode_prompt(prompt, tokenizer, config).repeat(args.num_samples, 1).to(device)
 
-    model = hf.load_model(folder).eval().to(device, machine.pick_dtype(args.dtype, device))
+    model = GPT.from_pretrained(folder).eval().to(device, machine.pick_dtype(args.dtype, device))
     generator = torch.Generator().manual_seed(args.seed)
     tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
     sys.stdout.write(prompt)

@@ -24,7 +24,7 @@ from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import total_nats
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from model import GPT, GPTConfig
 
 # The paper's downstream tables: what stands above a column, and the metric in it.
 PAPER = {
@@ -85,7 +85,7 @@ def score_split(args, folder, config, ranks, device):
         return Whole(Tokens(args.data, args.split), config.block_size, group)
 
     whole = ranks.agree(open_split)
-    model = ranks.agree(lambda: hf.load_model(folder)).to(device)
+    model = ranks.agree(lambda: GPT.from_pretrained(folder)).to(device)
     dtype = machine.pick_dtype(args.dtype, device)
     nats = total_nats(model, whole, ranks, device, dtype, title=f"loss on {args.data}")
     described = read_meta(args.data).get("splits", {}).get(args.split, {})
@@ -237,7 +237,7 @@ def main(argv=None):
     device = machine.pick(args.device, ranks.local)
     with ranks.joined(device):
         folder = ranks.once_per_node(lambda: checkpoint.find(args.ckpt))
-        config = ranks.agree(lambda: hf.read_config(folder))
+        config = ranks.agree(lambda: GPTConfig.from_folder(folder))
         if args.verify:
             ranks.once(lambda: checkpoint.verify(folder))
             ranks.once(lambda: verify(args.data, args.split) if args.data else None)

@@ -20,12 +20,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from inheritune.base.errors import Stopped, UserError, one_line
+from inheritune.data import hf_tokenizer
 from inheritune.training import device as machine
 from inheritune.training import planning
 from inheritune.training.distill import distillation_loss
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.losses import mean_loss, to_device
-from inheritune.training.optimizer import learning_rate
+from inheritune.training.optimizer import learning_rate, snapshot
 from inheritune.training.parsing import parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.training.setup import TERMS, setup
@@ -165,7 +166,7 @@ def save(run):
     training goes on. Waits for the checkpoint before; what went wrong with that is raised here."""
     settle(run)
     s, state = run.settings, run.state
-    tensors = checkpoint.snapshot(run.model, run.optimizer, run.copies if run.ranks.first else None)
+    tensors = snapshot(run.model, run.optimizer, run.copies if run.ranks.first else None)
     if not run.ranks.first:
         return
     best_step = state.best_step
@@ -177,7 +178,9 @@ def save(run):
     }
 
     def write():
-        checkpoint.save(s.out_dir, tensors, run.model.config, content, run.lineage, tokenizer_from=s.dataset)
+        config = run.model.config
+        files = hf_tokenizer.files(config, s.dataset)
+        checkpoint.save(s.out_dir, tensors, dataclasses.asdict(config), content, run.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
     run.background.start(write)

@@ -7,6 +7,7 @@ what is written must be on the disk.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -19,14 +20,16 @@ import harness
 import torch
 
 import inherit
-from inheritune.weights import gpt2_format as hf
+from inheritune.base.files import write_json
+from inheritune.weights import gpt2_format
 from inheritune.weights.tensors import Lazy, write_tensors
 from model import GPTConfig
 
 
 def make_source(folder):
     """A checkpoint of 6.2 GB: the same 16 million random numbers over and over, which no file system knows."""
-    config = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, tokenizer="")  # "": nothing to fetch
+    shape = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, tokenizer="")  # "": nothing to fetch
+    config = dataclasses.asdict(shape)
     noise = torch.randn(2**24)
 
     def repeated(shape):
@@ -34,9 +37,9 @@ def make_source(folder):
         return Lazy(shape, noise.dtype, lambda a, b: noise[: (b - a) * row].view(b - a, *shape[1:]))
 
     os.mkdir(folder)
-    hf.write_json(os.path.join(folder, "config.json"), hf.hf_config(config))
+    write_json(os.path.join(folder, "config.json"), gpt2_format.config_json(config))
     path = os.path.join(folder, "model.safetensors")
-    write_tensors(path, {name: repeated(shape) for name, shape in hf.shapes(config).items()})
+    write_tensors(path, {name: repeated(shape) for name, shape in gpt2_format.shapes(config).items()})
 
 
 def measure_memory(arguments):

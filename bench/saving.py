@@ -16,6 +16,7 @@ import torch
 import train
 from inheritune.training import planning
 from inheritune.training.distributed import Ranks
+from inheritune.training.optimizer import optimizer_tensors
 from inheritune.training.parsing import parse
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
@@ -38,9 +39,9 @@ def make_run(folder):
 def plainly(run):
     """Write the same checkpoint, synchronously, from the tensors themselves."""
     state = {"step": run.state.step}
-    tensors = dict(run.model.named_parameters()) | checkpoint.optimizer_tensors(run.model, run.optimizer)
+    tensors = dict(run.model.named_parameters()) | optimizer_tensors(run.model, run.optimizer)
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    checkpoint.save(run.settings.out_dir, tensors, run.model.config, state, run.lineage)
+    checkpoint.save(run.settings.out_dir, tensors, vars(run.model.config), state, run.lineage, {})
     checkpoint.prune(run.settings.out_dir, 1, None)
 
 

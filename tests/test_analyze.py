@@ -8,7 +8,7 @@ import pytest
 import analyze
 from inheritune.experiments.attention_metrics import draw_windows, look, max_rank, skip_losses
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from model import GPT
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint, write_data
 
 
@@ -29,7 +29,7 @@ def test_command_line(setting, tmp_path, capsys):
     analyze.main(flags.split())
     with open(out / "analysis.json") as f:
         found = json.load(f)
-    model = hf.load_model(checkpoint.find(ckpt))
+    model = GPT.from_pretrained(checkpoint.find(ckpt))
     idx, targets = draw_windows(data, "val", 9, 16, seed=1337)  # the model's context is shorter than 100
     assert (found["sequences"], found["length"], found["taus"]) == (9, 16, [0.9, 0.5])
     heads = look(model, idx, (0.9, 0.5))[0]

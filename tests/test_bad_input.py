@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 import inherit
 import train
-from inheritune.weights import gpt2_format as hf
-from tests.tiny import ROOT, SHAPE, TOKENIZER, arguments, refusal, write_checkpoint, write_data
+from tests.tiny import ROOT, SHAPE, TOKENIZER, arguments, hf_state, refusal, write_checkpoint, write_data
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def make_place(here):
         ("nan-weights", {"transformer.wte.weight": torch.full((320, 16), float("nan"))}),
     ):
         write_checkpoint(here / name)
-        save_file(hf.layout(model) | tensors, here / name / "model.safetensors")
+        save_file(hf_state(model) | tensors, here / name / "model.safetensors")
     write_checkpoint(here / "sharded")
     os.unlink(here / "sharded/model.safetensors")
     (here / "sharded/model.safetensors.index.json").write_text(
@@ -199,7 +198,7 @@ def test_a_run_that_failed_before_its_first_row_is_no_run(tmp_path):
 
 def test_a_bug_still_shows_its_traceback(place, monkeypatch):
     """Only mistakes become one line."""
-    monkeypatch.setattr(inherit, "identify", lambda folder: 1 / 0)
+    monkeypatch.setattr(inherit, "check", lambda folder: 1 / 0)
     monkeypatch.chdir(place)
     with pytest.raises(ZeroDivisionError):
         inherit.main(["--ckpt=ref", "--layers=1", "--out=new-out"])

@@ -3,6 +3,7 @@
 pytest tests/test_checkpoint.py
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,13 +13,13 @@ import pytest
 import torch
 
 from inheritune.base.errors import UserError
+from inheritune.data import hf_tokenizer
 from inheritune.data.tokenizer import RANKS_FILE
-from inheritune.training.optimizer import make_optimizer
+from inheritune.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, snapshot
 from inheritune.training.settings import TrainSettings
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format
 from model import GPT
-from tests.tiny import same_weights, tiny_model, write_checkpoint
+from tests.tiny import same_weights, tiny_model, write_checkpoint, write_model
 
 
 def trained(seed=0, steps=3):
@@ -35,8 +36,10 @@ def save(run, step, model=None, optimizer=None):
     if model is None:
         model, optimizer = trained(step, steps=1)
     os.makedirs(run, exist_ok=True)
-    tensors = checkpoint.snapshot(model, optimizer, {})
-    checkpoint.save(str(run), tensors, model.config, {"step": step}, {"blocks": []})
+    tensors = snapshot(model, optimizer, {})
+    config = dataclasses.asdict(model.config)
+    files = hf_tokenizer.files(model.config)
+    checkpoint.save(str(run), tensors, config, {"step": step}, {"blocks": []}, files)
 
 
 def everything(folder):
@@ -54,7 +57,9 @@ def test_a_checkpoint_holds_these_files(tmp_path):
     names = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
     names |= {"tokenizer.json", "tokenizer_config.json", "SHA256SUMS"}
     assert set(os.listdir(tmp_path / "step_00000007")) == names
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "step_00000007", check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "step_00000007", check=True
+    )
     assert len((tmp_path / "step_00000007/SHA256SUMS").read_text().splitlines()) == len(names) - 1
     assert os.readlink(tmp_path / "latest") == "step_00000007"
     assert all(os.stat(tmp_path / "step_00000007" / n).st_mode & 0o444 == 0o444 for n in names)
@@ -72,7 +77,9 @@ def test_a_checkpoint_holds_these_files(tmp_path):
         "os.rename",
     ],
 )
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
+)
 def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, error):
     save(tmp_path, 1)
     before = everything(tmp_path)
@@ -98,7 +105,7 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
 
 def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hf, "download", lambda name, weights: f"hub:{name}:{weights}")
+    monkeypatch.setattr(gpt2_format, "download", lambda name, weights: f"hub:{name}:{weights}")
     assert checkpoint.find("gpt2-large") == "hub:gpt2-large:True"
     assert checkpoint.find("who/what.v2", weights=False) == "hub:who/what.v2:False"
     for name in ("./gone", "a/b/c", "/gone", "a b", ""):
@@ -119,12 +126,16 @@ def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(
-        os, "fsync", lambda fd: events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd)
+        os,
+        "fsync",
+        lambda fd: events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd),
     )
     monkeypatch.setattr(os, "rename", lambda a, b: events.append("RENAME") or rename(a, b))
     symlink, replace = os.symlink, os.replace
     monkeypatch.setattr(os, "symlink", lambda a, b: events.append(f"LINK {a}") or symlink(a, b))
-    monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"REPLACE {os.path.basename(b)}") or replace(a, b))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: events.append(f"REPLACE {os.path.basename(b)}") or replace(a, b)
+    )
     run = tmp_path / "run"
     save(run, 1)
     at = events.index("RENAME")
@@ -159,7 +170,9 @@ def test_what_a_kill_left_is_swept_and_the_rest_is_not(tmp_path):
 def test_verify_reads_what_sha256sum_writes(tmp_path):
     for name in ("a", "b  c  d", "e"):
         (tmp_path / name).write_text(name)
-    sums = subprocess.run(["sha256sum", "a", "b  c  d", "e"], cwd=tmp_path, capture_output=True, check=True).stdout
+    sums = subprocess.run(
+        ["sha256sum", "a", "b  c  d", "e"], cwd=tmp_path, capture_output=True, check=True
+    ).stdout
     (tmp_path / "SHA256SUMS").write_bytes(sums)
     checkpoint.verify(str(tmp_path))
     (tmp_path / "b  c  d").write_text("other")
@@ -196,7 +209,7 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
     assert checkpoint.find(f"{run}/") == str(run / "step_00000002")
     assert checkpoint.find(str(run), prefer="latest") == str(run / "step_00000003")
     assert checkpoint.find(str(run / "step_00000001")) == str(run / "step_00000001")
-    assert hf.load_model(checkpoint.find(str(run / "best"))).config.n_layer == 3
+    assert GPT.from_pretrained(checkpoint.find(str(run / "best"))).config.n_layer == 3
     shutil.rmtree(run / "step_00000002")  # the best one was deleted by hand: its link hangs
     assert checkpoint.find(str(run)) == str(run / "step_00000003")
 
@@ -204,7 +217,7 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
 def test_a_run_folder_can_be_moved(tmp_path):
     save(tmp_path / "old", 1)
     checkpoint.link(str(tmp_path / "old"), "best", 1)
-    before = hf.load_model(checkpoint.find(str(tmp_path / "old")))
+    before = GPT.from_pretrained(checkpoint.find(str(tmp_path / "old")))
     os.rename(tmp_path / "old", tmp_path / "new")
     for name in ("new", "new/best", "new/latest"):
         assert same_weights(before, GPT.from_pretrained(str(tmp_path / name)))
@@ -227,10 +240,10 @@ def test_find_says_what_is_not_there(tmp_path, make, message):
 def test_the_optimizers_state_survives_bit_for_bit(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
-    again = hf.load_model(str(tmp_path / "step_00000003"))
+    again = GPT.from_pretrained(str(tmp_path / "step_00000003"))
     restored = make_optimizer(again, TrainSettings(), torch.device("cpu"))
-    checkpoint.load_optimizer(str(tmp_path / "step_00000003"), again, restored)
-    a, b = (checkpoint.optimizer_tensors(*x) for x in ((model, optimizer), (again, restored)))
+    load_optimizer(str(tmp_path / "step_00000003"), again, restored)
+    a, b = (optimizer_tensors(*x) for x in ((model, optimizer), (again, restored)))
     assert len(a) == 3 * len(list(model.parameters())) and same_weights(a, b)
     for m, o in ((model, optimizer), (again, restored)):  # and the next step is the same
         m.zero_grad()
@@ -244,23 +257,23 @@ def test_loading_leaves_no_optimizer_state_mapped(tmp_path):
     save(tmp_path, 3, model, optimizer)
     path = tmp_path / "step_00000003/optimizer.safetensors"
     again = make_optimizer(model, TrainSettings(), torch.device("cpu"))
-    checkpoint.load_optimizer(os.path.dirname(path), model, again)
+    load_optimizer(os.path.dirname(path), model, again)
     with open(path, "r+b") as f:
         f.write(b"\xff" * os.path.getsize(path))
-    assert same_weights(checkpoint.optimizer_tensors(model, optimizer), checkpoint.optimizer_tensors(model, again))
+    assert same_weights(optimizer_tensors(model, optimizer), optimizer_tensors(model, again))
 
 
 def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():
     model, optimizer = trained()
-    copies = checkpoint.snapshot(model, optimizer, {})
+    copies = snapshot(model, optimizer, {})
     before = {name: t.clone() for name, t in copies.items()}
     where = {name: t.data_ptr() for name, t in copies.items()}
     model(*torch.randint(257, (2, 2, 8)).unbind(0)).backward()
     optimizer.step()
     assert same_weights(copies, before)
-    assert checkpoint.snapshot(model, optimizer, copies) is copies
+    assert snapshot(model, optimizer, copies) is copies
     assert {name: t.data_ptr() for name, t in copies.items()} == where
-    assert same_weights(copies, checkpoint.snapshot(model, optimizer, {})) and not same_weights(copies, before)
+    assert same_weights(copies, snapshot(model, optimizer, {})) and not same_weights(copies, before)
 
 
 def change_optimizer_file(folder, change):
@@ -276,9 +289,14 @@ def change_optimizer_file(folder, change):
     [
         (lambda f: os.unlink(f / "optimizer.safetensors"), "can start a run .* but not continue one"),
         (lambda f: os.truncate(f / "optimizer.safetensors", 200), "is damaged"),
-        (lambda f: change_optimizer_file(f, lambda t: t | {"x/exp_avg": torch.zeros(3)}), "does not fit the model"),
         (
-            lambda f: change_optimizer_file(f, lambda t: {k: v for k, v in t.items() if "ln_f.weight" not in k}),
+            lambda f: change_optimizer_file(f, lambda t: t | {"x/exp_avg": torch.zeros(3)}),
+            "does not fit the model",
+        ),
+        (
+            lambda f: change_optimizer_file(
+                f, lambda t: {k: v for k, v in t.items() if "ln_f.weight" not in k}
+            ),
             "lacks transformer.ln_f.weight",
         ),
         (
@@ -294,7 +312,7 @@ def test_a_damaged_optimizer_file_is_refused(tmp_path, damage, message):
     save(tmp_path, 3, model, optimizer)
     damage(tmp_path / "step_00000003")
     with pytest.raises(UserError, match=message):
-        checkpoint.load_optimizer(str(tmp_path / "step_00000003"), model, optimizer)
+        load_optimizer(str(tmp_path / "step_00000003"), model, optimizer)
 
 
 def test_nothing_is_pickled(tmp_path):
@@ -310,17 +328,25 @@ def test_the_tokenizer_ranks_of_the_data_go_along(tmp_path):
     (tmp_path / "data" / RANKS_FILE).write_text("YQ== 0\n")
     os.mkdir(tmp_path / "a")
     model = tiny_model(tokenizer=RANKS_FILE)
-    hf.write_model(str(tmp_path / "a"), hf.layout(model), model.config, tokenizer_from=str(tmp_path / "data"))
+    write_model(tmp_path / "a", model, tokenizer_from=str(tmp_path / "data"))
     assert (tmp_path / "a" / RANKS_FILE).read_text() == "YQ== 0\n"
 
 
 def test_lineage_is_empty_where_there_is_none(tmp_path):
     write_checkpoint(tmp_path / "a")
-    assert checkpoint.lineage_of(str(tmp_path / "a")) == {}
+    assert checkpoint.read_lineage(str(tmp_path / "a")) == {}
 
 
 def test_the_environment_names_the_revision_or_says_that_it_is_unknown(tmp_path, monkeypatch):
-    git = ["git", "-C", os.path.dirname(checkpoint.__file__), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = [
+        "git",
+        "-C",
+        os.path.dirname(checkpoint.__file__),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
     expected = subprocess.run(git, capture_output=True, text=True)
     checkpoint.environment.cache_clear()
     found = checkpoint.environment()

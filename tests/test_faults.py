@@ -17,8 +17,8 @@ import pytest
 import train
 from inheritune.base.files import lock_folder
 from inheritune.training.background import Background
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format
+from model import GPT
 from tests.tiny import ROOT, arguments, contents, refusal, rows
 
 DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
@@ -48,7 +48,7 @@ def go_on(forks, data, out, undisturbed):
 def kill_and_continue(forks, data, out, undisturbed, moments):
     for moment in moments:
         assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment) == (-9, None)
-        assert all(hf.load_model(os.path.join(out, s)) for s in checkpoint.list_steps(out))
+        assert all(GPT.from_pretrained(os.path.join(out, s)) for s in checkpoint.list_steps(out))
     go_on(forks, data, out, undisturbed)
 
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
     plain, data, tmp_path, monkeypatch
 ):
     """... not only when the next one is due, and its half is gone."""
-    out, write_tensors, step, failed = tmp_path / "out", hf.write_tensors, train.train_step, []
+    out, write_tensors, step, failed = tmp_path / "out", gpt2_format.write_tensors, train.train_step, []
 
     def full(path, tensors):
         if "step_00000008" in path:
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
         step(run)
         failed.append(run.state.step)
 
-    monkeypatch.setattr(hf, "write_tensors", full)
+    monkeypatch.setattr(gpt2_format, "write_tensors", full)
     monkeypatch.setattr(train, "train_step", waiting)
     message = refusal(train.main, arguments(data, out))
     assert (
@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(forks, data, tmp_path, undist
     out = tmp_path / "out"
     assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), limit=limit)[0] == 1
     assert "File too large" in forks.said and "raise the limit (ulimit -f) and run the same" in forks.said
-    assert all(hf.load_model(os.path.join(out, s)) for s in checkpoint.list_steps(str(out)))
+    assert all(GPT.from_pretrained(os.path.join(out, s)) for s in checkpoint.list_steps(str(out)))
     go_on(forks, data, out, undisturbed)
 
 

@@ -14,8 +14,8 @@ import grow
 import train
 from inheritune.base.errors import UserError
 from inheritune.experiments.report import verdicts
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format
+from model import GPTConfig
 from tests.tiny import ROOT, contents, refusal, write_checkpoint, write_data
 
 REFERENCE = """
@@ -111,7 +111,7 @@ def test_report_figure_and_final_link(finished):
     text = open(f"{out}/report.md").read()
     assert "random init, compute of the whole pipeline" in text and "not matched" in text
     assert open(f"{out}/loss.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
-    assert hf.read_config(checkpoint.find(f"{out}/final")).n_layer == 3
+    assert GPTConfig.from_folder(checkpoint.find(f"{out}/final")).n_layer == 3
 
 
 def test_run_again_changes_nothing(finished, monkeypatch):
@@ -147,9 +147,9 @@ def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(grow, "run_train", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
-    small = hf.Weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
-    reference = hf.Weights(checkpoint.find(f"{out}/reference", prefer="latest"))
-    start = hf.Weights(f"{out}/onto_03")
+    small = gpt2_format.Weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
+    reference = gpt2_format.Weights(checkpoint.find(f"{out}/reference", prefer="latest"))
+    start = gpt2_format.Weights(f"{out}/onto_03")
     for name in start:
         source = reference if ".h.2." in name else small
         assert (start[name][:] == source[name][:]).all(), name

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from inheritune.base.errors import UserError
-from inheritune.weights import gpt2_format as hf
-from model import GPT
-from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
+from inheritune.weights import gpt2_format
+from model import GPT, GPTConfig
+from tests.tiny import gpt2, hf_state, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_sharded_files(saved, tmp_path):
     assert_opens_equal(tmp_path / "sharded", reference)
     os.unlink(tmp_path / "sharded" / shards[0])
     with pytest.raises(UserError, match=re.escape(f"has no {shards[0]}")):
-        hf.open_model(str(tmp_path / "sharded"))
+        gpt2_format.open_model(str(tmp_path / "sharded"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,10 @@ def without_wte(tensors):
         (lambda t: t | {"lm_head.weight": torch.zeros(3, 3)}, "lm_head.weight differs"),
         (without_wte, "transformer.wte.weight is missing"),
         (lambda t: without_wte(with_head(t)), "transformer.wte.weight is missing"),
-        (lambda t: t | {"transformer.h.0.crossattention.c_attn.weight": torch.zeros(2)}, "crossattention.*not a GPT-2"),
+        (
+            lambda t: t | {"transformer.h.0.crossattention.c_attn.weight": torch.zeros(2)},
+            "crossattention.*not a GPT-2",
+        ),
         (lambda t: t | {"transformer.ln_f.bias": torch.zeros(5)}, r"ln_f.bias is \(5,\)"),
         (lambda t: t | {"ln_f.bias": torch.zeros(16)}, "holds transformer.ln_f.bias twice"),
         (lambda t: {"transformer.wte.weight": torch.zeros(1)}, r"is missing; .* \(and \d+ more\)"),
@@ -171,7 +174,9 @@ def test_transformers_opens_what_is_written_with_equal_logits(tmp_path, bias, in
     import transformers
 
     model = write_checkpoint(tmp_path / "ours", bias=bias, scale_attn_by_inverse_layer_idx=inverse)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (256, 256)
     idx = torch.randint(320, (2, 8))
@@ -192,7 +197,7 @@ def test_every_tensor_and_field_survives_a_round_trip_bit_for_bit(tmp_path, chan
     again = GPT.from_pretrained(str(tmp_path / "a"))
     assert again.config == model.config and same_weights(model, again)
     os.mkdir(tmp_path / "b")
-    hf.write_model(str(tmp_path / "b"), hf.layout(again), again.config)
+    write_model(tmp_path / "b", again)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -225,9 +230,9 @@ def test_loading_leaves_nothing_mapped(tmp_path):
 
 
 def test_a_gpt2_made_elsewhere_takes_the_tokenizer_of_its_size(saved):
-    assert hf.read_config(str(saved[0])).tokenizer == ""  # 101 ids: nothing is known
+    assert GPTConfig.from_folder(str(saved[0])).tokenizer == ""  # 101 ids: nothing is known
     edit_config(saved[0], vocab_size=50257, eos_token_id=50256)
-    config = hf.read_config(str(saved[0]))
+    config = GPTConfig.from_folder(str(saved[0]))
     assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
 
 
@@ -236,19 +241,21 @@ def test_shapes_are_those_of_the_model_in_its_order():
     for config in (tiny_config(), tiny_config(n_layer=11, n_head=3, n_embd=24, block_size=5, bias=False)):
         with torch.device("meta"):
             model = GPT(dataclasses.replace(config, bias=True))
-        turned = {n: p.t() if n.endswith(hf.INPUT_FIRST) else p for n, p in model.named_parameters()}
-        assert list(hf.shapes(config).items()) == [(n, tuple(p.shape)) for n, p in turned.items()]
+        turned = {n: p.t() if n.endswith(gpt2_format.INPUT_FIRST) else p for n, p in model.named_parameters()}
+        assert list(gpt2_format.shapes(vars(config)).items()) == [
+            (n, tuple(p.shape)) for n, p in turned.items()
+        ]
 
 
 def test_writing_needs_no_biases_in_the_model():
-    layout = hf.layout(GPT(tiny_config(bias=False)))
-    assert {k: tuple(v.shape) for k, v in layout.items()} == hf.shapes(tiny_config())
+    layout = hf_state(GPT(tiny_config(bias=False)))
+    assert {k: tuple(v.shape) for k, v in layout.items()} == gpt2_format.shapes(vars(tiny_config()))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_short_line(capfd):
     for name in ("gpt2-large", "nobody/nothing", "a/b/c"):
         with pytest.raises(UserError) as e:
-            hf.download(name)
+            gpt2_format.download(name)
         assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 350
     assert capfd.readouterr() == ("", "")
 
@@ -277,7 +284,7 @@ def test_a_download_fetches_only_what_is_needed(saved, tmp_path, monkeypatch):
     assert_opens_equal("some/model", reference)
     assert hub.asked == ["config.json", "model.safetensors"]
     hub.asked.clear()
-    assert hf.download("some/model", weights=False) == str(folder)
+    assert gpt2_format.download("some/model", weights=False) == str(folder)
     assert hub.asked == ["config.json"]
     reference.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     hub = Hub(tmp_path / "sharded", monkeypatch)
@@ -289,7 +296,7 @@ def test_a_hub_model_with_only_a_pickle_is_refused(saved, monkeypatch):
     hub = Hub(saved[0], monkeypatch)
     os.unlink(saved[0] / "model.safetensors")
     with pytest.raises(UserError, match="perhaps only a pickle, which is never opened"):
-        hf.download("some/model")
+        gpt2_format.download("some/model")
     assert "pytorch_model.bin" not in hub.asked
 
 

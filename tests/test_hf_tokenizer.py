@@ -3,6 +3,7 @@
 pytest tests/test_hf_tokenizer.py
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,10 +20,9 @@ import inherit
 import train
 from inheritune.data import hf_tokenizer
 from inheritune.data.tokenizer import BPE, RANKS_FILE, load_tokenizer
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format
 from tests.assets import english, gpt2_ranks
-from tests.tiny import arguments, tiny_config, tiny_model, write_checkpoint, write_data
+from tests.tiny import arguments, tiny_config, tiny_model, write_checkpoint, write_data, write_model
 
 # Any text that Rust can hold, and texts in which the rules for cutting words meet more often than by chance.
 TEXTS = st.one_of(
@@ -39,7 +39,7 @@ def opened(content):
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(content[name])
         with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(hf.hf_config(tiny_config()), f)
+            json.dump(gpt2_format.config_json(dataclasses.asdict(tiny_config())), f)
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -175,7 +175,7 @@ def test_without_a_network_a_checkpoint_is_written_all_the_same(tmp_path, monkey
     model = tiny_model(vocab_size=50304, n_vocab=50257, eot=50256, tokenizer="gpt2", n_embd=4)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        hf.write_model(str(tmp_path / name), hf.layout(model), model.config)
+        write_model(tmp_path / name, model)
         assert sorted(os.listdir(tmp_path / name)) == ["config.json", "model.safetensors"]
     hf_tokenizer.make.cache_clear()
     assert asked == ["gpt2"]

@@ -21,12 +21,20 @@ from safetensors.torch import save_file
 import train
 from inheritune.base.errors import UserError
 from inheritune.data import reader as data
-from inheritune.training.optimizer import make_optimizer
+from inheritune.training.optimizer import load_optimizer, make_optimizer
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
 from model import GPT
-from tests.tiny import ROOT, arguments, same_weights, tiny_config, tiny_model, write_checkpoint, write_data
+from tests.tiny import (
+    ROOT,
+    arguments,
+    hf_state,
+    same_weights,
+    tiny_config,
+    tiny_model,
+    write_checkpoint,
+    write_data,
+)
 
 
 def refused(work, *names):
@@ -53,7 +61,7 @@ def change_config(folder, **changes):
 
 
 def change_tensors(folder, **changes):
-    tensors = hf.layout(tiny_model()) | {k.replace("__", "."): v for k, v in changes.items()}
+    tensors = hf_state(tiny_model()) | {k.replace("__", "."): v for k, v in changes.items()}
     save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
 
 
@@ -150,21 +158,21 @@ def test_a_bad_checkpoint_is_refused(tmp_path, damage):
     folder = tmp_path / "ckpt"
     write_checkpoint(folder)
     damage(folder)
-    refused(lambda: hf.load_model(str(folder)), folder)
+    refused(lambda: GPT.from_pretrained(str(folder)), folder)
 
 
 def test_what_only_looks_odd_is_loaded(tmp_path):
     """Half precision, an old mask, a link to the file, keys that nobody knows."""
     model = tiny_model()
     write_checkpoint(tmp_path / "a")
-    half = {k: v.to(torch.float64) for k, v in hf.layout(model).items()}
+    half = {k: v.to(torch.float64) for k, v in hf_state(model).items()}
     save_file(
         half | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).bool()}, tmp_path / "a/model.safetensors"
     )
     change_config(tmp_path / "a", task_specific_params={"x": [1, {"y": None}]}, torch_dtype="bfloat16")
     os.rename(tmp_path / "a/model.safetensors", tmp_path / "weights")
     os.symlink("../weights", tmp_path / "a/model.safetensors")
-    assert same_weights(hf.load_model(str(tmp_path / "a")), model)
+    assert same_weights(GPT.from_pretrained(str(tmp_path / "a")), model)
 
 
 def test_names_in_an_index_stay_in_the_folder(tmp_path):
@@ -172,7 +180,7 @@ def test_names_in_an_index_stay_in_the_folder(tmp_path):
     for name in ("../a/model.safetensors", "/etc/passwd", "x/y.safetensors", "pytorch_model.bin", 3, None):
         index = tmp_path / "a/model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
-        refused(lambda: hf.load_model(str(tmp_path / "a")), index)
+        refused(lambda: GPT.from_pretrained(str(tmp_path / "a")), index)
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +242,9 @@ def test_a_bad_optimizer_file_is_refused(saved, tmp_path, change):
     folder = tmp_path / "step_00000004"
     shutil.copytree(saved / "run/step_00000004", folder)
     save_file(load_file(folder / "optimizer.safetensors") | change, folder / "optimizer.safetensors")
-    model = hf.load_model(str(folder))
+    model = GPT.from_pretrained(str(folder))
     optimizer = make_optimizer(model, TrainSettings(), torch.device("cpu"))
-    refused(lambda: checkpoint.load_optimizer(str(folder), model, optimizer), folder)
+    refused(lambda: load_optimizer(str(folder), model, optimizer), folder)
 
 
 # Data folders
@@ -327,8 +335,8 @@ def open_everything(place):
     """What a run, and what starts from its checkpoint, would read."""
     folder = str(place / "run/step_00000004")
     checkpoint.examine(folder)
-    model = hf.load_model(folder)
-    checkpoint.load_optimizer(folder, model, make_optimizer(model, TrainSettings(), torch.device("cpu")))
+    model = GPT.from_pretrained(folder)
+    load_optimizer(folder, model, make_optimizer(model, TrainSettings(), torch.device("cpu")))
     use(place / "data")
 
 
@@ -362,7 +370,8 @@ os.chdir({place!r})
 sys.path.insert(0, {root!r})
 import torch, numpy, safetensors.torch, pyarrow.parquet, tiktoken, transformers  # their imports run here
 import analyze, grow, inherit, prepare, replicate, sample, score, train
-from inheritune.weights import checkpoint, gpt2_format as hf, nanogpt
+from inheritune.weights import nanogpt
+from model import GPT
 from inheritune.data import reader as data, sources
 from inheritune.training import parsing
 from inheritune.base.errors import UserError
@@ -386,9 +395,9 @@ def attempt(work):
         print("refused:", str(e)[:150])
 attempt(lambda: parsing.read_config_file("config.py"))
 attempt(lambda: parsing.read_config_file("call.py"))
-attempt(lambda: hf.load_model("pickled"))
-attempt(lambda: hf.load_model("code"))
-attempt(lambda: hf.load_model("pwned.pt"))
+attempt(lambda: GPT.from_pretrained("pickled"))
+attempt(lambda: GPT.from_pretrained("code"))
+attempt(lambda: GPT.from_pretrained("pwned.pt"))
 attempt(lambda: inherit.main(["--ckpt=pwned.pt", "--layers=1", "--out=o"]))
 attempt(lambda: data.Tokens("nanogpt", "train"))
 attempt(lambda: data.Tokens("npy", "train").read(0, 8))
@@ -477,4 +486,4 @@ def test_the_sources_hold_nothing_that_executes_input():
 
 def test_the_model_that_these_tests_break_is_whole(tmp_path):
     write_checkpoint(tmp_path / "a")
-    assert same_weights(hf.load_model(str(tmp_path / "a")), tiny_model()) and GPT(tiny_config())
+    assert same_weights(GPT.from_pretrained(str(tmp_path / "a")), tiny_model()) and GPT(tiny_config())

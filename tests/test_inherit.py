@@ -15,13 +15,26 @@ import inherit
 from inherit import parse_blocks
 from inheritune.base.errors import UserError
 from inheritune.training.settings import TrainSettings
-from inheritune.weights import checkpoint, tensors
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format, tensors
 from inheritune.weights.recipes import assemble, grow_onto
-from model import GPT
-from tests.tiny import gpt2, refusal, same_weights, tiny_model, write_checkpoint, write_data
+from model import GPT, GPTConfig
+from tests.tiny import (
+    gpt2,
+    hf_state,
+    refusal,
+    same_weights,
+    tiny_model,
+    write_checkpoint,
+    write_data,
+    write_model,
+)
 
-OUTSIDE = {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
+OUTSIDE = {
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "transformer.ln_f.weight",
+    "transformer.ln_f.bias",
+}
 
 
 def block(state, number):
@@ -39,13 +52,13 @@ def reference(tmp_path):
 @pytest.mark.parametrize("blocks", [[0], [0, 1], [0, 1, 2, 3], [0, 3], [3, 1], [1, 1]])
 def test_inheriting_is_pure_and_keeps_the_tensors_themselves(blocks):
     model = tiny_model(n_layer=4)
-    state, config = hf.layout(model), model.config
+    state, config = hf_state(model), dataclasses.asdict(model.config)
     before = dict(state)
     copies = {k: v.clone() for k, v in state.items()}
     new, new_config = inherit.inherit(state, config, blocks)
     assert state.keys() == before.keys() and all(state[k] is before[k] for k in state)
     assert same_weights(state, copies)
-    assert config.n_layer == 4 and new_config == dataclasses.replace(config, n_layer=len(blocks))
+    assert config["n_layer"] == 4 and new_config == config | {"n_layer": len(blocks)}
     for i, number in enumerate(blocks):
         theirs, ours = block(state, number), block(new, i)
         assert theirs.keys() == ours.keys() and all(ours[k] is theirs[k] for k in ours)
@@ -57,7 +70,10 @@ def test_inheriting_is_pure_and_keeps_the_tensors_themselves(blocks):
 def test_block_1_is_not_block_10():
     state = {f"transformer.h.{i}.x": torch.tensor(i) for i in range(12)}
     new = assemble(state, [(state, i) for i in (1, 11)], False)
-    assert new == {"transformer.h.0.x": state["transformer.h.1.x"], "transformer.h.1.x": state["transformer.h.11.x"]}
+    assert new == {
+        "transformer.h.0.x": state["transformer.h.1.x"],
+        "transformer.h.1.x": state["transformer.h.11.x"],
+    }
 
 
 @pytest.mark.parametrize("how", [["--layers", "4"], ["--blocks", "0-3"]])
@@ -87,9 +103,11 @@ def test_chosen_blocks_arrive_renumbered_bit_for_bit(tmp_path, how, blocks, bias
     for i, number in enumerate(blocks):
         assert same_weights(block(source, number), block(made, i))
     assert same_weights({k: source[k] for k in OUTSIDE}, {k: v for k, v in made.items() if ".h." not in k})
-    config = hf.read_config(str(tmp_path / "sub"))
-    assert config == dataclasses.replace(hf.read_config(str(tmp_path / "ref")), n_layer=len(blocks))
-    assert checkpoint.lineage_of(str(tmp_path / "sub"))["blocks"] == [{"from": "reference", "block": b} for b in blocks]
+    config = GPTConfig.from_folder(str(tmp_path / "sub"))
+    assert config == dataclasses.replace(GPTConfig.from_folder(str(tmp_path / "ref")), n_layer=len(blocks))
+    assert checkpoint.read_lineage(str(tmp_path / "sub"))["blocks"] == [
+        {"from": "reference", "block": b} for b in blocks
+    ]
 
 
 def test_transformers_to_inherit_to_transformers(tmp_path):
@@ -126,9 +144,17 @@ def test_the_dtype_on_disk_is_kept(reference, tmp_path, dtype):
 def test_only_the_tensors_that_are_kept_are_read(reference, tmp_path, monkeypatch, blocks):
     read = []
     check = tensors.check_finite
-    monkeypatch.setattr(tensors, "check_finite", lambda t, name, source: read.append(name) or check(t, name, source))
-    inherit.main(["--ckpt", reference[0], "--blocks", ",".join(map(str, blocks)), "--out", str(tmp_path / "sub")])
-    kept = {n for n in hf.shapes(reference[1].config) if ".h." not in n or int(n.split(".")[2]) in blocks}
+    monkeypatch.setattr(
+        tensors, "check_finite", lambda t, name, source: read.append(name) or check(t, name, source)
+    )
+    inherit.main(
+        ["--ckpt", reference[0], "--blocks", ",".join(map(str, blocks)), "--out", str(tmp_path / "sub")]
+    )
+    kept = {
+        n
+        for n in gpt2_format.shapes(vars(reference[1].config))
+        if ".h." not in n or int(n.split(".")[2]) in blocks
+    }
     assert set(read) == kept and len(read) == len(kept), "each once"
 
 
@@ -142,14 +168,22 @@ def test_growing_onto_a_trained_model(reference, tmp_path):
     """Its blocks and everything outside them, then the reference's next ones."""
     small = write_checkpoint(tmp_path / "small", seed=7, n_layer=2)
     inherit.main(
-        ["--ckpt", reference[0], "--layers=3", "--onto", str(tmp_path / "small"), "--out", str(tmp_path / "grown")]
+        [
+            "--ckpt",
+            reference[0],
+            "--layers=3",
+            "--onto",
+            str(tmp_path / "small"),
+            "--out",
+            str(tmp_path / "grown"),
+        ]
     )
-    made, theirs = load_file(tmp_path / "grown/model.safetensors"), hf.layout(small)
+    made, theirs = load_file(tmp_path / "grown/model.safetensors"), hf_state(small)
     for i in (0, 1):
         assert same_weights(block(made, i), block(theirs, i))
-    assert same_weights(block(made, 2), block(hf.layout(reference[1]), 2))
+    assert same_weights(block(made, 2), block(hf_state(reference[1]), 2))
     assert same_weights({k: made[k] for k in OUTSIDE}, {k: theirs[k] for k in OUTSIDE})
-    origin = checkpoint.lineage_of(str(tmp_path / "grown"))
+    origin = checkpoint.read_lineage(str(tmp_path / "grown"))
     assert [(b["from"], b["block"]) for b in origin["blocks"]] == [("onto", 0), ("onto", 1), ("reference", 2)]
     assert origin["embeddings_and_ln_f"] == "onto" and set(origin["sources"]) == {"onto", "reference"}
 
@@ -158,7 +192,7 @@ def test_growing_onto_a_trained_model(reference, tmp_path):
 def test_growing_needs_a_depth_between_the_two(k):
     small, large = tiny_model(n_layer=2), tiny_model(n_layer=4)
     with pytest.raises(UserError, match=f"between 3 and 4 to grow 2 blocks onto, not {k}"):
-        grow_onto(hf.layout(small), small.config, hf.layout(large), large.config, k)
+        grow_onto(hf_state(small), vars(small.config), hf_state(large), vars(large.config), k)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +201,7 @@ def test_growing_needs_a_depth_between_the_two(k):
 def test_models_that_do_not_fit_together_do_not_grow(change):
     small, large = tiny_model(n_layer=2, **change), tiny_model(n_layer=4)
     with pytest.raises(UserError, match=f"cannot grow: {next(iter(change))} is"):
-        grow_onto(hf.layout(small), small.config, hf.layout(large), large.config, 3)
+        grow_onto(hf_state(small), vars(small.config), hf_state(large), vars(large.config), 3)
 
 
 def test_lineage_says_where_from_and_through_what(reference, tmp_path):
@@ -178,9 +212,14 @@ def test_lineage_says_where_from_and_through_what(reference, tmp_path):
     inherit.main(["--ckpt", str(first), "--blocks=0,2", "--out", str(second)])
     origin = json.loads((second / "lineage.json").read_text())
     source = origin["sources"]["reference"]
-    assert source["name"] == f"{tmp_path.name}/first" and str(tmp_path) not in json.dumps(origin), "no private paths"
+    assert source["name"] == f"{tmp_path.name}/first" and str(tmp_path) not in json.dumps(origin), (
+        "no private paths"
+    )
     (weights,) = source["files"].values()
-    assert weights["bytes"] == (first / "model.safetensors").stat().st_size and len(weights["sample_sha256"]) == 64
+    assert (
+        weights["bytes"] == (first / "model.safetensors").stat().st_size
+        and len(weights["sample_sha256"]) == 64
+    )
     assert [b["block"] for b in source["lineage"]["blocks"]] == [0, 1, 2]
     assert source["lineage"]["sources"]["reference"]["step"] == 42
 
@@ -188,7 +227,7 @@ def test_lineage_says_where_from_and_through_what(reference, tmp_path):
 def test_lineage_tells_models_apart(tmp_path):
     for seed in (0, 1):
         write_checkpoint(tmp_path / str(seed), seed=seed)
-    a, b = (inherit.identify(str(tmp_path / s))["files"]["model.safetensors"] for s in "01")
+    a, b = (checkpoint.identify(str(tmp_path / s))["files"]["model.safetensors"] for s in "01")
     assert a["bytes"] == b["bytes"] and a["sample_sha256"] != b["sample_sha256"]
 
 
@@ -206,7 +245,8 @@ def test_a_run_folder_will_do_and_the_tokenizers_ranks_go_along(tmp_path):
 
 
 def test_an_interrupted_inheritance_leaves_nothing(reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "write_json", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(gpt2_format, "write_json", lambda *a: (_ for _ in ()).throw(full))
     message = refusal(inherit.main, ["--ckpt", reference[0], "--layers=2", "--out", tmp_path / "sub"])
     assert "No space left on device" in message
     assert os.listdir(tmp_path) == ["ref"]
@@ -236,16 +276,27 @@ def attend_to_the_first(model, blocks):
             h.attn.c_attn.weight[c.n_embd : 2 * c.n_embd, 0] = 10
 
 
-@pytest.mark.parametrize("lazy, k, why", [((2, 3), 2, "all 2 layers"), ((1,), 2, "half of 4"), ((1, 3), 3, "all 1 ")])
+@pytest.mark.parametrize(
+    "lazy, k, why", [((2, 3), 2, "all 2 layers"), ((1,), 2, "half of 4"), ((1, 3), 3, "all 1 ")]
+)
 def test_layers_auto_takes_what_is_not_lazy(tmp_path, capsys, lazy, k, why):
     model = tiny_model(n_layer=4, block_size=100)
     attend_to_the_first(model, lazy)
     (tmp_path / "ref").mkdir()
-    hf.write_model(str(tmp_path / "ref"), hf.layout(model), model.config)
+    write_model(tmp_path / "ref", model)
     data = write_data(tmp_path / "data", val=600)
-    flags = ["--ckpt", str(tmp_path / "ref"), "--layers", "auto", "--data", data, "--out", str(tmp_path / "small")]
+    flags = [
+        "--ckpt",
+        str(tmp_path / "ref"),
+        "--layers",
+        "auto",
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / "small"),
+    ]
     inherit.main(flags)
-    assert hf.read_config(tmp_path / "small").n_layer == k
+    assert GPTConfig.from_folder(tmp_path / "small").n_layer == k
     with open(tmp_path / "small/lineage.json") as f:
         reason = json.load(f)["layers_auto"]
     assert why in reason and f"{k} blocks: {reason}" in capsys.readouterr().out
@@ -279,8 +330,13 @@ def test_lineage_says_how_to_make_it_again(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"{tmp_path}/a: 2 of 3 blocks, 11,840 values; train it with"
     assert out[1] == f"  python train.py --init_from={tmp_path}/a …"
-    a, b, c = (hf.load_model(str(tmp_path / name)) for name in "abc")
+    a, b, c = (GPT.from_pretrained(str(tmp_path / name)) for name in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
     with open(tmp_path / "c/lineage.json") as f:
         lineage = json.load(f)
-    assert (lineage["recipe"], lineage["seed"], lineage["parts"], lineage["layernorms"]) == ("random", 8, "all", True)
+    assert (lineage["recipe"], lineage["seed"], lineage["parts"], lineage["layernorms"]) == (
+        "random",
+        8,
+        "all",
+        True,
+    )

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import model as model_file
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import gpt2_format
 from model import FEW, GPT, GPTConfig, Linear, next_token, pad_vocab
 from tests.tiny import gpt2, tiny_config, tiny_model
 
@@ -38,7 +38,7 @@ def test_logits_and_gradients_are_those_of_transformers(shape, bias):
     F.cross_entropy(reference(idx).logits.flatten(0, 1), targets.flatten()).backward()
     theirs = dict(reference.named_parameters())
     for name, p in model.named_parameters():
-        grad = theirs[name].grad.t() if name.endswith(hf.INPUT_FIRST) else theirs[name].grad
+        grad = theirs[name].grad.t() if name.endswith(gpt2_format.INPUT_FIRST) else theirs[name].grad
         torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-5, msg=name)
 
 

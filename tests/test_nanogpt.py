@@ -11,7 +11,7 @@ import inherit
 import train
 from inheritune.base.files import read_json
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from model import GPT, GPTConfig
 from tests.tiny import arguments, refusal, same_weights, tiny_model, write_data
 
 
@@ -21,9 +21,19 @@ def write_ckpt(path, module, prefix="", masks=True, **changes):
     state = {f"{prefix}{k}": v.detach().clone() for k, v in module.named_parameters()}
     state[f"{prefix}lm_head.weight"] = state[f"{prefix}transformer.wte.weight"]
     for i in range(c.n_layer if masks else 0):
-        state[f"{prefix}transformer.h.{i}.attn.bias"] = torch.tril(torch.ones(1, 1, c.block_size, c.block_size))
-    sizes = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
-    saved = {"model": state, "optimizer": {"state": {}, "param_groups": []}, "model_args": sizes, "iter_num": 5}
+        state[f"{prefix}transformer.h.{i}.attn.bias"] = torch.tril(
+            torch.ones(1, 1, c.block_size, c.block_size)
+        )
+    sizes = {
+        k: getattr(c, k)
+        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    }
+    saved = {
+        "model": state,
+        "optimizer": {"state": {}, "param_groups": []},
+        "model_args": sizes,
+        "iter_num": 5,
+    }
     saved |= {"best_val_loss": torch.tensor(2.5), "config": {"out_dir": "out", "device": "cuda"}, **changes}
     torch.save(saved, path)
     return str(path)
@@ -35,7 +45,7 @@ def write_ckpt(path, module, prefix="", masks=True, **changes):
 def test_every_weight_arrives(tmp_path, bias, prefix, masks):
     model = tiny_model(bias=bias)
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks)
-    loaded = hf.load_model(path)
+    loaded = GPT.from_pretrained(path)
     assert same_weights(loaded, model)
     expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=319)
     assert loaded.config == expected
@@ -43,7 +53,9 @@ def test_every_weight_arrives(tmp_path, bias, prefix, masks):
 
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
 def test_gpt2s_vocabulary_is_known_by_its_size(tmp_path, vocab_size):
-    config = hf.read_config(write_ckpt(tmp_path / "ckpt.pt", tiny_model(vocab_size=vocab_size, n_layer=1)))
+    config = GPTConfig.from_folder(
+        write_ckpt(tmp_path / "ckpt.pt", tiny_model(vocab_size=vocab_size, n_layer=1))
+    )
     assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
 
 
@@ -51,7 +63,7 @@ def test_inherit_takes_it(tmp_path):
     model = tiny_model(bias=False)
     path = write_ckpt(tmp_path / "ckpt.pt", model)
     inherit.main(["--ckpt", path, "--layers=2", "--out", str(tmp_path / "small")])
-    small = hf.load_model(str(tmp_path / "small"))
+    small = GPT.from_pretrained(str(tmp_path / "small"))
     whole = dict(model.named_parameters())
     assert small.config.n_layer == 2 and not small.config.bias
     assert all(torch.equal(p, whole[name]) for name, p in small.named_parameters())
@@ -67,7 +79,7 @@ def test_train_starts_from_it_as_from_what_inherit_makes_of_it(tmp_path):
     inherit.main(["--ckpt", path, "--layers=2", "--out", str(tmp_path / "small")])
     train.main(arguments(data, tmp_path / "b", init_from=tmp_path / "small", **shape))
     assert open(tmp_path / "a/log.csv").read() == open(tmp_path / "b/log.csv").read()
-    assert same_weights(*(hf.load_model(checkpoint.find(str(tmp_path / n))) for n in "ab"))
+    assert same_weights(*(GPT.from_pretrained(checkpoint.find(str(tmp_path / n))) for n in "ab"))
 
 
 class Evil:
@@ -92,14 +104,26 @@ BAD = {
     "a tensor": (lambda p, m: torch.save(torch.zeros(3), p), "lacks nanoGPT's model_args or model"),
     "other keys": (lambda p, m: torch.save({"state_dict": {}}, p), "lacks nanoGPT's model_args or model"),
     "no sizes": (lambda p, m: write_ckpt(p, tiny_model(), model_args={}), "lacks nanoGPT's model_args"),
-    "absurd sizes": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 2**40}), "n_layer is 1099"),
+    "absurd sizes": (
+        lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 2**40}),
+        "n_layer is 1099",
+    ),
     "zero heads": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 0}), "n_head is 0"),
-    "uneven heads": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 3}), "not a multiple"),
+    "uneven heads": (
+        lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 3}),
+        "not a multiple",
+    ),
     "other depth": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 4}), "is missing"),
-    "other width": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_embd": 32}), "config.json says"),
+    "other width": (
+        lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_embd": 32}),
+        "config.json says",
+    ),
     "no dict": (lambda p, m: write_ckpt(p, tiny_model(), model=[1]), "model is no dict"),
     "numbers": (lambda p, m: write_ckpt(p, tiny_model(), model={"a": 1}), "a is not a tensor"),
-    "integers": (lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1).int()}), "a is not a tensor"),
+    "integers": (
+        lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1).int()}),
+        "a is not a tensor",
+    ),
     "twice": (
         lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1), "_orig_mod.a": torch.ones(1)}),
         "holds a twice",

@@ -1,5 +1,6 @@
 """Each initialisation: exactly which tensors equal which, and that it trains. python -m pytest tests/test_recipes.py"""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,19 +8,27 @@ import torch
 
 import inherit
 import train
-from inheritune.weights import checkpoint, recipes
-from inheritune.weights import gpt2_format as hf
-from model import GPT
-from tests.tiny import arguments, refusal, tiny_model, write_checkpoint, write_data
+from inheritune.weights import checkpoint, gpt2_format, recipes
+from model import GPT, GPTConfig
+from tests.tiny import arguments, hf_state, refusal, tiny_model, write_checkpoint, write_data
 
-OUTSIDE = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
+OUTSIDE = (
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "transformer.ln_f.weight",
+    "transformer.ln_f.bias",
+)
 
 
 @pytest.fixture(scope="module")
 def reference():
     """(state dict, config) of a model with 6 blocks and 5 heads of 4 channels, every tensor random."""
     model = tiny_model(seed=5, n_layer=6, n_head=5, n_embd=20)
-    return hf.layout(model), model.config
+    return hf_state(model), dataclasses.asdict(model.config)
+
+
+def fresh(config, seed=3):
+    return inherit.fresh(config, seed)
 
 
 def block(state, i):
@@ -62,23 +71,28 @@ def test_blocks_of_each_recipe(recipe, n_layer, k, blocks):
 def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
     state, config = reference
     k = 12 if recipe == "stack" else 4
-    new, small, blocks = recipes.initialise(state, config, recipe, k)
-    assert small.n_layer == k == len(blocks)
+    new, small, blocks = recipes.initialise(state, config, recipe, k, fresh)
+    assert small["n_layer"] == k == len(blocks)
     for i, source in enumerate(blocks):
         assert same(block(new, i), block(state, source))
     for name in OUTSIDE:
         assert new[name] is state[name]
-    assert set(new) == set(hf.shapes(small))
+    assert set(new) == set(gpt2_format.shapes(small))
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("recipe", ["last", "middle", "alternate", "first_plus_last", "ends", "hybrid", "stack"])
+@pytest.mark.parametrize(
+    "recipe", ["last", "middle", "alternate", "first_plus_last", "ends", "hybrid", "stack"]
+)
 def test_a_block_that_moves_computes_what_it_did(recipe, bias):
     """With the inverse-layer scale, against the same blocks run one after the other where they were."""
-    model = tiny_model(seed=5, n_layer=6, n_head=5, n_embd=20, bias=bias, scale_attn_by_inverse_layer_idx=True)
-    state, small, blocks = recipes.initialise(hf.layout(model), model.config, recipe, 12 if recipe == "stack" else 4)
-    moved = GPT(small).eval()
-    hf.fill(moved, state, recipe)
+    model = tiny_model(
+        seed=5, n_layer=6, n_head=5, n_embd=20, bias=bias, scale_attn_by_inverse_layer_idx=True
+    )
+    k = 12 if recipe == "stack" else 4
+    state, small, blocks = recipes.initialise(hf_state(model), vars(model.config), recipe, k, fresh)
+    moved = GPT(GPTConfig(**small)).eval()
+    gpt2_format.fill(dict(moved.named_parameters()), state, recipe)
     idx = torch.arange(8)[None]
     with torch.no_grad():
         x = model.embed(idx)
@@ -91,11 +105,11 @@ def test_a_block_that_moves_computes_what_it_did(recipe, bias):
 def test_random_keeps_nothing_and_follows_its_seed(reference):
     state, config = reference
     before = torch.get_rng_state()
-    new, small, blocks = recipes.initialise(state, config, "random", 3, seed=1)
-    assert blocks == [] and small.n_layer == 3
+    new, small, blocks = recipes.initialise(state, config, "random", 3, lambda c: fresh(c, 1))
+    assert blocks == [] and small["n_layer"] == 3
     assert torch.equal(before, torch.get_rng_state())
-    assert same(new, recipes.initialise(state, config, "random", 3, seed=1)[0])
-    other = recipes.initialise(state, config, "random", 3, seed=2)[0]
+    assert same(new, recipes.initialise(state, config, "random", 3, lambda c: fresh(c, 1))[0])
+    other = recipes.initialise(state, config, "random", 3, lambda c: fresh(c, 2))[0]
     wte = "transformer.wte.weight"
     assert not torch.equal(new[wte], other[wte]) and not torch.equal(new[wte], state[wte])
 
@@ -103,17 +117,19 @@ def test_random_keeps_nothing_and_follows_its_seed(reference):
 def test_half_width_takes_the_first_heads(reference):
     """5 heads of 4: 2 are kept, with 8 channels; every tensor is a corner of the reference's."""
     state, config = reference
-    new, small, _ = recipes.initialise(state, config, "half_width", 6)
-    assert (small.n_layer, small.n_head, small.n_embd) == (6, 2, 8)
-    assert {n: tuple(t.shape) for n, t in new.items()} == hf.shapes(small)
+    new, small, _ = recipes.initialise(state, config, "half_width", 6, fresh)
+    assert (small["n_layer"], small["n_head"], small["n_embd"]) == (6, 2, 8)
+    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(small)
     new = {n: t[:] for n, t in new.items()}
-    assert {n: tuple(t.shape) for n, t in new.items()} == hf.shapes(small)
+    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(small)
     c, C = 8, 20
     for i in range(6):
         old, got = block(state, i), block(new, i)
         for q in range(3):
             there = slice(q * C, q * C + c)
-            assert torch.equal(got["attn.c_attn.weight"][:, q * c : (q + 1) * c], old["attn.c_attn.weight"][:c, there])
+            assert torch.equal(
+                got["attn.c_attn.weight"][:, q * c : (q + 1) * c], old["attn.c_attn.weight"][:c, there]
+            )
             assert torch.equal(got["attn.c_attn.bias"][q * c : (q + 1) * c], old["attn.c_attn.bias"][there])
         assert torch.equal(got["attn.c_proj.weight"], old["attn.c_proj.weight"][:c, :c])
         assert torch.equal(got["mlp.c_fc.weight"], old["mlp.c_fc.weight"][:c, : 4 * c])
@@ -127,10 +143,10 @@ def test_half_width_takes_the_first_heads(reference):
 
 def test_half_width_of_xl():
     """25 heads of 64: 12 heads, 768 channels."""
-    config = recipes.dataclasses.replace(hf.GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64))
-    state = {n: torch.zeros(s) for n, s in hf.shapes(config).items()}
+    config = dataclasses.asdict(GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64))
+    state = {n: torch.zeros(s) for n, s in gpt2_format.shapes(config).items()}
     small = recipes.halve(state, config)[1]
-    assert (small.n_head, small.n_embd) == (12, 768)
+    assert (small["n_head"], small["n_embd"]) == (12, 768)
 
 
 @pytest.mark.parametrize("layernorms", [True, False])
@@ -138,14 +154,16 @@ def test_half_width_of_xl():
 def test_parts(reference, parts, layernorms):
     """What is not taken is random init: ones in LayerNorms, zero biases, small matrices."""
     state, config = reference
-    new, small, _ = recipes.initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
-    fresh = recipes.fresh(small, 3)
-    taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[parts]
+    new, small, _ = recipes.initialise(state, config, "first", 3, fresh, parts, layernorms)
+    other = fresh(small)
+    taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[
+        parts
+    ]
     if layernorms:
         taken += {"attn": ["ln_1."], "mlp": ["ln_2."]}.get(parts, ["ln_1.", "ln_2."])
     for i in range(3):
         for name, tensor in block(new, i).items():
-            source = block(state, i) if name.startswith(tuple(taken)) else block(fresh, i)
+            source = block(state, i) if name.startswith(tuple(taken)) else block(other, i)
             assert torch.equal(tensor, source[name]), name
     for name in OUTSIDE:
         assert torch.equal(new[name], state[name])
@@ -153,13 +171,13 @@ def test_parts(reference, parts, layernorms):
 
 def test_released_slice_leaves_positions_and_final_norm_random(reference):
     state, config = reference
-    new, small, _ = recipes.initialise(state, config, "first", 3, released_slice=True, seed=3)
-    fresh = recipes.fresh(small, 3)
+    new, small, _ = recipes.initialise(state, config, "first", 3, fresh, released_slice=True)
+    other = fresh(small)
     for i in range(3):
         assert same(block(new, i), block(state, i))
     assert torch.equal(new["transformer.wte.weight"], state["transformer.wte.weight"])
     for name in OUTSIDE[1:]:
-        assert torch.equal(new[name], fresh[name]) and not torch.equal(new[name], state[name])
+        assert torch.equal(new[name], other[name]) and not torch.equal(new[name], state[name])
 
 
 def test_arguments_are_not_changed(reference):
@@ -167,12 +185,15 @@ def test_arguments_are_not_changed(reference):
     before = {name: t.clone() for name, t in state.items()}
     for recipe in recipes.RECIPES:
         k = {"stack": 12, "half_width": 6}.get(recipe, 2)
-        recipes.initialise(state, config, recipe, k, parts="attn", released_slice=True)
-    assert same(state, before) and config.n_layer == 6
+        recipes.initialise(state, config, recipe, k, fresh, parts="attn", released_slice=True)
+    assert same(state, before) and config["n_layer"] == 6
 
 
 COMMANDS = [
-    *(["--recipe", r, "--layers", "2"] for r in ("first", "last", "middle", "alternate", "first_plus_last", "random")),
+    *(
+        ["--recipe", r, "--layers", "2"]
+        for r in ("first", "last", "middle", "alternate", "first_plus_last", "random")
+    ),
     ["--recipe", "hybrid", "--layers", "2"],
     ["--recipe", "stack", "--layers", "6"],
     ["--recipe", "half_width"],
@@ -188,14 +209,14 @@ def test_each_command_trains_one_step(tmp_path, flags, bias):
     write_checkpoint(tmp_path / "reference", bias=bias)
     out = tmp_path / "small"
     inherit.main(["--ckpt", str(tmp_path / "reference"), "--out", str(out), *flags])
-    origin = checkpoint.lineage_of(out)
+    origin = checkpoint.read_lineage(out)
     recipe = flags[1] if flags[0] == "--recipe" else "first"
     assert origin["recipe"] == recipe and json.dumps(origin)
     data = write_data(tmp_path / "data")
     sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
     train.main(arguments(data, tmp_path / "run", init_from=out, max_iters=1, warmup_iters=0, **sizes))
-    new = hf.Weights(checkpoint.find(str(tmp_path / "run")))
-    assert any(not torch.equal(new[name][:], t[:]) for name, t in hf.Weights(str(out)).items())
+    new = gpt2_format.Weights(checkpoint.find(str(tmp_path / "run")))
+    assert any(not torch.equal(new[name][:], t[:]) for name, t in gpt2_format.Weights(str(out)).items())
 
 
 @pytest.mark.parametrize(

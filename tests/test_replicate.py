@@ -23,7 +23,7 @@ from inheritune.training.parsing import parse
 from inheritune.training.planning import costs
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from model import GPT, GPTConfig
 from tests.tiny import ROOT, refusal, rows, write_checkpoint, write_data
 
 REFERENCE = """
@@ -150,7 +150,7 @@ def test_first_reach_counts_earlier_stages(tmp_path):
         run = tmp_path / name
         run.mkdir()
         (run / "log.csv").write_text("step,val_loss\n" + "".join(f"{5 * i},{x}\n" for i, x in enumerate(losses)))
-        return arms.Stage(str(run), hf.GPTConfig(n_layer=n_layer), {"max_iters": 10, "batch_tokens": 1})
+        return arms.Stage(str(run), GPTConfig(n_layer=n_layer), {"max_iters": 10, "batch_tokens": 1})
 
     a, b = stage("a", 1, [9, 8, 7]), stage("b", 2, [7, "", 5])
     (tmp_path / "b/log.csv").open("a").write("15,4\n")
@@ -198,7 +198,7 @@ def test_small_comparison(finished):
     for (arm, seed), row in found.items():
         last = ARMS[arm].stages(bench_of(finished[0], f"--first_seed={seed}"), arm)[-1]
         assert float(row["val_loss"]) == rows(last.run)[-1]["val_loss"]
-        model = hf.load_model(checkpoint.find(last.run, prefer="latest"))
+        model = GPT.from_pretrained(checkpoint.find(last.run, prefer="latest"))
         assert int(row["params"]) == model.num_params() and int(row["n_layer"]) == model.config.n_layer
         assert not os.path.exists(last.start_folder)
     own, whole = (float(found["inheritune", 1][key]) for key in ("flops", "flops_with_reference"))

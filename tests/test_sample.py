@@ -8,7 +8,7 @@ import torch
 
 import sample
 from inheritune.data.tokenizer import load_tokenizer
-from inheritune.weights import gpt2_format as hf
+from model import GPT, GPTConfig
 from tests.tiny import ROOT, refusal, write_checkpoint
 
 
@@ -22,7 +22,7 @@ def model_folder(tmp_path_factory):
 def test_prints_what_generate_draws(model_folder, capsys):
     sample.main(["--ckpt", model_folder, "--prompt", "ab", "--max_new_tokens", "20", "--seed", "3"])
     shown = capsys.readouterr().out
-    model, tokenizer = hf.load_model(model_folder).eval(), load_tokenizer("bytes")
+    model, tokenizer = GPT.from_pretrained(model_folder).eval(), load_tokenizer("bytes")
     generator = torch.Generator().manual_seed(3)
     tokens = model.generate(torch.tensor([[97, 98]]), 20, 0.8, generator=generator)
     ids = [int(t) for t in tokens]
@@ -53,7 +53,7 @@ def test_several_samples_in_one_batch(model_folder, capsys):
 
 def test_empty_prompt_begins_after_end_of_text(model_folder):
     tokenizer = load_tokenizer("bytes")
-    config = hf.read_config(model_folder)
+    config = GPTConfig.from_folder(model_folder)
     assert sample.encode_prompt("", tokenizer, config).tolist() == [[256]]
 
 

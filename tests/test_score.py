@@ -19,8 +19,8 @@ import score
 import train
 from inheritune.data import reader as data
 from inheritune.training.distributed import Ranks
-from inheritune.weights import gpt2_format as hf
-from tests.tiny import ROOT, refusal, write_checkpoint, write_data
+from model import GPT
+from tests.tiny import ROOT, hf_state, refusal, write_checkpoint, write_data, write_model
 
 TEXT = "Déjà vu: the quick brown fox jumps over the lazy dog. " * 4
 
@@ -95,7 +95,7 @@ def test_on_whole_windows_it_is_the_validation_loss(ckpt, tmp_path):
     """That of train.py, to the last digit: 4 × 64 + 1 tokens, validated in groups of the same size."""
     folder = write_data(tmp_path / "data", val=257)
     val = data.ValData(folder, 64, 257, 3)
-    loss = train.mean_loss(hf.load_model(ckpt), val, Ranks(), torch.device("cpu"), torch.float32)
+    loss = train.mean_loss(GPT.from_pretrained(ckpt), val, Ranks(), torch.device("cpu"), torch.float32)
     assert scored(ckpt, folder, tmp_path, "--batch_size", "3")["loss"] == loss
 
 
@@ -110,7 +110,7 @@ def test_shares_add_up(ckpt, tmp_path):
     """What several ranks compute of the sum is the sum, each group in its place."""
     folder = write_data(tmp_path / "data")
     whole = score.Whole(data.Tokens(folder, "val"), 64, 1)
-    model, cpu = hf.load_model(ckpt).eval(), torch.device("cpu")
+    model, cpu = GPT.from_pretrained(ckpt).eval(), torch.device("cpu")
 
     class Share:
         def __init__(self, rank, world):
@@ -179,9 +179,9 @@ def test_another_ranks_file_is_refused(tmp_path):
 def test_a_model_of_nans_is_one_line(tmp_path):
     folder, _ = write_text(tmp_path / "data", [TEXT])
     model = write_checkpoint(tmp_path / "a")
-    state = {name: t * 1e30 for name, t in hf.layout(model).items()}
+    state = {name: t * 1e30 for name, t in hf_state(model).items()}
     os.mkdir(tmp_path / "b")
-    hf.write_model(str(tmp_path / "b"), state, model.config)
+    write_model(tmp_path / "b", model, state)
     assert "the loss is nan" in refusal(score.main, ["--ckpt", str(tmp_path / "b"), "--data", folder])
 
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import inherit
 from inheritune.base.errors import UserError
-from inheritune.weights import checkpoint, tensors
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format, tensors
 from inheritune.weights.tensors import Lazy, check_finite, pieces, read_header, stored, write_tensors
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint
 
@@ -46,7 +45,9 @@ def test_what_is_stored_is_read_by_rows(tmp_path):
     save_file(made, tmp_path / "file")
     with open(tmp_path / "file", "rb") as f:
         lazy = {name: stored(f, name, *entry) for name, entry in read_header(tmp_path / "file").items()}
-        assert {n: (t.shape, t.dtype) for n, t in lazy.items()} == {n: (t.shape, t.dtype) for n, t in made.items()}
+        assert {n: (t.shape, t.dtype) for n, t in lazy.items()} == {
+            n: (t.shape, t.dtype) for n, t in made.items()
+        }
         for name, tensor in made.items():
             for rows in (slice(None), slice(1, 2), slice(2), slice(1, 100)):
                 assert torch.equal(lazy[name][rows], tensor[rows]), (name, rows)
@@ -68,7 +69,9 @@ def test_no_more_than_a_piece_is_in_memory(tmp_path, monkeypatch, flags, shards)
     for name in ("model.safetensors", checkpoint.SUMS):
         assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert max(sizes) <= (600 if "half_width" in flags[0] else 300), "half of what is read is kept there"
-    assert sum(sizes) > os.path.getsize(tmp_path / "whole/model.safetensors") * 0.8, "nothing came another way"
+    assert sum(sizes) > os.path.getsize(tmp_path / "whole/model.safetensors") * 0.8, (
+        "nothing came another way"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -94,7 +97,7 @@ def test_a_nan_in_the_last_piece_is_found_and_nothing_is_left(tmp_path, monkeypa
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
     write_checkpoint(tmp_path / "ref")
-    weights = hf.Weights(str(tmp_path / "ref"))
+    weights = gpt2_format.Weights(str(tmp_path / "ref"))
     os.truncate(tmp_path / "ref/model.safetensors", 5000)
     with pytest.raises(UserError, match=r"ref/model.safetensors ends within transformer.wte.weight"):
         weights["transformer.wte.weight"][:]
@@ -124,4 +127,4 @@ def test_an_untied_head_of_any_shape_is_refused(tmp_path):
     for odd in (torch.tensor(1.0), torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 0)):
         save_file({"lm_head.weight": odd, "transformer.wte.weight": odd.clone()}, path)
         with pytest.raises(UserError, match=str(tmp_path / "ref")):
-            hf.open_model(str(tmp_path / "ref"))
+            gpt2_format.open_model(str(tmp_path / "ref"))

@@ -27,13 +27,12 @@ from inheritune.training import planning
 from inheritune.training import setup as run_module
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
-from inheritune.training.optimizer import learning_rate, make_optimizer
+from inheritune.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
 from inheritune.training.parsing import parse
 from inheritune.training.planning import split_batch
 from inheritune.training.settings import TrainSettings
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
-from model import GPT
+from inheritune.weights import checkpoint, gpt2_format
+from model import GPT, GPTConfig
 from tests.tiny import (
     ROOT,
     arguments,
@@ -318,7 +317,7 @@ def test_half_precision_trains_and_keeps_fp32_masters(plain, data, tmp_path, dty
     train.main(arguments(data, tmp_path / "a", dtype=dtype))
     np.testing.assert_allclose(column(tmp_path / "a", "loss"), column(plain, "loss"), atol=0.05)
     assert column(tmp_path / "a", "loss") != column(plain, "loss"), "it is not simply float32"
-    weights = hf.Weights(checkpoint.find(str(tmp_path / "a")))
+    weights = gpt2_format.Weights(checkpoint.find(str(tmp_path / "a")))
     assert {weights[n].dtype for n in weights} == {torch.float32}
 
 
@@ -367,10 +366,10 @@ def test_a_non_finite_step_changes_nothing_and_the_next_goes_on(data, tmp_path, 
     run.forward = Poison(run.model, {4}, what)  # the second of step 2
     train.train_step(run)
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    moments = {k: v.clone() for k, v in checkpoint.optimizer_tensors(run.model, run.optimizer).items()}
+    moments = {k: v.clone() for k, v in optimizer_tensors(run.model, run.optimizer).items()}
     train.train_step(run)
     assert same_weights(before, run.model.state_dict())
-    assert same_weights(moments, checkpoint.optimizer_tensors(run.model, run.optimizer))
+    assert same_weights(moments, optimizer_tensors(run.model, run.optimizer))
     assert (run.state.step, run.state.bad_steps, run.state.bad_in_a_row) == (2, 1, 1)
     assert "step 2: loss" in capsys.readouterr().out
     train.train_step(run)
@@ -390,7 +389,7 @@ def test_ten_non_finite_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, m
     monkeypatch.setattr(train, "setup", poisoned)
     message = refusal(train.main, arguments(data, tmp_path / "a", max_iters=30))
     assert "10 steps in a row without a finite loss and gradient" in message and "\n" not in message
-    loaded = hf.load_model(checkpoint.find(str(tmp_path / "a"), prefer="latest"))
+    loaded = GPT.from_pretrained(checkpoint.find(str(tmp_path / "a"), prefer="latest"))
     assert all(p.isfinite().all() for p in loaded.parameters())
 
 
@@ -625,7 +624,7 @@ def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path)
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / f"a/latest/{name}").read_bytes() == (tmp_path / f"b/latest/{name}").read_bytes()
-    made = hf.read_config(str(tmp_path / "a/latest"))
+    made = GPTConfig.from_folder(str(tmp_path / "a/latest"))
     assert (made.n_layer, made.bias, made.vocab_size) == (2, False, 320)
     origin = json.loads((tmp_path / "a/latest/lineage.json").read_text())
     assert [b["block"] for b in origin["blocks"]] == [0, 1] and origin["sources"]["reference"]["name"].endswith("/ref")
@@ -636,14 +635,14 @@ def test_the_reference_is_only_read(data, tmp_path):
     before = {n: (tmp_path / "ref" / n).read_bytes() for n in os.listdir(tmp_path / "ref")}
     train.main(without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", inherit_layers=1, max_iters=4))
     assert {n: (tmp_path / "ref" / n).read_bytes() for n in os.listdir(tmp_path / "ref")} == before
-    assert hf.read_config(str(tmp_path / "ref")) == model.config
+    assert GPTConfig.from_folder(str(tmp_path / "ref")) == model.config
 
 
 def test_the_first_loss_is_that_of_the_inherited_model(data, tmp_path):
     write_checkpoint(tmp_path / "ref")
     train.main(without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", max_iters=1, lr_decay_iters=9))
     ids = torch.tensor(np.fromfile(f"{data}/val.bin", dtype="<u2").astype(np.int64))
-    loss = hf.load_model(str(tmp_path / "ref"))(ids[:200].view(25, 8), ids[1:201].view(25, 8))
+    loss = GPT.from_pretrained(str(tmp_path / "ref"))(ids[:200].view(25, 8), ids[1:201].view(25, 8))
     assert rows(tmp_path / "a")[0]["val_loss"] == pytest.approx(loss.item(), abs=1e-6)
 
 
@@ -677,6 +676,6 @@ def test_a_run_folder_means_its_best_checkpoint(plain, data, tmp_path):
     shutil.copytree(plain, out, symlinks=True)
     checkpoint.link(str(out), "best", 8)
     run = make_run(data, tmp_path / "a", init_from=out)
-    assert same_weights(run.model, hf.load_model(str(out / "step_00000008")))
+    assert same_weights(run.model, GPT.from_pretrained(str(out / "step_00000008")))
     run = make_run(data, tmp_path / "b", init_from=out / "step_00000012")
-    assert same_weights(run.model, hf.load_model(str(out / "step_00000012")))
+    assert same_weights(run.model, GPT.from_pretrained(str(out / "step_00000012")))

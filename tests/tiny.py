@@ -1,5 +1,6 @@
 """What several tests need: tiny data, models and checkpoints, scripts run in this process, and real kills."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -13,9 +14,9 @@ import pytest
 import torch
 
 from inheritune.base.files import sha256
+from inheritune.data import hf_tokenizer
 from inheritune.training.logs import read_rows
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -60,8 +61,19 @@ def write_checkpoint(folder, seed=0, **changes):
     """A tiny checkpoint folder, of the model alone; returns its model."""
     model = tiny_model(seed, **changes)
     os.makedirs(folder)
-    hf.write_model(str(folder), hf.layout(model), model.config)
+    write_model(folder, model)
     return model
+
+
+def write_model(folder, model, state=None, tokenizer_from=None):
+    """Write a model, or the tensors `state` in its place, into an existing folder, in the checkpoint layout."""
+    files = hf_tokenizer.files(model.config, tokenizer_from)
+    gpt2_format.write_model(str(folder), state or hf_state(model), dataclasses.asdict(model.config), files)
+
+
+def hf_state(model):
+    """The model's parameters as a state dict in Hugging Face's layout."""
+    return gpt2_format.arrange(dict(model.named_parameters()), dataclasses.asdict(model.config))
 
 
 def arguments(data, out, **changes):
@@ -141,7 +153,7 @@ def gpt2(model):
         attn_implementation="eager",
     )
     reference = transformers.GPT2LMHeadModel(config).eval()
-    missing, unexpected = reference.load_state_dict(hf.layout(model), strict=False)
+    missing, unexpected = reference.load_state_dict(hf_state(model), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
     return reference
 

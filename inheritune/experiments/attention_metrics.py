@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
-from inheritune.weights import gpt2_format as hf
-from model import GPT
+from model import GPT, GPTConfig
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
@@ -30,12 +29,12 @@ def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, 
     length: tokens in a window; None is 100, or the model's context if that is shorter. Raises UserError when
     the data does not fit the model.
     """
-    config = hf.read_config(folder)
+    config = GPTConfig.from_folder(folder)
     check_tokenizer(data, folder, config)
     if length is not None and length > config.block_size:
         raise UserError(f"--length {length} is more than the {config.block_size} tokens that {folder} reads")
     idx, targets = draw_windows(data, split, sequences, length or min(LENGTH, config.block_size), seed)
-    return hf.load_model(folder), idx, targets
+    return GPT.from_pretrained(folder), idx, targets
 
 
 def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int) -> tuple[Tensor, Tensor]:

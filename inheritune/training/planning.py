@@ -15,7 +15,6 @@ from inheritune.training.device import PEAKS
 from inheritune.training.logs import read_rows
 from inheritune.training.settings import HARMLESS, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
 from model import GPT, LOSS_ROWS, GPTConfig, pad_vocab
 
 ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
@@ -72,7 +71,7 @@ def source_config(init_from):
     if init_from in RELEASED and not os.path.isdir(init_from):
         n_layer, n_head, n_embd = RELEASED[init_from]
         return GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    return hf.read_config(checkpoint.find(init_from, weights=False))
+    return GPTConfig.from_folder(checkpoint.find(init_from, weights=False))
 
 
 def make_plan(settings, given, world):
@@ -101,7 +100,7 @@ def make_plan(settings, given, world):
     if settings.min_lr > settings.learning_rate:
         problems.append(f"min_lr {settings.min_lr:g} is above learning_rate {settings.learning_rate:g}: set both")
     if resume_from:
-        config = dataclasses.replace(hf.read_config(resume_from), dropout=settings.dropout)
+        config = dataclasses.replace(GPTConfig.from_folder(resume_from), dropout=settings.dropout)
     elif settings.init_from == "scratch":
         config = scratch_config(settings, tokenizer, problems)
         if settings.inherit_layers is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import inherit
 from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder
 from inheritune.base.signals import Request
@@ -18,11 +17,12 @@ from inheritune.training import logs as log
 from inheritune.training import planning
 from inheritune.training.background import Background
 from inheritune.training.distributed import Ranks, seed_all
-from inheritune.training.optimizer import make_optimizer
+from inheritune.training.optimizer import load_optimizer, make_optimizer
 from inheritune.training.settings import TrainSettings
 from inheritune.training.shard import shard
 from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights.gpt2_format import fill, open_model
+from inheritune.weights.recipes import inherit
 from model import GPT
 
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
@@ -73,7 +73,7 @@ class Run:
     request: Request = field(default_factory=Request)  # of this process, to end
     stopping: bool = False  # all ranks know that one of them has such a request, or could not write
     background: Background = field(default_factory=Background)  # writes checkpoints
-    copies: dict = field(default_factory=dict)  # of the tensors that it writes (checkpoint.snapshot)
+    copies: dict = field(default_factory=dict)  # of the tensors that it writes (optimizer.snapshot)
 
     def close(self):
         """Let others have the run folder, when nothing is being written there any more."""
@@ -109,7 +109,7 @@ def setup(settings, plan, ranks, device):
     teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
-        teacher = ranks.agree(lambda: hf.load_model(found)).to(device).eval().requires_grad_(False)
+        teacher = ranks.agree(lambda: GPT.from_pretrained(found)).to(device).eval().requires_grad_(False)
     optimizer = make_optimizer(model, settings, device)
     dtype = machine.pick_dtype(settings.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -161,23 +161,24 @@ def build_model(settings, plan, folder):
     """(model, lineage): fresh weights when folder is None, else those of the checkpoint folder, of which only the
     first blocks and positions that the plan's config has are read."""
     model = GPT(plan.config)
+    parameters = dict(model.named_parameters())
     if folder is None:
         return model, {}
-    weights, source = hf.open_model(folder)
+    weights, source = open_model(folder)
     if plan.resume_from:
-        hf.fill(model, weights, folder)
-        return model, checkpoint.lineage_of(folder)
+        fill(parameters, weights, folder)
+        return model, checkpoint.read_lineage(folder)
     blocks = list(range(plan.config.n_layer))
-    state, _ = inherit.inherit(weights, source, blocks)
+    state, _ = inherit(weights, source, blocks)
     wpe = "transformer.wpe.weight"
     state[wpe] = state[wpe][: plan.config.block_size]
-    hf.fill(model, state, folder)
-    return model, inherit.lineage(folder, blocks)
+    fill(parameters, state, folder)
+    return model, checkpoint.new_lineage(folder, blocks)
 
 
 def restore(folder, model, optimizer, scaler):
     """Fill optimizer and scaler from a checkpoint folder and return its State. Raises UserError."""
-    checkpoint.load_optimizer(folder, model, optimizer)
+    load_optimizer(folder, model, optimizer)
     saved = checkpoint.read_state(folder)
     try:
         if scaler.is_enabled():

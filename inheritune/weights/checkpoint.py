@@ -1,6 +1,6 @@
 """Checkpoints and run folders.
 
-A checkpoint is a folder: the model in Hugging Face's layout (hf.py), and for training `optimizer.safetensors`,
+A checkpoint is a folder: the model in Hugging Face's layout (gpt2_format.py), and for training `optimizer.safetensors`,
 `state.json` (step, tokens, best loss, settings, versions, git revision, hardware) and `lineage.json` (which blocks
 came from which checkpoint). `SHA256SUMS` has the hash of each file (`sha256sum -c` reads it). A run folder holds
 `step_00001000/ …`, links `latest` and `best`, `log.csv` and `timing.csv`.
@@ -11,6 +11,7 @@ whole. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -19,22 +20,19 @@ import subprocess
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, replacing, sha256, sync_folder, write_json
-from inheritune.training.shard import like, whole
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import gpt2_format
 from inheritune.weights.tensors import write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")
 SUMS = "SHA256SUMS"
-ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # what each keeps for a parameter
 
 
 def find(name, prefer="best", weights=True):
     """The checkpoint folder that `name` means: a checkpoint folder, a run folder, or a Hugging Face id (downloaded;
-    without `weights` only its config.json). A nanoGPT ckpt.pt is given back as it is; hf.open_model opens it.
+    without `weights` only its config.json). A nanoGPT ckpt.pt is given back as it is; gpt2_format.open_model opens it.
 
     Of a run folder it is the link `prefer` ("best" or "latest") where that exists, else the newest step.
     Raises UserError when there is none.
@@ -43,15 +41,19 @@ def find(name, prefer="best", weights=True):
         if os.path.isfile(name) and name.endswith(".pt"):
             return name
         if os.path.exists(name):
-            raise UserError(f"{name} is a file; a checkpoint is a folder with config.json and model.safetensors")
+            raise UserError(
+                f"{name} is a file; a checkpoint is a folder with config.json and model.safetensors"
+            )
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
             raise UserError(f"no folder {name!r} here")
-        return hf.download(name, weights)
+        return gpt2_format.download(name, weights)
     if os.path.exists(os.path.join(name, "config.json")):
         return name
     steps = list_steps(name)
     if not steps:
-        raise UserError(f"{name} is neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)")
+        raise UserError(
+            f"{name} is neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
+        )
     linked = os.path.join(name, prefer)
     if os.path.exists(os.path.join(linked, "config.json")):
         return os.path.join(name, os.path.basename(os.path.realpath(linked)))
@@ -107,7 +109,9 @@ def verify(folder):
             raise UserError(f"{path} is damaged; restore it, or do without --verify")
         file = os.path.join(folder, line[1])
         if not os.path.isfile(file) or sha256(file) != line[0]:
-            raise UserError(f"{file} is missing or not what was written (its sha256 differs): restore the folder")
+            raise UserError(
+                f"{file} is missing or not what was written (its sha256 differs): restore the folder"
+            )
 
 
 def read_state(folder):
@@ -131,7 +135,7 @@ def read_state(folder):
 def examine(folder, hashes=False):
     """Raise UserError unless a checkpoint folder looks fit to continue a run: files, headers, sizes and shapes, and
     with `hashes` every byte."""
-    hf.open_model(folder)
+    gpt2_format.open_model(folder)
     read_state(folder)
     read_json(os.path.join(folder, "lineage.json"))
     path = os.path.join(folder, "optimizer.safetensors")
@@ -168,79 +172,23 @@ def step_name(step):
     return f"step_{step:08d}"
 
 
-def snapshot(model, optimizer, into):
-    """Copy the model's parameters and the optimizer's state to the CPU, into the dict `into`, and return it:
-    {"parameter name": tensor} and {"parameter name/state name": tensor}, oriented and typed as they are.
-
-    Tensors that `into` has from an earlier call are overwritten: memory fresh from the system costs more than copying.
-    Of a sharded model every rank must ask, and one tensor at a time is put together; ranks whose `into` is None only
-    lend their part.
-    """
-    tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
-    for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
-        if into is not None and name in into:
-            into[name].copy_(tensor)
-        elif into is not None:
-            into[name] = tensor.to("cpu", copy=True)
-    return into
-
-
-def save(run, tensors, config, state, lineage, tokenizer_from=None):
+def save(run, tensors, config, state, lineage, tokenizer_files):
     """Write `run/step_…` (the step is state["step"]) and point `latest` at it.
 
-    tensors: a `snapshot`; config: of its model; state: what state.json is to hold besides the environment.
+    tensors: {"parameter name": tensor} of a model with `config` (a dict), and {"parameter name/state name": tensor} of
+    its optimizer; state: what state.json is to hold besides the environment; tokenizer_files: {file name: bytes}.
     """
     folder = os.path.join(run, step_name(state["step"]))
     sums = {}
     with new_folder(folder, sums) as temporary:
-        sums["model.safetensors"] = hf.write_model(temporary, hf.arrange(tensors, config), config, tokenizer_from)
+        weights = gpt2_format.arrange(tensors, config)
+        sums["model.safetensors"] = gpt2_format.write_model(temporary, weights, config, tokenizer_files)
         path = os.path.join(temporary, "optimizer.safetensors")
         state_of_optimizer = {name: tensor for name, tensor in tensors.items() if "/" in name}
         sums["optimizer.safetensors"] = write_tensors(path, state_of_optimizer)
         write_json(os.path.join(temporary, "state.json"), state | environment())
         write_json(os.path.join(temporary, "lineage.json"), lineage)
     link(run, "latest", state["step"])
-
-
-def optimizer_tensors(model, optimizer):
-    """The optimizer's state as {"parameter name/state name": tensor}."""
-    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
-
-
-def load_optimizer(folder, model, optimizer):
-    """Fill the optimizer of `model` from a checkpoint folder. Raises UserError when the file is missing, damaged, or
-    another model's."""
-    path = os.path.join(folder, "optimizer.safetensors")
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("no regular file")
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: this checkpoint can start a run (--init_from) but not continue one"
-        ) from None
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it") from None
-    parameters = dict(model.named_parameters())
-    names = {p: name for name, p in parameters.items()}
-    kept, ordered = {}, []
-    for group in optimizer.param_groups:
-        keys = MUON if "ns_steps" in group else ADAMW
-        kept.update((f"{names[p]}/{key}", () if key == "step" else p.shape) for p in group["params"] for key in keys)
-        ordered += [names[p] for p in group["params"]]
-    state = {name: {} for name in ordered}
-    for full, tensor in tensors.items():
-        if kept.get(full) != tensor.shape or not tensor.is_floating_point():
-            raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
-        name, _, key = full.rpartition("/")
-        # a copy: the optimizer keeps what it is given, and this one is the file, mapped
-        state[name][key] = like(tensor, parameters[name]) if tensor.dim() else tensor.clone()
-    lacking = next((full for full in kept if tensors and full not in tensors), None)
-    if lacking:
-        raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
-    packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
-    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def set_aside(folder):
@@ -272,10 +220,57 @@ def sweep(run):
                 os.unlink(path)
 
 
-def lineage_of(folder):
+def read_lineage(folder):
     """lineage.json of a checkpoint folder, or {} where there is none."""
     path = os.path.join(folder, "lineage.json")
     return read_json(path) if os.path.exists(path) else {}
+
+
+def identify(folder):
+    """What lineage.json says of a source, a folder or a ckpt.pt: name, step, size, hash of header and samples.
+
+    Enough to tell one model from another without reading gigabytes; the name keeps two path components, no more.
+    """
+    if os.path.isfile(folder):
+        paths = [folder]
+    else:
+        names = sorted(
+            n for n in os.listdir(folder) if n.endswith(".safetensors") and n != "optimizer.safetensors"
+        )
+        paths = [os.path.join(folder, n) for n in names]
+    files = {}
+    for path in paths:
+        size, digest = os.path.getsize(path), hashlib.sha256()
+        with open(path, "rb") as f:
+            if path.endswith(".safetensors"):
+                digest.update(f.read(int.from_bytes(f.read(8), "little")))
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(1024))
+        files[os.path.basename(path)] = {"bytes": size, "sample_sha256": digest.hexdigest()}
+    state = os.path.join(folder, "state.json")
+    return {
+        "name": "/".join(os.path.abspath(folder).split(os.sep)[-2:]),
+        "step": read_json(state).get("step") if os.path.exists(state) else None,
+        "files": files,
+    }
+
+
+def new_lineage(folder, blocks, onto=None, onto_layers=0, **how):
+    """The content of lineage.json: for every block of the new model, which block of which source it was.
+
+    how: what else a reader must know to make the model again, such as recipe and seed.
+    """
+    names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
+    sources = {"reference": identify(folder) | {"lineage": read_lineage(folder)}}
+    if onto:
+        sources["onto"] = identify(onto) | {"lineage": read_lineage(onto)}
+    return {
+        "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
+        "embeddings_and_ln_f": "onto" if onto else "reference",
+        **how,
+        "sources": sources,
+    }
 
 
 @functools.cache

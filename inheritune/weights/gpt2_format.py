@@ -15,9 +15,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
-from inheritune.data import hf_tokenizer
 from inheritune.weights.tensors import DTYPES, pieces, read_header, stored, write_tensors
-from model import GPT, GPTConfig
 
 INPUT_FIRST = (
     "attn.c_attn.weight",
@@ -66,7 +64,9 @@ def download(name, weights=True):
         if config is None:  # needs the hub
             raise UserError(f"{name} on the Hugging Face hub has no config.json: not a transformers model")
         whole, parts = "model.safetensors", "model.safetensors.index.json"
-        if weights and (cached(parts) or not fetch(whole)):  # no question about what is not there: it may be offline
+        if weights and (
+            cached(parts) or not fetch(whole)
+        ):  # no question about what is not there: it may be offline
             index = fetch(parts)
             shards = set(read_index(index).values()) if index else {whole}
             for shard in sorted(shards):
@@ -79,7 +79,9 @@ def download(name, weights=True):
         raise
     except RepositoryNotFoundError:  # needs the hub
         raise UserError(f"no folder {name!r} here and no model of that id on the Hugging Face hub") from None
-    except Exception as e:  # the hub client's own errors, its HTTP library's, the disk's: all mean "not to be had"
+    except (
+        Exception
+    ) as e:  # the hub client's own errors, its HTTP library's, the disk's: all mean "not to be had"
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
             f"no folder {name!r} here, and the Hugging Face hub did not give it ({type(e).__name__}: {reason:.150}); "
@@ -92,15 +94,16 @@ def read_index(path):
     """{tensor name: file name} of a sharded model. Raises UserError."""
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(
-        isinstance(f, str) and os.path.basename(f) == f and f.endswith(".safetensors") for f in shards.values()
+        isinstance(f, str) and os.path.basename(f) == f and f.endswith(".safetensors")
+        for f in shards.values()
     ):
         raise UserError(f"{path} has no usable weight_map; fetch the model again")
     return shards
 
 
 def read_config(folder):
-    """The GPTConfig of a checkpoint folder (or of nanoGPT's ckpt.pt). Raises UserError, naming everything that model.py
-    does not implement."""
+    """The configuration of a checkpoint folder (or of nanoGPT's ckpt.pt): a dict with the fields of model.GPTConfig.
+    Raises UserError, naming everything that model.py does not implement."""
     if os.fspath(folder).endswith(".pt"):
         from inheritune.weights import nanogpt  # which builds on this file
 
@@ -111,7 +114,9 @@ def read_config(folder):
         raise UserError(f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented")
     sizes = {k: c.get(k) for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
     bad = [
-        f"{k} is {v!r:.50} (1 to {MOST[k]:,})" for k, v in sizes.items() if type(v) is not int or not 0 < v <= MOST[k]
+        f"{k} is {v!r:.50} (1 to {MOST[k]:,})"
+        for k, v in sizes.items()
+        if type(v) is not int or not 0 < v <= MOST[k]
     ]
     if not bad and sizes["n_embd"] % sizes["n_head"]:
         bad.append(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
@@ -135,12 +140,13 @@ def read_config(folder):
         raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
     if not isinstance(tokenizer, str) or type(c.get("bias", True)) is not bool:
         raise UserError(f"{path}: tokenizer must be a name and bias true or false")
-    return GPTConfig(
+    return dict(
         block_size=c["n_positions"],
         vocab_size=c["vocab_size"],
         n_layer=c["n_layer"],
         n_head=c["n_head"],
         n_embd=c["n_embd"],
+        dropout=0.0,
         bias=c.get("bias", True),
         scale_attn_by_inverse_layer_idx=bool(c.get("scale_attn_by_inverse_layer_idx", False)),
         n_vocab=n_vocab,
@@ -150,33 +156,33 @@ def read_config(folder):
     )
 
 
-def hf_config(config):
-    """config.json's content for a GPTConfig: what transformers reads, and our extra keys last."""
+def config_json(config):
+    """config.json's content for a model with `config` (a dict): what transformers reads, and our extra keys last."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
+        "vocab_size": config["vocab_size"],
+        "n_positions": config["block_size"],
+        "n_ctx": config["block_size"],
+        "n_embd": config["n_embd"],
+        "n_layer": config["n_layer"],
+        "n_head": config["n_head"],
         "n_inner": None,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        "embd_pdrop": config["dropout"],
+        "attn_pdrop": config["dropout"],
+        "resid_pdrop": config["dropout"],
         "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "scale_attn_by_inverse_layer_idx": config["scale_attn_by_inverse_layer_idx"],
         "tie_word_embeddings": True,
-        "bos_token_id": config.eot,
-        "eos_token_id": config.eot,
+        "bos_token_id": config["eot"],
+        "eos_token_id": config["eot"],
         "torch_dtype": "float32",
-        "bias": config.bias,
-        "n_vocab": config.n_vocab,
-        "tokenizer": config.tokenizer,
+        "bias": config["bias"],
+        "n_vocab": config["n_vocab"],
+        "tokenizer": config["tokenizer"],
     }
 
 
@@ -196,7 +202,9 @@ class Weights(Mapping):
             if not os.path.isfile(path):
                 pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
                 hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
-                raise UserError(f"{folder} has no {name}{', ' + hint if pickled else '; is it a checkpoint?'}")
+                raise UserError(
+                    f"{folder} has no {name}{', ' + hint if pickled else '; is it a checkpoint?'}"
+                )
             entries = read_header(path)
             file = open(path, "rb")  # noqa: SIM115  (as long as one of its tensors is in use)
             for key, (dtype, shape, offset) in entries.items():
@@ -212,7 +220,9 @@ class Weights(Mapping):
         if head is not None and wte is not None:
             same = head.shape == wte.shape and len(wte.shape) == 2
             if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
-                raise UserError(f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented")
+                raise UserError(
+                    f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented"
+                )
             del self.tensors["lm_head.weight"]
 
     def __getitem__(self, name):
@@ -227,7 +237,7 @@ class Weights(Mapping):
 
 def shapes(config):
     """{canonical name: shape in Hugging Face's orientation} of every tensor that a folder with `config` must hold."""
-    C = config.n_embd
+    C = config["n_embd"]
     block = {
         "ln_1.weight": (C,),
         "ln_1.bias": (C,),
@@ -242,8 +252,11 @@ def shapes(config):
         "mlp.c_proj.weight": (4 * C, C),
         "mlp.c_proj.bias": (C,),
     }
-    wanted = {"transformer.wte.weight": (config.vocab_size, C), "transformer.wpe.weight": (config.block_size, C)}
-    for i in range(config.n_layer):
+    wanted = {
+        "transformer.wte.weight": (config["vocab_size"], C),
+        "transformer.wpe.weight": (config["block_size"], C),
+    }
+    for i in range(config["n_layer"]):
         wanted |= {f"transformer.h.{i}.{name}": shape for name, shape in block.items()}
     return wanted | {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
 
@@ -261,8 +274,8 @@ def check_weights(weights, config):
 
 
 def open_model(folder):
-    """(Weights, GPTConfig) of a checkpoint folder, checked against each other, or what serves as those of a ckpt.pt.
-    Raises UserError."""
+    """(Weights, configuration as from `read_config`) of a checkpoint folder, checked against each other, or what serves
+    as those of a ckpt.pt. Raises UserError."""
     if os.fspath(folder).endswith(".pt"):
         from inheritune.weights import nanogpt
 
@@ -273,12 +286,12 @@ def open_model(folder):
     return weights, config
 
 
-def fill(model, state, source):
-    """Copy `state` (canonical names, Hugging Face's orientation, any float dtype) into the model's own parameters.
+def fill(parameters, state, source):
+    """Copy `state` (canonical names, Hugging Face's orientation, any float dtype) into a model's parameters
+    {name: tensor}.
 
     Raises UserError, naming `source`, when a model without biases would lose biases that are not zero.
     """
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in state:
             if name in parameters:
@@ -291,21 +304,9 @@ def fill(model, state, source):
                 raise UserError(f"{source}: {name} is not zero, though its config.json says bias: false")
 
 
-def load_model(folder):
-    """The GPT (fp32, on the CPU) of a checkpoint folder. Raises UserError."""
-    weights, config = open_model(folder)
-    model = GPT(config)
-    fill(model, weights, folder)
-    return model
-
-
-def layout(model):
-    """The model's parameters as a Hugging Face state dict: fp32 on the CPU, zeros for the biases it does not have."""
-    return arrange(dict(model.named_parameters()), model.config)
-
-
 def arrange(parameters, config):
-    """`layout`, for the parameters {name: tensor} of a model with `config`."""
+    """A model's parameters {name: tensor} as a Hugging Face state dict: fp32 on the CPU, zeros for the biases that it
+    does not have."""
     state = {}
     for name, shape in shapes(config).items():
         if name in parameters:
@@ -316,16 +317,15 @@ def arrange(parameters, config):
     return state
 
 
-def write_model(folder, state, config, tokenizer_from=None):
+def write_model(folder, state, config, tokenizer_files):
     """Write config.json and model.safetensors into an existing folder and fsync them; returns the latter's sha256.
 
-    `state` has canonical names and Hugging Face's orientation; its tensors may be Lazy. The tokenizer's files go beside
-    them, those found in the folder `tokenizer_from` or else made (hf_tokenizer.py). The folder is not yet what anybody
-    looks for: the caller renames it into place.
+    `state` has canonical names and Hugging Face's orientation; its tensors may be Lazy. The tokenizer's files,
+    {file name: bytes}, go beside them. The folder is not yet what anybody looks for: the caller renames it into place.
     """
     digest = write_tensors(os.path.join(folder, "model.safetensors"), state)
-    write_json(os.path.join(folder, "config.json"), hf_config(config))
-    for name, content in hf_tokenizer.files(config, tokenizer_from).items():
+    write_json(os.path.join(folder, "config.json"), config_json(config))
+    for name, content in tokenizer_files.items():
         with open(os.path.join(folder, name), "wb") as f:
             f.write(content)
             f.flush()

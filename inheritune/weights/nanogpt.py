@@ -10,21 +10,20 @@ import zipfile
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import gpt2_format
 from inheritune.weights.tensors import check_finite
-from model import GPTConfig
 
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and padded as nanoGPT does
 
 
 class Tensors(dict):
-    """{canonical name: tensor in Hugging Face's orientation}, with what hf.Weights has besides."""
+    """{canonical name: tensor in Hugging Face's orientation}, with what gpt2_format.Weights has besides."""
 
     folder: str
 
 
 def read(path):
-    """(Tensors, GPTConfig) of a nanoGPT checkpoint, not yet checked against each other. Raises UserError."""
+    """(Tensors, configuration) of a nanoGPT checkpoint, not yet checked against each other. Raises UserError."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no nanoGPT checkpoint: not a file that torch.save wrote, or cut off")
     try:
@@ -41,7 +40,7 @@ def read(path):
         bias = arguments.get("bias", True)  # early versions always had them
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{path} lacks nanoGPT's model_args or model") from None
-    most = hf.MOST | {"block_size": hf.MOST["n_positions"]}
+    most = gpt2_format.MOST | {"block_size": gpt2_format.MOST["n_positions"]}
     bad = [f"{k} is {v!r:.50}" for k, v in sizes.items() if type(v) is not int or not 0 < v <= most[k]]
     if not bad and sizes["n_embd"] % sizes["n_head"]:
         bad.append(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
@@ -51,7 +50,14 @@ def read(path):
         raise UserError(f"{path}: {', '.join(bad) or 'model is no dict of tensors'}")
     known = sizes["vocab_size"] in GPT2_SIZES
     n_vocab = GPT2_SIZES[0] if known else sizes["vocab_size"]
-    config = GPTConfig(**sizes, bias=bias, n_vocab=n_vocab, tokenizer="gpt2" if known else "", eot=n_vocab - 1)
+    config = {
+        "dropout": 0.0,
+        "scale_attn_by_inverse_layer_idx": False,
+        "bias": bias,
+        "n_vocab": n_vocab,
+        "eot": n_vocab - 1,
+    }
+    config |= sizes | {"tokenizer": "gpt2" if known else ""}
     return canonical(path, state, config), config
 
 
@@ -64,14 +70,18 @@ def canonical(path, state, config):
         name = str(key).removeprefix("_orig_mod.")
         if name == "lm_head.weight" or re.search(r"\.attn\.(bias|masked_bias)$", name):
             continue
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.layout != torch.strided
+            or not tensor.is_floating_point()
+        ):
             raise UserError(f"{path}: {name:.80} is not a tensor of floating-point numbers")
         if name in tensors:
             raise UserError(f"{path} holds {name:.80} twice")
         check_finite(tensor, name, path)
-        turned = name.endswith(hf.INPUT_FIRST) and tensor.dim() == 2
+        turned = name.endswith(gpt2_format.INPUT_FIRST) and tensor.dim() == 2
         tensors[name] = (tensor.t() if turned else tensor).detach().contiguous()
-    if not config.bias:
-        wanted = hf.shapes(config)
+    if not config["bias"]:
+        wanted = gpt2_format.shapes(config)
         tensors |= {n: torch.zeros(wanted[n]) for n in wanted if n.endswith("bias") and n not in tensors}
     return tensors

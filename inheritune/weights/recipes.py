@@ -5,17 +5,30 @@ A state dict maps canonical names (`transformer.h.0.attn.c_attn.weight` …) to 
 dtype, and no Lazy tensor is read here. Nothing here knows of files: inherit.py is the command.
 """
 
-import dataclasses
-
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import gpt2_format
 from inheritune.weights.tensors import Lazy
-from model import GPT
 
-RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "ends", "stack", "hybrid", "half_width", "random")
-PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}  # prefixes in a block
+RECIPES = (
+    "first",
+    "last",
+    "middle",
+    "alternate",
+    "first_plus_last",
+    "ends",
+    "stack",
+    "hybrid",
+    "half_width",
+    "random",
+)
+PARTS = {
+    "attn": ("ln_1.", "attn."),
+    "mlp": ("ln_2.", "mlp."),
+    "attn+mlp": ("",),
+    "all": ("",),
+}  # prefixes in a block
 WTE = "transformer.wte.weight"
 
 
@@ -54,13 +67,13 @@ def inherit(state, config, blocks):
 
     Raises UserError when a block is not there.
     """
-    missing = [i for i in blocks if not 0 <= i < config.n_layer]
+    missing = [i for i in blocks if not 0 <= i < config["n_layer"]]
     if not blocks or missing:
         what = f"block {missing[0]}" if missing else "at least one block"
-        last = config.n_layer - 1
-        raise UserError(f"asked for {what}, but the model has blocks 0 to {last} ({config.n_layer} layers)")
-    scaled = config.scale_attn_by_inverse_layer_idx
-    return assemble(state, [(state, i) for i in blocks], scaled), dataclasses.replace(config, n_layer=len(blocks))
+        n = config["n_layer"]
+        raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
+    scaled = config["scale_attn_by_inverse_layer_idx"]
+    return assemble(state, [(state, i) for i in blocks], scaled), config | {"n_layer": len(blocks)}
 
 
 def grow_onto(small, small_config, state, config, k):
@@ -68,17 +81,17 @@ def grow_onto(small, small_config, state, config, k):
 
     Embeddings and final LayerNorm are the small model's. Raises UserError when the two do not fit together.
     """
-    n = small_config.n_layer
-    if n >= config.n_layer:
-        raise UserError(f"there is nothing to add: the small model has {n} blocks, the reference {config.n_layer}")
-    if not n < k <= config.n_layer:
-        raise UserError(f"layers must be between {n + 1} and {config.n_layer} to grow {n} blocks onto, not {k}")
+    n, most = small_config["n_layer"], config["n_layer"]
+    if n >= most:
+        raise UserError(f"there is nothing to add: the small model has {n} blocks, the reference {most}")
+    if not n < k <= most:
+        raise UserError(f"layers must be between {n + 1} and {most} to grow {n} blocks onto, not {k}")
     for key in ("n_embd", "n_head", "block_size", "vocab_size", "bias", "scale_attn_by_inverse_layer_idx"):
-        here, there = getattr(small_config, key), getattr(config, key)
+        here, there = small_config[key], config[key]
         if here != there:
             raise UserError(f"cannot grow: {key} is {here} in the small model and {there} in the reference")
     blocks = [(small, i) for i in range(n)] + [(state, i) for i in range(n, k)]
-    return assemble(small, blocks, config.scale_attn_by_inverse_layer_idx), dataclasses.replace(small_config, n_layer=k)
+    return assemble(small, blocks, config["scale_attn_by_inverse_layer_idx"]), small_config | {"n_layer": k}
 
 
 def choose_blocks(recipe, n_layer, k):
@@ -89,7 +102,9 @@ def choose_blocks(recipe, n_layer, k):
     if recipe == "half_width" and k != n_layer:
         raise UserError(f"half_width keeps all {n_layer} blocks: leave --layers out")
     if recipe == "stack" and k != 2 * n_layer:
-        raise UserError(f"stack doubles the model: --layers must be {2 * n_layer}, twice its {n_layer} blocks, not {k}")
+        raise UserError(
+            f"stack doubles the model: --layers must be {2 * n_layer}, twice its {n_layer} blocks, not {k}"
+        )
     if recipe == "hybrid" and k % 2:
         raise UserError(f"hybrid repeats the first k/2 blocks twice: --layers must be even, not {k}")
     if recipe != "stack" and k > n_layer:
@@ -100,7 +115,8 @@ def choose_blocks(recipe, n_layer, k):
         "first": list(range(k)),
         "last": list(range(n_layer - k, n_layer)),
         "middle": list(range((n_layer - k) // 2, (n_layer - k) // 2 + k)),
-        "alternate": every_second + list(range(max(0, n_layer - 2 - more), max(0, n_layer - 2 - more) + more)),
+        "alternate": every_second
+        + list(range(max(0, n_layer - 2 - more), max(0, n_layer - 2 - more) + more)),
         "first_plus_last": [*range(k - 1), n_layer - 1],
         "ends": [*range(k - k // 2), *range(n_layer - k // 2, n_layer)],
         "stack": list(range(n_layer)) * 2,
@@ -116,10 +132,10 @@ def halve(state, config):
     The paper does not say which channels of embeddings and LayerNorms it keeps; the first ones go with the first heads.
     Raises UserError for a single head.
     """
-    n_head = config.n_head // 2
+    n_head = config["n_head"] // 2
     if not n_head:
         raise UserError("half_width needs at least two heads")
-    C, c = config.n_embd, n_head * (config.n_embd // config.n_head)
+    C, c = config["n_embd"], n_head * (config["n_embd"] // config["n_head"])
 
     def columns(name, rows):
         if ".c_attn." in name:  # q, k and v side by side: the first c columns of each
@@ -131,29 +147,23 @@ def halve(state, config):
             return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[:])[a:b])
         return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[a:b]))
 
-    small = dataclasses.replace(config, n_head=n_head, n_embd=c)
-    shapes = hf.shapes(small)
+    small = config | {"n_head": n_head, "n_embd": c}
+    shapes = gpt2_format.shapes(small)
     return {name: cut(name, state[name], shapes[name]) for name in state}, small
 
 
-def fresh(config, seed):
-    """A random-init state dict (fp32) for `config`, the same for the same seed; torch's generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return hf.layout(GPT(config))
-
-
-def initialise(state, config, recipe, k, parts="all", layernorms=True, released_slice=False, seed=0):
+def initialise(state, config, recipe, k, fresh, parts="all", layernorms=True, released_slice=False):
     """(state, config, blocks) of a new model with k blocks made by `recipe` out of the given one.
 
     parts: what is taken of each block, attention or MLP with the LayerNorm before it, or both; layernorms=False leaves
-    the blocks' LayerNorms out; released_slice leaves wpe and ln_f out, as the authors' script does. What is left out is
-    random, from `seed`. blocks: the source block of each new one, [] for random. Raises UserError.
+    the blocks' LayerNorms out; released_slice leaves wpe and ln_f out, as the authors' script does. What is left out
+    comes from fresh(config), which makes a whole random state dict. blocks: the source block of each new one, [] for
+    random. Raises UserError.
     """
     if recipe == "random":
-        small = dataclasses.replace(config, n_layer=k)
-        return fresh(small, seed), small, []
-    blocks = choose_blocks(recipe, config.n_layer, k)
+        small = config | {"n_layer": k}
+        return fresh(small), small, []
+    blocks = choose_blocks(recipe, config["n_layer"], k)
     state, small = inherit(state, config, blocks)
     if recipe == "half_width":
         state, small = halve(state, small)
@@ -166,6 +176,6 @@ def initialise(state, config, recipe, k, parts="all", layernorms=True, released_
 
     dropped = [name for name in state if not kept(name)]
     if dropped:
-        random = fresh(small, seed)
+        random = fresh(small)
         state = {name: random[name] if name in set(dropped) else tensor for name, tensor in state.items()}
     return state, small, blocks

@@ -56,7 +56,9 @@ def check_finite(tensor, name, source):
     """The tensor, if all of it is finite; else UserError: the run that wrote it had diverged, or it is damaged."""
     values = tensor.detach()
     values = values.float() if tensor.dtype == torch.bfloat16 else values  # which numpy does not have
-    if not np.isfinite(values.numpy()).all():  # on one core: torch's would spin on the other while the disk works
+    if not np.isfinite(
+        values.numpy()
+    ).all():  # on one core: torch's would spin on the other while the disk works
         raise UserError(f"{source}: {name:.80} holds NaN or infinity: take an earlier checkpoint")
     return tensor
 
@@ -71,7 +73,10 @@ def read_header(path):
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
     entries.pop("__metadata__", None)
-    return {name: (e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0]) for name, e in entries.items()}
+    return {
+        name: (e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+        for name, e in entries.items()
+    }
 
 
 def stored(file, name, dtype, shape, offset):
@@ -104,7 +109,11 @@ def write_tensors(path, tensors):
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     head = len(header).to_bytes(8, "little") + header

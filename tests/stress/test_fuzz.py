@@ -6,6 +6,7 @@ pytest tests/stress -m slow        (a tenth of it, always: python -m pytest test
 """
 
 import base64
+import dataclasses
 import json
 import resource
 import time
@@ -21,8 +22,8 @@ from inheritune.data import tokenizer
 from inheritune.training import planning as plan
 from inheritune.training.parsing import parse, read_config_file
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
-from inheritune.weights import checkpoint
-from inheritune.weights import gpt2_format as hf
+from inheritune.weights import checkpoint, gpt2_format
+from model import GPTConfig
 
 SLOW = 17_000  # cases for each of six parsers
 FEW = 400
@@ -163,7 +164,7 @@ def parsers(tmp_path):
         "settings": {"seed": 1, "n_layer": 2},
         "tokens": 64,
     }
-    config = dumped(hf.hf_config(hf.GPTConfig(n_layer=2)))
+    config = dumped(gpt2_format.config_json(dataclasses.asdict(GPTConfig(n_layer=2))))
 
     def open_data(path):
         data.TrainData(str(path.parent), 8, 1).batch(0, 2)
@@ -191,7 +192,7 @@ def parsers(tmp_path):
         "meta.json": fuzz(mutated(meta), written(tmp_path / "d/meta.json", open_data)),
         "state.json": fuzz(mutated(dumped(state)), written(tmp_path / "c/state.json", open_state)),
         "config.json": fuzz(
-            mutated(config), written(tmp_path / "c/config.json", lambda p: hf.read_config(str(p.parent)))
+            mutated(config), written(tmp_path / "c/config.json", lambda p: GPTConfig.from_folder(str(p.parent)))
         ),
         "ranks file": fuzz(
             st.tuples(st.integers(0, 256), st.integers(0, 3), token_lines).map(ranks_file)
