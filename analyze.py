@@ -113,7 +113,8 @@ def table(found: dict) -> str:
         lines.append(f"layers {g['first']} to {g['last']}: AvgRank {g['avg_rank']:.2f}{lazy}")
     lines.append(
         f"{found['lazy_layers']} of {len(layers['lazy'])} layers are lazy "
-        f"(MaxRank 1 at tau {found['taus'][0]:g}), {found['near_rank_one_heads']:.0%} of the heads near rank 1 (mean rank at most {NEAR})"
+        f"(MaxRank 1 at tau {found['taus'][0]:g}), {found['near_rank_one_heads']:.0%} of the heads "
+        f"near rank 1 (mean rank at most {NEAR})"
     )
     if found["loss"] is not None:
         lines.append(

@@ -1,6 +1,8 @@
-"""Figures: of runs, drawn from their log.csv, and of an analysis."""
+"""Every figure, in one style: of a recipe, a comparison, an analysis. Functions draw what they are given."""
 
 import os
+import statistics
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -9,154 +11,322 @@ matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, PowerNorm
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from inheritune.base.files import replacing
-from inheritune.training.logs import read_rows
+from inheritune.experiments.arms import find_arm, split_name
+from inheritune.experiments.tables import SCHEDULE, best_variant, by_arm, mean_and_error, mean_loss
+
+# Okabe and Ito's palette: told apart by colour-blind readers too
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+GREY = "#9A9A9A"
+COLOURS = {  # of the arms that the question is about; the others are grey
+    "reference": BLACK,
+    "random": BLUE,
+    "random_2x": SKY,
+    "random_matched": GREEN,
+    "inheritune": RED,
+    "ends": PURPLE,
+    "onto": ORANGE,
+}
+OPTIMIZERS = {None: "-", "muon": "--", "adamw": ":"}  # line styles; None is the experiment's own
+
+plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
+plt.rcParams.update({"legend.fontsize": 8, "axes.titlesize": 10, "savefig.dpi": 150})
 
 
-def curve(run_folder):
-    """(tokens, validation losses) of a run folder's log.csv, two lists of floats of equal length."""
-    rows = [r for r in read_rows(os.path.join(run_folder, "log.csv")) if r["val_loss"]]
-    return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
-
-
-def save(figure, path):
+def save(figure, path: str) -> None:
     """Write the figure as a PNG, atomically, and close it."""
     with replacing(path) as f:
-        figure.savefig(f, format="png", dpi=150)
+        figure.savefig(f, format="png")
     plt.close(figure)
 
 
-def plot_losses(path, curves, reference_loss, title):
-    """Draw validation loss over training tokens and save it as a PNG.
-
-    curves: [(label, style, tokens, losses)], style being keyword arguments of matplotlib's plot; reference_loss: a
-    float drawn as a level line. The axis is cut above the worst final loss so that the ends can be told apart.
-    """
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for label, style, tokens, losses in curves:
-        axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **style)
-        axes.plot(tokens[-1], losses[-1], "o", markersize=4, color=style.get("color"))
-    axes.axhline(reference_loss, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("reference, final", (axes.get_xlim()[1], reference_loss), ha="right", va="bottom", fontsize=8)
-    finals = [losses[-1] for *_, losses in curves] + [reference_loss]
+def cut(axes, finals, below=0.1, above=1.2) -> None:
+    """Limit the loss axis to where curves end, so that the ends can be told apart."""
     spread = max(finals) - min(finals) or 0.1
-    axes.set_ylim(min(finals) - 0.3 * spread, max(finals) + 2.5 * spread)
+    axes.set_ylim(min(finals) - below * spread, max(finals) + above * spread)
+
+
+def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
+    """Draw grow.py's runs: validation loss over training tokens.
+
+    curves: [(label, arm, alpha, tokens, losses)]; reference_loss: drawn as a level line.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for label, arm, alpha, tokens, losses in curves:
+        how = {"color": COLOURS[arm], "alpha": alpha}
+        axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **how)
+        axes.plot(tokens[-1], losses[-1], "o", markersize=4, **how)
+    axes.axhline(reference_loss, color=BLACK, linewidth=0.8, linestyle=":", label="reference, final")
+    cut(axes, [losses[-1] for *_, losses in curves] + [reference_loss], 0.3, 2.5)
     axes.set(xlabel="training tokens of the run itself", ylabel="validation loss (nats/token)", title=title)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.grid()
+    axes.legend()
     save(figure, path)
 
 
-def draw_points(axes, points):
-    """Draw [(label, value, standard error or None, colour)] as dots with bars, one line for each, the first on top."""
+def draw_results(folder: str, rows: list[dict], curves) -> list[str]:
+    """Write replicate.py's figures into `folder` and return their names.
+
+    rows: as in row.json; curves: for each row (FLOPs, losses).
+    """
+    title = os.path.basename(os.path.normpath(folder))
+    arms = by_arm(rows)
+    drawn = {arm: [c for r, c in zip(rows, curves, strict=True) if r["arm"] == arm and c[0]] for arm in arms}
+    figures = {
+        "curves.png": lambda path: plot_comparison(path, arms, drawn, title),
+        "compute.png": lambda path: plot_compute(path, arms, drawn, title),
+        "rank.png": lambda path: plot_ranks(path, arms, title),
+    }
+    if budgets(arms):
+        figures["budget.png"] = lambda path: plot_budget(path, arms, title)
+    for name, draw in figures.items():
+        draw(os.path.join(folder, name))
+    return list(figures)
+
+
+def mean_curve(curves):
+    """(xs, mean, lowest, highest) of several seeds' curves over the same xs."""
+    by_x = list(zip(*(ys for _, ys in curves), strict=True))
+    return (
+        curves[0][0],
+        [statistics.fmean(ys) for ys in by_x],
+        [min(ys) for ys in by_x],
+        [max(ys) for ys in by_x],
+    )
+
+
+def draw_points(axes, points) -> None:
+    """Draw [(label, value, error or None, colour)] as dots with bars, one line for each, the first on top."""
     for i, (_, value, error, colour) in enumerate(reversed(points)):
         axes.errorbar(value, i, xerr=error or 0, fmt="o", markersize=4, capsize=2, color=colour)
     axes.set_yticks(range(len(points)), [label for label, *_ in reversed(points)], fontsize=7)
-    axes.grid(alpha=0.25, axis="x")
+    axes.set_ylim(-0.7, len(points) - 0.3)
+    axes.grid(axis="x")
 
 
-def plot_comparison(path, curves, points, reference_loss, title):
-    """Draw an arm's validation loss over its own training FLOPs (left), and the final losses (right).
-
-    curves: [(label, colour, FLOPs, losses)], label None for those that only stand in the background; points as for
-    `draw_points`. The left axis is cut above the worst final loss so that the ends can be told apart.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained", width_ratios=(1.2, 1))
-    for label, colour, flops, losses in sorted(curves, key=lambda c: c[0] is not None):
-        shown = {"color": colour, "label": label} if label else {"color": "lightgray", "linewidth": 0.8}
-        left.plot(flops, losses, **shown)
-    finals = [losses[-1] for *_, losses in curves]
-    spread = max(finals) - min(finals) or 0.1
-    left.set_ylim(min(finals) - 0.1 * spread, max(finals) + 1.2 * spread)
-    left.set(xlabel="training FLOPs of the arm's own stages", ylabel="validation loss (nats/token)")
-    left.grid(alpha=0.25)
-    left.legend(fontsize=8)
-    draw_points(right, points)
+def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
+    """Draw every arm's validation loss over its own training FLOPs (left), and the final losses (right)."""
+    height = max(5.5, 0.9 + 0.17 * len(arms))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1.2, 1))
+    lines = {arm: mean_curve(curves) for arm, curves in drawn.items() if curves}
+    for arm in sorted(lines, key=lambda arm: arm in COLOURS):  # the grey ones behind
+        how = {"color": "#D0D0D0", "linewidth": 0.8}
+        if arm in COLOURS:
+            how = {"color": COLOURS[arm], "label": find_arm(arm).label}
+        left.plot(*lines[arm][:2], **how)
+    cut(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0])
+    left.set(
+        xlabel="training FLOPs of the arm's own stages",
+        ylabel="validation loss (nats/token), mean over seeds",
+    )
+    left.grid()
+    left.legend()
+    points = [
+        (
+            find_arm(arm).label,
+            *mean_and_error([r["val_loss"] for r in rows]),
+            COLOURS.get(arm.split("@")[0], GREY),
+        )
+        for arm, rows in arms.items()
+    ]
+    draw_points(right, sorted(points, key=lambda p: p[1]))
     right.set(xlabel="final validation loss, mean and standard error over seeds")
-    for axes, line in ((left, left.axhline), (right, right.axvline)):
-        line(reference_loss, color="black", linewidth=0.8, linestyle=":")
-        axes.set_axisbelow(True)
+    left.axhline(curve_level(arms), color=BLACK, linewidth=0.8, linestyle=":")
+    right.axvline(mean_loss(arms["reference"]), color=BLACK, linewidth=0.8, linestyle=":")
     figure.suptitle(title)
     save(figure, path)
 
 
-def plot_point_panels(path, panels, title):
+def curve_level(arms: dict, arm="reference") -> float:
+    """An arm's last loss on its curve, which may be measured on fewer tokens than its final loss."""
+    return statistics.fmean(r["curve_loss"] for r in arms[arm])
+
+
+def plot_compute(path: str, arms: dict, drawn: dict, title: str) -> None:
+    """Draw what starting from a trained reference gives: validation loss over a run's own training FLOPs, one
+    panel for each optimizer, for random init, Inheritune, `ends` and the best other arm that starts from the
+    reference.
+    """
+    panels = []
+    for optimizer in dict.fromkeys(split_name(arm)[1].get("optimizer") for arm in arms):
+        chosen = [
+            best_variant(arms, base, optimizer) for base in ("reference", "random", "inheritune", "ends")
+        ]
+        shown = [arm for arm in chosen if arm and drawn[arm]]
+        others = [arm for arm in arms if drawn[arm] and arm not in shown and is_recipe(arm, optimizer)]
+        best = min(others, key=lambda arm: mean_loss(arms[arm]), default=None)
+        if best and mean_loss(arms[best]) < min(mean_loss(arms[arm]) for arm in shown):
+            shown.append(best)
+        if any(split_name(arm)[0] != "reference" for arm in shown):
+            panels.append((optimizer, shown))
+    if not panels:
+        panels = [(None, [arm for arm in arms if drawn[arm]])]
+    figure, places = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False, sharey=True)
+    level, finals = curve_level(arms), [curve_level(arms)]
+    for axes, (optimizer, shown) in zip(places.flat, panels, strict=True):
+        for arm in shown:
+            xs, mean, low, high = mean_curve(drawn[arm])
+            colour = COLOURS.get(split_name(arm)[0], GREEN)
+            seeds = f"{len(drawn[arm])} seed{'s' if len(drawn[arm]) > 1 else ''}"
+            axes.plot(xs, mean, color=colour, label=f"{find_arm(arm).label}: {mean[-1]:.3f} ({seeds})")
+            axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+            finals.append(mean[-1])
+        axes.axhline(
+            level, color=BLACK, linewidth=0.8, linestyle=":", label=f"the reference at its end: {level:.3f}"
+        )
+        axes.set(xlabel="training FLOPs of the run itself, the reference being there")
+        axes.set_title({None: "", "muon": "Muon"}.get(optimizer, optimizer))
+        axes.grid()
+        axes.legend()
+    cut(places[0, 0], finals)
+    places[0, 0].set_ylabel("validation loss (nats/token)\nmean over seeds, band from lowest to highest")
+    figure.suptitle(f"{title}: given a trained reference")
+    save(figure, path)
+
+
+def is_recipe(arm: str, optimizer) -> bool:
+    """Whether an arm starts or learns from the reference, under this optimizer, for as many steps as the
+    others."""
+    changed = split_name(arm)[1]
+    return bool(find_arm(arm).source) and "max_iters" not in changed and changed.get("optimizer") == optimizer
+
+
+def budgets(arms: dict) -> dict:
+    """{(base, optimizer): {steps: best arm}} of all that were trained for several numbers of steps."""
+    found = {}
+    for arm in arms:
+        base, changed = split_name(arm)
+        if set(changed) <= {"max_iters", "optimizer", *SCHEDULE} and base != "reference":
+            optimizer, steps = changed.get("optimizer"), changed.get("max_iters")
+            best = best_variant(arms, base, optimizer, steps)
+            found.setdefault((base, optimizer), {})[arms[best][0]["steps"]] = best
+    return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
+
+
+def plot_budget(path: str, arms: dict, title: str) -> None:
+    """Draw final loss over training steps, each point a run with a schedule of its own: does inheriting
+    pay?"""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    steps_seen = set()
+    for (base, optimizer), by_steps in budgets(arms).items():
+        found = [mean_and_error([r["val_loss"] for r in arms[arm]]) for arm in by_steps.values()]
+        means, errors = [m for m, _ in found], [e or 0 for _, e in found]
+        label = find_arm(f"{base}@optimizer={optimizer}" if optimizer else base).label
+        how = {"color": COLOURS.get(base, GREY), "linestyle": OPTIMIZERS[optimizer]}
+        axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, capsize=3, label=label, **how)
+        steps_seen |= set(by_steps)
+    for arm in {best_variant(arms, "reference", optimizer) for _, optimizer in budgets(arms)} - {None}:
+        how = {"linestyle": OPTIMIZERS[split_name(arm)[1].get("optimizer")], "linewidth": 0.8, "color": BLACK}
+        axes.axhline(mean_loss(arms[arm]), label=f"{find_arm(arm).label}, at its end", **how)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(steps_seen), [f"{steps:,}" for steps in sorted(steps_seen)])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(
+        xlabel="training steps, each point a run of its own", ylabel="final validation loss (nats/token)"
+    )
+    axes.set_title(f"{title}: mean and standard error over seeds")
+    axes.grid()
+    axes.legend()
+    save(figure, path)
+
+
+def mean_ranks(lists):
+    """MaxRank by depth, averaged over seeds; None where it is not known."""
+    return None if None in lists else [statistics.fmean(layer) for layer in zip(*lists, strict=True)]
+
+
+def plot_ranks(path: str, arms: dict, title: str) -> None:
+    """Draw MaxRank by depth before and after training, one panel for each arm but those of other lengths."""
+    shown = [arm for arm in arms if set(split_name(arm)[1]) <= {"optimizer"}]
+    panels = [
+        (
+            find_arm(arm).label,
+            *(mean_ranks([r[key] for r in arms[arm]]) for key in ("ranks_before", "ranks_after")),
+        )
+        for arm in shown
+    ]
+    columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (2.6 * columns, 2.0 * rows + 0.6)
+    figure, places = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+    for place in places.flat[len(panels) :]:
+        place.axis("off")
+    for place, (name, before, after) in zip(places.flat, panels, strict=False):
+        place.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+        if before is not None:
+            place.plot(before, ".--", color=GREY, linewidth=1, label="before training")
+        place.plot(after, "o-", color=RED, markersize=3, linewidth=1.2, label="after")
+        place.set_title(textwrap.fill(name, 36), fontsize=7)
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place.grid()
+    highest = max(max((before or []) + after) for _, before, after in panels)
+    places.flat[0].set_ylim(0, 1.05 * highest)  # shared by all
+    figure.legend(
+        *places.flat[len(panels) - 1].get_legend_handles_labels(), loc="outside upper right", ncols=2
+    )
+    figure.supxlabel("layer", fontsize=9)
+    figure.supylabel("MaxRank", fontsize=9)
+    figure.suptitle(f"{title}: MaxRank by depth", fontsize=10)
+    save(figure, path)
+
+
+def plot_point_panels(path: str, panels, title: str) -> None:
     """Draw panels [(title, xlabel, points)] side by side, points as for `draw_points`."""
     columns = min(3, len(panels))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [0.9 + 0.22 * max(len(points) for *_, points in row) for row in rows]
-    size = (6 * columns, 0.4 + sum(heights))
-    shape = {"squeeze": False, "height_ratios": heights, "layout": "constrained"}
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, **shape)
+    shape = {"squeeze": False, "height_ratios": heights, "figsize": (6 * columns, 0.4 + sum(heights))}
+    figure, axes = plt.subplots(len(rows), columns, **shape)
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     for place, (name, xlabel, points) in zip(axes.flat, panels, strict=False):
         draw_points(place, points)
-        place.set_title(name, fontsize=10)
+        place.set_title(name)
         place.set_xlabel(xlabel, fontsize=8)
         place.tick_params(axis="x", labelsize=8)
     figure.suptitle(title)
     save(figure, path)
 
 
-def plot_ranks(path, panels, title):
-    """Draw MaxRank by depth, one panel for each [(title, before, after)], lists over layers; before may be None."""
-    columns = min(5, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (2.6 * columns, 1.9 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for place in axes.flat[len(panels) :]:
-        place.axis("off")
-    for place, (name, before, after) in zip(axes.flat, panels, strict=False):
-        place.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        if before is not None:
-            place.plot(before, ".--", color="tab:gray", linewidth=1, label="before training")
-        place.plot(after, "o-", color="tab:red", markersize=3, linewidth=1.2, label="after")
-        place.set_title(name, fontsize=7)
-        place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.grid(alpha=0.25)
-    axes.flat[0].set_ylim(0, 1.05 * max(max((before or []) + after) for _, before, after in panels))  # shared by all
-    axes.flat[0].legend(fontsize=7)
-    figure.supxlabel("layer")
-    figure.supylabel("MaxRank")
-    figure.suptitle(title)
-    save(figure, path)
-
-
-def plot_analysis(path, found, title):
-    """Draw an analysis (a dict as from analyze.analyse): rank of each head, and MaxRank and AvgMass by depth."""
+def plot_analysis(path: str, found: dict, title: str) -> None:
+    """Draw an analysis (a dict as from `analyse`): rank of each head, and MaxRank and AvgMass by depth."""
     tau, layers = found["taus"][0], found["layers"]
     ranks = np.array(found["heads"][f"rank_{tau:g}"])  # (n_layer, n_head)
-    depth = np.arange(len(ranks))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    # heads
     scale = LogNorm(1, max(2, ranks.max()))  # most of what there is to see lies between 1 and 5
-    image = left.imshow(ranks.T, aspect="auto", origin="lower", cmap="viridis", norm=scale, interpolation="none")
+    image = left.imshow(
+        ranks.T, aspect="auto", origin="lower", cmap="viridis", norm=scale, interpolation="none"
+    )
     left.set(xlabel="layer", ylabel="head", title="mean rank of each head")
-    figure.colorbar(image, ax=left, ticks=[t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= scale.vmax])
+    figure.colorbar(
+        image, ax=left, ticks=[t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= scale.vmax]
+    )
     image.colorbar.ax.yaxis.set_major_formatter(ScalarFormatter())
     image.colorbar.ax.minorticks_off()
-    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    right.plot(depth, layers["max_rank"], "o-", markersize=4, color="tab:red", label=f"MaxRank (tau {tau:g})")
-    right.plot(depth, layers["avg_mass"], "s-", markersize=4, color="tab:blue", label=f"AvgMass (eta {found['eta']:g})")
+    # layers
+    right.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    right.plot(layers["max_rank"], "o-", markersize=4, color=RED, label=f"MaxRank (tau {tau:g})")
+    right.plot(layers["avg_mass"], "s-", markersize=4, color=BLUE, label=f"AvgMass (eta {found['eta']:g})")
     lazy = f"{found['lazy_layers']} of {len(ranks)} layers lazy, at {found['length']} tokens"
     right.set(xlabel="layer", ylim=(0, None), title=lazy)
-    right.grid(alpha=0.25)
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.grid()
+    right.legend()
+    for axis in (left.xaxis, left.yaxis, right.xaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     save(figure, path)
 
 
-def plot_maps(path, maps):
+def plot_maps(path: str, maps: dict) -> None:
     """Draw attention maps, {(layer, head): (T, T) array}, on a scale that shows small probabilities too."""
     columns = min(6, len(maps))
     rows = -(-len(maps) // columns)
-    size = (max(4, 2 * columns), 2.2 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(4, 2 * columns), 2.2 * rows), squeeze=False)
     for place in axes.flat:
         place.axis("off")
     for place, ((layer, head), A) in zip(axes.flat, maps.items(), strict=False):

@@ -137,7 +137,9 @@ class ReplicateSettings:
     """What replicate.py does around train.py: arms × seeds, compared (arms.py lists the arms)."""
 
     results: str = setting(
-        "results/replicate", "folder for results.csv, table.md, curves.png and rank.png", path=True
+        "results/replicate",
+        "folder for results.csv, table.md, the figures and what they are made from",
+        path=True,
     )
     reference: str = setting(
         "", "reference: checkpoint, run folder or Hugging Face id (default: one for each seed)", path=True
@@ -159,6 +161,9 @@ class ReplicateSettings:
         None, "measure final losses on this many tokens (default: eval_tokens)", 1
     )
     jobs: int | None = setting(None, "arms trained side by side (default: cores / threads; 1 on GPUs)", 1)
+    report: bool = setting(
+        False, "train nothing: table and figures again, from what results and out_dir hold"
+    )
 
 
 # What may change when a run is resumed: it alters neither the mathematics nor the meaning of the log's rows.
