@@ -12,8 +12,10 @@ import pytest
 
 import grow
 import train
-from inheritune.base.errors import UserError
-from inheritune.experiments.report import verdicts
+from inheritune.base.signals import Request
+from inheritune.experiments.jobs import curve, measure
+from inheritune.training.parsing import parse
+from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPTConfig
 from tests.tiny import ROOT, contents, refusal, write_checkpoint, write_data
@@ -47,7 +49,8 @@ device = "cpu"
 
 
 def write_recipe(folder, **changes):
-    """A data folder, a reference config and a recipe in `folder`; returns the recipe's path and its out_dir."""
+    """A data folder, a reference config and a recipe in `folder`; returns the recipe's path and its
+    out_dir."""
     data = write_data(folder / "data")
     (folder / "reference.py").write_text(REFERENCE)
     out = str(folder / "out")
@@ -56,18 +59,20 @@ def write_recipe(folder, **changes):
     return str(folder / "recipe.py"), out
 
 
-def in_process(flags, out_dir, config=()):
-    """grow.run_train without a process for each stage."""
-    train.main([*config, *grow.flags_of(flags | {"out_dir": out_dir, "resume": "auto"})])
+def in_process(request, command):
+    """Request.call for train.py, without the process."""
+    train.main(command[2:])
+    return 0
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A recipe that ran to its end, in this process, with a target no small model reaches: all rounds are made."""
+    """A recipe that ran to its end, in this process, with a target no small model reaches: all rounds are
+    made."""
     folder = tmp_path_factory.mktemp("grow")
     recipe, out = write_recipe(folder, k_step=1)
     patch = pytest.MonkeyPatch()
-    patch.setattr(grow, "run_train", in_process)
+    patch.setattr(Request, "call", in_process)
     patch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
     patch.undo()
@@ -83,7 +88,12 @@ def test_grows_until_one_block_below_the_reference(finished):
     _, out = finished
     found = results(out)
     arms = [(r["arm"], r["n_layer"]) for r in found["runs"]]
-    assert arms == [("reference", 4), *(("inheritune", k) for k in (1, 2, 3)), ("random", 3), ("random_matched", 3)]
+    assert arms == [
+        ("reference", 4),
+        *(("inheritune", k) for k in (1, 2, 3)),
+        ("random", 3),
+        ("random_matched", 3),
+    ]
     assert found["matched"] is False and found["k"] == 3
     assert {"arm", "n_layer", "params", "tokens", "flops", "val_loss"} <= set(found["runs"][0])
 
@@ -118,7 +128,7 @@ def test_run_again_changes_nothing(finished, monkeypatch):
     recipe, out = finished
     before = {run: contents(f"{out}/{run}") for run in ("reference", "inheritune_02", "random_matched")}
     table = open(f"{out}/results.json").read()
-    monkeypatch.setattr(grow, "run_train", in_process)
+    monkeypatch.setattr(Request, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
     assert before == {run: contents(f"{out}/{run}") for run in before}
@@ -127,15 +137,15 @@ def test_run_again_changes_nothing(finished, monkeypatch):
 
 def test_measure_is_the_validation_that_training_logs(finished):
     recipe, out = finished
-    settings, g, given = grow.parse((grow.TrainSettings, grow.GrowSettings), [recipe], "")
-    config = grow.check(settings, given, g)
-    loss = grow.measure(settings, config, checkpoint.find(f"{out}/reference", prefer="latest"))
-    assert loss == pytest.approx(grow.final_loss(f"{out}/reference"), rel=1e-6)
+    settings, g, given = parse((TrainSettings, GrowSettings), [recipe], "")
+    config = grow.make_common(settings, given, g).config
+    loss = measure(settings, config, checkpoint.find(f"{out}/reference", prefer="latest"))
+    assert loss == pytest.approx(curve(f"{out}/reference")[1][-1], rel=1e-6)
 
 
 def test_stops_at_the_first_round_that_matches(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, control=False)
-    monkeypatch.setattr(grow, "run_train", in_process)
+    monkeypatch.setattr(Request, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 50.0)
     grow.main([recipe])
     assert [r["arm"] for r in results(out)["runs"]] == ["reference", "inheritune"]
@@ -144,7 +154,7 @@ def test_stops_at_the_first_round_that_matches(tmp_path, monkeypatch):
 
 def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, control=False, growth="onto", k_start=2, k_step=1)
-    monkeypatch.setattr(grow, "run_train", in_process)
+    monkeypatch.setattr(Request, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
     small = gpt2_format.Weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
@@ -158,7 +168,7 @@ def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
 def test_reference_without_known_compute_has_no_matched_control(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, reference_config="")
     write_checkpoint(tmp_path / "given", n_layer=3)
-    monkeypatch.setattr(grow, "run_train", in_process)
+    monkeypatch.setattr(Request, "call", in_process)
     grow.main([recipe, f"--reference={tmp_path / 'given'}"])
     runs = results(out)["runs"]
     assert [r["arm"] for r in runs][-1] == "random" and runs[0]["flops"] is None
@@ -168,18 +178,6 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     recipe, out = write_recipe(tmp_path)
     grow.main([recipe, "--dry_run"])
     assert "1 then 3 blocks" in capsys.readouterr().out and not os.path.exists(out)
-
-
-def test_verdicts_say_which_way_it_fell():
-    def arm(name, loss, n_layer=2, flops=1.0):
-        return grow.Arm(name, n_layer, 10 * n_layer, 5, flops, loss, name)
-
-    arms = [arm("reference", 2.0, 4), arm("inheritune", 1.9), arm("random", 2.5), arm("random_matched", 1.8)]
-    text = " ".join(verdicts(arms, 2.0))
-    assert "0.1000 below its loss: matched" in text and "0.6000 below" in text and "0.1000 above" in text
-    assert "Plain longer training wins" in text
-    arms[-1].val_loss = 2.4
-    assert "Inheriting wins even" in " ".join(verdicts(arms, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -200,15 +198,10 @@ def test_refusals(tmp_path, extra, message):
     assert not os.path.exists(out)
 
 
-def test_failed_stage_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="did not finish"):
-        grow.run_train({"dataset": "missing", "max_iters": 1}, str(tmp_path / "x"))
-    assert not os.path.exists(tmp_path / "x")
-
-
 @pytest.mark.slow
 def test_killed_recipe_goes_on_to_the_same_end(tmp_path):
-    """SIGKILL of the whole process group at random moments, then the same command: the same bytes everywhere."""
+    """SIGKILL of the whole process group at random moments, then the same command: the same bytes
+    everywhere."""
     outs = []
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()

@@ -1,0 +1,54 @@
+"""A small comparison for replicate.py and what the tests of the arms ask of it."""
+
+import replicate
+from inheritune.training.parsing import parse
+from inheritune.training.settings import ReplicateSettings, TrainSettings
+from tests.tiny import write_data
+
+REFERENCE = """
+n_layer = 4
+n_head = 2
+n_embd = 16
+block_size = 8
+batch_tokens = 64
+batch_size = 8
+max_iters = 12
+eval_interval = 4
+learning_rate = 1e-2
+min_lr = 1e-3
+warmup_iters = 3
+"""
+COMPARISON = """
+layers = 2
+rounds_from = 1
+rounds_step = 1
+seen = 0.5
+batch_tokens = 64
+batch_size = 8
+max_iters = 6
+eval_interval = 3
+eval_tokens = 200
+learning_rate = 1e-2
+min_lr = 1e-3
+warmup_iters = 3
+threads = 1
+jobs = 1
+device = "cpu"
+"""
+
+
+def write_config(folder, **changes):
+    """A data folder, a reference config and a comparison in `folder`; returns the comparison's path."""
+    data = write_data(folder / "data", val=600)
+    (folder / "reference.py").write_text(REFERENCE)
+    lines = {"dataset": data, "out_dir": str(folder / "out"), "results": str(folder / "results")}
+    lines |= {"reference_config": str(folder / "reference.py"), "arms": "all:1", **changes}
+    (folder / "c.py").write_text(COMPARISON + "".join(f"{k} = {v!r}\n" for k, v in lines.items()))
+    return str(folder / "c.py")
+
+
+def common_of(path, *flags):
+    """What the arms of a comparison's first seed share."""
+    settings, rep, given = parse((TrainSettings, ReplicateSettings), [path, *flags], "")
+    commons, _, _ = replicate.check(settings, given, rep)
+    return next(iter(commons.values()))

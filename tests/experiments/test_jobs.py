@@ -1,0 +1,46 @@
+"""Runs of train.py: their failures, curves and clocks. pytest tests/experiments/test_jobs.py"""
+
+import os
+
+import pytest
+
+from inheritune.base.errors import UserError
+from inheritune.base.signals import Request
+from inheritune.experiments.arms import Stage
+from inheritune.experiments.jobs import first_reach, run_stage, wall_seconds
+from model import GPTConfig
+from tests.tiny import tiny_config
+
+
+def test_first_reach_counts_earlier_stages(tmp_path):
+    def stage(name, n_layer, losses):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "log.csv").write_text(
+            "step,val_loss\n" + "".join(f"{5 * i},{x}\n" for i, x in enumerate(losses))
+        )
+        return Stage(str(run), GPTConfig(n_layer=n_layer), {"max_iters": 10, "batch_tokens": 1})
+
+    a, b = stage("a", 1, [9, 8, 7]), stage("b", 2, [7, "", 5])
+    (tmp_path / "b/log.csv").open("a").write("15,4\n")
+    found = first_reach([a, b], 5)
+    assert found["reached_step"] == 20 and found["reached_layer_steps"] == 10 + 20
+    assert found["reached_flops"] == 10 * a.flops_per_step + 10 * b.flops_per_step
+    assert first_reach([a, b], 8)["reached_step"] == 5
+    assert set(first_reach([a, b], 3).values()) == {None}
+
+
+def test_wall_seconds_add_up_over_interruptions(tmp_path):
+    lines = ["0,0,0", "5,10,1", "10,20,2", "15,4,0.5", "20,8,1"]  # continued once behind step 10
+    (tmp_path / "timing.csv").write_text("step,train_s,val_s\n" + "\n".join(lines) + "\n")
+    assert wall_seconds(str(tmp_path)) == 22 + 9
+
+
+def test_failed_stage_is_one_line(tmp_path):
+    flags = {"dataset": "missing", "max_iters": 1, "batch_tokens": 1024}
+    stage = Stage(str(tmp_path / "x"), tiny_config(), flags)
+    with pytest.raises(UserError, match=r"did not finish \(see above\)"):
+        run_stage(stage, Request())
+    assert not os.path.exists(tmp_path / "x")
+    with pytest.raises(UserError, match=r"did not finish .*no data folder 'missing'"):
+        run_stage(stage, Request(), quiet=True)
