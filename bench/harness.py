@@ -25,8 +25,8 @@ def seconds(work):
 
 
 def interleaved(works, rounds=5, prepare=None):
-    """{name: median seconds} of {name: function}: each once to warm up, then `rounds` times in turn, so that whatever
-    else the machine does falls on all of them. `prepare(name)` runs before each, untimed."""
+    """{name: median seconds} of {name: function}: each once to warm up, then `rounds` times in turn, so that
+    whatever else the machine does falls on all of them. `prepare(name)` runs before each, untimed."""
     times = {name: [] for name in works}
     for r in range(rounds + 1):
         for name, work in works.items():
@@ -39,7 +39,8 @@ def interleaved(works, rounds=5, prepare=None):
 
 
 def memory_mb(key="VmHWM"):
-    """The most memory (VmHWM) this process has had resident since it began, or has now (VmRSS), in MB. Linux only.
+    """The most memory (VmHWM) this process has had resident since it began, or has now (VmRSS), in MB. Linux
+    only.
 
     Unlike getrusage's, this peak does not begin with that of the process that started this one.
     """
@@ -48,7 +49,8 @@ def memory_mb(key="VmHWM"):
 
 
 def in_own_process(script, *arguments):
-    """The JSON that `python bench/SCRIPT ARGUMENTS` prints as its last line: for what must start from nothing."""
+    """The JSON that `python bench/SCRIPT ARGUMENTS` prints as its last line: for what must start from
+    nothing."""
     command = [sys.executable, os.path.join(ROOT, "bench", script), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -101,11 +103,12 @@ def report(rows):
 
 
 def markdown(rows):
-    """Print those of the rows that have a bar as the table in README.md."""
+    """Print those of the rows that have a bar as the table in results/speed.md."""
     print("| measured | value | bar | |\n|---|--:|--:|---|")
     for r in rows:
         if r["bar"]:
-            print(f"| {r['name']} | {r['value']} {r['unit'].replace('ratio', '')} | {r['bar']} | {r['verdict']} |")
+            unit = r["unit"].replace("ratio", "")
+            print(f"| {r['name']} | {r['value']} {unit} | {r['bar']} | {r['verdict']} |")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python bench/inheriting.py        # two minutes, and 13 GB in a temporary folder (--place), which is deleted
 
-The whole process is timed, with its imports. What is read is in the page cache for both, as far as memory reaches;
-what is written must be on the disk.
+The whole process is timed, with its imports. What is read is in the page cache for both, as far as memory
+reaches; what is written must be on the disk.
 """
 
 import argparse
@@ -27,8 +27,11 @@ from model import GPTConfig
 
 
 def make_source(folder):
-    """A checkpoint of 6.2 GB: the same 16 million random numbers over and over, which no file system knows."""
-    shape = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, tokenizer="")  # "": nothing to fetch
+    """A checkpoint of 6.2 GB: the same 16 million random numbers over and over, which no file system
+    knows."""
+    shape = GPTConfig(
+        vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, tokenizer=""
+    )  # "": nothing to fetch
     config = dataclasses.asdict(shape)
     noise = torch.randn(2**24)
 
@@ -43,7 +46,8 @@ def make_source(folder):
 
 
 def measure_memory(arguments):
-    """Print by how much inherit.py raises the peak of this process's memory above that after its imports, in MB."""
+    """Print by how much inherit.py raises the peak of this process's memory above that after its imports, in
+    MB."""
     before = harness.memory_mb()
     inherit.main(arguments)
     print(json.dumps(harness.memory_mb() - before))
@@ -71,7 +75,9 @@ def compare(place):
     works = {"inherit": lambda: subprocess.run(script, check=True, stdout=subprocess.DEVNULL), "copy": copy}
     times = harness.interleaved(works, prepare=clear)
     return [
-        harness.row("inherit.py, XL to 24 blocks: time / (cp + sync)", times["inherit"] / times["copy"], "", "<= 1.5"),
+        harness.row(
+            "inherit.py, XL to 24 blocks: time / (cp + sync)", times["inherit"] / times["copy"], "", "<= 1.5"
+        ),
         harness.row("inherit.py, XL to 24 blocks", times["inherit"], "s"),
         harness.row("cp + sync of the same bytes", times["copy"], "s"),
         harness.row("inherit.py, XL to 24 blocks: peak RSS above imports", memory, "MB", "<= 150"),
@@ -81,7 +87,9 @@ def compare(place):
 def main():
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--place", default=tempfile.gettempdir(), help="a folder on a real disk with 13 GB free")
+    parser.add_argument(
+        "--place", default=tempfile.gettempdir(), help="a folder on a real disk with 13 GB free"
+    )
     parser.add_argument("--memory", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:

@@ -1,9 +1,10 @@
-"""Sampling on the CPU at GPT-2 124M's shape: against recomputing the prefix, transformers' generate, and the memory.
+"""Sampling on the CPU at GPT-2 124M's shape: against recomputing the prefix, transformers' generate, and the
+memory.
 
     python bench/sampling.py        # 256 new tokens; four minutes
 
-The limit is the time in which the fp32 weights are read once, at the speed at which torch.sum reads a large tensor in
-the same round. Recomputing is timed at every eighth length and counted eightfold.
+The limit is the time in which the fp32 weights are read once, at the speed at which torch.sum reads a large
+tensor in the same round. Recomputing is timed at every eighth length and counted eightfold.
 """
 
 import statistics
@@ -43,14 +44,17 @@ def hugging_face(config):
     mask = torch.ones_like(idx)
 
     def generate():
-        out = model.generate(idx, attention_mask=mask, max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0)
+        out = model.generate(
+            idx, attention_mask=mask, max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0
+        )
         assert out.size(1) == PROMPT + NEW
 
     return generate
 
 
 def logit_error(model, half):
-    """(largest, root mean square) difference of the logits of two models on random ids, and the logits' own spread."""
+    """(largest, root mean square) difference of the logits of two models on random ids, and the logits' own
+    spread."""
     torch.manual_seed(0)
     idx = torch.randint(0, 50257, (2, 128))
     with torch.inference_mode():
@@ -88,11 +92,23 @@ def main():
     harness.report(
         [
             row("sampling: one token, batch 1", 1000 * token, "ms"),
-            row("sampling: speed / recomputing the prefix", 8 * times["recompute"] / times["ours"], "ratio", ">= 8"),
+            row(
+                "sampling: speed / recomputing the prefix",
+                8 * times["recompute"] / times["ours"],
+                "ratio",
+                ">= 8",
+            ),
             row("sampling: speed / transformers", times["transformers"] / times["ours"], "ratio", ">= 1.8"),
             row("sampling: reading memory", bandwidth / 1e9, "GB/s"),
-            row("sampling: share of reading the weights once", 100 * weights / bandwidth / token, "%", ">= 70"),
-            row("sampling: tokens/s of batch 16 / batch 1", 16 * times["ours"] / times["16 rows"], "ratio", ">= 8"),
+            row(
+                "sampling: share of reading the weights once", 100 * weights / bandwidth / token, "%", ">= 70"
+            ),
+            row(
+                "sampling: tokens/s of batch 16 / batch 1",
+                16 * times["ours"] / times["16 rows"],
+                "ratio",
+                ">= 8",
+            ),
             row("sampling in bf16: speed / fp32, batch 1", times["ours"] / times["bf16"], "ratio"),
             row("sampling in bf16: largest change of a logit / their sd", largest / spread, "ratio"),
             row("sampling in bf16: rms change of the logits / their sd", rms / spread, "ratio"),

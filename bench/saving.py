@@ -1,5 +1,5 @@
-"""How long training stands still for a checkpoint, against writing the same checkpoint while it waits: GPT-2 124M with
-AdamW's moments on the CPU; and how much slower the steps are while the copy is being written.
+"""How long training stands still for a checkpoint, against writing the same checkpoint while it waits: GPT-2
+124M with AdamW's moments on the CPU; and how much slower the steps are while the copy is being written.
 
 python bench/saving.py        # on an otherwise idle machine; two minutes, 4.5 GB of disk, 6 GB of memory
 """
@@ -29,7 +29,8 @@ def make_run(folder):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         rng.integers(0, 50257, 20_000, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
-    argv = f"--dataset={folder} --out_dir={folder}/out --block_size=128 --batch_size=1 --batch_tokens=128 --device=cpu"
+    argv = f"--dataset={folder} --out_dir={folder}/out --device=cpu --block_size=128 --batch_size=1"
+    argv += " --batch_tokens=128"
     settings, given = parse((TrainSettings,), argv.split(), "bench")
     run = train.setup(settings, planning.make_plan(settings, given, 1), Ranks(), torch.device("cpu"))
     train.train_step(run)
@@ -79,7 +80,12 @@ def main():
     row = harness.row
     harness.report(
         [
-            row(f"{name}: training blocked, of a synchronous save", times["blocked"] / times["plain"], "ratio", BAR),
+            row(
+                f"{name}: training blocked, of a synchronous save",
+                times["blocked"] / times["plain"],
+                "ratio",
+                BAR,
+            ),
             row(f"{name}: the same for a run's first save", first / times["plain"], "ratio"),
             row(f"{name}: synchronous", times["plain"], "s"),
             row(f"{name}: blocked", times["blocked"], "s"),

@@ -192,7 +192,8 @@ def parsers(tmp_path):
         "meta.json": fuzz(mutated(meta), written(tmp_path / "d/meta.json", open_data)),
         "state.json": fuzz(mutated(dumped(state)), written(tmp_path / "c/state.json", open_state)),
         "config.json": fuzz(
-            mutated(config), written(tmp_path / "c/config.json", lambda p: GPTConfig.from_folder(str(p.parent)))
+            mutated(config),
+            written(tmp_path / "c/config.json", lambda p: GPTConfig.from_folder(str(p.parent))),
         ),
         "ranks file": fuzz(
             st.tuples(st.integers(0, 256), st.integers(0, 3), token_lines).map(ranks_file)

@@ -1,26 +1,23 @@
-"""A round or more of everything that bench/torture.py breaks runs with, for two minutes and a half.
+"""A round or more of everything that torture.py breaks runs with, for two minutes and a half.
 
 pytest tests/stress -m slow
 """
 
 import os
+import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from inheritune.weights import checkpoint
+from tests.stress import torture
 from tests.tiny import ROOT, rows
-
-sys.path.insert(0, os.path.join(ROOT, "bench"))
 
 
 @pytest.mark.slow
 def test_nothing_that_is_broken_costs_anything(tmp_path):
-    import torture
-
     cheap = [k for k in torture.KINDS if k[1] is torture.Train or issubclass(k[1], torture.Prepare)]
     tallies = torture.torture(100, 5, str(tmp_path), cheap)
     tallies |= torture.torture(
@@ -35,10 +32,6 @@ def test_nothing_that_is_broken_costs_anything(tmp_path):
 
 @pytest.fixture
 def ranks(tmp_path):
-    import random
-
-    import torture
-
     return torture.TwoRanks(str(tmp_path), random.Random(1))
 
 
@@ -46,8 +39,6 @@ def ranks(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_agree_on_the_step_at_which_one_was_asked_to_end(ranks, rank):
     """SIGTERM to one rank alone: both save, and the job, run again, ends as if nothing had happened."""
-    import torture
-
     out = ranks.new()
     command = [part for part in ranks.command(out) if not part.startswith("--max-restarts")]
     process = subprocess.Popen(

@@ -1,11 +1,12 @@
 """Break runs on purpose for as long as asked, and count what that costs. It must cost nothing.
 
-python bench/torture.py --seconds 900                             # or: make torture
-python bench/torture.py --seconds 3600 --out results/torture.md
+python -m tests.stress.torture --seconds 900                             # or: make torture
+python -m tests.stress.torture --seconds 3600 --out results/torture.md
 
-Real processes, real signals. Each round breaks one run in one way, several times, runs the same command again until
-it ends, and compares hashes with a run that nothing happened to: of the last checkpoint's weights and optimizer and of
-log.csv; of everything but times for the other scripts. The time is shared evenly among the ways.
+Real processes, real signals. Each round breaks one run in one way, several times, runs the same command again
+until it ends, and compares hashes with a run that nothing happened to: of the last checkpoint's weights and
+optimizer and of log.csv; of everything but times for the other scripts. The time is shared evenly among the
+ways.
 """
 
 import argparse
@@ -27,20 +28,18 @@ import tempfile
 import threading
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have begun us, and so our children, without
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 import torch  # noqa: E402
-from test_grow import write_recipe  # noqa: E402
-from test_prepare_kill import command as prepare_command  # noqa: E402
-from test_prepare_kill import write_inputs  # noqa: E402
-from test_replicate import read_results, write_config  # noqa: E402
-from tiny import Forks, arguments, write_data  # noqa: E402
 
 from inheritune.base.files import replacing, sha256  # noqa: E402
 from inheritune.weights import checkpoint  # noqa: E402
+from tests.test_grow import write_recipe  # noqa: E402
+from tests.test_prepare_kill import command as prepare_command  # noqa: E402
+from tests.test_prepare_kill import write_inputs  # noqa: E402
+from tests.test_replicate import read_results, write_config  # noqa: E402
+from tests.tiny import ROOT, Forks, arguments, write_data  # noqa: E402
 
 RUN = {"dropout": 0.2, "max_iters": 24, "keep_last": 3, "resume": "auto"}
 PATIENCE = 300  # seconds until a run counts as hanging
@@ -130,7 +129,13 @@ class Train:
             faults += self.run(out, die=self.rng.randint(MOMENTS // 4, MOMENTS)) != 0
             steps = checkpoint.list_steps(out)
             if len(steps) > 1:
-                names = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "lineage.json")
+                names = (
+                    "model.safetensors",
+                    "optimizer.safetensors",
+                    "state.json",
+                    "config.json",
+                    "lineage.json",
+                )
                 path = os.path.join(out, steps[-1], self.rng.choice(names))
                 if self.rng.random() < 0.2:
                     os.unlink(path)
@@ -153,7 +158,8 @@ class Train:
 
 
 class Processes:
-    """A command line, run as a user would; one round takes as long as it takes, and a few seconds for every fault."""
+    """A command line, run as a user would; one round takes as long as it takes, and a few seconds for every
+    fault."""
 
     def __init__(self, place, rng):
         self.place, self.rng = place, rng
@@ -260,7 +266,9 @@ class Replicate(Processes):
 
     def print_of(self, out):
         rows = read_results(os.path.dirname(out) + "/results").values()
-        return sorted(str(row | {"settings_hash": ""}) for row in rows)  # (the data's path is part of the settings)
+        return sorted(
+            str(row | {"settings_hash": ""}) for row in rows
+        )  # (the data's path is part of the settings)
 
 
 class Prepare(Processes):
@@ -312,7 +320,18 @@ class Download(Prepare):
     """prepare.py on an https address of this machine, with a certificate made here and now."""
 
     def __init__(self, place, rng):
-        made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        made = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+        ]
         made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
         subprocess.run(made, cwd=place, check=True, capture_output=True)
         os.environ["REQUESTS_CA_BUNDLE"] = os.path.join(place, "cert.pem")
@@ -362,7 +381,8 @@ class Tally:
 
 
 def one_round(victim, how, tally):
-    """Break one run and let it end; say so where the end is not that of an undisturbed one, and keep it then."""
+    """Break one run and let it end; say so where the end is not that of an undisturbed one, and keep it
+    then."""
     began, out = time.perf_counter(), victim.new()
     faults = int(getattr(victim, how)(out))
     found = victim.finish(out)
@@ -389,7 +409,9 @@ def torture(seconds, seed, place, kinds=KINDS):
         one_round(victims[kind], how, tallies[title])
         done = sum(t.faults for t in tallies.values())
         left = max(0, end - time.perf_counter())
-        print(f"{title}: round {tallies[title].rounds} | {done} faults in all | {left:.0f} s left", flush=True)
+        print(
+            f"{title}: round {tallies[title].rounds} | {done} faults in all | {left:.0f} s left", flush=True
+        )
     return tallies
 
 
@@ -407,9 +429,9 @@ def table(tallies, command, seconds):
             "",
             f"`{command}` on {machine};",
             f"{versions};",
-            f"{time.strftime('%Y-%m-%d')}. A mismatch is a run whose end differs from that of an undisturbed one:",
-            "hashes of last weights, optimizer and log for training, of all files or all results but times for the",
-            "rest. Nothing here cuts the power: for these tests what the kernel has accepted is on disk.",
+            f"{time.strftime('%Y-%m-%d')}. A mismatch is a run whose end differs from that of an",
+            "undisturbed one: hashes of last weights, optimizer and log for training, of all files or all results",
+            "but times for the rest. Nothing here cuts the power: what the kernel has accepted is on disk.",
             "",
             *lines,
             "",
@@ -428,7 +450,7 @@ def main():
     args = parser.parse_args()
     place, began = tempfile.mkdtemp(prefix="torture-"), time.perf_counter()
     tallies = torture(args.seconds, args.seed, place)
-    command = f"python bench/torture.py --seconds {args.seconds:.0f} --seed {args.seed}"
+    command = f"python -m tests.stress.torture --seconds {args.seconds:.0f} --seed {args.seed}"
     text = table(tallies, command, time.perf_counter() - began)
     print("\n" + text, end="")
     if args.out:
