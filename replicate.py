@@ -33,7 +33,7 @@ from inheritune.experiments.jobs import ALONE, curve_of, make_row, run_stage
 from inheritune.experiments.plots import draw_results
 from inheritune.experiments.tables import write_tables
 from inheritune.training import device as machine
-from inheritune.training import planning
+from inheritune.training import cost, planning
 from inheritune.training.parsing import parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
@@ -68,10 +68,10 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
         state = os.path.join(name, "state.json")
         known = read_json(state) if os.path.exists(state) else {}
         tokens, steps = known.get("tokens"), known.get("step")
-    flops = None if tokens is None else tokens * planning.costs(config)[1]
+    flops = None if tokens is None else tokens * cost.costs(config)[1]
     layer_steps = None if steps is None else steps * config.n_layer
     if row:
-        more = (row["params"] - planning.costs(config)[0]) // config.n_embd
+        more = (row["params"] - cost.costs(config)[0]) // config.n_embd
         config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
         flops, layer_steps = row["flops"], row["layer_steps"]
 

@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inheritune.base.errors import Stopped, UserError, one_line
 from inheritune.data import hf_tokenizer
+from inheritune.training import cost, planning
 from inheritune.training import device as machine
-from inheritune.training import planning
 from inheritune.training.distill import distillation_loss
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.losses import mean_loss, to_device
@@ -200,8 +200,7 @@ def report(run, val_loss):
     run.log.write(row)
     steps = state.step - run.first_step
     speed = steps * s.batch_tokens / run.train_s if steps else None  # tokens/s over all ranks
-    peak = machine.peak_flops(run.device)
-    mfu = speed * run.flops_per_token / (peak * run.ranks.world) if speed and peak else None
+    mfu = cost.mfu(speed, run.model.config, run.device, run.ranks.world) if speed else None
     memory = machine.peak_memory_mb(run.device)
     times = {
         "tokens_per_s": speed,

@@ -23,7 +23,8 @@ from inheritune.base.files import write_json
 from inheritune.data.reader import GPT2
 from inheritune.training.device import pick
 from inheritune.training.distributed import Ranks
-from inheritune.training.planning import costs, make_plan
+from inheritune.training.cost import costs
+from inheritune.training.planning import make_plan
 from inheritune.training.settings import TrainSettings
 from inheritune.training.setup import setup
 from model import GPTConfig
@@ -71,8 +72,8 @@ def works(folder, shape, names):
     path = os.path.join(folder, "train.bin")
     made = {}
     for name in names:
-        if name in ("ours", "checkpointed"):
-            run = our_run(folder, shape, checkpoint_activations=name == "checkpointed")
+        if name in ("none", "cheap", "full"):
+            run = our_run(folder, shape, checkpoint_activations=name)
             made[name] = lambda run=run: train.train_step(run)
         elif name == "evaluation":  # of as many tokens
             run = our_run(folder, shape, eval_tokens=micro * config.block_size)

@@ -1,4 +1,5 @@
-"""A model in shards (--shard) trains like one that is whole: against DDP and one process, and continued as any of them.
+"""A model in shards (--shard) trains like one that is whole: against DDP and one process, and continued as
+any of them.
 
 pytest tests/test_shard.py        (-m slow for 4 ranks, half precision, distillation, signals, torch.compile)
 """
@@ -16,23 +17,33 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from inheritune.training.planning import training_memory
 from inheritune.weights import checkpoint
-from model import GPT
-from tests.tiny import ROOT, arguments, column, contents, tiny_config, write_checkpoint
+from tests.tiny import ROOT, arguments, column, contents, write_checkpoint
 
 # gradients are clipped, accumulated, and of a width that 4 ranks cannot share evenly
 LIKE = {"grad_clip": 0.5, "batch_size": 1, "n_embd": 18, "keep_last": 9}
 
 
 def together(world, *runs):
-    """Several runs of train.py, one after the other in the processes of one torchrun. A run is its arguments or
-    (arguments, what `disturb` does to rank world - 1)."""
+    """Several runs of train.py, one after the other in the processes of one torchrun. A run is its arguments
+    or (arguments, what `disturb` does to rank world - 1)."""
     runs = [run if isinstance(run, tuple) else (run, {}) for run in runs]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world}",
+        __file__,
+    ]
     text = json.dumps([([str(a) for a in argv], what) for argv, what in runs])
     done = subprocess.run(
-        [*command, text], cwd=ROOT, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=300
+        [*command, text],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -67,14 +78,19 @@ def one(data, tmp_path_factory):
 
 
 def test_two_ranks_with_shards_are_one_run(one, data, tmp_path):
-    """Against one process; against DDP with dropout; and continued from the one as the other, back and forth."""
+    """Against one process; against DDP with dropout; and continued from the one as the other, back and
+    forth."""
     cut(one, tmp_path / "continued", 4)
     drop = {"dropout": 0.1, "max_iters": 6, "lr_decay_iters": 12}
     together(
         2,
         arguments(data, tmp_path / "shards", **LIKE, shard=True),
         arguments(
-            data, tmp_path / "continued", **LIKE | {"max_iters": 8, "lr_decay_iters": 12}, shard=True, resume="must"
+            data,
+            tmp_path / "continued",
+            **LIKE | {"max_iters": 8, "lr_decay_iters": 12},
+            shard=True,
+            resume="must",
         ),
         arguments(data, tmp_path / "ddp", **LIKE | drop),
         arguments(data, tmp_path / "dropped", **LIKE | drop, shard=True),
@@ -118,7 +134,9 @@ def test_any_number_of_ranks_goes_on_from_any_other(one, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"teacher": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"teacher": True}, {"compile": True}]
+)
 def test_shards_do_what_ddp_does(data, tmp_path, change):
     if "teacher" in change:
         write_checkpoint(tmp_path / "teacher", seed=5, bias=False)
@@ -135,12 +153,15 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_so_on_all(data, tmp_path, 
     together(2, *((argv, {"poison": 5}) for argv in runs))
     alike(tmp_path / "True", tmp_path / "False", atol=2e-3 if dtype == "float16" else 1e-5)
     states = [checkpoint.read_state(str(tmp_path / s / "latest")) for s in ("True", "False")]
-    assert states[0]["bad_steps"] == states[1]["bad_steps"] == 1 and states[0]["scaler"] == states[1]["scaler"]
+    assert (
+        states[0]["bad_steps"] == states[1]["bad_steps"] == 1 and states[0]["scaler"] == states[1]["scaler"]
+    )
 
 
 @pytest.mark.slow
 def test_shards_asked_to_end_or_at_their_goal_save_and_go_on(data, tmp_path):
-    """At a step; in a validation, of which ranks have unequal shares; and what is saved after a validation is whole."""
+    """At a step; in a validation, of which ranks have unequal shares; and what is saved after a validation is
+    whole."""
     more = LIKE | {"eval_tokens": 390, "batch_size": 2, "save_interval": 6, "shard": True}
     asked = {name: arguments(data, tmp_path / name, **more, resume="auto") for name in ("step", "validation")}
     said = together(
@@ -157,40 +178,14 @@ def test_shards_asked_to_end_or_at_their_goal_save_and_go_on(data, tmp_path):
         assert {key: contents(tmp_path / name).get(key) for key in made} == made
     goal = column(tmp_path / "whole", "val_loss")[2] + 1e-6
     together(
-        2, *(arguments(data, tmp_path / f"{s}", **more | {"stop_at_val_loss": goal, "shard": s}) for s in (True, False))
+        2,
+        *(
+            arguments(data, tmp_path / f"{s}", **more | {"stop_at_val_loss": goal, "shard": s})
+            for s in (True, False)
+        ),
     )
     assert checkpoint.list_steps(tmp_path / "True") == ["step_00000006", "step_00000008"]
     alike(tmp_path / "True", tmp_path / "False")
-
-
-def test_gpt2_xl_fits_eight_cards_of_40_gb_in_shards(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    said = {}
-    for more in (["--shard"], ["--batch_size=4"]):
-        train.main([os.path.join(ROOT, "config/train_gpt2_xl.py"), "--dry_run", *more])
-        said[more[0]] = capsys.readouterr().out
-        assert "GB on each of 8 with shard=True" in said[more[0]]
-    assert "does not fit" not in next(line for line in said["--shard"].splitlines() if "A100" in line)
-    assert "does not fit 40 GB: shard=True, or lower batch_size" in said["--batch_size=4"]
-
-
-def test_the_estimate_of_memory_counts_what_there_is():
-    """By hand, for sizes that make one part or another the largest. bench/memory.py holds it against real steps."""
-    c = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=64, bias=False)
-    n, rows, embedding = GPT(c).num_params(), 64 * 5, 4 * 1000 * 32
-    activations = 2 * rows * 32 * 40
-    logits = rows * 1000 * 8 + embedding  # which are a chunk, with its gradient and the head's
-    assert training_memory(c, 5, 1, half=False) == 12 * n + activations + logits
-    assert training_memory(c, 5, 2, half=False) == 16 * n + activations + logits
-    assert training_memory(c, 5, 2, half=True) == 18 * n + 2 * rows * 32 * 24 + rows * 1000 * 12
-    assert training_memory(c, 20, 2, half=False) == 16 * n + 4 * activations + 512 * 1000 * 8 + embedding
-    checkpointed = rows * 32 * (2 * 4 + 40)
-    assert training_memory(c, 5, 2, half=False, checkpointed=True) == 16 * n + checkpointed + logits
-    short = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=4, bias=False)
-    assert training_memory(short, 1, 1, half=False) == 16 * GPT(short).num_params() + 2 * embedding
-    block = 4 * (12 * 32 * 32 + 2 * 32)
-    gathered = 2 * (embedding + 2 * block)
-    assert training_memory(c, 5, 2, half=False, shards=4) == 4 * n + gathered + activations + logits
 
 
 def main():
@@ -198,7 +193,9 @@ def main():
     step, mean_loss = train.train_step, train.mean_loss
     last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     for attempt, (argv, what) in enumerate(json.loads(sys.argv[1])):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # as if torchrun had started these processes anew
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(
+            attempt
+        )  # as if torchrun had started these processes anew
         train.train_step, train.mean_loss = step, mean_loss
         if last:
             disturb(**what)
@@ -210,8 +207,8 @@ def main():
 
 
 def disturb(end_in_step=None, end_in_validation=None, poison=None):
-    """Have this process get SIGTERM at the beginning of that step (updates made before) or validation (from 1 on), or
-    a gradient that is not finite in the step `poison`."""
+    """Have this process get SIGTERM at the beginning of that step (updates made before) or validation (from 1
+    on), or a gradient that is not finite in the step `poison`."""
     train_step, mean_loss, seen = train.train_step, train.mean_loss, []
 
     def stepping(run):

@@ -19,7 +19,6 @@ import torch
 
 import inherit
 import train
-from bench.plain import plain as plain_trainer
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
 from inheritune.data.reader import TrainData
@@ -33,6 +32,7 @@ from inheritune.training.planning import split_batch
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
+from tests.reference import plain as plain_trainer
 from tests.tiny import (
     ROOT,
     arguments,
@@ -146,7 +146,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
 
 
 def test_twenty_steps_have_the_losses_of_a_plain_script(data, tmp_path):
-    """Fused AdamW, clipping and the loss in chunks against bench/plain.py's step on the same batches."""
+    """Fused AdamW, clipping and the loss in chunks against tests/reference.py's step on the same batches."""
     how = {"batch_tokens": 1024, "batch_size": 128, "max_iters": 20, "warmup_iters": 0, "min_lr": 0.01}
     train.main(arguments(data, tmp_path / "a", **how))
     seed_all(1337)
@@ -233,10 +233,10 @@ def test_what_is_sent_elsewhere_are_numbers(data, tmp_path, monkeypatch):
 
 
 def test_mfu_is_the_share_of_the_peak(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.machine, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(train.cost, "peak_flops", lambda device: 1e12)
     train.main(arguments(data, tmp_path / "a"))
     last = read_rows(str(tmp_path / "a/timing.csv"))[-1]
-    flops = GPT.from_pretrained(str(tmp_path / "a")).estimate_flops()
+    flops = train.cost.costs(GPTConfig.from_folder(str(tmp_path / "a/latest")))[1]
     assert float(last["mfu"]) == pytest.approx(float(last["tokens_per_s"]) * flops / 1e12, rel=1e-6)
 
 
@@ -587,7 +587,7 @@ def test_harmless_settings_may_change(plain, data, tmp_path):
     shutil.copytree(plain, out, symlinks=True)
     shutil.rmtree(out / "step_00000012")
     changes = {"eval_interval": 3, "save_interval": 6, "log_interval": 2, "keep_last": 5, "threads": 1, "batch_size": 2}
-    changes["checkpoint_activations"] = True
+    changes["checkpoint_activations"] = "full"
     train.main(arguments(data, out, resume="auto", **changes))
     np.testing.assert_allclose(column(out, "loss")[-1], column(plain, "loss")[-1], atol=1e-5)
 

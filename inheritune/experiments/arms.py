@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, nearest
 from inheritune.training.parsing import parse
-from inheritune.training.planning import ARCHITECTURE, costs, make_plan
+from inheritune.training.cost import costs
+from inheritune.training.planning import ARCHITECTURE, make_plan
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import identify
 from model import GPTConfig

@@ -113,7 +113,7 @@ def look(model: GPT, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None
             norms[0] += x.norm(dim=-1).cpu().double().sum()
             for i, block in enumerate(model.transformer.h):
                 # attention matrices, some at a time
-                A = block.attn.probabilities(x, block.ln_1).flatten(0, 1)  # (B nh, T, T)
+                A = block.attn.probabilities(block.ln_1(x)).flatten(0, 1)  # (B nh, T, T)
                 pieces = [measures(piece, taus, eta) for piece in A.split(max(1, ELEMENTS // (T * T)))]
                 for name in pieces[0]:
                     values = torch.cat([piece[name] for piece in pieces]).view(len(part), c.n_head)
@@ -193,7 +193,7 @@ def attention_maps(model: GPT, idx: Tensor, chosen: list[tuple[int, int]]) -> di
     x = model.embed(idx[None].to(model.lm_head.weight.device))
     maps = {}
     for i, block in enumerate(model.transformer.h):
-        A = block.attn.probabilities(x, block.ln_1)[0]  # (nh, T, T)
+        A = block.attn.probabilities(block.ln_1(x))[0]  # (nh, T, T)
         maps.update({(i, h): A[h].cpu().numpy() for layer, h in chosen if layer == i})
         x = block(x)
     return maps

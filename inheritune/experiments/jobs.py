@@ -17,7 +17,7 @@ from inheritune.data.reader import ValData
 from inheritune.experiments.arms import Common, Stage, find_arm, inherit_flags, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
 from inheritune.training import device as machine
-from inheritune.training import planning
+from inheritune.training import cost, planning
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
@@ -166,7 +166,7 @@ def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: st
         "arm": arm,
         "seed": seed,
         **own,
-        "params": planning.costs(config)[0],
+        "params": cost.costs(config)[0],
         "settings_hash": settings_hash(c, arm),
         "n_layer": config.n_layer,
         "flops_with_reference": pipeline["flops"],

@@ -9,22 +9,6 @@ import torch
 
 from inheritune.base.errors import UserError
 
-# Dense bf16 tensor-core peaks in TFLOP/s and memory in GB, from the makers' data sheets.
-PEAKS = {
-    "B200": (2250, 180),
-    "H200": (989, 141),
-    "H100 PCIe": (756, 80),
-    "H100 NVL": (835, 94),
-    "H100": (989, 80),
-    "A100": (312, 40),
-    "L40S": (362, 48),
-    "A10": (125, 24),
-    "RTX 4090": (165, 24),
-    "RTX 3090": (71, 24),
-    "V100": (125, 32),
-    "T4": (65, 16),
-}
-
 
 def pick(name, local_rank=0):
     """The torch.device for the setting `device`. Raises UserError when it is not there.
@@ -66,15 +50,6 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def peak_flops(device):
-    """bf16 peak in FLOP/s of a CUDA device that the table knows, else None (a guess would make MFU a lie)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)  # needs a GPU
-    known = next((k for k in PEAKS if all(word in name for word in k.split())), None)  # needs a GPU
-    return PEAKS[known][0] * 1e12 if known else None  # needs a GPU
 
 
 def peak_memory_mb(device):

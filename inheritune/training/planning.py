@@ -7,15 +7,13 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-import torch
-
 from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import GPT2, Tokens, read_meta
-from inheritune.training.device import PEAKS
+from inheritune.training.cost import PEAKS, costs, training_memory
 from inheritune.training.logs import read_rows
 from inheritune.training.settings import HARMLESS, TrainSettings
 from inheritune.weights import checkpoint
-from model import GPT, LOSS_ROWS, GPTConfig, pad_vocab
+from model import GPTConfig, pad_vocab
 
 ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
 RELEASED = {  # the four released GPT-2s: layers, heads, width
@@ -39,13 +37,6 @@ class Plan:
     micro_batch: int  # sequences per forward pass on one rank
     accumulation: int  # forward passes per step on each rank
     world: int
-
-
-def costs(config):
-    """(parameters, training FLOPs per token) of a GPT with this config, without making it."""
-    with torch.device("meta"):
-        model = GPT(config)
-    return model.num_params(), model.estimate_flops()
 
 
 def split_batch(batch_tokens, block_size, batch_size, world):
@@ -98,7 +89,9 @@ def make_plan(settings, given, world):
     if settings.data_start >= settings.data_end:
         problems.append(f"data_start {settings.data_start} is not below data_end {settings.data_end}")
     if settings.min_lr > settings.learning_rate:
-        problems.append(f"min_lr {settings.min_lr:g} is above learning_rate {settings.learning_rate:g}: set both")
+        problems.append(
+            f"min_lr {settings.min_lr:g} is above learning_rate {settings.learning_rate:g}: set both"
+        )
     if resume_from:
         config = dataclasses.replace(GPTConfig.from_folder(resume_from), dropout=settings.dropout)
     elif settings.init_from == "scratch":
@@ -119,7 +112,9 @@ def make_plan(settings, given, world):
     batch = (settings.batch_tokens, config.block_size, settings.batch_size, world)
     sequences, micro, accumulation = attempt(lambda: split_batch(*batch), (0, 0, 0))
     if train_tokens is not None and train_tokens <= config.block_size:
-        problems.append(f"this run's part of {settings.dataset} has {train_tokens:,} tokens, fewer than block_size + 1")
+        problems.append(
+            f"this run's part of {settings.dataset} has {train_tokens:,} tokens, fewer than block_size + 1"
+        )
     raise_all(problems)
     return Plan(config, resume_from, damaged, train_tokens, sequences, micro, accumulation, world)
 
@@ -133,7 +128,9 @@ def check_teacher(name, config):
             f"of {config.tokenizer!r}: they must be the same vocabulary"
         )
     if teacher.block_size < config.block_size:
-        raise UserError(f"teacher {name} reads {teacher.block_size} tokens, the student {config.block_size}: too short")
+        raise UserError(
+            f"teacher {name} reads {teacher.block_size} tokens, the student {config.block_size}: too short"
+        )
 
 
 def assumed(settings, given):
@@ -168,7 +165,9 @@ def inherited_config(settings, given, source, tokenizer, problems):
     """The architecture that comes from a checkpoint; only depth, a shorter context and dropout may differ."""
     k = settings.inherit_layers or source.n_layer
     if k > source.n_layer:
-        problems.append(f"inherit_layers {k} is more than the {source.n_layer} blocks of {settings.init_from}")
+        problems.append(
+            f"inherit_layers {k} is more than the {source.n_layer} blocks of {settings.init_from}"
+        )
     config = dataclasses.replace(source, n_layer=k, dropout=settings.dropout)
     for name in ARCHITECTURE:
         if name in given and getattr(settings, name) != getattr(config, name):
@@ -211,9 +210,13 @@ def resumable(settings):
     if os.path.exists(os.path.join(out, "config.json")):
         raise UserError(f"{out} is a checkpoint, not a run folder: choose another --out_dir")
     if settings.resume == "never" and begun:
-        raise UserError(f"{out} already holds a run: continue it with --resume=auto, or choose another --out_dir")
+        raise UserError(
+            f"{out} already holds a run: continue it with --resume=auto, or choose another --out_dir"
+        )
     if settings.resume == "must" and not steps:
-        raise UserError(f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh")
+        raise UserError(
+            f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh"
+        )
     if not steps:
         return None, []
     damaged, why = [], []
@@ -226,7 +229,9 @@ def resumable(settings):
             damaged.append(folder)
             why.append(str(e))
     else:
-        raise UserError(f"{out} holds no whole checkpoint to continue ({why[0]}): restore one, or delete {out}")
+        raise UserError(
+            f"{out} holds no whole checkpoint to continue ({why[0]}): restore one, or delete {out}"
+        )
     now = comparable(dataclasses.asdict(settings))
     defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
     before = comparable(defaults | checkpoint.read_state(folder)["settings"])
@@ -244,38 +249,6 @@ def comparable(settings):
     if kept.get("lr_decay_iters") is None:
         kept["lr_decay_iters"] = settings.get("max_iters")
     return kept
-
-
-def training_memory(config, micro_batch, accumulation, half, shards=1, checkpointed=False):
-    """Bytes that training needs on one device at its fullest: weights, gradients, AdamW's moments, activations, logits.
-
-    half: whether autocast computes in 16 bits. shards: over how many ranks the model is sharded. checkpointed: blocks
-    keep their input only, and compute the rest again. The allocator's own overhead is not in it.
-    """
-    n_params, _ = costs(config)
-    act = 2 if half else 4
-    rows = micro_batch * config.block_size
-    embedding = 4 * config.vocab_size * config.n_embd
-    # weights and moments; the 16-bit copies that autocast makes are whole, and stay for the backward pass
-    held = 12 * n_params / shards + (2 * n_params if half else 0)
-    if shards > 1:  # gathered: embeddings and head, and two blocks, one of them ahead of its turn; also as gradients
-        one_more, _ = costs(dataclasses.replace(config, n_layer=config.n_layer + 1))
-        held += 2 * (embedding + 2 * 4 * (one_more - n_params))
-    # kept for the backward pass per token and block, in units of C: two residual-stream inputs of the LayerNorms,
-    # q k v, attention's output, and the MLP's 4C before GELU (what norms and GELU make of them is computed again)
-    per_block = 2 * 4 + act * (3 + 1 + 4)
-    blocks = 4 * config.n_layer + per_block if checkpointed else per_block * config.n_layer
-    if half:  # of all the logits: their log-softmax and two gradients, in fp32
-        head = rows * config.vocab_size * 3 * 4
-    else:  # a chunk of logits, its gradient, and the head's, which the forward pass computes
-        head = min(rows, LOSS_ROWS.batch_chunk_size) * config.vocab_size * 2 * 4 + embedding
-    forward = rows * config.n_embd * blocks + head
-    gradients = 4 * n_params / shards
-    # a backward pass begins with the activations, and with gradients if there was one before; it ends with the
-    # gradients, and the tied embedding's from the head, from the look-up and their sum
-    if accumulation > 1:
-        return held + gradients + max(forward, 3 * embedding)
-    return held + max(forward, gradients + 2 * embedding)
 
 
 def describe(plan, settings):
@@ -303,7 +276,8 @@ def describe(plan, settings):
     world = plan.world if plan.world > 1 else 8
     half = settings.dtype != "float32"
     how = (c, plan.micro_batch, plan.accumulation, half)
-    whole, shared = (training_memory(*how, n, settings.checkpoint_activations) / 1e9 for n in (1, world))
+    terms = [training_memory(*how, n, settings.checkpoint_activations) for n in (1, world)]
+    whole, shared = (sum(t.values()) / 1e9 for t in terms)
     memory = shared if settings.shard else whole
     lines += [
         f"compute      {flops:.3g} FLOPs",
@@ -313,7 +287,11 @@ def describe(plan, settings):
     lines.append(f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:")
     for name, (peak, gigabytes) in PEAKS.items():
         seconds = flops / (peak * 1e12 * ASSUMED_MFU)
-        cure = "lower batch_size" if settings.shard or shared >= 0.9 * gigabytes else "shard=True, or lower batch_size"
+        cure = (
+            "lower batch_size"
+            if settings.shard or shared >= 0.9 * gigabytes
+            else "shard=True, or lower batch_size"
+        )
         fits = "" if memory < 0.9 * gigabytes else f"   does not fit {gigabytes} GB: {cure}"
         lines.append(f"  {name:10} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{fits}")
     return "\n".join(lines)

@@ -99,8 +99,8 @@ class TrainSettings:
         "auto", "autocast type; auto is bfloat16 on a GPU that has it, else float32"
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
-    checkpoint_activations: bool = setting(
-        False, "keep less for backward and compute it again: less memory, more time"
+    checkpoint_activations: Literal["none", "cheap", "full"] = setting(
+        "none", "compute again for backward: cheap: norms and GELU; full: all but each block's input"
     )
     shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and moments")
     threads: int | None = setting(

@@ -66,7 +66,6 @@ class Run:
     log: log.CsvLog | None
     timing: log.CsvLog | None
     sink: object
-    flops_per_token: int
     first_step: int  # where this process began
     train_s: float = 0.0  # since this process began, without validation and saving
     val_s: float = 0.0
@@ -145,7 +144,6 @@ def setup(settings, plan, ranks, device):
         log=logs[1],
         timing=logs[2],
         sink=logs[3],
-        flops_per_token=model.estimate_flops(),
         first_step=state.step,
     )
 

@@ -11,7 +11,7 @@ from inheritune.experiments.arms import (
     parse_arms,
     settings_hash,
 )
-from inheritune.training.planning import costs
+from inheritune.training.cost import costs
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint
 

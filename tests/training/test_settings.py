@@ -189,7 +189,9 @@ def test_wrong_values_are_named(argv, message):
     assert message in refused(*argv)
 
 
-@pytest.mark.parametrize("text", ["n_layer = 1" + "0" * 400, "learning_rate = 1e300 * 1e300", "n_layer = 3.0"])
+@pytest.mark.parametrize(
+    "text", ["n_layer = 1" + "0" * 400, "learning_rate = 1e300 * 1e300", "n_layer = 3.0"]
+)
 def test_unusable_numbers_in_a_file_are_named(config, text):
     assert "config.py:1: " in refused(config(text))
 

@@ -1,4 +1,5 @@
-"""Distillation: the loss against numpy, and what a teacher does to a run. python -m pytest tests/test_distill.py"""
+"""Distillation: the loss against numpy, and what a teacher does to a run. python -m pytest
+tests/test_distill.py"""
 
 import numpy as np
 import pytest
@@ -66,7 +67,9 @@ def test_alpha_one_has_the_losses_of_no_teacher_in_fp32(world):
     data, teacher, folder = world
     train.main(arguments(data, folder / "plain32"))
     train.main(arguments(data, folder / "one32", teacher=teacher, kd_alpha=1.0))
-    np.testing.assert_allclose(column(folder / "one32", "loss"), column(folder / "plain32", "loss"), rtol=1e-6)
+    np.testing.assert_allclose(
+        column(folder / "one32", "loss"), column(folder / "plain32", "loss"), rtol=1e-6
+    )
 
 
 def test_both_terms_are_logged_and_make_up_the_loss(world):
@@ -126,5 +129,7 @@ def test_unfit_teachers_are_refused_by_name(world, tmp_path, changes, message):
 @pytest.mark.parametrize("setting", ["kd_alpha=1.5", "kd_temperature=0", "teacher=/nowhere/else/x"])
 def test_wrong_settings(world, tmp_path, setting):
     name, _, value = setting.partition("=")
-    shown = refusal(train.main, arguments(world[0], tmp_path / "run", **{"teacher": world[1]} | {name: value}))
+    shown = refusal(
+        train.main, arguments(world[0], tmp_path / "run", **{"teacher": world[1]} | {name: value})
+    )
     assert (name if name != "teacher" else "/nowhere") in shown

@@ -1,7 +1,9 @@
-"""What ours is compared with: a training step as nanoGPT-style scripts write it, and one with transformers' GPT-2.
+"""What ours is compared with: a training step as nanoGPT-style scripts write it, and one with transformers'
+GPT-2.
 
-Eager fp32, the logits whole and cross-entropy on them, AdamW as torch chooses it on the CPU, a memory map opened for
-every batch of random offsets. Written for the benchmarks and for the test that the optimised step computes the same.
+Eager fp32, the logits whole and cross-entropy on them, AdamW as torch chooses it on the CPU, a memory map
+opened for every batch of random offsets. Written for the benchmarks and for the test that the optimised step
+computes the same.
 """
 
 import math
@@ -20,8 +22,12 @@ class PlainBlock(nn.Module):
         C = config.n_embd
         self.n_head = config.n_head
         self.ln_1, self.ln_2 = nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C, bias=False), "c_proj": nn.Linear(C, C, bias=False)})
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C, bias=False), "c_proj": nn.Linear(4 * C, C, bias=False)})
+        self.attn = nn.ModuleDict(
+            {"c_attn": nn.Linear(C, 3 * C, bias=False), "c_proj": nn.Linear(C, C, bias=False)}
+        )
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(C, 4 * C, bias=False), "c_proj": nn.Linear(4 * C, C, bias=False)}
+        )
         self.gelu = nn.GELU(approximate="tanh")
 
     def forward(self, x):
@@ -62,7 +68,8 @@ class PlainGPT(nn.Module):
 
 
 class PlainTrainer:
-    """`step(idx, targets)` trains one micro-batch (B, T) int64 each, `batch()` draws one from a bin, in a plain way."""
+    """`step(idx, targets)` trains one micro-batch (B, T) int64 each, `batch()` draws one from a bin, in a
+    plain way."""
 
     def __init__(self, model, loss, lr=1e-3):
         self.model, self.loss = model, loss
@@ -115,7 +122,9 @@ def random_batch(path, batch_size, block_size):
     data = np.memmap(path, dtype=np.uint16, mode="r")
     starts = torch.randint(len(data) - block_size, (batch_size,))
     x, y = (
-        torch.stack([torch.from_numpy(data[i + d : i + d + block_size].astype(np.int64)) for i in starts.tolist()])
+        torch.stack(
+            [torch.from_numpy(data[i + d : i + d + block_size].astype(np.int64)) for i in starts.tolist()]
+        )
         for d in (0, 1)
     )
     return x, y

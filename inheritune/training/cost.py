@@ -1,0 +1,124 @@
+"""What training costs, from formulas alone: parameters, FLOPs, memory, and what share of a device's peak is
+reached.
+
+Nothing here makes a model; bench/memory.py compares the memory with real steps.
+"""
+
+import torch
+
+from model import CHUNKED_LOSS, LOSS_ROWS, GPTConfig
+
+# Dense bf16 tensor-core peaks in TFLOP/s and memory in GB, from the makers' data sheets.
+PEAKS = {
+    "B200": (2250, 180),
+    "H200": (989, 141),
+    "H100 PCIe": (756, 80),
+    "H100 NVL": (835, 94),
+    "H100": (989, 80),
+    "A100": (312, 40),
+    "L40S": (362, 48),
+    "A10": (125, 24),
+    "RTX 4090": (165, 24),
+    "RTX 3090": (71, 24),
+    "V100": (125, 32),
+    "T4": (65, 16),
+}
+
+
+def costs(config: GPTConfig) -> tuple[int, int]:
+    """(parameters, training FLOPs per token) of a GPT.
+
+    FLOPs, forward and backward: 6 per parameter of a matrix product (the head counts, embedding look-ups do
+    not), and 12 L C T for attention (PaLM, appendix B; as in nanoGPT's estimate_mfu).
+    """
+    C, T, L = config.n_embd, config.block_size, config.n_layer
+    head = config.vocab_size * C  # tied to the embedding
+    last_norm = (1 + config.bias) * C
+    n_params = head + T * C + L * block_params(config) + last_norm
+    return n_params, 6 * (head + L * 12 * C * C) + 12 * L * C * T
+
+
+def block_params(config: GPTConfig) -> int:
+    """Parameters of one transformer block."""
+    C = config.n_embd
+    matrices = (3 + 1 + 4 + 4) * C * C  # attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
+    biases = (3 + 1 + 4 + 1) * C + 2 * C  # of the matrices and of the LayerNorms
+    return matrices + 2 * C + (biases if config.bias else 0)
+
+
+def training_memory(
+    config: GPTConfig,
+    micro_batch: int,
+    accumulation: int,
+    half: bool,
+    shards: int = 1,
+    checkpoint_activations: str = "none",
+) -> dict[str, float]:
+    """Bytes of weights, moments, gradients, activations and logits on one device at the fullest moment of a
+    step.
+
+    half: whether autocast computes in 16 bits; shards: over how many ranks the model is sharded. The
+    allocator's own overhead is not included.
+    """
+    n_params, _ = costs(config)
+    rows = micro_batch * config.block_size
+    embedding = 4 * config.vocab_size * config.n_embd
+
+    # Always there. Autocast's 16-bit copies of the weights are whole, and stay for the backward pass. With
+    # shards, embedding and head are gathered, and two blocks (one ahead of its turn), as weights and as
+    # gradients.
+    gathered = embedding + 2 * 4 * block_params(config) if shards > 1 else 0
+    weights = 4 * n_params / shards + (2 * n_params if half else 0) + gathered
+    moments = 8 * n_params / shards  # AdamW's two
+    gradients = 4 * n_params / shards
+
+    # Where the backward pass begins: all activations and logits, and gradients if there was a backward pass
+    # before.
+    earlier = gradients if accumulation > 1 else 0
+    begin = {
+        "weights": weights,
+        "moments": moments,
+        "gradients": gathered + earlier,
+        "activations": rows * config.n_embd * activation_bytes(config.n_layer, half, checkpoint_activations),
+        "logits": logits_memory(rows, config, half),
+    }
+    # Where it ends: all gradients, and the tied embedding's from the head, from the look-up, and their sum.
+    copies = (3 if accumulation > 1 else 2) * embedding
+    end = begin | {"gradients": gathered + gradients + copies, "activations": 0, "logits": 0}
+    return max(begin, end, key=lambda terms: sum(terms.values()))
+
+
+def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> int:
+    """Bytes kept for the backward pass per token and channel, in all blocks together."""
+    act = 2 if half else 4  # bytes of what matrix products take and return; the residual stream is fp32
+    # kept by LayerNorms (their inputs) and matrix products (theirs): two norms, q k v, attention, c_fc, GELU
+    everything = 2 * 4 + act * (2 + 3 + 1 + 4 + 4)
+    if checkpoint_activations == "full":  # each block's input, and one block as it is computed again
+        return n_layer * 4 + everything
+    if checkpoint_activations == "cheap":  # the block's input; q k v, attention, attn.c_proj, c_fc
+        return n_layer * (4 + act * (3 + 1 + 1 + 4))
+    return n_layer * everything
+
+
+def logits_memory(rows: int, config: GPTConfig, half: bool) -> int:
+    """Bytes of the logits of `rows` tokens and what the loss makes of them."""
+    if half or not CHUNKED_LOSS:  # all the logits: their log-softmax and two gradients, in fp32
+        return rows * config.vocab_size * 3 * 4
+    # a chunk of logits, its gradient, and the head's, which the forward pass computes already
+    return min(rows, LOSS_ROWS) * config.vocab_size * 2 * 4 + 4 * config.vocab_size * config.n_embd
+
+
+def mfu(tokens_per_s: float, config: GPTConfig, device: torch.device, world: int) -> float | None:
+    """Model FLOPs utilisation: the share of `world` devices' peak that a speed over all ranks makes use of;
+    None where the peak is not known."""
+    peak = peak_flops(device)
+    return tokens_per_s * costs(config)[1] / (peak * world) if peak else None
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak in FLOP/s of a CUDA device that the table knows, else None (a guess would make MFU a lie)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)  # needs a GPU
+    known = next((k for k in PEAKS if all(word in name for word in k.split())), None)  # needs a GPU
+    return PEAKS[known][0] * 1e12 if known else None  # needs a GPU
