@@ -32,8 +32,8 @@ from inheritune.experiments.arms import (
 from inheritune.experiments.jobs import ALONE, curve_of, make_row, run_stage
 from inheritune.experiments.plots import draw_results
 from inheritune.experiments.tables import write_tables
-from inheritune.training import device as machine
 from inheritune.training import cost, planning
+from inheritune.training import device as machine
 from inheritune.training.parsing import parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint

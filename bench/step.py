@@ -21,9 +21,9 @@ from plain import hugging_face, plain, random_batch
 import train
 from inheritune.base.files import write_json
 from inheritune.data.reader import GPT2
+from inheritune.training.cost import costs
 from inheritune.training.device import pick
 from inheritune.training.distributed import Ranks
-from inheritune.training.cost import costs
 from inheritune.training.planning import make_plan
 from inheritune.training.settings import TrainSettings
 from inheritune.training.setup import setup

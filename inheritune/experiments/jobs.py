@@ -16,8 +16,8 @@ from inheritune.base.signals import Request
 from inheritune.data.reader import ValData
 from inheritune.experiments.arms import Common, Stage, find_arm, inherit_flags, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
+from inheritune.training import cost
 from inheritune.training import device as machine
-from inheritune.training import cost, planning
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
