@@ -6,9 +6,9 @@ The text is real English, CPython's documentation and the plays of Shakespeare, 
 characters, shuffled and repeated as a .parquet. What is timed:
 
 * ours: the process `prepare_owt.py` on 150 MB, from start to end: imports, sha256 and fsync included;
-* datasets.map: mapping with two processes and writing the ids into a uint16 memmap, on 40 MB; its imports and the
-  loading of the text, which ours has to do as well, are left out. The usual way (nanoGPT's) to write takes
-  a shard of the dataset at a time; `iter` would be faster, and is told too;
+* datasets.map: mapping with two processes and writing the ids into a uint16 memmap, on 40 MB; its imports and
+  the loading of the text, which ours has to do too, are left out. The usual way (nanoGPT's) to write takes a
+  shard of the dataset at a time; `iter` would be faster, and is told too;
 * bare: tiktoken's encode_ordinary_batch with two threads on 20 MB that are in memory already.
 """
 

@@ -21,19 +21,28 @@ def test_torch_is_told_to_use_huge_pages_unless_the_user_says_otherwise(monkeypa
 
 
 def test_no_float64_is_made_on_a_device():
-    """Apple GPUs have none: `.double()` comes behind `.cpu()`, or on what torch.zeros and torch.rand make there."""
+    """Apple GPUs have none: `.double()` comes behind `.cpu()`, or on what torch.zeros and torch.rand make
+    there."""
     for path in [*glob.glob(os.path.join(ROOT, "*.py")), *glob.glob(os.path.join(ROOT, "inheritune/*/*.py"))]:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
-        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)):
+        for call in (
+            n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+        ):
             where = f"{os.path.basename(path)}:{call.lineno}"
             if call.func.attr == "double":
                 made = call.func.value
-                name = made.func.attr if isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) else ""
+                name = (
+                    made.func.attr
+                    if isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute)
+                    else ""
+                )
                 on_cpu = name == "cpu" or (
                     name in ("zeros", "rand") and not any(k.arg == "device" for k in made.keywords)
                 )
-                assert on_cpu or where.startswith("recipes.py"), f"{where}: .double() of what may be on a device"
+                assert on_cpu or where.startswith("recipes.py"), (
+                    f"{where}: .double() of what may be on a device"
+                )
             for keyword in call.keywords:
                 if keyword.arg == "dtype" and ast.unparse(keyword.value).endswith("float64"):
                     assert not any(k.arg == "device" for k in call.keywords), f"{where}: float64 on a device"

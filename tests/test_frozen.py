@@ -1,7 +1,9 @@
-"""What an earlier version wrote is read, continued and scored as before. python -m pytest tests/test_frozen.py
+"""What an earlier version wrote is read, continued and scored as before.
 
-tests/frozen/data and tests/frozen/run were written at revision ad6b56c: 12 steps, of which the checkpoint of step 8 was
-kept; log.csv is the whole run's.
+pytest tests/test_frozen.py
+
+tests/frozen/data and tests/frozen/run were written at revision ad6b56c: 12 steps, of which the checkpoint of
+step 8 was kept; log.csv is the whole run's.
 """
 
 import json

@@ -66,7 +66,8 @@ def write_checkpoint(folder, seed=0, **changes):
 
 
 def write_model(folder, model, state=None, tokenizer_from=None):
-    """Write a model, or the tensors `state` in its place, into an existing folder, in the checkpoint layout."""
+    """Write a model, or the tensors `state` in its place, into an existing folder, in the checkpoint
+    layout."""
     files = hf_tokenizer.files(model.config, tokenizer_from)
     gpt2_format.write_model(str(folder), state or hf_state(model), dataclasses.asdict(model.config), files)
 
