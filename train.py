@@ -23,9 +23,8 @@ from inheritune.base.errors import Stopped, UserError, one_line
 from inheritune.data import hf_tokenizer
 from inheritune.training import cost, planning
 from inheritune.training import device as machine
-from inheritune.training.distill import distillation_loss
 from inheritune.training.distributed import Ranks, seed_all
-from inheritune.training.losses import mean_loss, to_device
+from inheritune.training.losses import distillation_loss, mean_loss, to_device
 from inheritune.training.optimizer import learning_rate, snapshot
 from inheritune.training.parsing import parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
@@ -153,7 +152,12 @@ def validate(run):
     began = time.perf_counter()
     # the model without DDP: ranks may have different numbers of groups
     model = run.forward.module if isinstance(run.forward, DistributedDataParallel) else run.forward
-    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, run.request, run.sharded)
+
+    def stop():  # any rank is asked to end
+        asked = torch.tensor(float(run.request.signal is not None))
+        return run.ranks.sum(asked, run.device).item() > 0
+
+    loss = mean_loss(model, run.val, run.ranks, run.device, run.dtype, stop, run.sharded)
     if run.sharded:
         run.model.reshard()  # a forward pass keeps embeddings and head gathered for the backward pass, which never came
     run.val_s += time.perf_counter() - began

@@ -1,48 +1,92 @@
-"""The loss of a model over fixed tokens: the one loop behind validation, grow.py's comparison and score.py."""
+"""The loss over fixed tokens, behind validation, grow.py's comparison and score.py; and the loss of
+distillation."""
+
+from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from inheritune.training import device as machine
+from inheritune.training.distributed import Ranks
 
 
-def to_device(tensor, device):
+@torch.no_grad()
+def total_nats(
+    model: torch.nn.Module,
+    data,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    title: str | None = None,
+    stop: Callable[[], bool] | None = None,
+    sharded: bool = False,
+) -> float | None:
+    """The summed loss (nats) over all targets of `data`, the same number on every rank and for any number of
+    ranks.
+
+    data has `n_groups` and `batch(g)`, inputs and targets of group g (ValData, score.Whole); ranks take turns
+    with the groups. `stop()` is asked before each turn, equally often on every rank, and must answer alike on
+    all: True ends the work, and the result is None. A title shows a progress bar on rank 0. Leaves the model
+    in eval mode.
+    """
+    model.eval()
+    nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; the others' stay zero
+    turns = range(ranks.rank, data.n_groups + ranks.rank, ranks.world)
+    for g in tqdm(turns, desc=title, unit="batch", disable=title is None or not ranks.first):
+        if stop is not None and stop():
+            return None
+        # Ranks without work repeat the last group only with shards: FSDP needs equally many forward passes
+        # everywhere.
+        if g < data.n_groups or sharded:
+            idx, targets = data.batch(min(g, data.n_groups - 1))
+            with machine.autocast(device, dtype):
+                loss = model(to_device(idx, device), to_device(targets, device))
+        if g < data.n_groups:
+            nats[g] = loss.cpu().double() * targets.numel()
+    return ranks.sum(nats, device).sum().item()
+
+
+def mean_loss(
+    model: torch.nn.Module,
+    val,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    stop=None,
+    sharded=False,
+) -> float | None:
+    """Mean loss (nats/token) over the fixed validation tokens of `val` (a ValData), or None; see
+    `total_nats`."""
+    nats = total_nats(model, val, ranks, device, dtype, stop=stop, sharded=sharded)
+    return None if nats is None else nats / (val.n_windows * val.block_size)
+
+
+def distillation_loss(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    n_vocab: int,
+    alpha: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, ce, kl), fp32 scalars: alpha CE + (1 - alpha) T² KL(teacher ‖ student) (paper, App. D).
+
+    logits, teacher_logits: (B, T, ≥ n_vocab); targets: (B, T) ids. CE is the mean over tokens, as in training
+    without a teacher. KL is summed over the tokenizer's n_vocab ids, both sides normalised over these alone
+    at the temperature, then averaged over tokens. (A mean over the vocabulary instead would divide it by
+    fifty thousand; the published logs look as if theirs did.)
+    """
+    ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    student = F.log_softmax(logits[..., :n_vocab].float() / temperature, dim=-1).flatten(0, 1)
+    teacher = F.log_softmax(teacher_logits[..., :n_vocab].float() / temperature, dim=-1).flatten(0, 1)
+    # batchmean: the sum over ids, the mean over tokens
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return alpha * ce + (1 - alpha) * temperature**2 * kl, ce, kl
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move token ids to the device; to a GPU without waiting for the copy."""
     if device.type == "cuda":  # needs a GPU
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-@torch.no_grad()
-def total_nats(model, data, ranks, device, dtype, title=None, request=None, together=False):
-    """The summed loss (nats) over all targets of `data`, the same number on every rank.
-
-    data has `n_groups` and `batch(g)`, inputs and targets of group g (data.ValData, score.Whole). Ranks take turns with
-    the groups; each group's sum has its own place, so the total does not depend on how many ranks there are. A title
-    shows a progress bar on rank 0. When a stop.Request asks any rank to end, it is None on all. A sharded model must be
-    called by all ranks `together`: those that have no group left compute the last one with the others, in vain. Leaves
-    the model in eval mode.
-    """
-    model.eval()
-    sums = torch.zeros(data.n_groups + 1, dtype=torch.float64)  # the last is the number of ranks asked to end
-    end = -(-data.n_groups // ranks.world) * ranks.world if together else data.n_groups
-    mine = range(ranks.rank, end, ranks.world)
-    for g in tqdm(mine, desc=title, unit="batch", disable=title is None or not ranks.first):
-        asked = torch.tensor(1.0 if request and request.signal else 0.0)
-        if ranks.sum(asked, device) if together else asked:
-            sums[-1] = 1
-            break
-        idx, targets = data.batch(min(g, data.n_groups - 1))
-        # what a sharded model gathers must not be born in inference mode: it will train with that
-        with machine.autocast(device, dtype), torch.inference_mode(not together):
-            loss = model(to_device(idx, device), to_device(targets, device))
-        if g < data.n_groups:
-            sums[g] = loss.cpu().double() * targets.numel()
-    nats, asked = ranks.sum(sums, device).split([data.n_groups, 1])
-    return None if asked.item() else nats.sum().item()
-
-
-def mean_loss(model, val, ranks, device, dtype, request=None, together=False):
-    """Mean loss (nats/token) over the fixed validation tokens of `val` (a data.ValData), or None; see `total_nats`."""
-    nats = total_nats(model, val, ranks, device, dtype, request=request, together=together)
-    return None if nats is None else nats / (val.n_windows * val.block_size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from inheritune.training.distill import distillation_loss
+from inheritune.training.losses import distillation_loss
 from model import GPT
 from tests.tiny import arguments, column, contents, refusal, rows, write_checkpoint, write_data
 
