@@ -446,7 +446,8 @@ def test_validation_is_the_same_number_however_it_is_dealt(data, tmp_path, world
 
     class Dealt(Ranks):
         def sum(self, tensor, device):
-            parts.append(tensor)
+            if tensor.dim():  # not the question whether to stop
+                parts.append(tensor)
             return tensor
 
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule."""
+"""The optimizer and the learning-rate schedule, and how the optimizer's state is saved and loaded."""
 
 import math
 import os
@@ -8,35 +8,52 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from inheritune.base.errors import UserError
+from inheritune.training.settings import TrainSettings
 from inheritune.training.shard import like, whole
+from model import GPT
 
-ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # what each keeps for a parameter
+# frozen: what a checkpoint keeps for each parameter, under "parameter name/state name"
+ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
-class Both(torch.optim.Optimizer):
+def make_optimizer(model: GPT, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (paper, sec. 3), or Muon for the blocks' matrices and AdamW for the rest.
+
+    The blocks' matrices decay; embeddings (and with them the tied head), LayerNorms and biases do not.
+    """
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+    rest = [p for n, p in model.named_parameters() if not (p.dim() == 2 and ".h." in n)]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    how = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
+    how["fused"] = device.type in ("cpu", "cuda")  # one kernel, where torch has it
+    return MuonAndAdamW(*groups, how) if settings.optimizer == "muon" else torch.optim.AdamW(groups, **how)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the first group of parameters and AdamW for the second, as one optimizer with one state.
 
-    torch's Muon takes matrices only. Its update is scaled to the size of AdamW's (`match_rms_adamw`), so both groups
-    share one learning rate.
+    torch's Muon takes matrices only. Its update is scaled to the size of AdamW's (`match_rms_adamw`), so both
+    groups share one learning rate.
     """
 
-    def __init__(self, matrices, rest, settings, fused):
-        muon = torch.optim.Muon([matrices], lr=settings.learning_rate, adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW(
-            [rest], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused
-        )
+    def __init__(self, matrices: dict, rest: dict, how: dict):
+        muon = torch.optim.Muon([matrices], lr=how["lr"], adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW([rest], **how)
         super().__init__(muon.param_groups + adamw.param_groups, {})
         self.parts = muon, adamw
         self.share()
 
     def share(self):
-        """Let the parts work on this optimizer's groups and state."""
+        """Make the parts work on this optimizer's groups and state."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.share()
+        self.share()  # loading has replaced both
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -44,24 +61,9 @@ class Both(torch.optim.Optimizer):
             part.step()
 
 
-def make_optimizer(model, settings, device):
-    """The optimizer of a run (paper, sec. 3: AdamW). The blocks' matrices decay, while embeddings (and with them the
-    tied head), LayerNorms and biases do not. AdamW is fused into one kernel where torch has it (CPU, CUDA)."""
-    decayed = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
-    chosen = set(decayed)
-    rest = [p for p in model.parameters() if p not in chosen]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    if settings.optimizer == "muon":
-        return Both(*groups, settings, fused)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=fused)
-
-
-def learning_rate(step, settings):
-    """The rate of the update that follows `step` updates: linear warm-up from above 0 on, cosine, then min_lr."""
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """The rate of the update that follows `step` updates: linear warm-up (not from 0), cosine, then
+    min_lr."""
     peak, low, warm = settings.learning_rate, settings.min_lr, settings.warmup_iters
     end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
     if step < warm:
@@ -71,13 +73,14 @@ def learning_rate(step, settings):
     return low + (peak - low) * (1 + math.cos(math.pi * (step - warm) / (end - warm))) / 2
 
 
-def snapshot(model, optimizer, into):
-    """Copy the model's parameters and the optimizer's state to the CPU, into the dict `into`, and return it:
-    {"parameter name": tensor} and {"parameter name/state name": tensor}, oriented and typed as they are.
+def snapshot(
+    model: GPT, optimizer: torch.optim.Optimizer, into: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor] | None:
+    """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU, into
+    `into`.
 
-    Tensors that `into` has from an earlier call are overwritten: memory fresh from the system costs more than copying.
-    Of a sharded model every rank must ask, and one tensor at a time is put together; ranks whose `into` is None only
-    lend their part.
+    Reuses the tensors in `into` (allocating is slower than copying). With FSDP every rank must call, and
+    tensors are gathered one at a time; a rank whose `into` is None keeps nothing.
     """
     tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
     for name, tensor in tensors.items():
@@ -89,41 +92,57 @@ def snapshot(model, optimizer, into):
     return into
 
 
-def optimizer_tensors(model, optimizer):
+def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as {"parameter name/state name": tensor}."""
-    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+    named = model.named_parameters()
+    return {f"{name}/{key}": value for name, p in named for key, value in optimizer.state[p].items()}
 
 
-def load_optimizer(folder, model, optimizer):
-    """Fill the optimizer of `model` from a checkpoint folder. Raises UserError when the file is missing, damaged, or
-    another model's."""
+def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer):
+    """Fill the optimizer of `model` from a checkpoint folder.
+
+    Raises UserError when the file is missing, damaged, or another model's.
+    """
     path = os.path.join(folder, "optimizer.safetensors")
+    tensors = read_tensors(path)
+    parameters = dict(model.named_parameters())
+    names = {p: name for name, p in parameters.items()}
+
+    # the shapes that must be there, in the optimizer's own order of parameters
+    shapes, ordered = {}, []
+    for group in optimizer.param_groups:
+        keys = MUON if "ns_steps" in group else ADAMW
+        for p in group["params"]:
+            shapes |= {f"{names[p]}/{key}": () if key == "step" else p.shape for key in keys}
+            ordered.append(names[p])
+
+    state = {name: {} for name in ordered}
+    for full, tensor in tensors.items():
+        if shapes.get(full) != tensor.shape or not tensor.is_floating_point():
+            raise UserError(
+                f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's"
+            )
+        name, _, key = full.rpartition("/")
+        # a copy, because the optimizer keeps what it is given, and this is the mapped file
+        state[name][key] = like(tensor, parameters[name]) if tensor.dim() else tensor.clone()
+    lacking = next((full for full in shapes if tensors and full not in tensors), None)
+    if lacking:
+        raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
+    packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
+    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of an optimizer.safetensors, mapped."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("no regular file")
-        tensors = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: this checkpoint can start a run (--init_from) but not continue one"
         ) from None
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it") from None
-    parameters = dict(model.named_parameters())
-    names = {p: name for name, p in parameters.items()}
-    kept, ordered = {}, []
-    for group in optimizer.param_groups:
-        keys = MUON if "ns_steps" in group else ADAMW
-        kept.update((f"{names[p]}/{key}", () if key == "step" else p.shape) for p in group["params"] for key in keys)
-        ordered += [names[p] for p in group["params"]]
-    state = {name: {} for name in ordered}
-    for full, tensor in tensors.items():
-        if kept.get(full) != tensor.shape or not tensor.is_floating_point():
-            raise UserError(f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's")
-        name, _, key = full.rpartition("/")
-        # a copy: the optimizer keeps what it is given, and this one is the file, mapped
-        state[name][key] = like(tensor, parameters[name]) if tensor.dim() else tensor.clone()
-    lacking = next((full for full in kept if tensors and full not in tensors), None)
-    if lacking:
-        raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
-    packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
-    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+        raise UserError(
+            f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it"
+        ) from None
