@@ -3,24 +3,20 @@
     python inherit.py --ckpt gpt2-large --layers 18 --out out-gpt2-large-18
     python inherit.py --ckpt gpt2-large --layers auto --data data/openwebtext --out small
 
-The new model has the chosen blocks, renumbered, and the larger one's token and position embeddings, final LayerNorm
-and tied head. (The authors' released script leaves positions and final LayerNorm random: --released_slice does that.)
-The paper's other initialisations are --recipe, --parts and --layernorms; recipes.py says what each one is.
+The new model has the chosen blocks, renumbered, and the larger one's token and position embeddings, final
+LayerNorm and tied head. (The authors' released script leaves positions and final LayerNorm random:
+--released_slice does that.) The paper's other initialisations are --recipe, --parts and --layernorms;
+recipes.py says what each one is.
 """
 
 import argparse
-import math
-import os
 import re
 
-import torch
-
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.base.files import write_json
 from inheritune.data import hf_tokenizer
+from inheritune.experiments.attention_metrics import choose_for
 from inheritune.weights import checkpoint
-from inheritune.weights.gpt2_format import arrange, open_model, write_model
-from inheritune.weights.recipes import PARTS, RECIPES, grow_onto, inherit, initialise
+from inheritune.weights.recipes import PARTS, RECIPES, make_checkpoint
 from model import GPT, GPTConfig
 
 
@@ -70,7 +66,6 @@ def make_parser():
         "--released_slice", action="store_true", help="blocks and wte only, as the authors did"
     )
     parser.add_argument("--seed", type=int, default=1337, help="of whatever is random")
-    parser.add_argument("--verify", action="store_true", help="check the sha256 of --ckpt's files first")
     return parser
 
 
@@ -100,61 +95,34 @@ def check(args):
         raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
 
 
-def fresh(config, seed):
-    """A random-init state dict (fp32) for `config`, the same for the same seed; torch's generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return arrange(dict(GPT(GPTConfig(**config)).named_parameters()), config)
-
-
-def build(args):
-    """Make the new checkpoint folder args.out (args as from `make_parser`); returns a text that says what it is.
-
-    Raises UserError.
-    """
-    check(args)
-    folder = checkpoint.find(args.ckpt)
-    if args.verify:
-        checkpoint.verify(folder)
-    why = {}
-    if args.layers == "auto":
-        from inheritune.experiments.attention_metrics import choose_for  # only where needed
-
-        k, reason = choose_for(folder, args.data)
-        print(f"{k} blocks: {reason}", flush=True)
-        why = {"layers_auto": reason}
-    else:
-        k = int(args.layers) if args.layers else None
-    weights, config = open_model(folder)
-    if args.onto:
-        onto = checkpoint.find(args.onto)
-        small, small_config = open_model(onto)
-        state, new_config = grow_onto(small, small_config, weights, config, k)
-        origin = checkpoint.new_lineage(folder, list(range(k)), onto, small_config["n_layer"], **why)
-    elif args.blocks:
-        blocks = parse_blocks(args.blocks)
-        state, new_config = inherit(weights, config, blocks)
-        origin = checkpoint.new_lineage(folder, blocks)
-    else:
-        how = {"parts": args.parts, "layernorms": args.layernorms, "released_slice": args.released_slice}
-        state, new_config, blocks = initialise(
-            weights, config, args.recipe, k or config["n_layer"], lambda c: fresh(c, args.seed), **how
-        )
-        origin = checkpoint.new_lineage(folder, blocks, recipe=args.recipe, **how, seed=args.seed, **why)
-    tokenizer_files = hf_tokenizer.files(GPTConfig(**new_config), folder)
-    sums = {}
-    with checkpoint.new_folder(args.out, sums) as temporary:
-        sums["model.safetensors"] = write_model(temporary, state, new_config, tokenizer_files)
-        write_json(os.path.join(temporary, "lineage.json"), origin)
-    total = sum(math.prod(t.shape) for t in state.values())
-    return f"{args.out}: {new_config['n_layer']} of {config['n_layer']} blocks, {total:,} values"
-
-
 @one_line
 def main(argv=None):
     """Command line: make a new checkpoint folder out of another."""
     args = make_parser().parse_args(argv)
-    print(f"{build(args)}; train it with\n  python train.py --init_from={args.out} …")
+    check(args)
+    folder = checkpoint.find(args.ckpt)
+    if args.layers == "auto":
+        layers, reason = choose_for(folder, args.data)
+        print(f"{layers} blocks: {reason}", flush=True)
+        notes = {"layers_auto": reason}
+    else:
+        layers, notes = int(args.layers) if args.layers else None, {}
+    made = make_checkpoint(
+        folder,
+        args.out,
+        new_model=lambda config: GPT(GPTConfig(**config)),
+        tokenizer_files=hf_tokenizer.files(GPTConfig.from_folder(folder), folder),
+        layers=layers,
+        blocks=parse_blocks(args.blocks) if args.blocks else None,
+        onto=checkpoint.find(args.onto) if args.onto else None,
+        recipe=args.recipe,
+        parts=args.parts,
+        layernorms=args.layernorms,
+        released_slice=args.released_slice,
+        seed=args.seed,
+        **notes,
+    )
+    print(f"{made}; train it with\n  python train.py --init_from={args.out} …")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 from inheritune.base.errors import Parser, UserError, nearest, one_line
 from inheritune.base.files import write_json
 from inheritune.data import hf_tokenizer
-from inheritune.data.reader import Tokens, check_tokenizer, read_meta, verify
+from inheritune.data.reader import Tokens, check_tokenizer, read_meta
 from inheritune.data.tokenizer import RANKS_FILE
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
@@ -206,7 +206,6 @@ def make_parser():
     parser.add_argument("--batch_size", type=int, default=8, help="windows or requests per forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--verify", action="store_true", help="check the sha256 of checkpoint and data first")
     parser.add_argument("--out", help="write the results to this JSON file")
     return parser
 
@@ -238,9 +237,6 @@ def main(argv=None):
     with ranks.joined(device):
         folder = ranks.once_per_node(lambda: checkpoint.find(args.ckpt))
         config = ranks.agree(lambda: GPTConfig.from_folder(folder))
-        if args.verify:
-            ranks.once(lambda: checkpoint.verify(folder))
-            ranks.once(lambda: verify(args.data, args.split) if args.data else None)
         found = {"checkpoint": args.ckpt, "folder": folder}
         if args.data:
             found["loss"] = score_split(args, folder, config, ranks, device)

@@ -351,17 +351,6 @@ def test_a_damaged_newest_checkpoint_is_set_aside(plain, data, tmp_path, damage,
     assert contents(out) == contents(plain), "a second time, when the name is taken"
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "lineage.json", "config.json"]
-)
-def test_a_flipped_bit_is_found_by_verify(plain, data, tmp_path, name):
-    out = tmp_path / "out"
-    shutil.copytree(plain, out, symlinks=True)
-    flip(out / "step_00000012" / name, -3)
-    train.main(arguments(data, out, resume="auto", verify=True))
-    assert contents(out) == contents(plain) and os.path.isdir(out / "step_00000012.damaged")
-
-
 def test_a_checkpoint_that_was_mended_meanwhile_is_not_set_aside(plain, data, tmp_path, monkeypatch):
     """By another run, between the look at the folder and the lock on it."""
     out, setup = tmp_path / "out", train.setup

@@ -15,7 +15,7 @@ import inherit
 from inherit import parse_blocks
 from inheritune.base.errors import UserError
 from inheritune.training.settings import TrainSettings
-from inheritune.weights import checkpoint, gpt2_format, tensors
+from inheritune.weights import checkpoint, gpt2_format, recipes, tensors
 from inheritune.weights.recipes import assemble, grow_onto
 from model import GPT, GPTConfig
 from tests.tiny import (
@@ -55,7 +55,7 @@ def test_inheriting_is_pure_and_keeps_the_tensors_themselves(blocks):
     state, config = hf_state(model), dataclasses.asdict(model.config)
     before = dict(state)
     copies = {k: v.clone() for k, v in state.items()}
-    new, new_config = inherit.inherit(state, config, blocks)
+    new, new_config = recipes.inherit(state, config, blocks)
     assert state.keys() == before.keys() and all(state[k] is before[k] for k in state)
     assert same_weights(state, copies)
     assert config["n_layer"] == 4 and new_config == config | {"n_layer": len(blocks)}
@@ -236,7 +236,6 @@ def test_a_run_folder_will_do_and_the_tokenizers_ranks_go_along(tmp_path):
     (tmp_path / "run/step_00000005/tokenizer.tiktoken").write_text("YQ== 0\n")
     inherit.main(["--ckpt", str(tmp_path / "run"), "--layers=1", "--out", str(tmp_path / "sub")])
     assert sorted(os.listdir(tmp_path / "sub")) == [
-        "SHA256SUMS",
         "config.json",
         "lineage.json",
         "model.safetensors",

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-import inherit
 from inheritune.base.errors import UserError
 from inheritune.base.signals import Request
+from inheritune.data import hf_tokenizer
 from inheritune.data.reader import ValData
-from inheritune.experiments.arms import Common, Stage, find_arm, inherit_flags, settings_hash
+from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
 from inheritune.training import cost
 from inheritune.training import device as machine
@@ -23,6 +23,7 @@ from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
+from inheritune.weights.recipes import make_checkpoint
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -50,8 +51,7 @@ def run_stage(stage: Stage, request: Request, quiet=False) -> None:
     """
     if stage.start and not os.path.exists(stage.start_folder):
         with ALONE:
-            args = [*inherit_flags(stage.start), "--out", stage.start_folder]
-            inherit.build(inherit.make_parser().parse_args(args))
+            make_start(stage)
     command, why = train_command(stage), "see above"
     if quiet:
         os.makedirs(os.path.dirname(stage.run), exist_ok=True)
@@ -64,6 +64,14 @@ def run_stage(stage: Stage, request: Request, quiet=False) -> None:
         status = request.call(command)
     if status:
         raise UserError(f"training {stage.run} did not finish ({why}); run the same command again to go on")
+
+
+def make_start(stage: Stage) -> None:
+    """Make the checkpoint that a stage starts from."""
+    how = dict(stage.start)
+    source = checkpoint.find(how.pop("ckpt"))
+    files = hf_tokenizer.files(GPTConfig.from_folder(source), source)
+    make_checkpoint(source, stage.start_folder, lambda config: GPT(GPTConfig(**config)), files, **how)
 
 
 def curve(run: str) -> tuple[list[float], list[float]]:

@@ -223,7 +223,7 @@ def resumable(settings):
     for step in reversed(steps):
         folder = os.path.join(out, step)
         try:
-            checkpoint.examine(folder, settings.verify)
+            checkpoint.examine(folder)
             break
         except UserError as e:
             damaged.append(folder)

@@ -90,7 +90,6 @@ class TrainSettings:
         "never",
         "continue the run in out_dir: never refuses one that is there, auto if there is one, must or fail",
     )
-    verify: bool = setting(False, "check the sha256 of the checkpoint and the data that this run starts from")
 
     # machine
     seed: int = setting(1337, "seeds the initialisation, the data order and dropout", 0)
@@ -173,7 +172,6 @@ HARMLESS = frozenset(
         "save_interval",
         "keep_last",
         "resume",
-        "verify",
         "device",
         "compile",
         "checkpoint_activations",
@@ -192,7 +190,6 @@ MACHINE = frozenset(
         "save_interval",
         "keep_last",
         "resume",
-        "verify",
         "device",
     }
     | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}

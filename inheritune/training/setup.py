@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder
 from inheritune.base.signals import Request
-from inheritune.data.reader import TrainData, ValData, verify
+from inheritune.data.reader import TrainData, ValData
 from inheritune.training import device as machine
 from inheritune.training import logs as log
 from inheritune.training import planning
@@ -90,16 +90,12 @@ def setup(settings, plan, ranks, device):
     seed_all(settings.seed)  # alike on all ranks: they start from the same weights
 
     train, val = ranks.agree(lambda: open_data(settings, plan))
-    if settings.verify:
-        ranks.once(lambda: [verify(settings.dataset, split) for split in ("train", "val")])
     if plan.resume_from:
         folder = plan.resume_from
     elif settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     else:
         folder = None
-    if settings.verify and folder and not plan.resume_from:  # (the plan has seen to that)
-        ranks.once(lambda: checkpoint.verify(folder))
     model, lineage = ranks.agree(lambda: build_model(settings, plan, folder))
     model.checkpoint_activations = settings.checkpoint_activations
     compiled = settings.compile or (settings.compile is None and device.type == "cuda")
@@ -199,7 +195,7 @@ def open_run_folder(settings, state, plan):
     try:
         for folder in plan.damaged:
             try:
-                checkpoint.examine(folder, settings.verify)  # again: another run may have mended it meanwhile
+                checkpoint.examine(folder)  # again: another run may have mended it meanwhile
             except UserError as e:
                 print(f"{folder} is no whole checkpoint and is set aside: {e}")
                 checkpoint.set_aside(folder)

@@ -1,128 +1,98 @@
 """The Hugging Face GPT-2 layout, which is also ours: `config.json` + `model.safetensors`, read and written.
 
-Transformers and lm-eval open a checkpoint folder as it is. What GPT-2's layout has no room for stands as extra keys
-in config.json: `bias` (a model without biases carries zeros, and drops them again when we read it), `n_vocab` and
-`tokenizer`. Files from the hub differ from what `save_pretrained` writes; both are read, and what model.py does not
-implement is refused by name.
+transformers and lm-eval open a checkpoint folder as it is. Extra keys in config.json hold what GPT-2's layout
+has no room for: `bias` (a model without biases stores zeros and drops them when read), `n_vocab` and
+`tokenizer`. Both forms of files are read, those on the hub and those of `save_pretrained`; what model.py does
+not implement is refused by name.
+
+Here a configuration is a dict with the fields of model.GPTConfig, and a state dict maps canonical names
+(`transformer.h.0.attn.c_attn.weight` …) to tensors in Hugging Face's orientation (in, out), torch's or Lazy.
 """
 
-import contextlib
+import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
-from inheritune.weights.tensors import DTYPES, pieces, read_header, stored, write_tensors
+from inheritune.weights.tensors import DTYPES, Lazy, pieces, read_header, stored, write_tensors
 
+CONFIG, WEIGHTS, INDEX = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # frozen: checkpoint layout
 INPUT_FIRST = (
     "attn.c_attn.weight",
     "attn.c_proj.weight",
     "mlp.c_fc.weight",
     "mlp.c_proj.weight",
 )  # (in, out) on disk
-
-MOST = {
-    "n_layer": 1000,
-    "n_head": 2**16,
-    "n_embd": 2**20,
-    "n_positions": 2**26,
-    "vocab_size": 2**26,
-}  # or it is damaged
-
-
-def download(name, weights=True):
-    """Fetch a Hugging Face GPT-2 (an id such as gpt2-large) and return the local folder of its files; without
-    `weights` only its config.json.
-
-    Raises UserError in one line when there is no such model, no network, or only a pickle file.
-    """
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # what goes wrong is said once, below
-
-    def cached(file):
-        return isinstance(hub.try_to_load_from_cache(name, file), str)
-
-    def fetch(file):
-        try:
-            return hub.hf_hub_download(name, file)
-        except LocalEntryNotFoundError:  # also an EntryNotFoundError, but means: could not ask
-            raise
-        except EntryNotFoundError:
-            return None
-
-    try:
-        if not cached("config.json"):  # ask once, before the client's half minute of retries
-            with contextlib.suppress(EntryNotFoundError):
-                hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=10)
-        config = fetch("config.json")
-        if config is None:  # needs the hub
-            raise UserError(f"{name} on the Hugging Face hub has no config.json: not a transformers model")
-        whole, parts = "model.safetensors", "model.safetensors.index.json"
-        if weights and (
-            cached(parts) or not fetch(whole)
-        ):  # no question about what is not there: it may be offline
-            index = fetch(parts)
-            shards = set(read_index(index).values()) if index else {whole}
-            for shard in sorted(shards):
-                if fetch(shard) is None:
-                    raise UserError(
-                        f"{name} on the Hugging Face hub has no {shard}, perhaps only a pickle, which is never "
-                        "opened: convert it with transformers' save_pretrained and give that folder"
-                    )
-    except UserError:
-        raise
-    except RepositoryNotFoundError:  # needs the hub
-        raise UserError(f"no folder {name!r} here and no model of that id on the Hugging Face hub") from None
-    except (
-        Exception
-    ) as e:  # the hub client's own errors, its HTTP library's, the disk's: all mean "not to be had"
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"no folder {name!r} here, and the Hugging Face hub did not give it ({type(e).__name__}: {reason:.150}); "
-            "check the name and the network, or give a folder that holds config.json and model.safetensors"
-        ) from None
-    return os.path.dirname(config)
+LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
+GPT2_VOCAB = (
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # sha256 of OpenAI's encoder.json
+)
+GPT2_CACHE = re.compile(
+    r"models--(openai-community--)?gpt2(-medium|-large|-xl)?"
+)  # in the hub client's cache
 
 
-def read_index(path):
-    """{tensor name: file name} of a sharded model. Raises UserError."""
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(f, str) and os.path.basename(f) == f and f.endswith(".safetensors")
-        for f in shards.values()
-    ):
-        raise UserError(f"{path} has no usable weight_map; fetch the model again")
-    return shards
+def open_model(folder: str) -> tuple["Weights", dict]:
+    """The weights and the configuration of a checkpoint folder, checked against each other. Raises
+    UserError."""
+    config, weights = read_config(folder), Weights(folder)
+    check_weights(weights, config, folder)
+    return weights, config
 
 
-def read_config(folder):
-    """The configuration of a checkpoint folder (or of nanoGPT's ckpt.pt): a dict with the fields of model.GPTConfig.
-    Raises UserError, naming everything that model.py does not implement."""
-    if os.fspath(folder).endswith(".pt"):
-        from inheritune.weights import nanogpt  # which builds on this file
-
-        return nanogpt.read(folder)[1]
-    path = os.path.join(folder, "config.json")
+def read_config(folder: str) -> dict:
+    """The configuration of a checkpoint folder. Raises UserError and names everything that model.py does not
+    implement."""
+    path = os.path.join(folder, CONFIG)
     c = read_json(path)
+    check_architecture(path, c)
+    n_vocab = c.get("n_vocab", c["vocab_size"])
+    tokenizer = c.get("tokenizer") or find_tokenizer(folder)
+    bias, eot = c.get("bias", True), c.get("eos_token_id")
+    if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
+        raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
+    if not isinstance(tokenizer, str) or type(bias) is not bool:
+        raise UserError(f"{path}: tokenizer must be a name and bias true or false")
+    return {
+        "block_size": c["n_positions"],
+        "vocab_size": c["vocab_size"],
+        "n_layer": c["n_layer"],
+        "n_head": c["n_head"],
+        "n_embd": c["n_embd"],
+        "dropout": 0.0,
+        "bias": bias or has_biases(folder),
+        "scale_attn_by_inverse_layer_idx": bool(c.get("scale_attn_by_inverse_layer_idx", False)),
+        "n_vocab": n_vocab,
+        "tokenizer": tokenizer,
+        # small vocabularies made by hand often keep GPT-2's 50256 in their config: then nothing ends a text
+        "eot": eot if type(eot) is int and 0 <= eot < n_vocab else n_vocab - 1,
+    }
+
+
+def check_architecture(path: str, c: dict) -> None:
+    """Raise UserError unless config.json's content describes a GPT-2 of possible sizes that model.py
+    implements."""
     if c.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented")
-    sizes = {k: c.get(k) for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
     bad = [
-        f"{k} is {v!r:.50} (1 to {MOST[k]:,})"
-        for k, v in sizes.items()
-        if type(v) is not int or not 0 < v <= MOST[k]
+        f"{key} is {c.get(key)!r:.50} (1 to {most:,})"
+        for key, most in LIMITS.items()
+        if type(c.get(key)) is not int or not 0 < c[key] <= most
     ]
-    if not bad and sizes["n_embd"] % sizes["n_head"]:
-        bad.append(f"n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
+    if not bad and c["n_embd"] % c["n_head"]:
+        bad.append(f"n_embd {c['n_embd']} is not a multiple of n_head {c['n_head']}")
     if bad:
         raise UserError(f"{path}: {', '.join(bad)}")
-    required = {
+    implemented = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "n_inner": (None, 4 * c["n_embd"]),
         "tie_word_embeddings": (True,),
@@ -130,35 +100,44 @@ def read_config(folder):
         "scale_attn_weights": (True,),
         "layer_norm_epsilon": (1e-5,),
     }
-    refused = [f"{k}={c[k]!r}" for k, ok in required.items() if k in c and c[k] not in ok]
+    refused = [
+        f"{key}={c[key]!r}" for key, values in implemented.items() if key in c and c[key] not in values
+    ]
     if refused:
         raise UserError(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
-    n_vocab = c.get("n_vocab", c["vocab_size"])
-    tokenizer = c.get("tokenizer", "gpt2" if n_vocab == 50257 else "")
-    eot = c.get("eos_token_id")
-    if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
-        raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
-    if not isinstance(tokenizer, str) or type(c.get("bias", True)) is not bool:
-        raise UserError(f"{path}: tokenizer must be a name and bias true or false")
-    return dict(
-        block_size=c["n_positions"],
-        vocab_size=c["vocab_size"],
-        n_layer=c["n_layer"],
-        n_head=c["n_head"],
-        n_embd=c["n_embd"],
-        dropout=0.0,
-        bias=c.get("bias", True),
-        scale_attn_by_inverse_layer_idx=bool(c.get("scale_attn_by_inverse_layer_idx", False)),
-        n_vocab=n_vocab,
-        tokenizer=tokenizer,
-        # small vocabularies made by hand often keep GPT-2's 50256 in their config: then nothing ends a text
-        eot=eot if type(eot) is int and 0 <= eot < n_vocab else n_vocab - 1,
-    )
 
 
-def config_json(config):
-    """config.json's content for a model with `config` (a dict): what transformers reads, and our extra keys last."""
-    return {
+def find_tokenizer(folder: str) -> str:
+    """The tokenizer of a folder whose config.json does not name it: "gpt2" for GPT-2's vocabulary or a
+    released GPT-2 in the hub's cache, "tokenizer.json" for another one in that file, "" when there is none.
+    Raises UserError."""
+    own, vocab = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
+    if os.path.exists(own):
+        model = read_json(own).get("model")
+        ids = model.get("vocab") if isinstance(model, dict) else None
+    else:
+        ids = read_json(vocab) if os.path.exists(vocab) else None
+    if isinstance(ids, dict) and all(type(i) is int for i in ids.values()):
+        ordered = json.dumps(dict(sorted(ids.items(), key=lambda item: item[1])))  # as OpenAI's encoder.json
+        if hashlib.sha256(ordered.encode()).hexdigest() == GPT2_VOCAB:
+            return "gpt2"
+    if os.path.exists(own):
+        return "tokenizer.json"
+    in_cache = os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(folder))))
+    return "gpt2" if ids is None and GPT2_CACHE.fullmatch(in_cache) else ""
+
+
+def has_biases(folder: str) -> bool:
+    """Whether the weights in a folder, if there are any, have a bias that is not zero. A model without biases
+    gets them when transformers trains it, and its config.json goes on saying bias: false."""
+    if not any(os.path.exists(os.path.join(folder, name)) for name in (WEIGHTS, INDEX)):
+        return False
+    return any(name.endswith(".bias") and tensor[:].any() for name, tensor in Weights(folder).items())
+
+
+def config_json(config: dict) -> dict:
+    """config.json's content for a configuration: what transformers reads, and our extra keys last."""
+    return {  # frozen: checkpoint layout
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config["vocab_size"],
@@ -187,17 +166,16 @@ def config_json(config):
 
 
 class Weights(Mapping):
-    """The tensors of a checkpoint folder by their canonical names (`transformer.…`), none read yet (tensors.Lazy).
+    """The state dict of a checkpoint folder as Lazy tensors of the file's dtype: only headers are read here.
 
-    They have Hugging Face's orientation and the file's dtype. Names without the `transformer.` prefix are accepted,
-    causal-mask buffers and the copy of the tied head are left out. Raises UserError for damaged or missing files.
+    Names without the `transformer.` prefix are accepted; causal-mask buffers and the copy of the tied head
+    are left out. Raises UserError for damaged or missing files.
     """
 
-    def __init__(self, folder):
-        self.folder, self.tensors = folder, {}
-        index = os.path.join(folder, "model.safetensors.index.json")
-        names = sorted(set(read_index(index).values())) if os.path.exists(index) else ["model.safetensors"]
-        for name in names:
+    def __init__(self, folder: str):
+        self.tensors = {}
+        index = os.path.join(folder, INDEX)
+        for name in sorted(set(read_index(index).values())) if os.path.exists(index) else [WEIGHTS]:
             path = os.path.join(folder, name)
             if not os.path.isfile(path):
                 pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
@@ -205,17 +183,7 @@ class Weights(Mapping):
                 raise UserError(
                     f"{folder} has no {name}{', ' + hint if pickled else '; is it a checkpoint?'}"
                 )
-            entries = read_header(path)
-            file = open(path, "rb")  # noqa: SIM115  (as long as one of its tensors is in use)
-            for key, (dtype, shape, offset) in entries.items():
-                canonical = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-                if re.search(r"\.attn\.(bias|masked_bias)$", canonical):
-                    continue
-                if canonical in self.tensors:
-                    raise UserError(f"{path} holds {canonical} twice")
-                if dtype not in DTYPES:
-                    raise UserError(f"{path}: {canonical} is of type {dtype}, not one of {', '.join(DTYPES)}")
-                self.tensors[canonical] = stored(file, canonical, dtype, shape, offset)
+            self.add_file(path)
         head, wte = (self.tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
         if head is not None and wte is not None:
             same = head.shape == wte.shape and len(wte.shape) == 2
@@ -225,18 +193,44 @@ class Weights(Mapping):
                 )
             del self.tensors["lm_head.weight"]
 
-    def __getitem__(self, name):
+    def add_file(self, path: str) -> None:
+        """Add the tensors of one safetensors file under their canonical names."""
+        entries = read_header(path)
+        file = open(path, "rb")  # noqa: SIM115  (open as long as one of its tensors is in use)
+        for key, (dtype, shape, offset) in entries.items():
+            name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+            if re.search(r"\.attn\.(bias|masked_bias)$", name):
+                continue
+            if name in self.tensors:
+                raise UserError(f"{path} holds {name} twice")
+            if dtype not in DTYPES:
+                raise UserError(f"{path}: {name} is of type {dtype}, not one of {', '.join(DTYPES)}")
+            self.tensors[name] = stored(file, name, dtype, shape, offset)
+
+    def __getitem__(self, name: str) -> Lazy:
         return self.tensors[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tensors)
 
 
-def shapes(config):
-    """{canonical name: shape in Hugging Face's orientation} of every tensor that a folder with `config` must hold."""
+def read_index(path: str) -> dict[str, str]:
+    """{tensor name: file name} of a sharded model. Raises UserError."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(f, str) and os.path.basename(f) == f and f.endswith(".safetensors")
+        for f in shards.values()
+    ):
+        raise UserError(f"{path} has no usable weight_map; fetch the model again")
+    return shards
+
+
+def shapes(config: dict) -> dict[str, tuple]:
+    """{canonical name: shape in Hugging Face's orientation} of every tensor in a checkpoint with this
+    configuration."""
     C = config["n_embd"]
     block = {
         "ln_1.weight": (C,),
@@ -252,17 +246,15 @@ def shapes(config):
         "mlp.c_proj.weight": (4 * C, C),
         "mlp.c_proj.bias": (C,),
     }
-    wanted = {
-        "transformer.wte.weight": (config["vocab_size"], C),
-        "transformer.wpe.weight": (config["block_size"], C),
-    }
-    for i in range(config["n_layer"]):
-        wanted |= {f"transformer.h.{i}.{name}": shape for name, shape in block.items()}
-    return wanted | {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+    outside = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["block_size"], C)}
+    inside = {f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in block.items()}
+    every = outside | inside | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return {f"transformer.{name}": shape for name, shape in every.items()}
 
 
-def check_weights(weights, config):
-    """Raise UserError unless `weights` (a Weights) hold exactly the tensors of `config`, in the right shapes."""
+def check_weights(weights: Mapping, config: dict, source: str) -> None:
+    """Raise UserError, naming `source`, unless `weights` are exactly the tensors that `config` asks for, in
+    the right shapes."""
     wanted = shapes(config)
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
     wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
@@ -270,25 +262,11 @@ def check_weights(weights, config):
     wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(f"{weights.folder}: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{source}: {'; '.join(wrong[:3])}{more}")
 
 
-def open_model(folder):
-    """(Weights, configuration as from `read_config`) of a checkpoint folder, checked against each other, or what serves
-    as those of a ckpt.pt. Raises UserError."""
-    if os.fspath(folder).endswith(".pt"):
-        from inheritune.weights import nanogpt
-
-        weights, config = nanogpt.read(folder)
-    else:
-        config, weights = read_config(folder), Weights(folder)
-    check_weights(weights, config)
-    return weights, config
-
-
-def fill(parameters, state, source):
-    """Copy `state` (canonical names, Hugging Face's orientation, any float dtype) into a model's parameters
-    {name: tensor}.
+def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
+    """Copy a state dict of any float dtype into a model's own parameters.
 
     Raises UserError, naming `source`, when a model without biases would lose biases that are not zero.
     """
@@ -304,9 +282,9 @@ def fill(parameters, state, source):
                 raise UserError(f"{source}: {name} is not zero, though its config.json says bias: false")
 
 
-def arrange(parameters, config):
-    """A model's parameters {name: tensor} as a Hugging Face state dict: fp32 on the CPU, zeros for the biases that it
-    does not have."""
+def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
+    """A model's own parameters as a state dict: fp32 on the CPU, zeros for the biases that it does not
+    have."""
     state = {}
     for name, shape in shapes(config).items():
         if name in parameters:
@@ -317,18 +295,20 @@ def arrange(parameters, config):
     return state
 
 
-def write_model(folder, state, config, tokenizer_files):
-    """Write config.json and model.safetensors into an existing folder and fsync them; returns the latter's sha256.
+def write_model(
+    folder: str, state: Mapping, config: dict, tokenizer_files: dict[str, bytes], ids: Mapping = {}
+) -> None:
+    """Write a state dict, its configuration and its tokenizer's files into an existing folder, and fsync
+    them.
 
-    `state` has canonical names and Hugging Face's orientation; its tensors may be Lazy. The tokenizer's files,
-    {file name: bytes}, go beside them. The folder is not yet what anybody looks for: the caller renames it into place.
+    ids: special ids of config.json (bos_token_id …) that differ from the configuration's end-of-text. Nobody
+    looks for the folder yet: the caller renames it into place.
     """
-    digest = write_tensors(os.path.join(folder, "model.safetensors"), state)
-    write_json(os.path.join(folder, "config.json"), config_json(config))
+    write_tensors(os.path.join(folder, WEIGHTS), state)
+    write_json(os.path.join(folder, CONFIG), config_json(config) | ids)
     for name, content in tokenizer_files.items():
         with open(os.path.join(folder, name), "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
     sync_folder(folder)
-    return digest

@@ -1,14 +1,21 @@
-"""Every initialisation that the paper compares, as pure functions on state dicts.
+"""Every initialisation that the paper compares (App. D), as functions on state dicts, and `make_checkpoint`,
+which writes what one of them makes.
 
-A state dict maps canonical names (`transformer.h.0.attn.c_attn.weight` …) to tensors in Hugging Face's orientation
-(in, out), torch's or Lazy (tensors.py). Arguments are only read; what is kept unchanged is the same tensor, in its
-dtype, and no Lazy tensor is read here. Nothing here knows of files: inherit.py is the command.
+Inputs are not modified; unchanged tensors are shared, not copied, and no Lazy tensor is read here. State
+dicts and configurations are those of gpt2_format.py.
 """
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
 
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.weights import gpt2_format
+from inheritune.base.files import read_json, write_json
+from inheritune.weights.checkpoint import LINEAGE, STATE, new_folder, new_lineage
+from inheritune.weights.gpt2_format import CONFIG, arrange, open_model, shapes, write_model
 from inheritune.weights.tensors import Lazy
 
 RECIPES = (
@@ -30,53 +37,173 @@ PARTS = {
     "all": ("",),
 }  # prefixes in a block
 WTE = "transformer.wte.weight"
+OURS = (
+    CONFIG,
+    STATE,
+    LINEAGE,
+    "SHA256SUMS",
+)  # a new checkpoint has its own (earlier versions wrote SHA256SUMS)
+WEIGHT_FILES = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
+    *(".h5", ".msgpack", ".onnx", ".tflite", ".ot"),
+)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+Model = Callable[[dict], torch.nn.Module]  # makes the GPT of a configuration, with random weights
 
 
-def assemble(base, blocks, scaled):
-    """A new state dict: all of `base` outside its blocks, and for each (state, number) of `blocks` that block.
+def make_checkpoint(
+    source: str,
+    out: str,
+    new_model: Model,
+    tokenizer_files: dict[str, bytes],
+    *,
+    layers: int | None = None,
+    blocks: list[int] | None = None,
+    onto: str | None = None,
+    recipe: str = "first",
+    parts: str = "all",
+    layernorms: bool = True,
+    released_slice: bool = False,
+    seed: int = 1337,
+    **notes,
+) -> str:
+    """Make a new checkpoint folder `out` out of the checkpoint folder `source`; returns a text that says what
+    it is.
 
-    scaled: blocks divide their attention logits by (block number + 1) (scale_attn_by_inverse_layer_idx). A block that
-    changes its number then takes the quotient into its queries, and computes what it did.
+    With `blocks` it has those blocks; with `onto`, a checkpoint folder, that model's blocks and then the
+    source's up to `layers`; otherwise see `initialise`. All files of the source but weights and ours are
+    copied; `tokenizer_files` are for a source that has none. notes: kept in lineage.json. Raises UserError.
     """
-    new = {name: base[name] for name in base if not name.startswith("transformer.h.")}
-    for i, (state, number) in enumerate(blocks):
-        old, here = f"transformer.h.{number}.", f"transformer.h.{i}."
-        for name in state:
-            if name.startswith(old):
-                moved = scaled and i != number and ".attn.c_attn." in name
-                new[here + name[len(old) :]] = (
-                    scale_queries(state[name], (i + 1) / (number + 1)) if moved else state[name]
-                )
-    return new
+    weights, config = open_model(source)
+    if onto:
+        small, small_config = open_model(onto)
+        state, new_config = grow_onto(small, small_config, weights, config, layers)
+        lineage = new_lineage(source, list(range(layers)), onto, small_config["n_layer"], **notes)
+    elif blocks:
+        state, new_config = inherit(weights, config, blocks)
+        lineage = new_lineage(source, blocks)
+    else:
+        how = {"recipe": recipe, "parts": parts, "layernorms": layernorms, "released_slice": released_slice}
+        how["seed"] = seed
+        state, new_config, blocks = initialise(weights, config, new_model, layers or config["n_layer"], **how)
+        lineage = new_lineage(source, blocks, **how, **notes)
+    theirs = read_json(os.path.join(source, CONFIG))
+    ids = {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
+    with new_folder(out) as temporary:
+        write_model(temporary, state, new_config, tokenizer_files, ids)
+        copy_others(source, temporary)
+        write_json(os.path.join(temporary, LINEAGE), lineage)
+    total = sum(math.prod(t.shape) for t in state.values())
+    return f"{out}: {new_config['n_layer']} of {config['n_layer']} blocks, {total:,} values"
 
 
-def scale_queries(tensor, factor):
-    """c_attn's weight (C, 3C) or bias (3C,), Lazy, with its queries, the first third of the columns, times `factor`."""
+def copy_others(source: str, folder: str) -> None:
+    """Copy and fsync what a checkpoint folder holds besides weights and our files: tokenizer, chat template,
+    …. Hidden files and folders are left out."""
+    for name in sorted(os.listdir(source)):
+        path = os.path.join(source, name)
+        if name in OURS or name.endswith(WEIGHT_FILES) or name.startswith(".") or not os.path.isfile(path):
+            continue
+        with open(path, "rb") as theirs, open(os.path.join(folder, name), "wb") as ours:
+            shutil.copyfileobj(theirs, ours)
+            ours.flush()
+            os.fsync(ours.fileno())
 
-    def rows(a, b):
-        values = tensor[a:b] if len(tensor.shape) == 2 else tensor[:]
-        q, k, v = values.double().tensor_split(3, dim=-1)
-        values = torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
-        return values if len(tensor.shape) == 2 else values[a:b]
 
-    return Lazy(tensor.shape, tensor.dtype, rows)
+def initialise(
+    state: Mapping,
+    config: dict,
+    new_model: Model,
+    k: int,
+    recipe: str = "first",
+    parts: str = "all",
+    layernorms: bool = True,
+    released_slice: bool = False,
+    seed: int = 0,
+) -> tuple[dict, dict, list[int]]:
+    """(state, config, blocks) of a new model with k blocks made by `recipe` out of the given one.
+
+    parts: what is taken of each block, attention or MLP with the LayerNorm before it, or both;
+    layernorms=False leaves the blocks' LayerNorms out; released_slice leaves wpe and ln_f out, as the
+    authors' script does. What is left out is random, from `seed`. blocks: the source block of each new one,
+    [] for random. Raises UserError.
+    """
+    if recipe == "random":
+        small = config | {"n_layer": k}
+        return random_state(small, new_model, seed), small, []
+    blocks = choose_blocks(recipe, config["n_layer"], k)
+    state, small = inherit(state, config, blocks)
+    if recipe == "half_width":
+        state, small = halve(state, small)
+
+    def kept(name):
+        if not name.startswith("transformer.h."):
+            return name == WTE or not released_slice
+        inside = name.split(".", 3)[3]  # ln_1.weight, attn.c_attn.weight, …
+        return inside.startswith(PARTS[parts]) and (layernorms or not inside.startswith("ln_"))
+
+    if not all(map(kept, state)):
+        random = random_state(small, new_model, seed)
+        state = {name: tensor if kept(name) else random[name] for name, tensor in state.items()}
+    return state, small, blocks
 
 
-def inherit(state, config, blocks):
-    """(state, config) of the model with only these blocks (a list of numbers, repeats allowed) of the given one.
+def random_state(config: dict, new_model: Model, seed: int) -> dict[str, torch.Tensor]:
+    """The state dict (fp32) of a new model, the same for the same seed; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return arrange(dict(new_model(config).named_parameters()), config)
+
+
+def choose_blocks(recipe: str, n_layer: int, k: int) -> list[int]:
+    """The source blocks that become blocks 0 … k-1, for every recipe but random (paper, App. D).
+
+    Raises UserError when the recipe cannot make k blocks out of n_layer.
+    """
+    if recipe == "half_width" and k != n_layer:
+        raise UserError(f"half_width keeps all {n_layer} blocks: leave --layers out")
+    if recipe == "stack" and k != 2 * n_layer:
+        raise UserError(
+            f"stack doubles the model: --layers must be {2 * n_layer}, twice its {n_layer} blocks, not {k}"
+        )
+    if recipe == "hybrid" and k % 2:
+        raise UserError(f"hybrid repeats the first k/2 blocks twice: --layers must be even, not {k}")
+    if recipe != "stack" and k > n_layer:
+        raise UserError(f"--layers {k} is more than the {n_layer} blocks of the model")
+    middle = (n_layer - k) // 2
+    every_second = list(range(0, n_layer, 2))[:k]
+    more = k - len(every_second)  # DistilBERT's start of 16 out of 24 goes on with 18 … 21
+    next_ones = max(0, n_layer - 2 - more)
+    return {
+        "first": [*range(k)],
+        "last": [*range(n_layer - k, n_layer)],
+        "middle": [*range(middle, middle + k)],
+        "alternate": [*every_second, *range(next_ones, next_ones + more)],
+        "first_plus_last": [*range(k - 1), n_layer - 1],
+        "ends": [*range(k - k // 2), *range(n_layer - k // 2, n_layer)],
+        "stack": [*range(n_layer), *range(n_layer)],
+        "hybrid": [*range(k // 2), *range(k // 2)],
+        "half_width": [*range(n_layer)],
+    }[recipe]
+
+
+def inherit(state: Mapping, config: dict, blocks: list[int]) -> tuple[dict, dict]:
+    """(state, config) of the model with only these blocks (repeats allowed) of the given one (paper,
+    Algorithm 1).
 
     Raises UserError when a block is not there.
     """
-    missing = [i for i in blocks if not 0 <= i < config["n_layer"]]
+    n = config["n_layer"]
+    missing = [i for i in blocks if not 0 <= i < n]
     if not blocks or missing:
         what = f"block {missing[0]}" if missing else "at least one block"
-        n = config["n_layer"]
         raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
     scaled = config["scale_attn_by_inverse_layer_idx"]
     return assemble(state, [(state, i) for i in blocks], scaled), config | {"n_layer": len(blocks)}
 
 
-def grow_onto(small, small_config, state, config, k):
+def grow_onto(small: Mapping, small_config: dict, state: Mapping, config: dict, k: int) -> tuple[dict, dict]:
     """(state, config) of the trained small model with the reference's next blocks on top, up to k in all.
 
     Embeddings and final LayerNorm are the small model's. Raises UserError when the two do not fit together.
@@ -94,43 +221,43 @@ def grow_onto(small, small_config, state, config, k):
     return assemble(small, blocks, config["scale_attn_by_inverse_layer_idx"]), small_config | {"n_layer": k}
 
 
-def choose_blocks(recipe, n_layer, k):
-    """The source blocks (a list of numbers) that become blocks 0 … k-1, for every recipe but random (paper, App. D).
+def assemble(base: Mapping, blocks: list[tuple[Mapping, int]], scaled: bool) -> dict:
+    """A new state dict: all of `base` outside its blocks, and for each (state, number) of `blocks` that
+    block.
 
-    Raises UserError when the recipe cannot make k blocks out of n_layer.
+    scaled: blocks divide their attention logits by (block number + 1) (scale_attn_by_inverse_layer_idx). A
+    block that changes its number then takes the quotient into its queries, and computes what it did.
     """
-    if recipe == "half_width" and k != n_layer:
-        raise UserError(f"half_width keeps all {n_layer} blocks: leave --layers out")
-    if recipe == "stack" and k != 2 * n_layer:
-        raise UserError(
-            f"stack doubles the model: --layers must be {2 * n_layer}, twice its {n_layer} blocks, not {k}"
-        )
-    if recipe == "hybrid" and k % 2:
-        raise UserError(f"hybrid repeats the first k/2 blocks twice: --layers must be even, not {k}")
-    if recipe != "stack" and k > n_layer:
-        raise UserError(f"--layers {k} is more than the {n_layer} blocks of the model")
-    every_second = list(range(0, n_layer, 2))[:k]
-    more = k - len(every_second)  # DistilBERT's start of 16 out of 24 goes on with 18 … 21
-    return {
-        "first": list(range(k)),
-        "last": list(range(n_layer - k, n_layer)),
-        "middle": list(range((n_layer - k) // 2, (n_layer - k) // 2 + k)),
-        "alternate": every_second
-        + list(range(max(0, n_layer - 2 - more), max(0, n_layer - 2 - more) + more)),
-        "first_plus_last": [*range(k - 1), n_layer - 1],
-        "ends": [*range(k - k // 2), *range(n_layer - k // 2, n_layer)],
-        "stack": list(range(n_layer)) * 2,
-        "hybrid": list(range(k // 2)) * 2,
-        "half_width": list(range(n_layer)),
-    }[recipe]
+    new = {name: base[name] for name in base if not name.startswith("transformer.h.")}
+    for i, (state, number) in enumerate(blocks):
+        old, here = f"transformer.h.{number}.", f"transformer.h.{i}."
+        for name in state:
+            if name.startswith(old):
+                moved = scaled and i != number and ".attn.c_attn." in name
+                tensor = scale_queries(state[name], (i + 1) / (number + 1)) if moved else state[name]
+                new[here + name[len(old) :]] = tensor
+    return new
 
 
-def halve(state, config):
-    """(state, config) at half width: the first floor(n_head / 2) heads, as many channels as they have, MLP 4 × that.
-    All its tensors are Lazy.
+def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> Lazy:
+    """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first third of the columns, times
+    `factor`."""
 
-    The paper does not say which channels of embeddings and LayerNorms it keeps; the first ones go with the first heads.
-    Raises UserError for a single head.
+    def rows(a, b):
+        values = tensor[a:b] if len(tensor.shape) == 2 else tensor[:]
+        q, k, v = values.double().tensor_split(3, dim=-1)
+        values = torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
+        return values if len(tensor.shape) == 2 else values[a:b]
+
+    return Lazy(tensor.shape, tensor.dtype, rows)
+
+
+def halve(state: Mapping, config: dict) -> tuple[dict, dict]:
+    """(state, config) at half width: the first floor(n_head / 2) heads, as many channels as they have, MLP 4
+    × that.
+
+    The paper does not say which channels of embeddings and LayerNorms it keeps; the first ones go with the
+    first heads. Raises UserError for a single head.
     """
     n_head = config["n_head"] // 2
     if not n_head:
@@ -143,39 +270,9 @@ def halve(state, config):
         return rows[..., : 4 * c if ".c_fc." in name else c].contiguous()
 
     def cut(name, tensor, shape):
-        if len(shape) == 1:  # whose columns are its rows
+        if len(shape) == 1:  # its rows are columns
             return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[:])[a:b])
         return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[a:b]))
 
     small = config | {"n_head": n_head, "n_embd": c}
-    shapes = gpt2_format.shapes(small)
-    return {name: cut(name, state[name], shapes[name]) for name in state}, small
-
-
-def initialise(state, config, recipe, k, fresh, parts="all", layernorms=True, released_slice=False):
-    """(state, config, blocks) of a new model with k blocks made by `recipe` out of the given one.
-
-    parts: what is taken of each block, attention or MLP with the LayerNorm before it, or both; layernorms=False leaves
-    the blocks' LayerNorms out; released_slice leaves wpe and ln_f out, as the authors' script does. What is left out
-    comes from fresh(config), which makes a whole random state dict. blocks: the source block of each new one, [] for
-    random. Raises UserError.
-    """
-    if recipe == "random":
-        small = config | {"n_layer": k}
-        return fresh(small), small, []
-    blocks = choose_blocks(recipe, config["n_layer"], k)
-    state, small = inherit(state, config, blocks)
-    if recipe == "half_width":
-        state, small = halve(state, small)
-
-    def kept(name):
-        if not name.startswith("transformer.h."):
-            return name == WTE or not released_slice
-        inside = name.split(".", 3)[3]  # ln_1.weight, attn.c_attn.weight, …
-        return inside.startswith(PARTS[parts]) and (layernorms or not inside.startswith("ln_"))
-
-    dropped = [name for name in state if not kept(name)]
-    if dropped:
-        random = fresh(small)
-        state = {name: random[name] if name in set(dropped) else tensor for name, tensor in state.items()}
-    return state, small, blocks
+    return {name: cut(name, state[name], shape) for name, shape in shapes(small).items()}, small

@@ -1,13 +1,13 @@
-"""Tensors in files, a few megabytes at a time: read when asked for, written and hashed piece by piece.
+"""Tensors in safetensors files, read and written a few megabytes at a time.
 
-So a model of 6 GB is cut, checked and written in the memory of one piece. Files are in the safetensors format: eight
-bytes that say how long the header is, the header in JSON, and the tensors, one behind the other.
+So a model of 6 GB is cut, checked and written in the memory of one piece. A file holds eight bytes that give
+the length of the header, the header in JSON, and the tensors one after the other.
 """
 
-import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,57 +16,52 @@ from safetensors import SafetensorError, safe_open
 
 from inheritune.base.errors import UserError
 
-PIECE = 2**22  # bytes; stays in the processor's cache while it is read, checked, hashed and written
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}  # as files have them
+PIECE = 2**22  # bytes; stays in the processor's cache while it is read, checked and written
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Lazy:
-    """A tensor that is read or made row by row: `lazy[a:b]` is the torch.Tensor of rows a to b.
+    """A tensor that is read or computed row by row: `lazy[a:b]` is the torch.Tensor of rows a to b.
 
-    What takes these takes torch's tensors as well: both have `shape`, `dtype` and `[a:b]`.
+    Functions that take these take torch tensors as well: both have `shape`, `dtype` and `[a:b]`.
     """
 
-    def __init__(self, shape, dtype, rows):
+    def __init__(self, shape: tuple, dtype: torch.dtype, rows: Callable[[int, int], torch.Tensor]):
         """rows(a, b) gives rows a to b, (b - a, *shape[1:]) of dtype."""
         self.shape, self.dtype, self.rows = tuple(shape), dtype, rows
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: slice) -> torch.Tensor:
         start, stop, _ = rows.indices(self.shape[0])
         return self.rows(start, stop)
 
 
-def pieces(tensor):
-    """Yield a tensor of at least one dimension (torch's or Lazy) in runs of rows, of PIECE bytes or one row."""
+def pieces(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
+    """The rows of a tensor of at least one dimension, in runs of PIECE bytes or of one row."""
     step = max(1, PIECE // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for start in range(0, tensor.shape[0], step):
         yield tensor[start : start + step]
 
 
-def raw(tensor):
+def raw(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of a contiguous CPU tensor as an array of uint8 that shares its memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def check_finite(tensor, name, source):
-    """The tensor, if all of it is finite; else UserError: the run that wrote it had diverged, or it is damaged."""
+def check_finite(tensor: torch.Tensor, name: str, source: str) -> torch.Tensor:
+    """The tensor itself. Raises UserError if it holds NaN or infinity: the run that wrote it had diverged, or
+    the file is damaged."""
     values = tensor.detach()
-    values = values.float() if tensor.dtype == torch.bfloat16 else values  # which numpy does not have
-    if not np.isfinite(
-        values.numpy()
-    ).all():  # on one core: torch's would spin on the other while the disk works
+    values = values.float() if tensor.dtype == torch.bfloat16 else values  # numpy has no bfloat16
+    if not np.isfinite(values.numpy()).all():  # numpy uses one core: the other one writes meanwhile
         raise UserError(f"{source}: {name:.80} holds NaN or infinity: take an earlier checkpoint")
     return tensor
 
 
-def read_header(path):
-    """{tensor name: (dtype as the file says it, shape, offset in the file)}. Raises UserError for a damaged file."""
+def read_header(path: str) -> dict[str, tuple[str, tuple, int]]:
+    """{tensor name: (dtype as in the file, shape, offset in the file)}. Raises UserError for a damaged
+    file."""
     try:
-        safe_open(path, framework="pt")  # which checks lengths, shapes and offsets against each other
+        safe_open(path, framework="pt")  # checks lengths, shapes and offsets against each other
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             entries = json.loads(f.read(length))
@@ -79,9 +74,9 @@ def read_header(path):
     }
 
 
-def stored(file, name, dtype, shape, offset):
-    """The Lazy tensor of an entry of `read_header`, of an open file. Reading it raises UserError for what is not
-    finite, and for a file that has been cut off meanwhile; both say `name`."""
+def stored(file, name: str, dtype: str, shape: tuple, offset: int) -> Lazy:
+    """The tensor of a `read_header` entry in an open file. Reading its rows raises UserError, with `name`,
+    when they are not finite or the file has been cut off since."""
     dtype = DTYPES[dtype]
     row = math.prod(shape[1:]) * dtype.itemsize
 
@@ -97,12 +92,10 @@ def stored(file, name, dtype, shape, offset):
     return Lazy(shape, dtype, rows)
 
 
-def write_tensors(path, tensors):
-    """Write {name: tensor (Lazy, or torch's, contiguous and on the CPU)} to a safetensors file, the same bytes as
-    safetensors' own save_file, and fsync it; returns the hex sha256 of the file.
-
-    Raises OSError when the disk is full or the like.
-    """
+def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
+    """Write tensors (Lazy, or torch's, contiguous and on the CPU) to a safetensors file and fsync it. The
+    bytes are those of safetensors' own save_file. Raises OSError when the disk is full or the like."""
+    # header: largest dtype first, then by name
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors, key=lambda name: (list(names).index(tensors[name].dtype), name))
     entries, end = {"__metadata__": {"format": "pt"}}, 0
@@ -116,18 +109,20 @@ def write_tensors(path, tensors):
         }
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    head = len(header).to_bytes(8, "little") + header
-    whole = (tensors[name] if tensors[name].shape else tensors[name].reshape(1) for name in order)
-    digest = hashlib.sha256()
-    with open(path, "wb") as f, ThreadPoolExecutor(1) as beside:
-        f.write(head)
-        hashed = beside.submit(digest.update, head)
-        for piece in (raw(piece) for tensor in whole for piece in pieces(tensor)):
-            hashed.result()  # of the piece before: no more than two are in memory
-            hashed = beside.submit(digest.update, piece)
-            f.write(piece)
-            if hasattr(os, "posix_fadvise"):  # Linux begins to write the piece to the disk, not all at fsync
-                os.posix_fadvise(f.fileno(), f.tell() - len(piece), len(piece), os.POSIX_FADV_DONTNEED)
+
+    # one thread writes a piece while this one reads and checks the next
+    def write(piece):
+        f.write(piece)
+        if hasattr(os, "posix_fadvise"):  # Linux starts to write the piece to the disk now, not all at fsync
+            os.posix_fadvise(f.fileno(), f.tell() - len(piece), len(piece), os.POSIX_FADV_DONTNEED)
+
+    with open(path, "wb") as f, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(f.write, len(header).to_bytes(8, "little") + header)
+        for name in order:
+            tensor = tensors[name] if tensors[name].shape else tensors[name].reshape(1)
+            for piece in pieces(tensor):
+                written.result()  # at most two pieces in memory
+                written = writer.submit(write, raw(piece))
+        written.result()
         f.flush()
         os.fsync(f.fileno())
-    return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Each initialisation: exactly which tensors equal which, and that it trains. python -m pytest tests/test_recipes.py"""
+"""Each initialisation: exactly which tensors equal which, and that it trains. python -m pytest
+tests/weights/test_recipes.py"""
 
 import dataclasses
 import json
@@ -27,8 +28,12 @@ def reference():
     return hf_state(model), dataclasses.asdict(model.config)
 
 
-def fresh(config, seed=3):
-    return inherit.fresh(config, seed)
+def new_model(config):
+    return GPT(GPTConfig(**config))
+
+
+def initialise(state, config, recipe, k, **how):
+    return recipes.initialise(state, config, new_model, k, recipe, **how)
 
 
 def block(state, i):
@@ -71,7 +76,7 @@ def test_blocks_of_each_recipe(recipe, n_layer, k, blocks):
 def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
     state, config = reference
     k = 12 if recipe == "stack" else 4
-    new, small, blocks = recipes.initialise(state, config, recipe, k, fresh)
+    new, small, blocks = initialise(state, config, recipe, k)
     assert small["n_layer"] == k == len(blocks)
     for i, source in enumerate(blocks):
         assert same(block(new, i), block(state, source))
@@ -90,7 +95,7 @@ def test_a_block_that_moves_computes_what_it_did(recipe, bias):
         seed=5, n_layer=6, n_head=5, n_embd=20, bias=bias, scale_attn_by_inverse_layer_idx=True
     )
     k = 12 if recipe == "stack" else 4
-    state, small, blocks = recipes.initialise(hf_state(model), vars(model.config), recipe, k, fresh)
+    state, small, blocks = initialise(hf_state(model), vars(model.config), recipe, k)
     moved = GPT(GPTConfig(**small)).eval()
     gpt2_format.fill(dict(moved.named_parameters()), state, recipe)
     idx = torch.arange(8)[None]
@@ -105,11 +110,11 @@ def test_a_block_that_moves_computes_what_it_did(recipe, bias):
 def test_random_keeps_nothing_and_follows_its_seed(reference):
     state, config = reference
     before = torch.get_rng_state()
-    new, small, blocks = recipes.initialise(state, config, "random", 3, lambda c: fresh(c, 1))
+    new, small, blocks = initialise(state, config, "random", 3, seed=1)
     assert blocks == [] and small["n_layer"] == 3
     assert torch.equal(before, torch.get_rng_state())
-    assert same(new, recipes.initialise(state, config, "random", 3, lambda c: fresh(c, 1))[0])
-    other = recipes.initialise(state, config, "random", 3, lambda c: fresh(c, 2))[0]
+    assert same(new, initialise(state, config, "random", 3, seed=1)[0])
+    other = initialise(state, config, "random", 3, seed=2)[0]
     wte = "transformer.wte.weight"
     assert not torch.equal(new[wte], other[wte]) and not torch.equal(new[wte], state[wte])
 
@@ -117,7 +122,7 @@ def test_random_keeps_nothing_and_follows_its_seed(reference):
 def test_half_width_takes_the_first_heads(reference):
     """5 heads of 4: 2 are kept, with 8 channels; every tensor is a corner of the reference's."""
     state, config = reference
-    new, small, _ = recipes.initialise(state, config, "half_width", 6, fresh)
+    new, small, _ = initialise(state, config, "half_width", 6)
     assert (small["n_layer"], small["n_head"], small["n_embd"]) == (6, 2, 8)
     assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(small)
     new = {n: t[:] for n, t in new.items()}
@@ -154,8 +159,8 @@ def test_half_width_of_xl():
 def test_parts(reference, parts, layernorms):
     """What is not taken is random init: ones in LayerNorms, zero biases, small matrices."""
     state, config = reference
-    new, small, _ = recipes.initialise(state, config, "first", 3, fresh, parts, layernorms)
-    other = fresh(small)
+    new, small, _ = initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
+    other = recipes.random_state(small, new_model, 3)
     taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[
         parts
     ]
@@ -171,8 +176,8 @@ def test_parts(reference, parts, layernorms):
 
 def test_released_slice_leaves_positions_and_final_norm_random(reference):
     state, config = reference
-    new, small, _ = recipes.initialise(state, config, "first", 3, fresh, released_slice=True)
-    other = fresh(small)
+    new, small, _ = initialise(state, config, "first", 3, released_slice=True, seed=3)
+    other = recipes.random_state(small, new_model, 3)
     for i in range(3):
         assert same(block(new, i), block(state, i))
     assert torch.equal(new["transformer.wte.weight"], state["transformer.wte.weight"])
@@ -185,7 +190,7 @@ def test_arguments_are_not_changed(reference):
     before = {name: t.clone() for name, t in state.items()}
     for recipe in recipes.RECIPES:
         k = {"stack": 12, "half_width": 6}.get(recipe, 2)
-        recipes.initialise(state, config, recipe, k, fresh, parts="attn", released_slice=True)
+        initialise(state, config, recipe, k, parts="attn", released_slice=True)
     assert same(state, before) and config["n_layer"] == 6
 
 

@@ -1,6 +1,7 @@
-"""The Hugging Face layout: what is read, what is refused by name, and that transformers opens what is written.
+"""The Hugging Face layout: what is read, what is refused by name, and that transformers opens what is
+written.
 
-pytest tests/test_hf.py
+pytest tests/weights/test_gpt2_format.py
 """
 
 import dataclasses
@@ -10,12 +11,13 @@ import re
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from inheritune.base.errors import UserError
-from inheritune.weights import gpt2_format
-from model import GPT, GPTConfig
+from inheritune.weights import checkpoint, gpt2_format
+from model import GPT
 from tests.tiny import gpt2, hf_state, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
 
 
@@ -212,11 +214,11 @@ def test_the_file_is_plain_fp32_with_the_one_metadata_key(tmp_path):
         assert f.get_slice("transformer.h.0.mlp.c_fc.weight").get_shape() == [16, 64], "input first"
 
 
-def test_biases_that_bias_false_would_lose_are_refused(tmp_path):
-    write_checkpoint(tmp_path / "a")
-    edit_config(tmp_path / "a", bias=False)
+def test_a_model_without_biases_does_not_lose_biases(tmp_path):
+    model = write_checkpoint(tmp_path / "a")
+    parameters = dict(tiny_model(bias=False).named_parameters())
     with pytest.raises(UserError, match=r"is not zero, though its config\.json says bias: false"):
-        GPT.from_pretrained(str(tmp_path / "a"))
+        gpt2_format.fill(parameters, hf_state(model), "a")
 
 
 def test_loading_leaves_nothing_mapped(tmp_path):
@@ -227,13 +229,6 @@ def test_loading_leaves_nothing_mapped(tmp_path):
     with open(path, "r+b") as f:
         f.write(b"\xff" * os.path.getsize(path))
     assert same_weights(model, loaded)
-
-
-def test_a_gpt2_made_elsewhere_takes_the_tokenizer_of_its_size(saved):
-    assert GPTConfig.from_folder(str(saved[0])).tokenizer == ""  # 101 ids: nothing is known
-    edit_config(saved[0], vocab_size=50257, eos_token_id=50256)
-    config = GPTConfig.from_folder(str(saved[0]))
-    assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
 
 
 def test_shapes_are_those_of_the_model_in_its_order():
@@ -255,49 +250,51 @@ def test_writing_needs_no_biases_in_the_model():
 def test_a_hub_that_cannot_be_reached_is_one_short_line(capfd):
     for name in ("gpt2-large", "nobody/nothing", "a/b/c"):
         with pytest.raises(UserError) as e:
-            gpt2_format.download(name)
+            checkpoint.download(name)
         assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 350
     assert capfd.readouterr() == ("", "")
 
 
-class Hub:
-    """hf_hub_download, of a folder that stands for the hub's repository."""
+@pytest.fixture
+def hub(saved, monkeypatch):
+    """(snapshot_download's requests so far, the folder that stands for the hub's repository)."""
+    asked = []
 
-    def __init__(self, folder, monkeypatch):
-        self.folder, self.asked = str(folder), []
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.fetch)
-        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: None)
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(saved[0])
 
-    def fetch(self, name, file):
-        from huggingface_hub.errors import EntryNotFoundError
-
-        self.asked.append(file)
-        path = os.path.join(self.folder, file)
-        if not os.path.exists(path):
-            raise EntryNotFoundError(f"404 {file}")
-        return path
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked, saved[0]
 
 
-def test_a_download_fetches_only_what_is_needed(saved, tmp_path, monkeypatch):
-    folder, reference = saved
-    hub = Hub(folder, monkeypatch)
-    assert_opens_equal("some/model", reference)
-    assert hub.asked == ["config.json", "model.safetensors"]
-    hub.asked.clear()
-    assert gpt2_format.download("some/model", weights=False) == str(folder)
-    assert hub.asked == ["config.json"]
-    reference.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    hub = Hub(tmp_path / "sharded", monkeypatch)
-    assert_opens_equal("some/model", reference)
-    assert len(hub.asked) > 4
+def test_a_download_fetches_only_what_is_needed(saved, hub):
+    assert_opens_equal("some/model", saved[1])
+    assert checkpoint.download("some/model", weights=False) == str(saved[0])
+    (_, everything), (_, few) = hub[0]
+    wanted = {"model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    small = {
+        "config.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "spiece.model",
+        "merges.txt",
+        "chat_template.jinja",
+    }
+    for names, patterns in ((small, few), (small | wanted, everything)):
+        assert set(filter_repo_objects(small | wanted, allow_patterns=patterns)) == names
+        assert not set(
+            filter_repo_objects(["pytorch_model.bin", "x.py", "tf_model.h5"], allow_patterns=patterns)
+        )
 
 
-def test_a_hub_model_with_only_a_pickle_is_refused(saved, monkeypatch):
-    hub = Hub(saved[0], monkeypatch)
-    os.unlink(saved[0] / "model.safetensors")
+def test_a_hub_model_without_the_files_is_refused(hub):
+    os.unlink(hub[1] / "model.safetensors")
     with pytest.raises(UserError, match="perhaps only a pickle, which is never opened"):
-        gpt2_format.download("some/model")
-    assert "pytorch_model.bin" not in hub.asked
+        checkpoint.download("some/model")
+    os.unlink(hub[1] / "config.json")
+    with pytest.raises(UserError, match=r"has no config\.json: not a transformers model"):
+        checkpoint.download("some/model", weights=False)
 
 
 @pytest.mark.parametrize("size", ["1GB", "20KB"])

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: read exactly, executed never. pytest tests/test_nanogpt.py"""
+"""nanoGPT's ckpt.pt: read exactly, executed never. pytest tests/weights/test_nanogpt.py"""
 
 import dataclasses
 import os
@@ -9,10 +9,10 @@ import torch
 
 import inherit
 import train
-from inheritune.base.files import read_json
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 from tests.tiny import arguments, refusal, same_weights, tiny_model, write_data
+from tools import convert_nanogpt
 
 
 def write_ckpt(path, module, prefix="", masks=True, **changes):
@@ -39,44 +39,56 @@ def write_ckpt(path, module, prefix="", masks=True, **changes):
     return str(path)
 
 
+def convert(path, out, *flags):
+    """The checkpoint folder that convert_nanogpt.py makes of a file."""
+    convert_nanogpt.main([str(path), str(out), *flags])
+    return str(out)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("masks", [True, False])
 def test_every_weight_arrives(tmp_path, bias, prefix, masks):
     model = tiny_model(bias=bias)
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks)
-    loaded = GPT.from_pretrained(path)
+    loaded = GPT.from_pretrained(convert(path, tmp_path / "out"))
     assert same_weights(loaded, model)
     expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=319)
     assert loaded.config == expected
 
 
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
-def test_gpt2s_vocabulary_is_known_by_its_size(tmp_path, vocab_size):
-    config = GPTConfig.from_folder(
-        write_ckpt(tmp_path / "ckpt.pt", tiny_model(vocab_size=vocab_size, n_layer=1))
-    )
+def test_gpt2s_sizes_are_taken_for_gpt2_aloud(tmp_path, vocab_size, capsys):
+    path = write_ckpt(tmp_path / "ckpt.pt", tiny_model(vocab_size=vocab_size, n_layer=1))
+    config = GPTConfig.from_folder(convert(path, tmp_path / "out"))
     assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
+    assert f"{vocab_size} ids: taken for tokens of gpt2" in capsys.readouterr().out
 
 
-def test_inherit_takes_it(tmp_path):
-    model = tiny_model(bias=False)
-    path = write_ckpt(tmp_path / "ckpt.pt", model)
-    inherit.main(["--ckpt", path, "--layers=2", "--out", str(tmp_path / "small")])
-    small = GPT.from_pretrained(str(tmp_path / "small"))
-    whole = dict(model.named_parameters())
-    assert small.config.n_layer == 2 and not small.config.bias
-    assert all(torch.equal(p, whole[name]) for name, p in small.named_parameters())
-    source = read_json(tmp_path / "small/lineage.json")["sources"]["reference"]
-    assert list(source["files"]) == ["ckpt.pt"] and source["name"].endswith("/ckpt.pt")
+def test_the_tokenizer_can_be_said(tmp_path):
+    path = write_ckpt(tmp_path / "ckpt.pt", tiny_model())
+    folder = convert(path, tmp_path / "out", "--tokenizer", "bytes")
+    config = GPTConfig.from_folder(folder)
+    assert (config.tokenizer, config.n_vocab, config.eot) == ("bytes", 257, 256)
+    assert os.path.exists(f"{folder}/tokenizer.json")
+    small = write_ckpt(tmp_path / "small.pt", tiny_model(vocab_size=200))
+    said = refusal(convert_nanogpt.main, [small, tmp_path / "no", "--tokenizer", "bytes"])
+    assert said.endswith("--tokenizer bytes has 257 ids, the model only 200")
 
 
-def test_train_starts_from_it_as_from_what_inherit_makes_of_it(tmp_path):
+def test_train_and_inherit_take_what_was_converted_and_name_the_tool_otherwise(tmp_path):
     data = write_data(tmp_path / "data")
     path = write_ckpt(tmp_path / "ckpt.pt", tiny_model(bias=False))
     shape = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": None, "max_iters": 4}
-    train.main(arguments(data, tmp_path / "a", init_from=path, inherit_layers=2, **shape))
-    inherit.main(["--ckpt", path, "--layers=2", "--out", str(tmp_path / "small")])
+    run = arguments(data, tmp_path / "a", init_from=path, inherit_layers=2, **shape)
+    for main, argv in (
+        (train.main, run),
+        (inherit.main, ["--ckpt", path, "--layers=2", "--out", tmp_path / "small"]),
+    ):
+        assert f"convert it by python tools/convert_nanogpt.py {path} FOLDER" in refusal(main, argv)
+    folder = convert(path, tmp_path / "converted")
+    train.main(arguments(data, tmp_path / "a", init_from=folder, inherit_layers=2, **shape))
+    inherit.main(["--ckpt", folder, "--layers=2", "--out", str(tmp_path / "small")])
     train.main(arguments(data, tmp_path / "b", init_from=tmp_path / "small", **shape))
     assert open(tmp_path / "a/log.csv").read() == open(tmp_path / "b/log.csv").read()
     assert same_weights(*(GPT.from_pretrained(checkpoint.find(str(tmp_path / n))) for n in "ab"))
@@ -135,6 +147,6 @@ BAD = {
 def test_anything_else_is_refused_and_nothing_runs(tmp_path, make, message):
     path, mark = tmp_path / "ckpt.pt", tmp_path / "mark"
     make(path, str(mark))
-    said = refusal(inherit.main, ["--ckpt", path, "--layers=2", "--out", tmp_path / "out"])
+    said = refusal(convert_nanogpt.main, [path, tmp_path / "out"])
     assert message in said and str(path) in said and len(said.splitlines()) == 1
     assert not mark.exists() and not (tmp_path / "out").exists()

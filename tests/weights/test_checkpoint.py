@@ -1,6 +1,7 @@
-"""Checkpoint and run folders: whole or absent, found by any of their names, exact, and independent of where they are.
+"""Checkpoint and run folders: whole or absent, found by any of their names, exact, and independent of where
+they are.
 
-pytest tests/test_checkpoint.py
+pytest tests/weights/test_checkpoint.py
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from inheritune.data import hf_tokenizer
 from inheritune.data.tokenizer import RANKS_FILE
 from inheritune.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, snapshot
 from inheritune.training.settings import TrainSettings
-from inheritune.weights import checkpoint, gpt2_format
+from inheritune.weights import checkpoint
 from model import GPT
 from tests.tiny import same_weights, tiny_model, write_checkpoint, write_model
 
@@ -55,12 +56,8 @@ def everything(folder):
 def test_a_checkpoint_holds_these_files(tmp_path):
     save(tmp_path, 7)
     names = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "lineage.json"}
-    names |= {"tokenizer.json", "tokenizer_config.json", "SHA256SUMS"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir(tmp_path / "step_00000007")) == names
-    subprocess.run(
-        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "step_00000007", check=True
-    )
-    assert len((tmp_path / "step_00000007/SHA256SUMS").read_text().splitlines()) == len(names) - 1
     assert os.readlink(tmp_path / "latest") == "step_00000007"
     assert all(os.stat(tmp_path / "step_00000007" / n).st_mode & 0o444 == 0o444 for n in names)
 
@@ -70,7 +67,6 @@ def test_a_checkpoint_holds_these_files(tmp_path):
     [
         "inheritune.weights.gpt2_format.write_tensors",
         "inheritune.weights.checkpoint.write_tensors",
-        "inheritune.weights.checkpoint.sha256",
         "inheritune.weights.gpt2_format.write_json",
         "inheritune.weights.checkpoint.write_json",
         "os.fsync",
@@ -105,7 +101,7 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
 
 def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt2_format, "download", lambda name, weights: f"hub:{name}:{weights}")
+    monkeypatch.setattr(checkpoint, "download", lambda name, weights: f"hub:{name}:{weights}")
     assert checkpoint.find("gpt2-large") == "hub:gpt2-large:True"
     assert checkpoint.find("who/what.v2", weights=False) == "hub:who/what.v2:False"
     for name in ("./gone", "a/b/c", "/gone", "a b", ""):
@@ -122,7 +118,8 @@ def test_a_link_is_made_whatever_a_kill_left(tmp_path):
 
 
 def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
-    """Each file and the folder are fsynced before the rename, the parent after it; then the link, in the same way."""
+    """Each file and the folder are fsynced before the rename, the parent after it; then the link, in the same
+    way."""
     events = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(
@@ -165,28 +162,6 @@ def test_what_a_kill_left_is_swept_and_the_rest_is_not(tmp_path):
         (tmp_path / name).write_text("not ours")
     checkpoint.sweep(str(tmp_path))
     assert (tmp_path / ".hidden").exists() and (tmp_path / "notes.tmp").exists()
-
-
-def test_verify_reads_what_sha256sum_writes(tmp_path):
-    for name in ("a", "b  c  d", "e"):
-        (tmp_path / name).write_text(name)
-    sums = subprocess.run(
-        ["sha256sum", "a", "b  c  d", "e"], cwd=tmp_path, capture_output=True, check=True
-    ).stdout
-    (tmp_path / "SHA256SUMS").write_bytes(sums)
-    checkpoint.verify(str(tmp_path))
-    (tmp_path / "b  c  d").write_text("other")
-    with pytest.raises(UserError, match="b  c  d is missing or not what was written"):
-        checkpoint.verify(str(tmp_path))
-    for line in ("nonsense", f"{'0' * 64}  ../a", f"{'0' * 64}  /etc/passwd"):
-        (tmp_path / "SHA256SUMS").write_text(line + "\n")
-        with pytest.raises(UserError, match="SHA256SUMS is damaged"):
-            checkpoint.verify(str(tmp_path))
-
-
-def test_a_folder_without_sums_cannot_be_verified(tmp_path):
-    with pytest.raises(UserError, match="has no SHA256SUMS to verify it by"):
-        checkpoint.verify(str(tmp_path))
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
@@ -319,7 +294,7 @@ def test_nothing_is_pickled(tmp_path):
     save(tmp_path, 1)
     for name in os.listdir(tmp_path / "step_00000001"):
         head = (tmp_path / "step_00000001" / name).read_bytes()
-        assert name.endswith((".safetensors", "SUMS")) or isinstance(json.loads(head), dict)
+        assert name.endswith(".safetensors") or isinstance(json.loads(head), dict)
         assert not head.startswith((b"\x80", b"PK"))
 
 
