@@ -253,7 +253,7 @@ def write_report(settings, given, rep) -> str:
             f"{there.out_dir} has no row of a reference: run the same command without --report first"
         )
     shown = write_tables(rep.results, rows, left_out)
-    figures = draw_results(rep.results, rows, curves)
+    figures = draw_results(rep.results, rows, curves, settings.optimizer)
     missing = len(pairs_of(commons, seeds)) - len(rows)
     note = f"{missing} arms × seeds are not there yet\n" if missing else ""
     return f"{shown}\n{note}written: {rep.results}/results.csv, table.md, {', '.join(figures)}"

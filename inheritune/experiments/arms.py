@@ -23,6 +23,7 @@ from inheritune.weights.checkpoint import identify
 from model import GPTConfig
 
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # also the reference's
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # as labels have them
 DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
 
 
@@ -248,8 +249,11 @@ def find_arm(name: str) -> Arm:
 
 def say(key, value) -> str:
     """A changed setting as labels have it."""
-    known = {"optimizer": {"muon": "Muon", "adamw": "AdamW"}.get(value), "max_iters": f"{value} steps"}
-    return known.get(key) or f"{key} {value}"
+    if key == "max_iters":
+        return f"{value} steps"
+    if key == "learning_rate":
+        return f"lr {value:g}"
+    return OPTIMIZERS[value] if key == "optimizer" else f"{key} {value}"
 
 
 def parse_arms(text: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Every figure, in one style: of a recipe, a comparison, an analysis. Functions draw what they are given."""
 
+import math
 import os
 import statistics
 import textwrap
@@ -11,10 +12,10 @@ matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, PowerNorm
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
-from inheritune.experiments.arms import find_arm, split_name
+from inheritune.experiments.arms import OPTIMIZERS, find_arm, split_name
 from inheritune.experiments.tables import SCHEDULE, best_variant, by_arm, mean_and_error, mean_loss
 
 # Okabe and Ito's palette: told apart by colour-blind readers too
@@ -31,7 +32,7 @@ COLOURS = {  # of the arms that the question is about; the others are grey
     "ends": PURPLE,
     "onto": ORANGE,
 }
-OPTIMIZERS = {None: "-", "muon": "--", "adamw": ":"}  # line styles; None is the experiment's own
+STYLES = {"adamw": "-", "muon": "--"}
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
 plt.rcParams.update({"legend.fontsize": 8, "axes.titlesize": 10, "savefig.dpi": 150})
@@ -60,7 +61,7 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
         how = {"color": COLOURS[arm], "alpha": alpha}
         axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **how)
         axes.plot(tokens[-1], losses[-1], "o", markersize=4, **how)
-    axes.axhline(reference_loss, color=BLACK, linewidth=0.8, linestyle=":", label="reference, final")
+    axes.axhline(reference_loss, color=BLACK, linewidth=0.8, linestyle=":", label="the reference at its end")
     cut(axes, [losses[-1] for *_, losses in curves] + [reference_loss], 0.3, 2.5)
     axes.set(xlabel="training tokens of the run itself", ylabel="validation loss (nats/token)", title=title)
     axes.grid()
@@ -68,21 +69,22 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
     save(figure, path)
 
 
-def draw_results(folder: str, rows: list[dict], curves) -> list[str]:
+def draw_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[str]:
     """Write replicate.py's figures into `folder` and return their names.
 
-    rows: as in row.json; curves: for each row (FLOPs, losses).
+    rows: as in row.json; curves: for each row (FLOPs, losses); optimizer: of the arms that do not name
+    another.
     """
     title = os.path.basename(os.path.normpath(folder))
     arms = by_arm(rows)
     drawn = {arm: [c for r, c in zip(rows, curves, strict=True) if r["arm"] == arm and c[0]] for arm in arms}
     figures = {
         "curves.png": lambda path: plot_comparison(path, arms, drawn, title),
-        "compute.png": lambda path: plot_compute(path, arms, drawn, title),
+        "compute.png": lambda path: plot_compute(path, arms, drawn, title, optimizer),
         "rank.png": lambda path: plot_ranks(path, arms, title),
     }
     if budgets(arms):
-        figures["budget.png"] = lambda path: plot_budget(path, arms, title)
+        figures["budget.png"] = lambda path: plot_budget(path, arms, title, optimizer)
     for name, draw in figures.items():
         draw(os.path.join(folder, name))
     return list(figures)
@@ -90,9 +92,9 @@ def draw_results(folder: str, rows: list[dict], curves) -> list[str]:
 
 def mean_curve(curves):
     """(xs, mean, lowest, highest) of several seeds' curves over the same xs."""
-    by_x = list(zip(*(ys for _, ys in curves), strict=True))
+    by_x = list(zip(*(ys for _, ys in curves), strict=False))  # a run may have stopped early
     return (
-        curves[0][0],
+        curves[0][0][: len(by_x)],
         [statistics.fmean(ys) for ys in by_x],
         [min(ys) for ys in by_x],
         [max(ys) for ys in by_x],
@@ -112,7 +114,7 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
     """Draw every arm's validation loss over its own training FLOPs (left), and the final losses (right)."""
     height = max(5.5, 0.9 + 0.17 * len(arms))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1.2, 1))
-    lines = {arm: mean_curve(curves) for arm, curves in drawn.items() if curves}
+    lines = {arm: mean_curve(curves) for arm, curves in drawn.items() if curves and "@" not in arm}
     for arm in sorted(lines, key=lambda arm: arm in COLOURS):  # the grey ones behind
         how = {"color": "#D0D0D0", "linewidth": 0.8}
         if arm in COLOURS:
@@ -123,6 +125,8 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
         xlabel="training FLOPs of the arm's own stages",
         ylabel="validation loss (nats/token), mean over seeds",
     )
+    level = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
+    left.axhline(curve_level(arms), **level, label="the reference at its end")
     left.grid()
     left.legend()
     points = [
@@ -134,9 +138,8 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
         for arm, rows in arms.items()
     ]
     draw_points(right, sorted(points, key=lambda p: p[1]))
-    right.set(xlabel="final validation loss, mean and standard error over seeds")
-    left.axhline(curve_level(arms), color=BLACK, linewidth=0.8, linestyle=":")
-    right.axvline(mean_loss(arms["reference"]), color=BLACK, linewidth=0.8, linestyle=":")
+    right.set(xlabel="final validation loss\n(mean and standard error over seeds)")
+    right.axvline(mean_loss(arms["reference"]), **level)
     figure.suptitle(title)
     save(figure, path)
 
@@ -146,7 +149,7 @@ def curve_level(arms: dict, arm="reference") -> float:
     return statistics.fmean(r["curve_loss"] for r in arms[arm])
 
 
-def plot_compute(path: str, arms: dict, drawn: dict, title: str) -> None:
+def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> None:
     """Draw what starting from a trained reference gives: validation loss over a run's own training FLOPs, one
     panel for each optimizer, for random init, Inheritune, `ends` and the best other arm that starts from the
     reference.
@@ -159,7 +162,7 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str) -> None:
         shown = [arm for arm in chosen if arm and drawn[arm]]
         others = [arm for arm in arms if drawn[arm] and arm not in shown and is_recipe(arm, optimizer)]
         best = min(others, key=lambda arm: mean_loss(arms[arm]), default=None)
-        if best and mean_loss(arms[best]) < min(mean_loss(arms[arm]) for arm in shown):
+        if best and mean_loss(arms[best]) < min((mean_loss(arms[arm]) for arm in shown), default=math.inf):
             shown.append(best)
         if any(split_name(arm)[0] != "reference" for arm in shown):
             panels.append((optimizer, shown))
@@ -176,10 +179,14 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str) -> None:
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
             finals.append(mean[-1])
         axes.axhline(
-            level, color=BLACK, linewidth=0.8, linestyle=":", label=f"the reference at its end: {level:.3f}"
+            level,
+            color=BLACK,
+            linewidth=0.8,
+            linestyle=":",
+            label=f"the given reference at its end: {level:.3f}",
         )
         axes.set(xlabel="training FLOPs of the run itself, the reference being there")
-        axes.set_title({None: "", "muon": "Muon"}.get(optimizer, optimizer))
+        axes.set_title(OPTIMIZERS[optimizer or own])
         axes.grid()
         axes.legend()
     cut(places[0, 0], finals)
@@ -207,24 +214,28 @@ def budgets(arms: dict) -> dict:
     return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
 
 
-def plot_budget(path: str, arms: dict, title: str) -> None:
+def plot_budget(path: str, arms: dict, title: str, own: str) -> None:
     """Draw final loss over training steps, each point a run with a schedule of its own: does inheriting
     pay?"""
     figure, axes = plt.subplots(figsize=(8, 5))
-    steps_seen = set()
-    for (base, optimizer), by_steps in budgets(arms).items():
-        found = [mean_and_error([r["val_loss"] for r in arms[arm]]) for arm in by_steps.values()]
-        means, errors = [m for m, _ in found], [e or 0 for _, e in found]
-        label = find_arm(f"{base}@optimizer={optimizer}" if optimizer else base).label
-        how = {"color": COLOURS.get(base, GREY), "linestyle": OPTIMIZERS[optimizer]}
+    found = budgets(arms)
+    for (base, optimizer), by_steps in found.items():
+        points = [mean_and_error([r["val_loss"] for r in arms[arm]]) for arm in by_steps.values()]
+        means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
+        how = {"color": COLOURS.get(base, GREY), "linestyle": STYLES[optimizer or own]}
+        label = f"{find_arm(base).label}, {OPTIMIZERS[optimizer or own]}"
         axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, capsize=3, label=label, **how)
-        steps_seen |= set(by_steps)
-    for arm in {best_variant(arms, "reference", optimizer) for _, optimizer in budgets(arms)} - {None}:
-        how = {"linestyle": OPTIMIZERS[split_name(arm)[1].get("optimizer")], "linewidth": 0.8, "color": BLACK}
-        axes.axhline(mean_loss(arms[arm]), label=f"{find_arm(arm).label}, at its end", **how)
+    # levels of the references
+    for optimizer in dict.fromkeys(optimizer for _, optimizer in found):
+        arm = best_variant(arms, "reference", optimizer)
+        if arm:
+            how = {"linestyle": STYLES[optimizer or own], "linewidth": 0.8, "color": BLACK}
+            label = f"reference at its end, {OPTIMIZERS[optimizer or own]}"
+            axes.axhline(mean_loss(arms[arm]), label=label, **how)
+    ticks = sorted({steps for by_steps in found.values() for steps in by_steps})
     axes.set_xscale("log")
-    axes.set_xticks(sorted(steps_seen), [f"{steps:,}" for steps in sorted(steps_seen)])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
+    axes.minorticks_off()
     axes.set(
         xlabel="training steps, each point a run of its own", ylabel="final validation loss (nats/token)"
     )

@@ -1,15 +1,16 @@
 """Runs of train.py: their failures, curves and clocks. pytest tests/experiments/test_jobs.py"""
 
 import os
+import weakref
 
 import pytest
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import Request
-from inheritune.experiments.arms import Stage
 from inheritune.experiments.jobs import first_reach, run_stage, wall_seconds
-from model import GPTConfig
-from tests.tiny import tiny_config
+from inheritune.training.settings import TrainSettings
+from model import GPT, GPTConfig
+from tests.tiny import tiny_config, write_checkpoint, write_data
 
 
 def test_first_reach_counts_earlier_stages(tmp_path):
@@ -44,3 +45,26 @@ def test_failed_stage_is_one_line(tmp_path):
     assert not os.path.exists(tmp_path / "x")
     with pytest.raises(UserError, match=r"did not finish .*no data folder 'missing'"):
         run_stage(stage, Request(), quiet=True)
+
+
+def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypatch):
+    """The next training is another process on the same GPU."""
+    folder, data = str(tmp_path / "ckpt"), write_data(tmp_path / "data")
+    config = write_checkpoint(folder).config
+    settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu")
+    models, load = [], GPT.from_pretrained
+
+    def remember(name):
+        model = load(name)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(GPT, "from_pretrained", remember)
+    alive = []
+    monkeypatch.setattr(jobs, "release", lambda device: alive.append([m for m in models if m() is not None]))
+    for work in (
+        lambda: jobs.measure(settings, config, folder),
+        lambda: jobs.max_ranks(settings, lambda: GPT.from_pretrained(folder)),
+    ):
+        work()
+    assert len(models) == 2 and alive == [[], []]

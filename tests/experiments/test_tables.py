@@ -29,3 +29,56 @@ def test_verdicts_say_which_way_it_fell():
     assert "Plain longer training wins" in text
     arms[-1]["val_loss"] = 2.4
     assert "Inheriting wins even" in " ".join(tables.verdicts(arms, 2.0))
+
+
+def rows_of(arm, losses, **more):
+    """Rows of an arm, a seed for each loss."""
+    base = {
+        "arm": arm,
+        "n_layer": 2,
+        "params": 10,
+        "steps": 8,
+        "flops": 1.0,
+        "layer_steps": 16,
+        "wall_s": 1.0,
+    }
+    base |= {"flops_with_reference": 2.0, "layer_steps_with_reference": 32, "settings_hash": "0"}
+    base |= dict.fromkeys(("reached_step", "reached_flops", "reached_layer_steps"))
+    base |= {"lazy_before": 0, "lazy_after": 1, "ranks_before": [3.0, 2.0], "ranks_after": [2.0, 1.0]} | more
+    return [base | {"seed": s, "val_loss": x, "curve_loss": x} for s, x in enumerate(losses)]
+
+
+ROWS = [
+    *rows_of("reference", [2.0, 2.1]),
+    *rows_of("reference@optimizer=muon", [1.8, 1.9]),
+    *rows_of("random", [2.5, 2.7]),
+    *rows_of("random@max_iters=4", [3.0], steps=4),
+    *rows_of("random@optimizer=muon@learning_rate=8e-3", [2.2, 2.3]),
+    *rows_of("random@optimizer=muon@learning_rate=4e-3", [2.0, 2.2]),
+    *rows_of("ends", [1.9, 2.2, 2.3]),
+    *rows_of("ends@max_iters=4", [2.6], steps=4),
+    *rows_of("ends@optimizer=muon", [1.9, 2.0]),
+]
+
+
+def test_a_recipe_is_held_against_its_own_optimizer_and_steps():
+    arms = tables.by_arm(ROWS)
+    assert tables.less(arms, "ends", "random") == "-0.5500 ± 0.0500†"
+    assert tables.less(arms, "ends@max_iters=4", "random") == "-0.4000"
+    # of several learning rates the best
+    assert tables.less(arms, "ends@optimizer=muon", "random") == "-0.1500 ± 0.0500†"
+    assert tables.less(arms, "ends@optimizer=muon", "reference", any_length=True) == "+0.1000 ± 0.0000†"
+    assert tables.less(arms, "ends@max_iters=4", "reference", any_length=True) == "+0.6000"
+    assert tables.less(arms, "ends", "inheritune") == tables.less(arms, "random", "random") == ""
+
+
+def test_the_table_groups_variants_and_explains_few_seeds():
+    text = tables.comparison_table(ROWS, {"unseen": "seen is 1"})
+    labels = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("|")][2:]
+    ends = labels.index("| first and last half of k")
+    assert labels[ends + 1 : ends + 3] == [
+        "| – first and last half of k, 4 steps",
+        "| – first and last half of k, Muon",
+    ]
+    assert "one degree of freedom" in text and "Left out: unseen (seen is 1)." in text
+    assert "| 2.1333 ± 0.1202 |" in text  # three seeds are not marked
