@@ -7,6 +7,8 @@ import pytest
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import Request
+from inheritune.experiments import jobs
+from inheritune.experiments.arms import Stage
 from inheritune.experiments.jobs import first_reach, run_stage, wall_seconds
 from inheritune.training.settings import TrainSettings
 from model import GPT, GPTConfig
