@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 score.py --ckpt out/ --data data/owt
     python score.py --ckpt out/ --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai --out scores.json
 
-The split is cut into windows of block_size inputs that do not overlap, the last one shorter, so that every token but
-the very first is predicted exactly once, from the inputs that its window has up to there. Nothing is drawn at random,
-and the sum does not depend on how many processes share the work.
+The split is cut into windows of block_size inputs that do not overlap, the last one shorter, so that every
+token but the very first is predicted exactly once, from the inputs that its window has up to there. Nothing
+is drawn at random, and the sum does not depend on how many processes share the work.
 """
 
 import contextlib
@@ -15,11 +15,14 @@ import os
 import sys
 import tempfile
 
+from torch import Tensor
+
 from inheritune.base.errors import Parser, UserError, nearest, one_line
 from inheritune.base.files import write_json
 from inheritune.data import hf_tokenizer
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
 from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.experiments.tables import markdown
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import total_nats
@@ -38,18 +41,18 @@ PAPER = {
 }
 
 
-class Whole:
-    """A whole split (a `Tokens`) as windows that do not overlap, in groups of `group`; the shorter last window is a
+class SplitWindows:
+    """A split (a `Tokens`) as windows that do not overlap, in groups of `group`; the shorter last window is a
     group of its own. Raises UserError when there is nothing to predict."""
 
-    def __init__(self, tokens, block_size, group):
+    def __init__(self, tokens: Tokens, block_size: int, group: int):
         if len(tokens) < 2:
             raise UserError(f"{tokens.folder}: {tokens.split} has {len(tokens)} tokens; a loss needs two")
         self.tokens, self.block_size, self.group = tokens, block_size, group
         self.n_windows, self.rest = divmod(len(tokens) - 1, block_size)
         self.n_groups = -(-self.n_windows // group) + (self.rest > 0)
 
-    def batch(self, g):
+    def batch(self, g: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of group g: (≤ group, block_size) int64, or (1, rest) for the last window."""
         numbers = range(g * self.group, min((g + 1) * self.group, self.n_windows))
         if numbers:
@@ -57,16 +60,35 @@ class Whole:
         return self.tokens.windows([0], self.rest, first=self.n_windows * self.block_size)
 
 
-def losses(nats, scored, n_bytes):
-    """{loss in nats/token, perplexity, bits_per_byte, …} from summed nats over `scored` tokens of `n_bytes` of text.
+def score_split(args, folder: str, config: GPTConfig, ranks: Ranks, device) -> dict:
+    """The `losses` of a checkpoint folder on the split that the command line names."""
 
-    The bits are those of all scored tokens, also of those that end a text, as where it ends has to be told, too; the
-    bytes are those of the split's text alone, end-of-text marks not counted (as in meta.json). n_bytes None, from a
-    folder that does not say, gives None. Raises UserError when the loss is not finite.
+    def open_split():
+        check_tokenizer(args.data, folder, config)
+        return SplitWindows(Tokens(args.data, args.split), config.block_size, args.batch_size)
+
+    windows = ranks.agree(open_split)
+    model = ranks.agree(lambda: GPT.from_pretrained(folder)).to(device)
+    dtype = machine.pick_dtype(args.dtype, device)
+    nats = total_nats(model, windows, ranks, device, dtype, title=f"loss on {args.data}")
+    described = read_meta(args.data).get("splits", {}).get(args.split, {})
+    found = losses(nats, len(windows.tokens) - 1, described.get("bytes"))
+    return {"data": args.data, "split": args.split} | found
+
+
+def losses(nats: float, scored: int, n_bytes: int | None) -> dict:
+    """{loss in nats/token, perplexity, bits_per_byte, …} from summed nats over `scored` tokens of `n_bytes`
+    of text.
+
+    The bits are those of all scored tokens, end-of-text marks included: where a text ends has to be told,
+    too. The bytes are those of the split's text alone, as in meta.json; None, from a folder that does not
+    say, gives None. Raises UserError when the loss is not finite.
     """
     loss = nats / scored
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss}: the model's weights, or its activations in this dtype, are not finite")
+        raise UserError(
+            f"the loss is {loss}: the model's weights, or its activations in this dtype, are not finite"
+        )
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # any more and it is no float
@@ -76,23 +98,7 @@ def losses(nats, scored, n_bytes):
     }
 
 
-def score_split(args, folder, config, ranks, device):
-    """The `losses` of a checkpoint folder on the split that the command line names."""
-    group = args.batch_size
-
-    def open_split():
-        check_tokenizer(args.data, folder, config)
-        return Whole(Tokens(args.data, args.split), config.block_size, group)
-
-    whole = ranks.agree(open_split)
-    model = ranks.agree(lambda: GPT.from_pretrained(folder)).to(device)
-    dtype = machine.pick_dtype(args.dtype, device)
-    nats = total_nats(model, whole, ranks, device, dtype, title=f"loss on {args.data}")
-    described = read_meta(args.data).get("splits", {}).get(args.split, {})
-    return {"data": args.data, "split": args.split} | losses(nats, len(whole.tokens) - 1, described.get("bytes"))
-
-
-def find_tasks(names, include_path):
+def find_tasks(names: list[str], include_path: str | None):
     """lm-evaluation-harness's TaskManager, which knows all of `names`. Raises UserError."""
     try:
         from lm_eval.tasks import TaskManager
@@ -103,18 +109,23 @@ def find_tasks(names, include_path):
     manager = TaskManager(include_path=include_path)  # needs an extra package
     for name in names:  # needs an extra package
         if name not in manager.all_tasks:
-            raise UserError(f"lm_eval knows no task {name!r}{nearest(name, manager.all_tasks)}; see --include_path")
+            raise UserError(
+                f"lm_eval knows no task {name!r}{nearest(name, manager.all_tasks)}; see --include_path"
+            )
     return manager  # needs an extra package
 
 
 @contextlib.contextmanager
 def with_tokenizer(folder, config):  # needs an extra package
-    """A folder with the checkpoint's tokenizer files: itself, or a temporary one for a checkpoint that has none."""
+    """A folder with the checkpoint's tokenizer files: itself, or a temporary one for a checkpoint that has
+    none."""
     content = hf_tokenizer.files(config, folder)
     if any(os.path.exists(os.path.join(folder, name)) for name in content if name != RANKS_FILE):
         yield folder
     elif "tokenizer.json" not in content:
-        raise UserError(f"{folder} has no tokenizer files and its vocabulary {config.tokenizer!r} is not to be had")
+        raise UserError(
+            f"{folder} has no tokenizer files and its vocabulary {config.tokenizer!r} is not to be had"
+        )
     else:
         with tempfile.TemporaryDirectory() as temporary:
             for name in content:
@@ -126,7 +137,8 @@ def with_tokenizer(folder, config):  # needs an extra package
 def score_tasks(args, names, manager, folder, config, device):  # needs an extra package
     """What lm-evaluation-harness says of the tasks, as in its own results.json.
 
-    The model is Hugging Face's, with its weights in --dtype; number of shots, prompts and seeds are the tasks' own.
+    The model is Hugging Face's, with its weights in --dtype; number of shots, prompts and seeds are the
+    tasks' own.
     """
     import lm_eval
 
@@ -141,7 +153,9 @@ def score_tasks(args, names, manager, folder, config, device):  # needs an extra
             batch_size=args.batch_size,
             device=str(device),
         )
-    return {key: finite(said[key]) for key in ("results", "versions", "n-shot", "n-samples")} | {"limit": args.limit}
+    return {key: finite(said[key]) for key in ("results", "versions", "n-shot", "n-samples")} | {
+        "limit": args.limit
+    }
 
 
 def finite(value):
@@ -151,10 +165,11 @@ def finite(value):
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def headline(name, result):
+def headline(name: str, result: dict) -> tuple:
     """(column title, metric, value, standard error or None) of one task's results; fractions become per cent.
 
-    The metric is the paper's, and for a task that the paper does not have accuracy, or else the first there is.
+    The metric is the paper's, and for a task that the paper does not have accuracy, or else the first there
+    is.
     """
     title, wanted = PAPER.get(name, (name, "acc"))
     keys = [k for k, v in result.items() if "," in k and "_stderr," not in k and isinstance(v, int | float)]
@@ -167,9 +182,9 @@ def headline(name, result):
     return title, metric, result[key] * scale, error * scale if isinstance(error, int | float) else None
 
 
-def task_table(names, results):
-    """The tasks as a Markdown table in the paper's form: a column each and the average of the accuracies, in per
-    cent, with standard errors (the average's as if the tasks' errors were independent)."""
+def task_table(names: list[str], results: dict) -> str:
+    """The tasks as a Markdown table in the paper's form: a column each and the average of the accuracies, in
+    per cent, with standard errors (the average's as if the tasks' errors were independent)."""
     columns = [headline(name, results[name]) for name in names]
     accuracies = [c for c in columns if c[1] in ("acc", "acc_norm")]
     if accuracies:
@@ -178,29 +193,28 @@ def task_table(names, results):
         columns.append(("average", "", sum(c[2] for c in accuracies) / n, error))
     titles, metrics, values, errors = zip(*columns, strict=True)
     shown = [["–" if v is None else f"{v:.2f}" for v in row] for row in (values, errors)]
-    rows = [("", *titles), ("---", *["---:"] * len(titles))]
-    rows += [("metric", *metrics), ("score", *shown[0]), ("standard error", *shown[1])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [("metric", *metrics), ("score", *shown[0]), ("standard error", *shown[1])]
+    return markdown(["", *titles], rows)
 
 
-def loss_table(found):
+def loss_table(found: dict) -> str:
     """What `score_split` found, as a Markdown table."""
-    bits = found["bits_per_byte"]
-    return (
-        "| data | split | tokens scored | loss (nats/token) | perplexity | bits per byte |\n"
-        "|---|---|---:|---:|---:|---:|\n"
-        f"| {found['data']} | {found['split']} | {found['tokens_scored']:,} | {found['loss']:.4f} | "
-        f"{found['perplexity']:.3f} | {'n/a' if bits is None else f'{bits:.4f}'} |"
-    )
+    columns = ["data", "split", "tokens scored", "loss (nats/token)", "perplexity", "bits per byte"]
+    bits = "n/a" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
+    losses = [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}", bits]
+    return markdown(columns, [[found["data"], found["split"], f"{found['tokens_scored']:,}", *losses]])
 
 
-def make_parser():
-    """The command line."""
+def make_parser() -> Parser:
     parser = Parser(description="Score a checkpoint on a data folder, on downstream tasks, or on both.")
-    parser.add_argument("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
+    parser.add_argument(
+        "--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id"
+    )
     parser.add_argument("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
     parser.add_argument("--split", default="val", help="the split of --data")
-    parser.add_argument("--tasks", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-eval.txt)")
+    parser.add_argument(
+        "--tasks", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-eval.txt)"
+    )
     parser.add_argument("--include_path", help="folder with YAML files of further tasks")
     parser.add_argument("--limit", type=int, help="only this many examples of each task, to try things out")
     parser.add_argument("--batch_size", type=int, default=8, help="windows or requests per forward pass")
@@ -210,7 +224,7 @@ def make_parser():
     return parser
 
 
-def check(args, world):
+def check(args, world: int) -> list[str]:
     """Raise UserError for values that make no sense; return the names of the tasks."""
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     if not args.data and not names:
@@ -232,7 +246,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     ranks = Ranks()
     names = check(args, ranks.world)
-    manager = find_tasks(names, args.include_path) if names else None  # hours before a typo would come to light
+    manager = find_tasks(names, args.include_path) if names else None  # a typo shows before the long work
     device = machine.pick(args.device, ranks.local)
     with ranks.joined(device):
         folder = ranks.once_per_node(lambda: checkpoint.find(args.ckpt))

@@ -83,7 +83,7 @@ def test_loss_is_the_plain_one(ckpt, tmp_path, capsys, batch_size):
 @pytest.mark.parametrize("count", [2, 64, 65, 66, 129])
 def test_every_token_but_the_first_is_a_target_once(tmp_path, count):
     folder = write_data(tmp_path / "data", val=count)
-    whole = score.Whole(data.Tokens(folder, "val"), 64, 2)
+    whole = score.SplitWindows(data.Tokens(folder, "val"), 64, 2)
     batches = [whole.batch(g) for g in range(whole.n_groups)]
     ids = data.Tokens(folder, "val").read(0, count)
     assert torch.cat([targets.flatten() for _, targets in batches]).tolist() == ids[1:].tolist()
@@ -109,7 +109,7 @@ def test_another_split_and_no_byte_count(ckpt, tmp_path, capsys):
 def test_shares_add_up(ckpt, tmp_path):
     """What several ranks compute of the sum is the sum, each group in its place."""
     folder = write_data(tmp_path / "data")
-    whole = score.Whole(data.Tokens(folder, "val"), 64, 1)
+    whole = score.SplitWindows(data.Tokens(folder, "val"), 64, 1)
     model, cpu = GPT.from_pretrained(ckpt).eval(), torch.device("cpu")
 
     class Share:
@@ -130,7 +130,14 @@ def test_shares_add_up(ckpt, tmp_path):
 @pytest.mark.slow
 def test_torchrun_gives_the_same_number(ckpt, tmp_path):
     folder, _ = write_text(tmp_path / "data", [TEXT] * 3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "score.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "score.py",
+    ]
     command += ["--ckpt", ckpt, "--data", folder, "--device", "cpu", "--batch_size", "2"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two.json")], cwd=ROOT, check=True, capture_output=True, text=True
@@ -139,7 +146,11 @@ def test_torchrun_gives_the_same_number(ckpt, tmp_path):
     with open(tmp_path / "two.json") as f:
         assert json.load(f)["loss"] == scored(ckpt, folder, tmp_path, "--batch_size", "2")
     done = subprocess.run([*command, "--split", "test"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and done.stderr.count("score.py: ") == 1 and "no usable list of test shards" in done.stderr
+    assert (
+        done.returncode
+        and done.stderr.count("score.py: ") == 1
+        and "no usable list of test shards" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +210,12 @@ def test_without_lm_eval_it_names_the_requirements(ckpt, monkeypatch):
 
 def test_the_table_is_the_papers():
     results = {
-        "arc_easy": {"acc,none": 0.4, "acc_stderr,none": 0.02, "acc_norm,none": 0.5, "acc_norm_stderr,none": 0.03},
+        "arc_easy": {
+            "acc,none": 0.4,
+            "acc_stderr,none": 0.02,
+            "acc_norm,none": 0.5,
+            "acc_norm_stderr,none": 0.03,
+        },
         "lambada_openai": {"perplexity,none": 20.0, "perplexity_stderr,none": 1.0, "acc,none": 0.3},
         "mine": {"alias": "mine", "bits,none": 1.5, "bits_stderr,none": "N/A"},
     }
@@ -244,12 +260,28 @@ metric_list:
 def toy(tmp_path):
     """A folder with two tasks on forty questions, some longer than the model's 64 positions."""
     rng = np.random.default_rng(0)
-    words = ["the", "a", "fox", "dog", "é", "<|endoftext|>", "jumps\n", "over", "lazy", "quick", "😀", "one", "two"]
+    words = [
+        "the",
+        "a",
+        "fox",
+        "dog",
+        "é",
+        "<|endoftext|>",
+        "jumps\n",
+        "over",
+        "lazy",
+        "quick",
+        "😀",
+        "one",
+        "two",
+    ]
     with open(tmp_path / "toy.jsonl", "w") as f:
         for i in range(40):
             question = " ".join(rng.choice(words, 4 + i // 2))
             choices = [" ".join(rng.choice(words, n)) for n in (1, 2, 3)]
-            f.write(json.dumps({"question": question, "choices": choices, "answer": int(rng.integers(3))}) + "\n")
+            f.write(
+                json.dumps({"question": question, "choices": choices, "answer": int(rng.integers(3))}) + "\n"
+            )
     (tmp_path / "choice.yaml").write_text(CHOICE.replace("FOLDER", str(tmp_path)))
     (tmp_path / "rolling.yaml").write_text(ROLLING.replace("FOLDER", str(tmp_path)))
     return tmp_path
@@ -260,9 +292,28 @@ def test_tasks_are_what_lm_eval_says_by_hand(ckpt, toy, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
-    asked = ["--tasks", "toy_choice,toy_rolling", "--include_path", str(toy), "--device", "cpu", "--batch_size", "4"]
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={ckpt},dtype=float32"]
-    subprocess.run([*command, *asked, "--output_path", str(toy / "by_hand")], cwd=toy, check=True, capture_output=True)
+    asked = [
+        "--tasks",
+        "toy_choice,toy_rolling",
+        "--include_path",
+        str(toy),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "4",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={ckpt},dtype=float32",
+    ]
+    subprocess.run(
+        [*command, *asked, "--output_path", str(toy / "by_hand")], cwd=toy, check=True, capture_output=True
+    )
     (by_hand,) = (toy / "by_hand").rglob("results_*.json")
     by_hand = json.loads(by_hand.read_text())["results"]
     score.main(["--ckpt", ckpt, *asked, "--out", str(toy / "scores.json")])

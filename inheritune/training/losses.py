@@ -25,10 +25,10 @@ def total_nats(
     """The summed loss (nats) over all targets of `data`, the same number on every rank and for any number of
     ranks.
 
-    data has `n_groups` and `batch(g)`, inputs and targets of group g (ValData, score.Whole); ranks take turns
-    with the groups. `stop()` is asked before each turn, equally often on every rank, and must answer alike on
-    all: True ends the work, and the result is None. A title shows a progress bar on rank 0. Leaves the model
-    in eval mode.
+    data has `n_groups` and `batch(g)`, inputs and targets of group g (ValData, score.SplitWindows); ranks
+    take turns with the groups. `stop()` is asked before each turn, equally often on every rank, and must
+    answer alike on all: True ends the work, and the result is None. A title shows a progress bar on rank 0.
+    Leaves the model in eval mode.
     """
     model.eval()
     nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; the others' stay zero
