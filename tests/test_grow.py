@@ -157,9 +157,9 @@ def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(Request, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
-    small = gpt2_format.Weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
-    reference = gpt2_format.Weights(checkpoint.find(f"{out}/reference", prefer="latest"))
-    start = gpt2_format.Weights(f"{out}/onto_03")
+    small = gpt2_format.read_weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
+    reference = gpt2_format.read_weights(checkpoint.find(f"{out}/reference", prefer="latest"))
+    start = gpt2_format.read_weights(f"{out}/onto_03")
     for name in start:
         source = reference if ".h.2." in name else small
         assert (start[name][:] == source[name][:]).all(), name

@@ -8,7 +8,6 @@ GELU is the exact one, ours GPT-2's tanh approximation: the same weights give ve
 """
 
 import os
-import re
 import sys
 import zipfile
 
@@ -22,6 +21,7 @@ from inheritune.data.tokenizer import load_tokenizer
 from inheritune.weights.checkpoint import new_folder
 from inheritune.weights.gpt2_format import (
     INPUT_FIRST,
+    MASKS,
     check_architecture,
     check_weights,
     config_json,
@@ -71,7 +71,7 @@ def canonical(path: str, state: dict, config: dict) -> dict[str, torch.Tensor]:
     tensors = {}
     for key, tensor in state.items():
         name = str(key).removeprefix("_orig_mod.")
-        if name == "lm_head.weight" or re.search(r"\.attn\.(bias|masked_bias)$", name):
+        if name == "lm_head.weight" or MASKS.search(name):
             continue
         if (
             not isinstance(tensor, torch.Tensor)

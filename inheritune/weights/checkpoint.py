@@ -31,19 +31,9 @@ from inheritune.weights.tensors import write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
-HUB_FILES = [  # what a checkpoint's folder on the hub holds besides weights
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-]
+# what a checkpoint's folder on the hub holds besides weights
+HUB_FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
+HUB_FILES += " added_tokens.json vocab.json vocab.txt merges.txt *.model *.jinja"
 
 
 def find(name: str, prefer: str = "best", weights: bool = True) -> str:
@@ -88,9 +78,9 @@ def download(name: str, weights: bool = True) -> str:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # what goes wrong is said once, below
-    wanted = HUB_FILES + (["*.safetensors", "*.safetensors.index.json"] if weights else [])
+    wanted = HUB_FILES + " *.safetensors *.safetensors.index.json" * weights
     try:
-        folder = hub.snapshot_download(name, allow_patterns=wanted)
+        folder = hub.snapshot_download(name, allow_patterns=wanted.split())
     except RepositoryNotFoundError:  # needs the hub
         raise UserError(f"no folder {name!r} here and no model of that id on the Hugging Face hub") from None
     except (

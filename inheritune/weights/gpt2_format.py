@@ -13,38 +13,28 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
-from inheritune.weights.tensors import DTYPES, Lazy, pieces, read_header, stored, write_tensors
+from inheritune.weights.tensors import Lazy, pieces, read_tensors, write_tensors
 
-CONFIG, WEIGHTS, INDEX = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # frozen: checkpoint layout
-INPUT_FIRST = (
-    "attn.c_attn.weight",
-    "attn.c_proj.weight",
-    "mlp.c_fc.weight",
-    "mlp.c_proj.weight",
-)  # (in, out) on disk
+# frozen: checkpoint layout
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# stored as (in, out)
+INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks, which the released files hold as tensors
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
-GPT2_VOCAB = (
-    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # sha256 of OpenAI's encoder.json
-)
-GPT2_CACHE = re.compile(
-    r"models--(openai-community--)?gpt2(-medium|-large|-xl)?"
-)  # in the hub client's cache
+# sha256 of OpenAI's encoder.json, and how the hub's client calls the folders of the released GPT-2s
+GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+GPT2_CACHE = re.compile(r"models--(openai-community--)?gpt2(-medium|-large|-xl)?")
 
 
-def open_model(folder: str) -> tuple["Weights", dict]:
-    """The weights and the configuration of a checkpoint folder, checked against each other. Raises
-    UserError."""
-    config, weights = read_config(folder), Weights(folder)
+def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
+    """(state dict, configuration) of a checkpoint folder, checked against each other. Raises UserError."""
+    config, weights = read_config(folder), read_weights(folder)
     check_weights(weights, config, folder)
     return weights, config
 
@@ -132,7 +122,7 @@ def has_biases(folder: str) -> bool:
     gets them when transformers trains it, and its config.json goes on saying bias: false."""
     if not any(os.path.exists(os.path.join(folder, name)) for name in (WEIGHTS, INDEX)):
         return False
-    return any(name.endswith(".bias") and tensor[:].any() for name, tensor in Weights(folder).items())
+    return any(name.endswith(".bias") and tensor[:].any() for name, tensor in read_weights(folder).items())
 
 
 def config_json(config: dict) -> dict:
@@ -165,56 +155,34 @@ def config_json(config: dict) -> dict:
     }
 
 
-class Weights(Mapping):
-    """The state dict of a checkpoint folder as Lazy tensors of the file's dtype: only headers are read here.
+def read_weights(folder: str) -> dict[str, Lazy]:
+    """The state dict of a checkpoint folder, Lazy and in the file's dtype: only headers are read here.
 
     Names without the `transformer.` prefix are accepted; causal-mask buffers and the copy of the tied head
     are left out. Raises UserError for damaged or missing files.
     """
-
-    def __init__(self, folder: str):
-        self.tensors = {}
-        index = os.path.join(folder, INDEX)
-        for name in sorted(set(read_index(index).values())) if os.path.exists(index) else [WEIGHTS]:
-            path = os.path.join(folder, name)
-            if not os.path.isfile(path):
-                pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
-                hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
-                raise UserError(
-                    f"{folder} has no {name}{', ' + hint if pickled else '; is it a checkpoint?'}"
-                )
-            self.add_file(path)
-        head, wte = (self.tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
-        if head is not None and wte is not None:
-            same = head.shape == wte.shape and len(wte.shape) == 2
-            if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
-                raise UserError(
-                    f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented"
-                )
-            del self.tensors["lm_head.weight"]
-
-    def add_file(self, path: str) -> None:
-        """Add the tensors of one safetensors file under their canonical names."""
-        entries = read_header(path)
-        file = open(path, "rb")  # noqa: SIM115  (open as long as one of its tensors is in use)
-        for key, (dtype, shape, offset) in entries.items():
+    index = os.path.join(folder, INDEX)
+    tensors = {}
+    for file in sorted(set(read_index(index).values())) if os.path.exists(index) else [WEIGHTS]:
+        path = os.path.join(folder, file)
+        if not os.path.isfile(path):
+            pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
+            hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
+            raise UserError(f"{folder} has no {file}{', ' + hint if pickled else '; is it a checkpoint?'}")
+        for key, tensor in read_tensors(path, MASKS).items():
             name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-            if re.search(r"\.attn\.(bias|masked_bias)$", name):
-                continue
-            if name in self.tensors:
+            if name in tensors:
                 raise UserError(f"{path} holds {name} twice")
-            if dtype not in DTYPES:
-                raise UserError(f"{path}: {name} is of type {dtype}, not one of {', '.join(DTYPES)}")
-            self.tensors[name] = stored(file, name, dtype, shape, offset)
-
-    def __getitem__(self, name: str) -> Lazy:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+            tensors[name] = tensor
+    head, wte = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    if head is not None and wte is not None:
+        same = head.shape == wte.shape and len(wte.shape) == 2
+        if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
+            raise UserError(
+                f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented"
+            )
+        del tensors["lm_head.weight"]
+    return tensors
 
 
 def read_index(path: str) -> dict[str, str]:
@@ -229,32 +197,21 @@ def read_index(path: str) -> dict[str, str]:
 
 
 def shapes(config: dict) -> dict[str, tuple]:
-    """{canonical name: shape in Hugging Face's orientation} of every tensor in a checkpoint with this
-    configuration."""
+    """{canonical name: shape in Hugging Face's orientation} of all tensors of a checkpoint."""
     C = config["n_embd"]
-    block = {
-        "ln_1.weight": (C,),
-        "ln_1.bias": (C,),
-        "attn.c_attn.weight": (C, 3 * C),
-        "attn.c_attn.bias": (3 * C,),
-        "attn.c_proj.weight": (C, C),
-        "attn.c_proj.bias": (C,),
-        "ln_2.weight": (C,),
-        "ln_2.bias": (C,),
-        "mlp.c_fc.weight": (C, 4 * C),
-        "mlp.c_fc.bias": (4 * C,),
-        "mlp.c_proj.weight": (4 * C, C),
-        "mlp.c_proj.bias": (C,),
-    }
-    outside = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["block_size"], C)}
-    inside = {f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in block.items()}
-    every = outside | inside | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    layers = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+    layers |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    every = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["block_size"], C)}
+    for i in range(config["n_layer"]):
+        for name, shape in layers.items():
+            every |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
+    every |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
     return {f"transformer.{name}": shape for name, shape in every.items()}
 
 
 def check_weights(weights: Mapping, config: dict, source: str) -> None:
-    """Raise UserError, naming `source`, unless `weights` are exactly the tensors that `config` asks for, in
-    the right shapes."""
+    """Raise UserError, naming `source`, unless the tensors and their shapes are those that `config` asks
+    for."""
     wanted = shapes(config)
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
     wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
@@ -283,8 +240,7 @@ def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> No
 
 
 def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """A model's own parameters as a state dict: fp32 on the CPU, zeros for the biases that it does not
-    have."""
+    """A model's own parameters as a state dict: fp32 on the CPU, zeros for biases that it does not have."""
     state = {}
     for name, shape in shapes(config).items():
         if name in parameters:
@@ -298,8 +254,7 @@ def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torc
 def write_model(
     folder: str, state: Mapping, config: dict, tokenizer_files: dict[str, bytes], ids: Mapping = {}
 ) -> None:
-    """Write a state dict, its configuration and its tokenizer's files into an existing folder, and fsync
-    them.
+    """Write a state dict, its configuration and its tokenizer's files into an existing folder; fsync them.
 
     ids: special ids of config.json (bos_token_id …) that differ from the configuration's end-of-text. Nobody
     looks for the folder yet: the caller renames it into place.

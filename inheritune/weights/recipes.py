@@ -18,35 +18,14 @@ from inheritune.weights.checkpoint import LINEAGE, STATE, new_folder, new_lineag
 from inheritune.weights.gpt2_format import CONFIG, arrange, open_model, shapes, write_model
 from inheritune.weights.tensors import Lazy
 
-RECIPES = (
-    "first",
-    "last",
-    "middle",
-    "alternate",
-    "first_plus_last",
-    "ends",
-    "stack",
-    "hybrid",
-    "half_width",
-    "random",
-)
-PARTS = {
-    "attn": ("ln_1.", "attn."),
-    "mlp": ("ln_2.", "mlp."),
-    "attn+mlp": ("",),
-    "all": ("",),
-}  # prefixes in a block
+RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "ends")
+RECIPES += ("stack", "hybrid", "half_width", "random")
+# prefixes of what is taken of a block
+PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
 WTE = "transformer.wte.weight"
-OURS = (
-    CONFIG,
-    STATE,
-    LINEAGE,
-    "SHA256SUMS",
-)  # a new checkpoint has its own (earlier versions wrote SHA256SUMS)
-WEIGHT_FILES = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
-    *(".h5", ".msgpack", ".onnx", ".tflite", ".ot"),
-)
+OURS = (CONFIG, STATE, LINEAGE, "SHA256SUMS")  # never copied; earlier versions wrote SHA256SUMS
+WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+WEIGHT_FILES += (".h5", ".msgpack", ".onnx", ".tflite", ".ot")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Model = Callable[[dict], torch.nn.Module]  # makes the GPT of a configuration, with random weights
@@ -68,8 +47,7 @@ def make_checkpoint(
     seed: int = 1337,
     **notes,
 ) -> str:
-    """Make a new checkpoint folder `out` out of the checkpoint folder `source`; returns a text that says what
-    it is.
+    """Make a new checkpoint folder `out` out of the checkpoint folder `source`; says in a text what it is.
 
     With `blocks` it has those blocks; with `onto`, a checkpoint folder, that model's blocks and then the
     source's up to `layers`; otherwise see `initialise`. All files of the source but weights and ours are

@@ -7,6 +7,7 @@ the length of the header, the header in JSON, and the tensors one after the othe
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,32 +58,33 @@ def check_finite(tensor: torch.Tensor, name: str, source: str) -> torch.Tensor:
     return tensor
 
 
-def read_header(path: str) -> dict[str, tuple[str, tuple, int]]:
-    """{tensor name: (dtype as in the file, shape, offset in the file)}. Raises UserError for a damaged
-    file."""
+def read_tensors(path: str, skip: re.Pattern) -> dict[str, Lazy]:
+    """The tensors of a safetensors file whose names do not end in `skip`; only the header is read here.
+
+    Raises UserError when the file is damaged, and later for rows that are not finite or have been cut off.
+    """
     try:
         safe_open(path, framework="pt")  # checks lengths, shapes and offsets against each other
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            entries = json.loads(f.read(length))
+        file = open(path, "rb")  # noqa: SIM115  (open as long as one of its tensors is in use)
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
     entries.pop("__metadata__", None)
-    return {
-        name: (e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-        for name, e in entries.items()
-    }
+    return {name: stored(file, name, e, 8 + length) for name, e in entries.items() if not skip.search(name)}
 
 
-def stored(file, name: str, dtype: str, shape: tuple, offset: int) -> Lazy:
-    """The tensor of a `read_header` entry in an open file. Reading its rows raises UserError, with `name`,
-    when they are not finite or the file has been cut off since."""
-    dtype = DTYPES[dtype]
-    row = math.prod(shape[1:]) * dtype.itemsize
+def stored(file, name: str, entry: dict, start: int) -> Lazy:
+    """The tensor of a header's `entry` in an open file whose tensors begin at byte `start`. Raises
+    UserError."""
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{file.name}: {name} is of type {entry['dtype']}, not one of {', '.join(DTYPES)}")
+    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    begin, row = start + entry["data_offsets"][0], math.prod(shape[1:]) * dtype.itemsize
 
-    def rows(start, stop):
-        tensor = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        file.seek(offset + start * row)
+    def rows(a, b):
+        tensor = torch.empty((b - a, *shape[1:]), dtype=dtype)
+        file.seek(begin + a * row)
         if file.readinto(raw(tensor)) != tensor.nbytes:
             raise UserError(
                 f"{file.name} ends within {name:.80}: it was whole a moment ago; do not change it meanwhile"

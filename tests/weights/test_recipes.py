@@ -220,8 +220,8 @@ def test_each_command_trains_one_step(tmp_path, flags, bias):
     data = write_data(tmp_path / "data")
     sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
     train.main(arguments(data, tmp_path / "run", init_from=out, max_iters=1, warmup_iters=0, **sizes))
-    new = gpt2_format.Weights(checkpoint.find(str(tmp_path / "run")))
-    assert any(not torch.equal(new[name][:], t[:]) for name, t in gpt2_format.Weights(str(out)).items())
+    new = gpt2_format.read_weights(checkpoint.find(str(tmp_path / "run")))
+    assert any(not torch.equal(new[name][:], t[:]) for name, t in gpt2_format.read_weights(str(out)).items())
 
 
 @pytest.mark.parametrize(
