@@ -1,7 +1,7 @@
 """Replicate: the paper's comparison, and the controls it lacks, arms × seeds, as one table and a few figures.
 
-    python replicate.py config/replicate_smoke.py python replicate.py config/replicate_smoke.py --report     #
-    table and figures again, from what results/ holds
+    python replicate.py config/replicate_smoke.py
+    python replicate.py config/replicate_smoke.py --report     # table and figures again, from what results/ holds
 
 Each arm (experiments/arms.py) of each seed is one or a few runs of train.py in a folder of its own,
 out_dir/seed_S/ARM. An arm that is done leaves row.json there; whatever is missing is made when the same

@@ -1,7 +1,7 @@
 """Score a checkpoint: its loss over a whole split, and downstream tasks by lm-evaluation-harness.
 
-    python score.py --ckpt out/ --data data/owt
-    torchrun --nproc_per_node=8 score.py --ckpt out/ --data data/owt
+    python score.py --ckpt out/ --data data/openwebtext
+    torchrun --nproc_per_node=8 score.py --ckpt out/ --data data/openwebtext
     python score.py --ckpt out/ --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai --out scores.json
 
 The split is cut into windows of block_size inputs that do not overlap, the last one shorter, so that every

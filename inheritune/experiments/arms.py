@@ -1,5 +1,4 @@
-"""The arms of the comparison: for each, the runs of train.py that make it, and what they start from (paper,
-App. D).
+"""The arms of the comparison: the runs of train.py that make each, and what they start from (paper, App. D).
 
 An arm is one way to get a small model, or a control. All arms of a seed see the same data in the same order
 and are validated on the same tokens. `Stage` is one run of train.py, `Common` what all runs of a seed share,

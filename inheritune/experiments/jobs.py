@@ -1,5 +1,4 @@
-"""One run of train.py: how it is started, and what it leaves: curves, final losses, wall time, its row of the
-table."""
+"""One run of train.py: how it is started, and what it leaves: curves, losses, wall time, a row of the table."""
 
 import dataclasses
 import os
@@ -31,8 +30,7 @@ ALONE = threading.Lock()  # torch's generator and threads belong to the process:
 
 
 def train_command(stage: Stage) -> list[str]:
-    """The command line of train.py that begins or continues a stage, under torchrun where there are several
-    GPUs."""
+    """The command line of train.py that begins or continues a stage, under torchrun with several GPUs."""
     start = {"init_from": stage.start_folder} if stage.start else {}
     flags = stage.flags | start | {"out_dir": stage.run, "resume": "auto"}
     command = [sys.executable, os.path.join(ROOT, "train.py"), *stage.files]
@@ -44,10 +42,10 @@ def train_command(stage: Stage) -> list[str]:
 
 
 def run_stage(stage: Stage, request: Request, quiet=False) -> None:
-    """Make what a stage starts from, and train it to its end. quiet: train.py's output goes to RUN.txt beside
-    the run.
+    """Make what a stage starts from, and train it to its end.
 
-    Raises UserError when it fails, and Stopped when `request` asks to end.
+    quiet: train.py's output goes to RUN.txt beside the run. Raises UserError when it fails, and Stopped when
+    `request` asks to end.
     """
     if stage.start and not os.path.exists(stage.start_folder):
         with ALONE:
@@ -147,29 +145,25 @@ def max_ranks(settings: TrainSettings, load: Callable[[], GPT]) -> list[float]:
 
 
 def release(device: torch.device) -> None:
-    """Give the memory of deleted models back to the device: the training that comes next is another
-    process."""
+    """Give the memory of deleted models back: the training that comes next is another process."""
     if device.type == "cuda":  # needs a GPU
         torch.cuda.empty_cache()
 
 
 def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: str, seed: int, target) -> dict:
-    """What row.json says of a trained arm: results.csv's columns, and MaxRank by depth before and after
-    training.
+    """What row.json says of a trained arm: results.csv's columns, and MaxRank by depth before and after.
 
     target: the reference's last loss on its curve, None for the reference itself.
     """
     stages = find_arm(arm).stages(c, arm)
     with ALONE:
-        own, config, ranks = (
-            trained_row(settings, rep, stages, seed) if stages else given_row(settings, rep, c)
-        )
+        found = trained_row(settings, rep, stages, seed) if stages else given_row(settings, rep, c)
+    own, config, (before, after) = found
     # with the reference's own training
     pipeline = {"flops": own["flops"], "layer_steps": own["layer_steps"]}
     if find_arm(arm).source:
         theirs = {"flops": c.reference_flops, "layer_steps": c.reference_layer_steps}
         pipeline = {key: None if theirs[key] is None else pipeline[key] + theirs[key] for key in pipeline}
-    before, after = ranks
     return {
         "arm": arm,
         "seed": seed,
@@ -189,8 +183,7 @@ def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: st
 
 
 def trained_row(settings, rep, stages, seed):
-    """(losses and costs of an arm's stages, GPTConfig of its model, its MaxRanks before and after
-    training)."""
+    """(losses and costs of an arm's stages, GPTConfig of its model, its MaxRanks before and after)."""
     last = stages[-1]
     folder = checkpoint.find(last.run, prefer="latest")
     config = GPTConfig.from_folder(folder)

@@ -16,12 +16,8 @@ from inheritune.training.logs import show
 COLUMNS = ("arm", "seed", "val_loss", "curve_loss", "steps", "flops", "params", "settings_hash", "wall_s")
 COLUMNS += ("n_layer", "layer_steps", "flops_with_reference", "layer_steps_with_reference")
 COLUMNS += ("reached_step", "reached_flops", "reached_layer_steps", "lazy_before", "lazy_after")
-SCHEDULE = {
-    "learning_rate",
-    "min_lr",
-    "warmup_iters",
-    "lr_decay_iters",
-}  # searched for each arm: the best one counts
+# of several variants that differ in these alone, the best one counts
+SCHEDULE = {"learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"}
 FEW = "†"  # marks a standard error of two seeds
 NOTES = (
     "Validation loss: nats/token after the last step, on the same fixed tokens for all; mean ± standard "
@@ -81,12 +77,12 @@ def mean_loss(rows: list[dict]) -> float:
 def variants(arms: dict, base: str, optimizer=None, steps=None) -> dict[str, list[dict]]:
     """{arm: rows} of `base` under this optimizer for these steps (None: the experiment's own), whatever the
     learning rate and its schedule."""
-    wanted = {"optimizer": optimizer, "max_iters": steps}
-    wanted = (base, {key: value for key, value in wanted.items() if value is not None})
     found = {}
     for arm, rows in arms.items():
         name, changed = split_name(arm)
-        if (name, {key: value for key, value in changed.items() if key not in SCHEDULE}) == wanted:
+        other = changed.keys() - SCHEDULE - {"optimizer", "max_iters"}
+        here = (name, changed.get("optimizer"), changed.get("max_iters"))
+        if here == (base, optimizer, steps) and not other:
             found[arm] = rows
     return found
 
@@ -110,10 +106,9 @@ def reached(rows: list[dict]) -> str:
     there = [r for r in rows if r["reached_step"] is not None]
     if not there:
         return "never"
-    step, layer_steps = (
-        average([r[k] for r in there], ",.0f") for k in ("reached_step", "reached_layer_steps")
-    )
+    step = average([r["reached_step"] for r in there], ",.0f")
     flops = average([r["reached_flops"] for r in there], ".3g")
+    layer_steps = average([r["reached_layer_steps"] for r in there], ",.0f")
     some = "" if len(there) == len(rows) else f" ({len(there)} of {len(rows)} seeds)"
     return f"{step}; {flops}; {layer_steps}{some}"
 
@@ -121,16 +116,9 @@ def reached(rows: list[dict]) -> str:
 def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
     """table.md. rows: dicts with COLUMNS; left_out: {arm: why}."""
     arms = by_arm(rows)
-    columns = [
-        "arm",
-        "blocks",
-        "parameters",
-        "seeds",
-        "validation loss",
-        "less reference",
-        "less random init",
-    ]
-    columns += ["less Inheritune", "steps", "FLOPs", "FLOPs with reference", "layer-steps with reference"]
+    columns = ["arm", "blocks", "parameters", "seeds", "validation loss", "less reference"]
+    columns += ["less random init", "less Inheritune", "steps", "FLOPs", "FLOPs with reference"]
+    columns += ["layer-steps with reference"]
     columns += ["reaches the reference at step; FLOPs; layer-steps", "lazy layers before → after"]
     lines = []
     for arm, found in arms.items():

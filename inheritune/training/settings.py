@@ -133,7 +133,7 @@ class GrowSettings:
 
 @dataclass
 class ReplicateSettings:
-    """What replicate.py does around train.py: arms × seeds, compared (arms.py lists the arms)."""
+    """What replicate.py does around train.py: arms × seeds, compared (experiments/arms.py lists the arms)."""
 
     results: str = setting(
         "results/replicate",
