@@ -28,8 +28,7 @@ from model import GPTConfig
 
 
 def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -> Common:
-    """What the recipe's runs share. Raises UserError with every problem that shows before anything is
-    trained."""
+    """What the recipe's runs share. Raises UserError with every problem that can be seen before training."""
     name = grow.reference or os.path.join(settings.out_dir, "reference")
     problems = [
         f"{key} is decided by the recipe (k_start, k_step): leave it out"

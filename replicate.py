@@ -1,7 +1,7 @@
 """Replicate: the paper's comparison, and the controls it lacks, arms × seeds, as one table and a few figures.
 
     python replicate.py config/replicate_smoke.py
-    python replicate.py config/replicate_smoke.py --report     # table and figures again, from what results/ holds
+    python replicate.py config/replicate_smoke.py --report   # table and figures from what results/ holds
 
 Each arm (experiments/arms.py) of each seed is one or a few runs of train.py in a folder of its own,
 out_dir/seed_S/ARM. An arm that is done leaves row.json there; whatever is missing is made when the same
@@ -99,8 +99,7 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
 
 
 def check(settings, given, rep):
-    """({seed: Common}, {arm: seeds}, {arm: why it is left out}). Raises UserError with every problem that
-    shows."""
+    """({seed: Common}, {arm: seeds}, {arm: why it is left out}). Raises UserError with every problem."""
     problems = [f"{key} is decided by the arms: leave it out" for key in DECIDED if key in given]
     problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in given]
     if bool(rep.reference) == bool(rep.reference_config):
@@ -126,8 +125,7 @@ def pairs_of(commons, seeds) -> list[tuple[str, int]]:
 
 
 def count_jobs(settings, rep) -> int:
-    """How many arms to train side by side. Raises UserError when there are fewer cores than the jobs'
-    threads."""
+    """How many arms to train side by side. Raises UserError when the jobs need more threads than cores."""
     cores = os.cpu_count()
     threads = settings.threads or cores
     most = max(1, cores // threads) if machine.pick(settings.device).type == "cpu" else 1

@@ -117,8 +117,7 @@ def find_tasks(names: list[str], include_path: str | None):
 
 @contextlib.contextmanager
 def with_tokenizer(folder, config):  # needs an extra package
-    """A folder with the checkpoint's tokenizer files: itself, or a temporary one for a checkpoint that has
-    none."""
+    """A folder with the checkpoint's tokenizer files: itself, or a temporary one where it has none."""
     content = hf_tokenizer.files(config, folder)
     if any(os.path.exists(os.path.join(folder, name)) for name in content if name != RANKS_FILE):
         yield folder

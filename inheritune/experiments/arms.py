@@ -44,8 +44,7 @@ class Stage:
 
     @property
     def flops_per_step(self) -> float:
-        """Of student and, forward only, teacher: a third of what training on the same tokens would cost
-        it."""
+        """Of the student and, a third of training's, of the teacher's forward passes."""
         per_token = costs(self.config)[1] + (costs(self.teacher)[1] / 3 if self.teacher else 0)
         return per_token * self.flags["batch_tokens"]
 
@@ -86,8 +85,7 @@ class Common:
         return Stage(self.of(arm, run), config, self.flags | shape | flags)
 
     def inherited(self, arm: str, run="run", n_layer=None, source=None, flags=None, **how) -> Stage:
-        """A Stage that trains what inherit.py makes, with the flags `how`, of the reference or of
-        `source`."""
+        """A Stage that trains what inherit.py makes of the reference, or of `source`, with the flags `how`."""
         start = {"ckpt": source or self.reference, **how, "seed": self.flags["seed"]}
         config = dataclasses.replace(self.config, n_layer=n_layer or self.k)
         flags = self.flags | {"block_size": config.block_size} | (flags or {})
@@ -147,8 +145,7 @@ def distilled(c, stage):
 
 
 def grown(c, arm, onto):
-    """A run for each round: all blocks from the reference again, or its next ones onto the model just
-    trained."""
+    """A run for each round: all blocks from the reference, or its next ones onto the trained model."""
     stages = []
     for k in c.rounds:
         how = {"onto": os.path.join(stages[-1].run, "latest")} if onto and stages else {}

@@ -1,4 +1,4 @@
-"""One run of train.py: how it is started, and what it leaves: curves, losses, wall time, a row of the table."""
+"""One run of train.py: its start, and what it leaves: curves, losses, wall time, a row of the table."""
 
 import dataclasses
 import os

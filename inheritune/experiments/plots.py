@@ -196,8 +196,7 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> No
 
 
 def is_recipe(arm: str, optimizer) -> bool:
-    """Whether an arm starts or learns from the reference, under this optimizer, for as many steps as the
-    others."""
+    """Whether an arm starts or learns from the reference, under this optimizer, for the usual steps."""
     changed = split_name(arm)[1]
     return bool(find_arm(arm).source) and "max_iters" not in changed and changed.get("optimizer") == optimizer
 
