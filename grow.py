@@ -138,8 +138,10 @@ def describe(settings: TrainSettings, grow: GrowSettings, c: Common) -> str:
     depths = [str(d) for d in range(c.k, c.config.n_layer, grow.k_step)]
     first = dataclasses.replace(settings, init_from=c.reference, inherit_layers=c.k)
     small = dataclasses.replace(c.config, n_layer=c.k, dropout=settings.dropout)
-    batch = planning.split_batch(settings.batch_tokens, small.block_size, settings.batch_size, 1)
-    plan = planning.Plan(small, None, [], planning.part_tokens(settings), *batch, 1)
+    batch = settings.batch_tokens, small.block_size, settings.batch_size, 1
+    _, micro, accumulation = planning.split_batch(*batch)
+    tokens = planning.part_tokens(settings)
+    plan = planning.Plan(1, small, train_tokens=tokens, micro_batch=micro, accumulation=accumulation)
     train_it = f", trained by {grow.reference_config} unless it is there" if grow.reference_config else ""
     control = "random init at equal steps, and at the compute of the pipeline" if grow.control else "none"
     return "\n".join(

@@ -10,6 +10,7 @@ is drawn at random, and the sum does not depend on how many processes share the 
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ import tempfile
 
 from torch import Tensor
 
-from inheritune.base.errors import Parser, UserError, nearest, one_line
+from inheritune.base.errors import Parser, UserError, nearest, one_line, place
 from inheritune.base.files import write_json
 from inheritune.data import hf_tokenizer
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
@@ -239,11 +240,11 @@ def check(args, world: int) -> list[str]:
     return names
 
 
-@one_line
+@functools.partial(one_line, ranks=True)
 def main(argv=None):
     """Command line: score, show tables on standard output, and write the JSON file."""
     args = make_parser().parse_args(argv)
-    ranks = Ranks()
+    ranks = Ranks(*place())
     names = check(args, ranks.world)
     manager = find_tasks(names, args.include_path) if names else None  # a typo shows before the long work
     device = machine.pick(args.device, ranks.local)

@@ -40,9 +40,9 @@ def make_run(folder):
 def plainly(run):
     """Write the same checkpoint, synchronously, from the tensors themselves."""
     state = {"step": run.state.step}
-    tensors = dict(run.model.named_parameters()) | optimizer_tensors(run.model, run.optimizer)
+    tensors = dict(run.model.module.named_parameters()) | optimizer_tensors(run.model.module, run.optimizer)
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    checkpoint.save(run.settings.out_dir, tensors, vars(run.model.config), state, run.lineage, {})
+    checkpoint.save(run.settings.out_dir, tensors, vars(run.plan.config), state, run.saver.lineage, {})
     checkpoint.prune(run.settings.out_dir, 1, None)
 
 
@@ -50,7 +50,7 @@ def steps_while_writing(run):
     """Seconds of each step taken while a checkpoint is written."""
     train.save(run)
     times = []
-    while run.background.thread.is_alive():
+    while not run.saver.newest.done():
         times.append(harness.seconds(lambda: train.train_step(run)))
     return times
 
@@ -73,7 +73,7 @@ def main():
         alone = statistics.median(harness.seconds(lambda: train.train_step(run)) for _ in range(7))
         beside = steps_while_writing(run)
         train.settle(run)
-        copied = sum(t.nbytes for t in run.copies.values()) / 1e6
+        copied = sum(t.nbytes for t in run.saver.copies.values()) / 1e6
     finally:
         shutil.rmtree(folder)
     name = "checkpoint save, GPT-2 124M"

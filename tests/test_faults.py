@@ -4,6 +4,7 @@ folder.
 pytest tests/test_faults.py         (tests/stress/ goes on for longer)
 """
 
+import concurrent.futures
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 import train
 from inheritune.base.files import lock_folder
-from inheritune.training.background import Background
+from inheritune.training.setup import Saver
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT
 from tests.tiny import ROOT, arguments, contents, refusal, rows
@@ -232,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
 
     def waiting(run):
         if run.state.step == 9:
-            run.background.wait()
+            concurrent.futures.wait([run.saver.newest])
         step(run)
         failed.append(run.state.step)
 
@@ -252,20 +253,20 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
 
 
 def test_work_in_the_background_is_done_in_order_and_stops_at_a_failure():
-    background, done = Background(), []
-    background.join()
+    saver, done = Saver({}, None), []
+    saver.finish()
     for n in range(50):
-        background.start(lambda n=n: done.append(n))
-    background.join()
-    assert done == list(range(50)) and not background.failed
-    background.start(lambda: 1 / 0)
-    background.start(lambda: done.append("never"))
-    background.wait()
-    assert background.failed and done[-1] == 49
+        saver.start(lambda n=n: done.append(n))
+    saver.finish()
+    assert done == list(range(50)) and not saver.failed()
+    saver.start(lambda: 1 / 0)
+    saver.start(lambda: done.append("never"))
+    concurrent.futures.wait([saver.newest])
+    assert saver.failed() and done[-1] == 49
     with pytest.raises(ZeroDivisionError):
-        background.join()
-    background.start(lambda: done.append("again"))
-    background.join()
+        saver.finish()
+    saver.start(lambda: done.append("again"))
+    saver.finish()
     assert done[-1] == "again"
 
 

@@ -16,7 +16,7 @@ from tests.tiny import ROOT
 LAYERS = {"base": 0, "data": 1, "weights": 1, "model": 2, "training": 3, "experiments": 4, "command": 5}
 # imported inside functions: optional (in requirements-*.txt, or missing in some Pythons), or slow and rare
 EXTRA = ("lm_eval", "pydoc_data", "torch.utils.tensorboard", "transformers", "wandb", "zstandard")
-SLOW = ("datasets", "huggingface_hub", "pyarrow", "requests", "tiktoken", "tokenizers")
+SLOW = ("datasets", "huggingface_hub", "pyarrow", "requests", "tiktoken", "tokenizers", "torch.distributed")
 
 
 def sources(*patterns):

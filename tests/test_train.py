@@ -22,8 +22,7 @@ import train
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
 from inheritune.data.reader import TrainData
-from inheritune.training import planning
-from inheritune.training import setup as run_module
+from inheritune.training import cost, logs, planning
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
@@ -168,13 +167,22 @@ def test_losses_are_those_of_an_independent_loop(plain, data):
     start = GPT(tiny_config(n_layer=2, bias=False, vocab_size=c["vocab_size"]))
     model = gpt2(start)
     trained = {n for n, _ in start.named_parameters()}
-    named = [(n, p) for n, p in model.named_parameters() if n in trained]  # transformers' zero biases stay zero
+    named = [
+        (n, p) for n, p in model.named_parameters() if n in trained
+    ]  # transformers' zero biases stay zero
     matrices = [p for n, p in named if p.dim() == 2 and ".h." in n]
     others = [p for n, p in named if not (p.dim() == 2 and ".h." in n)]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    )
     windows = TrainData(data, 8, 1337)
     for step, row in enumerate(rows(plain)[1:7]):
-        lr = [0.0025, 0.005, 0.0075, *(0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * i / 9)) for i in range(9))][step]
+        lr = [
+            0.0025,
+            0.005,
+            0.0075,
+            *(0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * i / 9)) for i in range(9)),
+        ][step]
         for group in optimizer.param_groups:
             group.update(lr=lr, betas=(0.9, 0.95))
         x, y = windows.batch(step * 8, 8)
@@ -195,7 +203,9 @@ def test_a_run_makes_exactly_max_iters_updates_and_saves_the_last(plain):
     assert checkpoint.list_steps(plain) == ["step_00000008", "step_00000012"]
     from safetensors.torch import load_file
 
-    steps = {v.item() for k, v in load_file(f"{plain}/latest/optimizer.safetensors").items() if k.endswith("/step")}
+    steps = {
+        v.item() for k, v in load_file(f"{plain}/latest/optimizer.safetensors").items() if k.endswith("/step")
+    }
     assert steps == {12}
     assert read_json(f"{plain}/latest/state.json")["step"] == 12
     assert [r["step"] for r in rows(plain)] == list(range(13))
@@ -212,7 +222,9 @@ def test_the_loss_of_a_checkpoint_is_the_loss_of_its_file(plain, data):
         (logged,) = [r["val_loss"] for r in rows(plain) if r["step"] == step]
         assert loss == pytest.approx(logged, abs=1e-6)
     best = read_json(f"{plain}/latest/state.json")["best_val_loss"]
-    assert best == pytest.approx(column(plain, "val_loss")[-2], abs=1e-8), "as it stood before the last validation"
+    assert best == pytest.approx(column(plain, "val_loss")[-2], abs=1e-8), (
+        "as it stood before the last validation"
+    )
     assert os.readlink(f"{plain}/best") == "step_00000012"
 
 
@@ -225,7 +237,7 @@ def test_state_says_with_what_and_where_it_was_trained(plain):
 
 def test_what_is_sent_elsewhere_are_numbers(data, tmp_path, monkeypatch):
     sent = {}
-    monkeypatch.setattr(run_module.log, "open_sink", lambda *_: lambda step, values: sent.update({step: values}))
+    monkeypatch.setattr(logs, "open_sink", lambda *_: lambda step, values: sent.update({step: values}))
     train.main(arguments(data, tmp_path / "a"))
     assert list(sent) == list(range(13))
     assert all(isinstance(v, (int, float)) for values in sent.values() for v in values.values())
@@ -233,10 +245,10 @@ def test_what_is_sent_elsewhere_are_numbers(data, tmp_path, monkeypatch):
 
 
 def test_mfu_is_the_share_of_the_peak(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.cost, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(cost, "peak_flops", lambda device: 1e12)
     train.main(arguments(data, tmp_path / "a"))
     last = read_rows(str(tmp_path / "a/timing.csv"))[-1]
-    flops = train.cost.costs(GPTConfig.from_folder(str(tmp_path / "a/latest")))[1]
+    flops = cost.costs(GPTConfig.from_folder(str(tmp_path / "a/latest")))[1]
     assert float(last["mfu"]) == pytest.approx(float(last["tokens_per_s"]) * flops / 1e12, rel=1e-6)
 
 
@@ -248,7 +260,9 @@ def test_accumulation_changes_neither_losses_nor_gradient_norms(plain, data, tmp
 
 def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path):
     train.main(arguments(data, tmp_path / "a", eval_interval=1, save_interval=4, eval_tokens=80, dropout=0.1))
-    train.main(arguments(data, tmp_path / "b", eval_interval=12, save_interval=4, log_interval=1, dropout=0.1))
+    train.main(
+        arguments(data, tmp_path / "b", eval_interval=12, save_interval=4, log_interval=1, dropout=0.1)
+    )
     for name in ("loss", "grad_norm"):
         assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
     assert column(tmp_path / "a", "loss") != column(plain, "loss"), "dropout does something"
@@ -261,12 +275,17 @@ def test_times_are_those_that_passed(data, tmp_path):
     began = time.perf_counter()
     train.main(arguments(data, tmp_path / "a"))
     wall = time.perf_counter() - began
-    timing = [{k: float(v) if v else None for k, v in r.items()} for r in read_rows(tmp_path / "a/timing.csv")]
+    timing = [
+        {k: float(v) if v else None for k, v in r.items()} for r in read_rows(tmp_path / "a/timing.csv")
+    ]
     assert [r["step"] for r in timing] == list(range(13)) and timing[0]["tokens_per_s"] is None
     assert 0 < timing[-1]["val_s"] < wall and timing[-1]["train_s"] + timing[-1]["val_s"] < wall
     for before, after in itertools.pairwise(timing):
         assert before["train_s"] < after["train_s"] and after["memory_mb"] > 50
-        assert after["tokens_per_s"] == pytest.approx(after["step"] * 64 / after["train_s"])
+        if after["step"] == 1:  # the first step of a process is left out
+            assert after["tokens_per_s"] is None
+        else:
+            assert after["tokens_per_s"] == pytest.approx(64 / (after["train_s"] - before["train_s"]))
         assert (before["val_s"] < after["val_s"]) == (after["step"] % 4 == 0)
 
 
@@ -276,21 +295,33 @@ def test_a_line_says_how_far_it_is(plain, data, tmp_path, capsys):
     row = rows(plain)[4]
     shown = f"step 4/12 | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f} | "
     assert (
-        lines[5].startswith(f"{shown}val {row['val_loss']:.4f} | 256 tokens | ") and "mfu n/a | eta 0:00:0" in lines[5]
+        lines[5].startswith(f"{shown}val {row['val_loss']:.4f} | 256 tokens | ")
+        and "mfu n/a | eta 0:00:0" in lines[5]
     )
     assert lines[1].startswith("step 0/12 | val 5.") and lines[1].endswith(" | 0 tokens")
     assert lines[0].startswith(
         "2 blocks, 11,472 parameters, cpu; a step is 64 tokens = 4 x 8 x 2 accumulation x 1 rank(s)"
     )
     assert lines[-1] == f"done: {tmp_path}/a, step 12, val {rows(plain)[12]['val_loss']:.4f}"
-    assert [train.clock(s) for s in (0, 59.6, 3661, 36_000)] == ["0:00:00", "0:01:00", "1:01:01", "10:00:00"]
+    assert [logs.clock(s) for s in (0, 59.6, 3661, 36_000)] == ["0:00:00", "0:01:00", "1:01:01", "10:00:00"]
 
 
 def test_the_time_left_counts_training_and_validation(data, tmp_path, capsys):
-    run = make_run(data, tmp_path / "a")
-    run.state.step, run.train_s, run.val_s = 4, 10.0, 6.0
-    train.report(run, None)
-    assert "256 tokens | 26 tok/s | mfu n/a | eta 0:00:32" in capsys.readouterr().out
+    """Eight steps of 5 s, and two validations of 6 s."""
+    recorder = make_run(data, tmp_path / "a").recorder
+    recorder.since, recorder.train_s, recorder.last_val_s = (2, 3.0), 13.0, 6.0
+    recorder.report(4, {}, None)
+    assert "256 tokens | 13 tok/s | mfu n/a | eta 0:00:52" in capsys.readouterr().out
+
+
+def test_the_speed_is_that_since_the_last_line_without_the_first_step(data, tmp_path, capsys):
+    """A first step that compiles shows in no speed, and a slow stretch in one line only."""
+    recorder = make_run(data, tmp_path / "a").recorder
+    for step, seconds in enumerate((100.0, 2.0, 2.0, 8.0, 2.0), start=1):
+        recorder.stepped(step, seconds)
+        recorder.report(step, {}, None)
+    speeds = [r["tokens_per_s"] for r in read_rows(str(tmp_path / "a/timing.csv"))]
+    assert speeds == ["", "32", "32", "8", "32"]
 
 
 def test_every_step_can_be_saved(data, tmp_path):
@@ -363,18 +394,18 @@ class Poison(torch.nn.Module):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_non_finite_step_changes_nothing_and_the_next_goes_on(data, tmp_path, what, dtype, capsys):
     run = make_run(data, tmp_path / "a", batch_size=4, dtype=dtype)  # two micro-batches a step
-    run.forward = Poison(run.model, {4}, what)  # the second of step 2
+    run.model.forward = Poison(run.model.module, {4}, what)  # the second of step 2
     train.train_step(run)
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    moments = {k: v.clone() for k, v in optimizer_tensors(run.model, run.optimizer).items()}
+    before = {k: v.clone() for k, v in run.model.module.state_dict().items()}
+    moments = {k: v.clone() for k, v in optimizer_tensors(run.model.module, run.optimizer).items()}
     train.train_step(run)
-    assert same_weights(before, run.model.state_dict())
-    assert same_weights(moments, optimizer_tensors(run.model, run.optimizer))
+    assert same_weights(before, run.model.module.state_dict())
+    assert same_weights(moments, optimizer_tensors(run.model.module, run.optimizer))
     assert (run.state.step, run.state.bad_steps, run.state.bad_in_a_row) == (2, 1, 1)
     assert "step 2: loss" in capsys.readouterr().out
     train.train_step(run)
     assert (run.state.bad_steps, run.state.bad_in_a_row) == (1, 0)
-    assert not same_weights(before, run.model.state_dict())
+    assert not same_weights(before, run.model.module.state_dict())
     assert math.isfinite(run.state.row["loss"]) and math.isfinite(run.state.row["grad_norm"])
 
 
@@ -383,7 +414,7 @@ def test_ten_non_finite_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, m
 
     def poisoned(*args):
         run = setup(*args)
-        run.forward = Poison(run.model, set(range(9, 99)), "loss")  # from step 5 on
+        run.model.forward = Poison(run.model.module, set(range(9, 99)), "loss")  # from step 5 on
         return run
 
     monkeypatch.setattr(train, "setup", poisoned)
@@ -412,7 +443,12 @@ def two_ranks(data, tmp_path_factory):
     return out
 
 
-TWENTY = {"max_iters": 20, "eval_interval": 10, "batch_size": 2, "eval_tokens": 390}  # 48 windows in 24 groups of 2
+TWENTY = {
+    "max_iters": 20,
+    "eval_interval": 10,
+    "batch_size": 2,
+    "eval_tokens": 390,
+}  # 48 windows in 24 groups of 2
 
 
 def torchrun(n, argv, check=True):
@@ -435,7 +471,9 @@ def test_two_ranks_are_one_run(two_ranks, data, tmp_path):
         one, two = column(tmp_path / "one", name), column(two_ranks, name)
         assert len(one) == len(two) == (3 if name == "val_loss" else 20)
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
-    assert rows(two_ranks)[0] == rows(tmp_path / "one")[0], "before the first step: the same weights, to the last digit"
+    assert rows(two_ranks)[0] == rows(tmp_path / "one")[0], (
+        "before the first step: the same weights, to the last digit"
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -454,7 +492,7 @@ def test_validation_is_the_same_number_however_it_is_dealt(data, tmp_path, world
         ranks = Dealt()
         ranks.rank, ranks.world, ranks.first = rank, world, rank == 0
         train.validate(dataclasses.replace(run, ranks=ranks))
-    assert sum(parts).sum().item() / (run.val.n_windows * 8) == alone
+    assert sum(parts).sum().item() / (run.data.val.n_windows * 8) == alone
     assert all(((p != 0).sum() - 24 / world).abs() < 1 for p in parts), "each rank has its share"
 
 
@@ -587,14 +625,23 @@ def test_harmless_settings_may_change(plain, data, tmp_path):
     out = tmp_path / "moved"
     shutil.copytree(plain, out, symlinks=True)
     shutil.rmtree(out / "step_00000012")
-    changes = {"eval_interval": 3, "save_interval": 6, "log_interval": 2, "keep_last": 5, "threads": 1, "batch_size": 2}
+    changes = {
+        "eval_interval": 3,
+        "save_interval": 6,
+        "log_interval": 2,
+        "keep_last": 5,
+        "threads": 1,
+        "batch_size": 2,
+    }
     changes["checkpoint_activations"] = "full"
     train.main(arguments(data, out, resume="auto", **changes))
     np.testing.assert_allclose(column(out, "loss")[-1], column(plain, "loss")[-1], atol=1e-5)
 
 
 def test_resume_never_auto_must(plain, data, tmp_path):
-    assert "already holds a run: continue it with --resume=auto" in refusal(train.main, arguments(data, plain))
+    assert "already holds a run: continue it with --resume=auto" in refusal(
+        train.main, arguments(data, plain)
+    )
     assert "holds no checkpoint" in refusal(train.main, arguments(data, tmp_path / "a", resume="must"))
     assert not (tmp_path / "a").exists()
     train.main(arguments(data, tmp_path / "a", resume="auto"))  # nothing there: from the start
@@ -614,7 +661,9 @@ def test_a_run_that_had_not_saved_yet_starts_afresh(plain, data, tmp_path, monke
 
 
 def without_shape(data, out, **changes):
-    return arguments(data, out, **{"n_layer": None, "n_head": None, "n_embd": None, "block_size": None} | changes)
+    return arguments(
+        data, out, **{"n_layer": None, "n_head": None, "n_embd": None, "block_size": None} | changes
+    )
 
 
 def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path):
@@ -628,7 +677,9 @@ def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path)
     made = GPTConfig.from_folder(str(tmp_path / "a/latest"))
     assert (made.n_layer, made.bias, made.vocab_size) == (2, False, 320)
     origin = json.loads((tmp_path / "a/latest/lineage.json").read_text())
-    assert [b["block"] for b in origin["blocks"]] == [0, 1] and origin["sources"]["reference"]["name"].endswith("/ref")
+    assert [b["block"] for b in origin["blocks"]] == [0, 1] and origin["sources"]["reference"][
+        "name"
+    ].endswith("/ref")
 
 
 def test_the_reference_is_only_read(data, tmp_path):
@@ -652,16 +703,18 @@ def test_a_smaller_block_size_keeps_the_first_positions(data, tmp_path):
     run = make_run(
         data, tmp_path / "a", init_from=tmp_path / "ref", block_size=4, n_layer=None, n_head=None, n_embd=None
     )
-    assert run.model.config.block_size == 4
-    assert torch.equal(run.model.transformer.wpe.weight, model.transformer.wpe.weight[:4])
+    assert run.model.module.config.block_size == 4
+    assert torch.equal(run.model.module.transformer.wpe.weight, model.transformer.wpe.weight[:4])
     idx = torch.randint(257, (2, 4))
-    torch.testing.assert_close(run.model.eval()(idx), model(idx))
+    torch.testing.assert_close(run.model.module.eval()(idx), model(idx))
 
 
 @pytest.mark.parametrize("key, value", [("n_layer", 2), ("n_head", 1), ("n_embd", 8), ("bias", False)])
 def test_an_explicit_other_architecture_is_refused(data, tmp_path, key, value):
     write_checkpoint(tmp_path / "ref")
-    message = refusal(train.main, without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", **{key: value}))
+    message = refusal(
+        train.main, without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", **{key: value})
+    )
     assert f"{key} {value} was asked for" in message and "leave it out" in message
     assert not (tmp_path / "a").exists()
 
@@ -669,7 +722,7 @@ def test_an_explicit_other_architecture_is_refused(data, tmp_path, key, value):
 def test_the_same_architecture_may_be_named(data, tmp_path):
     write_checkpoint(tmp_path / "ref")
     run = make_run(data, tmp_path / "a", init_from=tmp_path / "ref", inherit_layers=2, bias=True, dropout=0.3)
-    assert (run.model.config.n_layer, run.model.config.dropout) == (2, 0.3)
+    assert (run.model.module.config.n_layer, run.model.module.config.dropout) == (2, 0.3)
 
 
 def test_a_run_folder_means_its_best_checkpoint(plain, data, tmp_path):
@@ -677,6 +730,6 @@ def test_a_run_folder_means_its_best_checkpoint(plain, data, tmp_path):
     shutil.copytree(plain, out, symlinks=True)
     checkpoint.link(str(out), "best", 8)
     run = make_run(data, tmp_path / "a", init_from=out)
-    assert same_weights(run.model, GPT.from_pretrained(str(out / "step_00000008")))
+    assert same_weights(run.model.module, GPT.from_pretrained(str(out / "step_00000008")))
     run = make_run(data, tmp_path / "b", init_from=out / "step_00000012")
-    assert same_weights(run.model, GPT.from_pretrained(str(out / "step_00000012")))
+    assert same_weights(run.model.module, GPT.from_pretrained(str(out / "step_00000012")))

@@ -36,12 +36,12 @@ class Stopped(BaseException):
         self.signal = number
 
 
-def one_line(main: Callable) -> Callable:
+def one_line(main: Callable, ranks: bool = False) -> Callable:
     """Decorates a command's `main(argv=None)`: errors end it with one line on stderr instead of a traceback.
 
-    Exit status: 1 after a UserError or OSError, 128 + the signal's number after SIGINT or SIGTERM. Under
-    torchrun only rank 0 prints. Characters that the terminal cannot encode are printed as \\x.. or \\u....
-    escapes.
+    Exit status: 1 after a UserError or OSError, 128 + the signal's number after SIGINT or SIGTERM. Of a
+    command that torchrun may start (ranks=True) only rank 0 prints. Characters that the terminal cannot
+    encode are printed as \\x.. or \\u.... escapes.
     """
 
     def terminate(number, _frame):
@@ -54,12 +54,13 @@ def one_line(main: Callable) -> Callable:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         name = os.path.basename(main.__globals__["__file__"])
-        first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+        first = True
 
         # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt (handlers need the main thread)
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
         try:
+            first = not ranks or place()[0] == 0
             return main(argv)
         except UserError as e:
             message = f"{name}: {e}"
@@ -76,6 +77,29 @@ def one_line(main: Callable) -> Callable:
         raise SystemExit(message if first else 1)
 
     return wrapped
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, world, local rank) of this process among those that torchrun started, from its environment
+    variables; (0, 1, 0) where WORLD_SIZE is not above 1."""
+
+    def number(name, default):
+        text = os.environ.get(name) or default
+        if not text.isdecimal():
+            raise UserError(
+                f"the environment variable {name} is {text!r}, not a number: unset it, or use torchrun"
+            )
+        return int(text)
+
+    world = number("WORLD_SIZE", "1")
+    if world < 2:
+        return 0, 1, 0
+    rank, local = number("RANK", "0"), number("LOCAL_RANK", "0")
+    if rank >= world:
+        raise UserError(
+            f"the environment says RANK={rank} of WORLD_SIZE={world}: unset both, or use torchrun"
+        )
+    return rank, world, local
 
 
 def describe_os_error(e: OSError) -> str:

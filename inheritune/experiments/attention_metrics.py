@@ -67,7 +67,7 @@ def analyse(
         **{f"max_rank_{tau:g}": heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus[1:]},
         "lazy": [r == 1 for r in max_ranks],
         "avg_mass": heads["mass"].mean(-1).tolist(),
-        "near_rank_one": (ranks <= NEAR).double().mean(-1).tolist(),
+        "near_rank_one": (ranks <= NEAR).cpu().double().mean(-1).tolist(),
         "block_influence": influence.tolist(),
         "residual_norm": norms[1:].tolist(),
     }
@@ -83,7 +83,7 @@ def analyse(
         "eta": eta,
         "near_rank_one_means_at_most": NEAR,
         "lazy_layers": sum(layers["lazy"]),
-        "near_rank_one_heads": (ranks <= NEAR).double().mean().item(),
+        "near_rank_one_heads": (ranks <= NEAR).cpu().double().mean().item(),
         "groups": groups_of(max_ranks, groups),
         "suggestion": {"layers": k, "reason": reason},
         "embedding_norm": norms[0].item(),
@@ -233,4 +233,4 @@ def count_to(values: Tensor, share: float) -> Tensor:
     values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
     total = values.sum(-1, keepdim=True)
     short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet
-    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).double()
+    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).cpu().double()

@@ -13,8 +13,8 @@ from inheritune.base.errors import UserError
 def pick(name, local_rank=0):
     """The torch.device for the setting `device`. Raises UserError when it is not there.
 
-    On Linux, torch is told to put large CPU tensors on huge pages, which makes training steps there some 5 % shorter;
-    it must be told before it makes the first one.
+    On Linux, torch is told to put large CPU tensors on huge pages, which makes training steps there some 5 %
+    shorter; it must be told before it makes the first one.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if name == "auto":
@@ -53,7 +53,7 @@ def autocast(device, dtype):
 
 
 def peak_memory_mb(device):
-    """The most memory this process has held so far: on the GPU if it uses one, else resident in RAM. Megabytes."""
+    """The most memory (MB) this process has held so far: on the GPU if it uses one, else resident in RAM."""
     if device.type == "cuda":  # needs a GPU
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024

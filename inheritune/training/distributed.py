@@ -1,46 +1,77 @@
-"""The processes of one run, and how they agree: a failure on any rank is the same one-line error on every rank."""
+"""The processes of one run: how they agree, and how all of them train one model (DDP, or FSDP2 with --shard).
+
+torch.distributed's FSDP2 part takes a second to import, so only runs with --shard do it.
+"""
 
 import contextlib
 import datetime
+import math
 import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from inheritune.base.errors import UserError, describe_os_error
+from model import GPT
 
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
 
-class Ranks:
-    """This process's place among `world` processes: one alone, or as torchrun says."""
+class AgreedError(UserError):
+    """A UserError that every rank raises alike, so that rank 0 can print it for all."""
 
-    def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
+
+class Ranks:
+    """This process's place among `world` processes: alone, or where torchrun has put it (errors.place)."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0):
+        self.rank, self.world, self.local = rank, world, local  # local: among those of this machine
         self.first = self.rank == 0
         self.patient = None  # gloo group for objects, with a timeout that outlasts a download
 
     @contextlib.contextmanager
-    def joined(self, device):
-        """The process group, while the run lasts: NCCL for CUDA, gloo for the rest."""
+    def joined(self, device: str | torch.device) -> Iterator[None]:
+        """The process group, while the run lasts: NCCL for GPUs, gloo for the rest.
+
+        An error that only this rank raises ends the process here, at once: the other ranks may be in the
+        middle of a collective, and taking the group down would wait for them.
+        """
         if self.world == 1:
             yield
             return
-        store, rank, world = next(dist.rendezvous("env://"))
-        # torchrun --max-restarts keeps its store: without a name of their own, ranks started anew would wait for
-        # the addresses of dead ones
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.join(device)
         try:
             yield
-        finally:
+        except AgreedError:
             dist.destroy_process_group()
+            raise
+        except (Exception, KeyboardInterrupt) as e:
+            print_alone(self.rank, e)
+            os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+        dist.destroy_process_group()
 
-    def agree(self, work):
-        """work() on every rank, and its result; if it raises UserError or OSError anywhere, UserError everywhere."""
+    def join(self, device):
+        lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if lacking:
+            raise UserError(
+                f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: use torchrun, or unset it"
+            )
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun --max-restarts keeps its store: without a name of their own, ranks started anew would wait
+        # for the addresses of dead ones
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        on_gpu = torch.cuda.is_available() and str(device).split(":")[0] in ("auto", "cuda")
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
+        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """work() on every rank, and its result; if it raises UserError or OSError anywhere, AgreedError
+        everywhere."""
         result = error = None
         try:
             result = work()
@@ -52,17 +83,17 @@ class Ranks:
             dist.all_gather_object(errors, error, group=self.patient)
         failed = next((e for e in errors if e is not None), None)
         if failed is not None:
-            raise UserError(failed)
+            raise AgreedError(failed)
         return result
 
-    def once(self, work):
+    def once(self, work: Callable[[], Any]) -> Any:
         """work() on rank 0 alone, its result on every rank; its failure is everybody's."""
         result = [self.agree(work if self.first else lambda: None)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.patient)
         return result[0]
 
-    def once_per_node(self, work):
+    def once_per_node(self, work: Callable[[], Any]) -> Any:
         """work() on the first rank of each node, then on the others, which find it done: for downloads."""
         if self.local == 0:
             result = self.agree(work)
@@ -70,7 +101,7 @@ class Ranks:
             self.agree(lambda: None)
         return result if self.local == 0 else work()
 
-    def sum(self, tensor, device):
+    def sum(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The elementwise sum of a CPU tensor over all ranks, on the CPU."""
         if self.world == 1:
             return tensor
@@ -79,8 +110,99 @@ class Ranks:
         return tensor.cpu()
 
 
-def seed_all(*numbers):
+def print_alone(rank: int, e: BaseException) -> None:
+    """Print what ended this rank, with its number: one line for what a user can fix, else the traceback."""
+    script = os.path.basename(sys.argv[0])
+    if isinstance(e, (UserError, OSError)):
+        text = str(e) if isinstance(e, UserError) else describe_os_error(e)
+    elif isinstance(e, KeyboardInterrupt):
+        text = "interrupted"
+    else:
+        text = "".join(traceback.format_exception(e)).rstrip()
+    sys.stdout.flush()
+    print(f"{script}: rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+class DistributedModel:
+    """A GPT that all ranks train: alone, whole on each rank (DDP), or in shards (FSDP2). Nothing else asks
+    which.
+
+    Ranks must call a sharded model equally often: every call gathers parameters.
+    """
+
+    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, compiled: bool, shard: bool):
+        self.module = module  # the unwrapped model; this is what gets saved
+        self.device = device
+        self.sharded = shard and ranks.world > 1
+        if self.sharded:
+            shard_blocks(module, ranks, device, compiled)
+            self.forward = self.validated = module
+            return
+        module.to(device)
+        self.validated = torch.compile(module) if compiled else module  # ranks may validate unequally often
+        self.forward = self.validated
+        if ranks.world > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.forward = DistributedDataParallel(
+                self.validated, device_ids=ids, gradient_as_bucket_view=True
+            )
+
+    def gradients_of(self, last: bool) -> contextlib.AbstractContextManager:
+        """The context of a micro-batch's forward and backward pass. DDP averages gradients over ranks with
+        the last one of a step; FSDP with every one (waiting takes the memory of all gradients, whole)."""
+        ddp = isinstance(self.forward, DistributedDataParallel)
+        return self.forward.no_sync() if ddp and not last else contextlib.nullcontext()
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale the gradient to max_norm (0: leave it); return the norm it had, the same on all ranks."""
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm or math.inf)
+        return gather(norm).item()
+
+    def zero_gradients(self) -> None:
+        """Zero DDP's gradients in place: they are views of its buckets, and dropping them makes a second
+        copy of all gradients. Drop others."""
+        self.module.zero_grad(set_to_none=not isinstance(self.forward, DistributedDataParallel))
+
+    @contextlib.contextmanager
+    def validating(self) -> Iterator[torch.nn.Module]:
+        """What validation calls. FSDP keeps embeddings and head gathered after a forward pass, for a backward
+        pass that does not come here: they are sharded again."""
+        yield self.validated
+        if self.sharded:
+            self.module.reshard()
+
+
+def shard_blocks(module, ranks, device, compiled):
+    """Shard a GPT (whole, and alike on every rank) over all ranks, in place: parameters become DTensors on
+    the device, where no more than a block at a time has been whole. compiled: torch.compile each block."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    for block in module.transformer.h:
+        if compiled:
+            block.compile()
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)  # embeddings, the tied head, the last LayerNorm
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor, whole on every rank (all must call); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distribute(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor that every rank has whole, sharded like `parameter`."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def seed_all(*numbers: int) -> None:
     """Seed torch's generators of this process from whole numbers, alike for alike numbers."""
+    # frozen: the mixing of seeds
     mixed = 0
     for n in numbers:
         mixed = (mixed * 6364136223846793005 + n + 1442695040888963407) % 2**63

@@ -1,51 +1,144 @@
-"""What a run writes down as it goes: CSV files that a figure can be drawn from, and optionally TensorBoard or W&B."""
+"""What a run reports: log.csv and timing.csv, TensorBoard or W&B, and a printed line."""
 
 import csv
+import dataclasses
 import io
 import os
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import replacing
+from inheritune.training import cost
+from inheritune.training.device import peak_memory_mb
+from inheritune.training.settings import TrainSettings
+
+# frozen: log columns and number format
+LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
+TERMS = ("ce", "kl")  # further columns with a teacher: the terms of the loss, unweighted
+TIMING_COLUMNS = ("step", "tokens_per_s", "mfu", "memory_mb", "train_s", "val_s")
 
 
-class CsvLog:
-    """A CSV file with one row per step, appended to as the run goes.
-
-    Opening an existing file keeps its rows up to `last_step` and drops the rest, and a line that a kill cut short:
-    the run will write them again. Raises UserError when the file has other columns.
-    """
-
-    def __init__(self, path, columns, last_step=-1):
-        self.path, self.columns = path, columns
-        self.rows = [r for r in read_rows(path, columns) if int(r["step"]) <= last_step]
-        with replacing(path, "w") as f:
-            writer = csv.DictWriter(f, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def write(self, row):
-        """Append a row {column: number or None}; floats keep nine significant digits, enough for any fp32."""
-        text = {k: show(row.get(k)) for k in self.columns}
-        line = io.StringIO()
-        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(text)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(line.getvalue())
-        self.rows.append(text)
-
-    def last(self):
-        """The newest row as {column: float or None}, or None when there is none."""
-        return {k: float(v) if v else None for k, v in self.rows[-1].items()} if self.rows else None
-
-
-def show(value):
-    """A log's text for a number or None."""
+def show(value: float | None) -> str:
+    """A log's text for a number or None: nine significant digits are enough for any fp32."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.9g}"
 
 
-def read_rows(path, columns=None):
-    """The whole rows of a CSV log as [{column: text}], [] when there is no file. Raises UserError."""
+class Recorder:
+    """Reports a run's steps. It does nothing until it is opened, which rank 0 alone does.
+
+    Speeds are those since the last line. The first step of a process is left out: it compiles.
+    """
+
+    def __init__(self, settings: TrainSettings, config, device: torch.device, world: int):
+        self.settings, self.config, self.device, self.world = settings, config, device, world
+        self.lock = self.log = self.timing = self.sink = None
+        self.train_s = self.val_s = self.last_val_s = 0.0  # in this process, saving excluded
+        self.since = None  # (step, train_s) after the first step, then at the last line
+
+    def open(self, lock: int, step: int) -> None:
+        """Open the logs in the run folder that `lock` holds, for the rows from `step` on."""
+        out, names = self.settings.out_dir, LOG_COLUMNS + (TERMS if self.settings.teacher else ())
+        self.log = CsvLog(os.path.join(out, "log.csv"), names, before=step)
+        self.timing = CsvLog(os.path.join(out, "timing.csv"), TIMING_COLUMNS, before=step)
+        self.sink = open_sink(self.settings, step)
+        self.lock = lock
+
+    def close(self) -> None:
+        """Release the run folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def stepped(self, step: int, seconds: float) -> None:
+        """Count the time of the step that led to `step`."""
+        self.train_s += seconds
+        self.since = self.since or (step, self.train_s)
+
+    def validated(self, seconds: float) -> None:
+        """Count the time of a validation."""
+        self.val_s += seconds
+        self.last_val_s = seconds
+
+    def report(self, step: int, row: dict, val_loss: float | None) -> None:
+        """Print and log the step that led to `step`, if a line is due or the model was validated there.
+
+        row: loss, lr, grad_norm, … of that step.
+        """
+        s = self.settings
+        if self.log is None or (step % s.log_interval and val_loss is None):
+            return
+        row = {"step": step, "tokens": step * s.batch_tokens, "val_loss": val_loss, **row}
+        self.log.write(row)
+
+        # speed since the last line
+        before, began = self.since or (step, 0.0)
+        step_s = (self.train_s - began) / (step - before) if step > before else None
+        tokens_per_s = s.batch_tokens / step_s if step_s else None  # over all ranks
+        mfu = cost.mfu(tokens_per_s, self.config, self.device, self.world) if step_s else None
+        if self.since:
+            self.since = step, self.train_s
+        times = {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_mb": peak_memory_mb(self.device)}
+        times |= {"train_s": self.train_s, "val_s": self.val_s}
+        self.timing.write({"step": step} | times)
+        self.sink(step, {k: v for k, v in (row | times).items() if v is not None})
+
+        # the printed line
+        parts = [f"step {step}/{s.max_iters}"]
+        if "loss" in row:
+            parts += [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"]
+        if val_loss is not None:
+            parts.append(f"val {val_loss:.4f}")
+        parts.append(f"{row['tokens']:,} tokens")
+        if step_s:
+            shown = f"mfu {mfu:.1%}" if mfu else "mfu n/a"
+            parts += [f"{tokens_per_s:,.0f} tok/s", shown, f"eta {clock(self.time_left(step, step_s))}"]
+        print(" | ".join(parts), flush=True)
+
+    def time_left(self, step: int, step_s: float) -> float:
+        """Seconds to the end: steps at the present speed, validations as long as the last."""
+        end, interval = self.settings.max_iters, self.settings.eval_interval
+        validations = -(-end // interval) - step // interval
+        return (end - step) * step_s + validations * self.last_val_s
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class CsvLog:
+    """A CSV file with one row per step, appended to as the run goes.
+
+    Opening an existing file keeps its rows of steps before `before` and drops the rest, and a line that a
+    kill cut short: the run will write them again. Raises UserError when the file has other columns.
+    """
+
+    def __init__(self, path: str, columns: tuple, before: int = 0):
+        self.path, self.columns = path, columns
+        rows = [r for r in read_rows(path, columns) if int(r["step"]) < before]
+        with replacing(path, "w") as f:
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, row: dict) -> None:
+        """Append a row {column: number or None}."""
+        line = io.StringIO()
+        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(
+            {k: show(row.get(k)) for k in self.columns}
+        )
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(line.getvalue())
+
+
+def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
+    """The whole rows of a CSV log as [{column: text}], [] when there is no file."""
     if not os.path.lexists(path):
         return []
     if not os.path.isfile(path):  # a pipe would be waited for
@@ -55,22 +148,26 @@ def read_rows(path, columns=None):
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     rows = [r for r in reader if None not in r and None not in r.values()]
     if columns is not None and text and reader.fieldnames != list(columns):
-        raise UserError(f"{path} has columns {reader.fieldnames}, not {list(columns)}; it is not this run's log")
+        raise UserError(
+            f"{path} has columns {reader.fieldnames}, not {list(columns)}; it is not this run's log"
+        )
     return rows
 
 
-def open_sink(kind, out_dir, settings):
-    """A function write(step, {name: number}) that feeds TensorBoard or W&B, or does nothing for "none".
+def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, float]], Any]:
+    """A function write(step, {name: number}) that feeds TensorBoard or W&B from `step` on, or does nothing.
 
-    Raises UserError when the package is missing.
+    Raises UserError when the package is missing, or W&B cannot be reached.
     """
+    kind, out_dir = settings.log_to, settings.out_dir
     if kind == "none":
         return lambda step, values: None
     try:
-        if kind == "tensorboard":  # needs an extra package
+        if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(os.path.join(out_dir, "tensorboard"))
+            # what a killed run wrote from `step` on is written again: purge_step hides it
+            writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=step)
 
             def write(step, values):
                 for name, value in values.items():
@@ -79,9 +176,30 @@ def open_sink(kind, out_dir, settings):
 
             return write
         import wandb
-
-        name = os.path.basename(out_dir)  # needs an extra package
-        run = wandb.init(project="nanoInheritune", name=name, config=settings, dir=out_dir)  # needs an extra package
-        return lambda step, values: run.log(values, step=step)  # needs an extra package
     except ImportError:
         raise UserError(f"--log_to={kind} needs a package: pip install -r requirements-log.txt") from None
+    try:
+        run = wandb.init(
+            project="nanoInheritune",
+            name=os.path.basename(out_dir),
+            id=wandb_id(out_dir),
+            resume="allow",
+            config=dataclasses.asdict(settings),
+            dir=out_dir,
+        )
+    except wandb.Error as e:
+        said = str(e).strip().split("\n")[0]
+        raise UserError(
+            f"--log_to=wandb: W&B says: {said}; run `wandb login`, set WANDB_MODE=offline, or leave it out"
+        ) from None
+    return lambda step, values: run.log(values, step=step)
+
+
+def wandb_id(out_dir: str) -> str:
+    """The id of a run folder's W&B run, kept there so that a resumed run goes on in it."""
+    path = os.path.join(out_dir, "wandb_id")
+    if not os.path.exists(path):
+        with replacing(path, "w") as f:
+            f.write(secrets.token_hex(4))
+    with open(path, encoding="utf-8") as f:
+        return f.read().strip()

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from inheritune.base.errors import UserError
+from inheritune.training.distributed import distribute, gather
 from inheritune.training.settings import TrainSettings
-from inheritune.training.shard import like, whole
 from model import GPT
 
 # frozen: what a checkpoint keeps for each parameter, under "parameter name/state name"
@@ -84,7 +84,7 @@ def snapshot(
     """
     tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
+        tensor = gather(tensor.detach())
         if into is not None and name in into:
             into[name].copy_(tensor)
         elif into is not None:
@@ -124,7 +124,7 @@ def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer):
             )
         name, _, key = full.rpartition("/")
         # a copy, because the optimizer keeps what it is given, and this is the mapped file
-        state[name][key] = like(tensor, parameters[name]) if tensor.dim() else tensor.clone()
+        state[name][key] = distribute(tensor, parameters[name]) if tensor.dim() else tensor.clone()
     lacking = next((full for full in shapes if tensors and full not in tensors), None)
     if lacking:
         raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")

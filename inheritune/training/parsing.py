@@ -1,7 +1,7 @@
 """Reads settings from a config file and a command line: default < config file < command line.
 
-The calling form is nanoGPT's: `train.py [CONFIG.py] --key=value …`. A config file looks like Python but is data:
-assignments of literals and arithmetic on numbers. It is never executed; its lines become flags.
+The calling form is nanoGPT's: `train.py [CONFIG.py] --key=value …`. A config file looks like Python but is
+data: assignments of literals and arithmetic on numbers. It is never executed; its lines become flags.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ARITHMETIC = {
 
 # nanoGPT's settings that have no namesake here, and what to write instead
 NANOGPT = {
-    "gradient_accumulation_steps": "write batch_tokens = gradient_accumulation_steps * batch_size * block_size",
+    "gradient_accumulation_steps": "write batch_tokens = this times batch_size times block_size",
     "eval_iters": "write eval_tokens: each validation reads the same first tokens of val",
     "eval_only": "leave it out, and run score.py on the checkpoint",
     "always_save_checkpoint": "write save_interval; the best checkpoint is kept in any case",
@@ -45,10 +45,10 @@ class Wrong(str):
 
 
 def parse(classes: tuple, argv: list[str] | None, description: str, others: dict | None = None) -> tuple:
-    """Read a command line into one instance of each dataclass of `classes`, and the set of keys that were given.
+    """Read a command line into one instance of each dataclass of `classes`, and the set of keys given.
 
-    others: {script: dataclass} whose keys belong to another script; a key of those is refused by naming the script.
-    All problems are raised together, in one UserError.
+    others: {script: dataclass} of settings that belong to another script: a key of those is refused by naming
+    the script. All problems are raised together, in one UserError.
     """
     fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
     parser = make_parser(fields, description)
@@ -73,7 +73,7 @@ def parse(classes: tuple, argv: list[str] | None, description: str, others: dict
 
 
 def make_parser(fields: dict, description: str) -> Parser:
-    """The parser of these dataclass fields, each flag spelled with _ or with -. It leaves out what is not given."""
+    """The parser of these dataclass fields, each flag spelled with _ or -; what is not given is left out."""
     parser = Parser(
         description=description,
         formatter_class=argparse.HelpFormatter,

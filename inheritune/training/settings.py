@@ -1,7 +1,7 @@
 """Every setting of train.py, grow.py and replicate.py, each with its default and its line of help.
 
-The defaults are the paper's (arXiv 2404.08634, section 3) where it states one, for its smallest model; parsing.py reads
-a config file and a command line into these classes.
+The defaults are the paper's (arXiv 2404.08634, section 3) for its smallest model, where it states one.
+parsing.py reads a config file and a command line into these classes.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ from typing import Literal
 
 
 def setting(default, help, low=None, high=None, path=False):
-    """A dataclass field with its line of help. low, high: the range of a number, both ends included; path: a file or
-    folder, in which ~ stands for the home folder."""
+    """A dataclass field with its line of help. low, high: the range of a number, both ends included; path: a
+    file or folder, in which ~ stands for the home folder."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "path": path})
 
 
@@ -165,32 +165,11 @@ class ReplicateSettings:
     )
 
 
-# What may change when a run is resumed: it alters neither the mathematics nor the meaning of the log's rows.
-HARMLESS = frozenset(
-    {"out_dir", "batch_size", "stop_at_val_loss", "max_iters", "eval_interval", "log_interval", "log_to"}
-    | {
-        "save_interval",
-        "keep_last",
-        "resume",
-        "device",
-        "compile",
-        "checkpoint_activations",
-        "shard",
-    }
-    | {"threads", "dry_run"}
-)
-
 # Where and how a run is made, not what comes out: not part of an arm's identity (replicate.py).
 MACHINE = frozenset(
-    {
-        "out_dir",
-        "batch_size",
-        "log_interval",
-        "log_to",
-        "save_interval",
-        "keep_last",
-        "resume",
-        "device",
-    }
+    {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "device"}
     | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}
 )
+
+# What may change when a run is resumed: it alters neither the mathematics nor the meaning of the log's rows.
+HARMLESS = MACHINE | {"stop_at_val_loss", "max_iters", "eval_interval"}

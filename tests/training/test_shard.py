@@ -1,7 +1,7 @@
 """A model in shards (--shard) trains like one that is whole: against DDP and one process, and continued as
 any of them.
 
-pytest tests/test_shard.py        (-m slow for 4 ranks, half precision, distillation, signals, torch.compile)
+pytest tests/training/test_shard.py        (-m slow for 4 ranks, half precision, distillation, signals, torch.compile)
 """
 
 import json
@@ -215,7 +215,7 @@ def disturb(end_in_step=None, end_in_validation=None, poison=None):
         if run.state.step == end_in_step:
             os.kill(os.getpid(), signal.SIGTERM)
         if run.state.step == poison:
-            hook = run.model.register_forward_hook(
+            hook = run.model.module.register_forward_hook(
                 lambda m, i, loss: loss.register_hook(lambda g: g * math.inf) and None
             )
         train_step(run)

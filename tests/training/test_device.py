@@ -1,6 +1,6 @@
 """The machine a run is on.
 
-pytest tests/test_device.py
+pytest tests/training/test_device.py
 """
 
 import ast
