@@ -1,6 +1,7 @@
 """The comparison: a small one from end to end, its report, what it refuses. pytest tests/test_replicate.py"""
 
 import csv
+import glob
 import json
 import os
 import shutil
@@ -107,6 +108,18 @@ def test_report_takes_in_what_another_folder_has(finished, tmp_path, monkeypatch
     assert "10 arms × seeds are not there yet" in capsys.readouterr().out
     flags = ["--report", f"--results={tmp_path}/none", f"--out_dir={tmp_path}/none"]
     assert "has no row of a reference" in refusal(replicate.main, [path, *flags])
+
+
+@pytest.mark.parametrize("logs", glob.glob(os.path.join(ROOT, "results/*/logs")))
+def test_committed_tables_are_rebuilt_from_committed_logs(logs, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    committed = os.path.dirname(logs)
+    shutil.copytree(logs, tmp_path / "results/logs")
+    config = f"config/replicate_{os.path.basename(committed)}.py"
+    replicate.main([config, "--report", f"--results={tmp_path}/results", f"--out_dir={tmp_path}/none"])
+    for name in ("results.csv", "table.md"):
+        with open(os.path.join(committed, name)) as f:
+            assert (tmp_path / "results" / name).read_text() == f.read()
 
 
 def test_deleted_arm_comes_back_the_same(finished, monkeypatch):

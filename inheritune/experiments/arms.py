@@ -85,7 +85,7 @@ class Common:
         return Stage(self.of(arm, run), config, self.flags | shape | flags)
 
     def inherited(self, arm: str, run="run", n_layer=None, source=None, flags=None, **how) -> Stage:
-        """A Stage that trains what inherit.py makes of the reference, or of `source`, with the flags `how`."""
+        """A Stage that trains what inherit.py makes of the reference or of `source` with the flags `how`."""
         start = {"ckpt": source or self.reference, **how, "seed": self.flags["seed"]}
         config = dataclasses.replace(self.config, n_layer=n_layer or self.k)
         flags = self.flags | {"block_size": config.block_size} | (flags or {})

@@ -1,6 +1,5 @@
 """Every figure, in one style: of a recipe, a comparison, an analysis. Functions draw what they are given."""
 
-import math
 import os
 import statistics
 import textwrap
@@ -32,6 +31,7 @@ COLOURS = {  # of the arms that the question is about; the others are grey
     "ends": PURPLE,
     "onto": ORANGE,
 }
+LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
 STYLES = {"adamw": "-", "muon": "--"}
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
@@ -61,7 +61,7 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
         how = {"color": COLOURS[arm], "alpha": alpha}
         axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **how)
         axes.plot(tokens[-1], losses[-1], "o", markersize=4, **how)
-    axes.axhline(reference_loss, color=BLACK, linewidth=0.8, linestyle=":", label="the reference at its end")
+    axes.axhline(reference_loss, **LEVEL, label="the reference at its end")
     cut(axes, [losses[-1] for *_, losses in curves] + [reference_loss], 0.3, 2.5)
     axes.set(xlabel="training tokens of the run itself", ylabel="validation loss (nats/token)", title=title)
     axes.grid()
@@ -93,12 +93,8 @@ def draw_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[
 def mean_curve(curves):
     """(xs, mean, lowest, highest) of several seeds' curves over the same xs."""
     by_x = list(zip(*(ys for _, ys in curves), strict=False))  # a run may have stopped early
-    return (
-        curves[0][0][: len(by_x)],
-        [statistics.fmean(ys) for ys in by_x],
-        [min(ys) for ys in by_x],
-        [max(ys) for ys in by_x],
-    )
+    low, high = [min(ys) for ys in by_x], [max(ys) for ys in by_x]
+    return curves[0][0][: len(by_x)], [statistics.fmean(ys) for ys in by_x], low, high
 
 
 def draw_points(axes, points) -> None:
@@ -121,25 +117,18 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
             how = {"color": COLOURS[arm], "label": find_arm(arm).label}
         left.plot(*lines[arm][:2], **how)
     cut(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0])
-    left.set(
-        xlabel="training FLOPs of the arm's own stages",
-        ylabel="validation loss (nats/token), mean over seeds",
-    )
-    level = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
-    left.axhline(curve_level(arms), **level, label="the reference at its end")
+    left.set_xlabel("training FLOPs of the arm's own stages")
+    left.set_ylabel("validation loss (nats/token), mean over seeds")
+    left.axhline(curve_level(arms), **LEVEL, label="the reference at its end")
     left.grid()
     left.legend()
-    points = [
-        (
-            find_arm(arm).label,
-            *mean_and_error([r["val_loss"] for r in rows]),
-            COLOURS.get(arm.split("@")[0], GREY),
-        )
-        for arm, rows in arms.items()
-    ]
+    points = []
+    for arm, rows in arms.items():
+        colour = COLOURS.get(split_name(arm)[0], GREY)
+        points.append((find_arm(arm).label, *mean_and_error([r["val_loss"] for r in rows]), colour))
     draw_points(right, sorted(points, key=lambda p: p[1]))
     right.set(xlabel="final validation loss\n(mean and standard error over seeds)")
-    right.axvline(mean_loss(arms["reference"]), **level)
+    right.axvline(mean_loss(arms["reference"]), **LEVEL)
     figure.suptitle(title)
     save(figure, path)
 
@@ -151,26 +140,12 @@ def curve_level(arms: dict, arm="reference") -> float:
 
 def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> None:
     """Draw what starting from a trained reference gives: validation loss over a run's own training FLOPs, one
-    panel for each optimizer, for random init, Inheritune, `ends` and the best other arm that starts from the
-    reference.
-    """
-    panels = []
-    for optimizer in dict.fromkeys(split_name(arm)[1].get("optimizer") for arm in arms):
-        chosen = [
-            best_variant(arms, base, optimizer) for base in ("reference", "random", "inheritune", "ends")
-        ]
-        shown = [arm for arm in chosen if arm and drawn[arm]]
-        others = [arm for arm in arms if drawn[arm] and arm not in shown and is_recipe(arm, optimizer)]
-        best = min(others, key=lambda arm: mean_loss(arms[arm]), default=None)
-        if best and mean_loss(arms[best]) < min((mean_loss(arms[arm]) for arm in shown), default=math.inf):
-            shown.append(best)
-        if any(split_name(arm)[0] != "reference" for arm in shown):
-            panels.append((optimizer, shown))
-    if not panels:
-        panels = [(None, [arm for arm in arms if drawn[arm]])]
-    figure, places = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False, sharey=True)
+    panel for each optimizer. own: the optimizer of the arms that do not name another."""
+    panels = compute_panels(arms, drawn)
+    size = (7 * len(panels), 5)
+    figure, places = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     level, finals = curve_level(arms), [curve_level(arms)]
-    for axes, (optimizer, shown) in zip(places.flat, panels, strict=True):
+    for axes, (optimizer, shown) in zip(places.flat, panels.items(), strict=True):
         for arm in shown:
             xs, mean, low, high = mean_curve(drawn[arm])
             colour = COLOURS.get(split_name(arm)[0], GREEN)
@@ -178,13 +153,7 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> No
             axes.plot(xs, mean, color=colour, label=f"{find_arm(arm).label}: {mean[-1]:.3f} ({seeds})")
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
             finals.append(mean[-1])
-        axes.axhline(
-            level,
-            color=BLACK,
-            linewidth=0.8,
-            linestyle=":",
-            label=f"the given reference at its end: {level:.3f}",
-        )
+        axes.axhline(level, **LEVEL, label=f"the given reference at its end: {level:.3f}")
         axes.set(xlabel="training FLOPs of the run itself, the reference being there")
         axes.set_title(OPTIMIZERS[optimizer or own])
         axes.grid()
@@ -195,10 +164,26 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> No
     save(figure, path)
 
 
-def is_recipe(arm: str, optimizer) -> bool:
+def compute_panels(arms: dict, drawn: dict) -> dict:
+    """{optimizer: arms to show}: reference, random init, Inheritune and `ends`, of several learning rates the
+    best, and the best other arm that starts from the reference where it ends below these two."""
+    panels = {}
+    for optimizer in dict.fromkeys(split_name(arm)[1].get("optimizer") for arm in arms):
+        bases = ("reference", "random", "inheritune", "ends")
+        found = [best_variant(arms, base, optimizer) for base in bases]
+        shown = [arm for arm in found if arm and drawn[arm]]
+        recipes = [arm for arm in arms if drawn[arm] and is_recipe(arm, optimizer)]
+        best = min(recipes, key=lambda arm: mean_loss(arms[arm]), default=None)
+        if recipes or optimizer is None:
+            panels[optimizer] = list(dict.fromkeys([*shown, *([best] if best else [])]))
+    return panels
+
+
+def is_recipe(arm: str, optimizer: str | None) -> bool:
     """Whether an arm starts or learns from the reference, under this optimizer, for the usual steps."""
     changed = split_name(arm)[1]
-    return bool(find_arm(arm).source) and "max_iters" not in changed and changed.get("optimizer") == optimizer
+    same = changed.get("optimizer") == optimizer and "max_iters" not in changed
+    return same and find_arm(arm).source == "reference"
 
 
 def budgets(arms: dict) -> dict:
@@ -266,7 +251,7 @@ def plot_ranks(path: str, arms: dict, title: str) -> None:
     for place in places.flat[len(panels) :]:
         place.axis("off")
     for place, (name, before, after) in zip(places.flat, panels, strict=False):
-        place.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+        place.axhline(1, **LEVEL)
         if before is not None:
             place.plot(before, ".--", color=GREY, linewidth=1, label="before training")
         place.plot(after, "o-", color=RED, markersize=3, linewidth=1.2, label="after")
@@ -319,7 +304,7 @@ def plot_analysis(path: str, found: dict, title: str) -> None:
     image.colorbar.ax.yaxis.set_major_formatter(ScalarFormatter())
     image.colorbar.ax.minorticks_off()
     # layers
-    right.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    right.axhline(1, **LEVEL)
     right.plot(layers["max_rank"], "o-", markersize=4, color=RED, label=f"MaxRank (tau {tau:g})")
     right.plot(layers["avg_mass"], "s-", markersize=4, color=BLUE, label=f"AvgMass (eta {found['eta']:g})")
     lazy = f"{found['lazy_layers']} of {len(ranks)} layers lazy, at {found['length']} tokens"

@@ -1,7 +1,7 @@
 """What the figures are made of, and that they are made. pytest tests/experiments/test_plots.py"""
 
 from inheritune.experiments import plots, tables
-from tests.experiments.test_tables import ROWS
+from tests.experiments.test_tables import ROWS, rows_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -26,3 +26,18 @@ def test_figures_of_a_given_reference_alone(tmp_path):
     rows = [ROWS[0] | {"ranks_before": None}]
     names = plots.draw_results(str(tmp_path), rows, [([], [])], "adamw")
     assert set(names) == {"curves.png", "compute.png", "rank.png"}
+
+
+def test_the_best_recipe_is_shown_beside_the_usual_ones():
+    """Each under its optimizer; an arm that starts from nothing is no recipe, however good."""
+    rows = [*ROWS, *rows_of("kd_ends", [1.8, 1.9]), *rows_of("random_2x", [1.0]), *rows_of("kd", [1.9, 2.0])]
+    arms = tables.by_arm(rows)
+    drawn = {arm: [([0.0], [1.0])] for arm in arms}
+    assert plots.compute_panels(arms, drawn) == {
+        None: ["reference", "random", "ends", "kd_ends"],
+        "muon": [
+            "reference@optimizer=muon",
+            "random@optimizer=muon@learning_rate=4e-3",
+            "ends@optimizer=muon",
+        ],
+    }
