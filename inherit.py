@@ -20,79 +20,62 @@ from inheritune.weights.recipes import PARTS, RECIPES, make_checkpoint
 from model import GPT, GPTConfig
 
 
-def parse_blocks(text):
-    """[0, 1, 2, 23] from "0-2,23". Raises UserError."""
-    blocks = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise UserError(
-                f"--blocks {text!r}: {part!r} is not a number or a range; write them like 0-11,23"
-            )
-        blocks += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return blocks
+def make_parser() -> Parser:
+    parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
+    add("--out", required=True, help="folder to create")
+    add("--layers", help="how many blocks, or auto: as many as are not lazy (needs --data)")
+    add("--data", help="data folder on whose validation split --layers auto looks at the attention")
+    add("--blocks", help="keep these blocks instead, e.g. 0-11,23")
+    add("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
+    add("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
+    add("--parts", choices=PARTS, default="all", help="take only these parts of each block")
+    add("--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too")
+    add("--released_slice", action="store_true", help="blocks and wte only, as the authors did")
+    add("--seed", type=int, default=1337, help="of whatever is random")
+    return parser
 
 
-def true_or_false(text):
+def true_or_false(text: str) -> bool:
     """argparse's type for a flag that is True or False."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
     return text.lower() == "true"
 
 
-def make_parser():
-    """The command line."""
-    parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
-    parser.add_argument(
-        "--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id"
-    )
-    parser.add_argument("--out", required=True, help="folder to create")
-    parser.add_argument("--layers", help="how many blocks, or auto: as many as are not lazy (needs --data)")
-    parser.add_argument(
-        "--data", help="data folder on whose validation split --layers auto looks at the attention"
-    )
-    parser.add_argument("--blocks", help="keep these blocks instead, e.g. 0-11,23")
-    parser.add_argument(
-        "--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers"
-    )
-    parser.add_argument(
-        "--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py"
-    )
-    parser.add_argument("--parts", choices=PARTS, default="all", help="take only these parts of each block")
-    parser.add_argument(
-        "--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too"
-    )
-    parser.add_argument(
-        "--released_slice", action="store_true", help="blocks and wte only, as the authors did"
-    )
-    parser.add_argument("--seed", type=int, default=1337, help="of whatever is random")
-    return parser
-
-
-def check(args):
+def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
     needs_layers = not args.blocks and args.recipe != "half_width"
+    how = (args.recipe, args.parts, args.layernorms, args.released_slice)
     if args.blocks and (args.layers is not None or args.onto or args.recipe != "first"):
         raise UserError("--blocks says which blocks: leave out --layers, --onto and --recipe")
     if needs_layers and args.layers is None:
-        raise UserError(
+        missing = (
             "--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST"
         )
-    if args.onto and (args.recipe, args.parts, args.layernorms, args.released_slice) != (
-        "first",
-        "all",
-        True,
-        False,
-    ):
-        raise UserError(
-            "--onto takes whole blocks: leave out --recipe, --parts, --layernorms and --released_slice"
-        )
+        raise UserError(missing)
+    if args.onto and how != ("first", "all", True, False):
+        flags = "--recipe, --parts, --layernorms and --released_slice"
+        raise UserError(f"--onto takes whole blocks: leave out {flags}")
     if (args.layers == "auto") != (args.data is not None):
         raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
     if args.layers == "auto" and args.recipe in ("stack", "half_width"):
         raise UserError(f"{args.recipe} leaves nothing to choose: leave out --layers auto")
     if args.layers not in (None, "auto") and not (args.layers.isdecimal() and int(args.layers)):
         raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
+
+
+def parse_blocks(text: str) -> list[int]:
+    """[0, 1, 2, 23] from "0-2,23". Raises UserError."""
+    blocks = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            problem = f"{part!r} is not a number or a range; write them like 0-11,23"
+            raise UserError(f"--blocks {text!r}: {problem}")
+        blocks += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return blocks
 
 
 @one_line

@@ -76,7 +76,7 @@ def compare(place):
     times = harness.interleaved(works, prepare=clear)
     return [
         harness.row(
-            "inherit.py, XL to 24 blocks: time / (cp + sync)", times["inherit"] / times["copy"], "", "<= 1.5"
+            "inherit.py, XL to 24 blocks: time / (cp + sync)", times["inherit"] / times["copy"], "", "<= 1.3"
         ),
         harness.row("inherit.py, XL to 24 blocks", times["inherit"], "s"),
         harness.row("cp + sync of the same bytes", times["copy"], "s"),
