@@ -17,7 +17,7 @@ from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
 from inheritune.training import cost
 from inheritune.training import device as machine
-from inheritune.training.distributed import Ranks, seed_all
+from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
@@ -120,13 +120,12 @@ def first_reach(stages: list[Stage], target: float) -> dict:
 def measure(settings: TrainSettings, config: GPTConfig, folder: str) -> float:
     """Validation loss (nats/token) of a checkpoint as train.py measures it: the same tokens in the same
     windows, compiled or not, in the same number format. Nothing stays on the device."""
-    device = machine.pick(settings.device)
+    device, ranks = machine.pick(settings.device), Ranks()
     torch.set_float32_matmul_precision("high")
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
-    model = GPT.from_pretrained(folder).to(device)
-    if settings.compile or (settings.compile is None and device.type == "cuda"):
-        model = torch.compile(model)
-    loss = mean_loss(model, val, Ranks(), device, machine.pick_dtype(settings.dtype, device))
+    compiled = machine.compiles(settings.compile, device)
+    model = DistributedModel(GPT.from_pretrained(folder), ranks, device, compiled, shard=False)
+    loss = mean_loss(model.validated, val, ranks, device, machine.pick_dtype(settings.dtype, device))
     del model
     release(device)
     return loss

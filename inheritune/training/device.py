@@ -45,6 +45,11 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
+def compiles(compile: bool | None, device: torch.device) -> bool:
+    """Whether the setting `compile` asks for torch.compile on this device: by default on CUDA only."""
+    return device.type == "cuda" if compile is None else compile
+
+
 def autocast(device, dtype):
     """A context manager for the forward pass."""
     if dtype == torch.float32:

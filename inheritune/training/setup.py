@@ -13,7 +13,7 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder
 from inheritune.base.signals import Request
 from inheritune.data.reader import TrainData, ValData
-from inheritune.training.device import pick_dtype
+from inheritune.training.device import compiles, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import Recorder
 from inheritune.training.optimizer import load_optimizer, make_optimizer
@@ -137,7 +137,7 @@ def build_model(settings, plan, ranks, device):
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     module, lineage = ranks.agree(lambda: load_weights(plan, folder))
     module.checkpoint_activations = settings.checkpoint_activations
-    compiled = settings.compile or (settings.compile is None and device.type == "cuda")
+    compiled = compiles(settings.compile, device)
     return DistributedModel(module, ranks, device, compiled, settings.shard), lineage
 
 
