@@ -19,12 +19,12 @@ from inheritune.experiments.attention_metrics import (
     SEQUENCES,
     analyse,
     attention_maps,
+    classes_for,
     open_with_windows,
 )
 from inheritune.experiments.plots import plot_analysis, plot_maps
 from inheritune.training import device as machine
 from inheritune.weights import checkpoint
-from model import GPTConfig
 
 MAP_LENGTH = 40  # tokens in maps.png, as in the paper's Fig. 9
 
@@ -139,7 +139,7 @@ def main(argv=None):
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"{args.out} is a file; --out names a folder")
     folder = checkpoint.find(args.ckpt)
-    config = GPTConfig.from_folder(folder)
+    config = classes_for(folder)[0].from_folder(folder)
     choose_heads(args.heads, [[0] * config.n_head] * config.n_layer)
     device = machine.pick(args.device)
 

@@ -16,7 +16,8 @@ from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data import hf_tokenizer
 from inheritune.experiments.attention_metrics import choose_for
 from inheritune.weights import checkpoint
-from inheritune.weights.recipes import PARTS, RECIPES, make_checkpoint
+from inheritune.weights.gpt2_format import is_other
+from inheritune.weights.recipes import PARTS, RECIPES, choose_blocks, make_checkpoint
 from model import GPT, GPTConfig
 
 
@@ -78,6 +79,20 @@ def parse_blocks(text: str) -> list[int]:
     return blocks
 
 
+def check_other(args: argparse.Namespace, folder: str) -> None:
+    """Raise UserError for flags that a model which model.py does not implement cannot have."""
+    flags = {
+        "--onto": args.onto,
+        "--parts": args.parts != "all",
+        "--layernorms": not args.layernorms,
+        "--released_slice": args.released_slice,
+        f"--recipe {args.recipe}": args.recipe in ("half_width", "random"),
+    }
+    given = [flag for flag, is_given in flags.items() if is_given]
+    if given:
+        raise UserError(f"{folder} is no GPT-2: only whole blocks can be taken of it: leave out {given[0]}")
+
+
 @one_line
 def main(argv=None):
     """Command line: make a new checkpoint folder out of another."""
@@ -90,6 +105,18 @@ def main(argv=None):
         notes = {"layers_auto": reason}
     else:
         layers, notes = int(args.layers) if args.layers else None, {}
+    if is_other(folder):
+        from inheritune.weights.any_layout import cut_model  # needs transformers
+
+        check_other(args, folder)
+        made = cut_model(
+            folder,
+            args.out,
+            lambda n: parse_blocks(args.blocks) if args.blocks else choose_blocks(args.recipe, n, layers),
+            **notes,
+        )
+        print(f"{made}; transformers' Trainer, litgpt and torchtitan train it")
+        return
     made = make_checkpoint(
         folder,
         args.out,

@@ -5,6 +5,7 @@ above the diagonal. Functions of A take a batch of matrices (…, T, T) and retu
 float64 on the CPU (Apple GPUs have no float64); products, eigenvalues and entropies use A's device and dtype.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
+from inheritune.weights.gpt2_format import is_other
 from model import GPT, GPTConfig
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
@@ -29,12 +31,22 @@ def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, 
     length: tokens in a window; None is 100, or the model's context if that is shorter. Raises UserError when
     the data does not fit the model.
     """
-    config = GPTConfig.from_folder(folder)
+    Config, Model = classes_for(folder)
+    config = Config.from_folder(folder)
     check_tokenizer(data, folder, config)
     if length is not None and length > config.block_size:
         raise UserError(f"--length {length} is more than the {config.block_size} tokens that {folder} reads")
     idx, targets = draw_windows(data, split, sequences, length or min(LENGTH, config.block_size), seed)
-    return GPT.from_pretrained(folder), idx, targets
+    return Model.from_pretrained(folder), idx, targets
+
+
+def classes_for(folder: str) -> tuple[type, type]:
+    """The classes of a checkpoint folder's configuration and model: ours, or transformers' in our clothes."""
+    if not is_other(folder):
+        return GPTConfig, GPT
+    from inheritune.experiments.any_model import AnyConfig, AnyModel  # needs transformers
+
+    return AnyConfig, AnyModel
 
 
 def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -51,12 +63,10 @@ def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int
     return tuple(torch.cat(side) for side in zip(*pairs, strict=True))
 
 
-def analyse(
-    model: GPT, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, skip_sequences: int
-) -> dict:
+def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, skip_sequences: int) -> dict:
     """Everything, as analysis.json has it; lists run over layers, lists of lists over layers and heads.
 
-    idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them.
+    model: a GPT, or an any_model.AnyModel; so in the functions below. idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them.
     """
     heads, influence, norms = look(model, idx, taus, eta, title="attention")
     ranks = heads[f"rank_{taus[0]:g}"]  # (n_layer, n_head)
@@ -95,7 +105,7 @@ def analyse(
 
 
 @torch.inference_mode()
-def look(model: GPT, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None):
+def look(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None):
     """(heads, influence, norms) of a model on windows idx (N, T).
 
     heads: {measure: float64 (n_layer, n_head), the mean over windows} (see `measures`). influence (n_layer,):
@@ -104,33 +114,49 @@ def look(model: GPT, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None
     does not grow with N.
     """
     c, (N, T) = model.config, idx.shape
-    device = model.lm_head.weight.device
     heads, influence, norms = {}, torch.zeros(c.n_layer).double(), torch.zeros(c.n_layer + 1).double()
     model.eval()
+    held = 1 if isinstance(model, GPT) else c.n_layer  # layers whose matrices are in memory at once
     with tqdm(total=N * c.n_layer, desc=title, unit="map", disable=title is None) as bar:
-        for part in idx.split(max(1, ELEMENTS // (c.n_head * T * T))):  # (B, T)
-            x = model.embed(part.to(device))
+        for part in idx.split(max(1, ELEMENTS // (held * c.n_head * T * T))):  # (B, T)
+            steps = walk(model, part)
+            _, x = next(steps)  # (B, T, C)
             norms[0] += x.norm(dim=-1).cpu().double().sum()
-            for i, block in enumerate(model.transformer.h):
+            for i, (A, after) in enumerate(steps):
                 # attention matrices, some at a time
-                A = block.attn.probabilities(block.ln_1(x)).flatten(0, 1)  # (B nh, T, T)
-                pieces = [measures(piece, taus, eta) for piece in A.split(max(1, ELEMENTS // (T * T)))]
+                pieces = [
+                    measures(piece, taus, eta) for piece in A.flatten(0, 1).split(max(1, ELEMENTS // (T * T)))
+                ]
                 for name in pieces[0]:
                     values = torch.cat([piece[name] for piece in pieces]).view(len(part), c.n_head)
                     heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())[i] += values.sum(0) / N
                 # the residual stream
-                before, x = x, block(x)
+                before, x = x, after
                 influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
                 norms[i + 1] += x.norm(dim=-1).cpu().double().sum()
                 bar.update(len(part))
     return heads, influence / (N * T), norms / (N * T)
 
 
+def walk(model, idx: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Yield (None, embeddings (B, T, C)) of windows idx (B, T), then for each block (its attention matrices
+    (B, nh, T, T), the residual stream that leaves it)."""
+    idx = idx.to(next(model.parameters()).device)
+    if not isinstance(model, GPT):
+        yield from model.walk(idx)
+        return
+    x = model.embed(idx)
+    yield None, x
+    for block in model.transformer.h:
+        A, x = block.attn.probabilities(block.ln_1(x)), block(x)
+        yield A, x
+
+
 @torch.inference_mode()
-def skip_losses(
-    model: GPT, idx: Tensor, targets: Tensor, title: str | None = None
-) -> tuple[float, list[float]]:
+def skip_losses(model, idx: Tensor, targets: Tensor, title: str | None = None) -> tuple[float, list[float]]:
     """(loss, losses): mean nats/token of windows idx with targets (N, T), and the same without each block."""
+    if not isinstance(model, GPT):
+        return model.skip_losses(idx, targets, title)
     n_layer, device = model.config.n_layer, model.lm_head.weight.device
     model.eval()
     sums = torch.zeros(n_layer + 1).double()  # the last one is the complete model
@@ -152,7 +178,7 @@ def skip_losses(
     return complete, skipped
 
 
-def max_rank(model: GPT, idx: Tensor, tau=0.9) -> Tensor:
+def max_rank(model, idx: Tensor, tau=0.9) -> Tensor:
     """MaxRank of every layer (n_layer,), the highest mean rank of its heads, on windows idx (N, T)."""
     return look(model, idx, (tau,))[0][f"rank_{tau:g}"].amax(-1)
 
@@ -188,15 +214,13 @@ def groups_of(ranks: list[float], n: int) -> list[dict]:
 
 
 @torch.inference_mode()
-def attention_maps(model: GPT, idx: Tensor, chosen: list[tuple[int, int]]) -> dict:
+def attention_maps(model, idx: Tensor, chosen: list[tuple[int, int]]) -> dict:
     """{(layer, head): attention matrix (T, T), a NumPy array} of one window idx (T,) for the chosen heads."""
-    x = model.embed(idx[None].to(model.lm_head.weight.device))
-    maps = {}
-    for i, block in enumerate(model.transformer.h):
-        A = block.attn.probabilities(block.ln_1(x))[0]  # (nh, T, T)
-        maps.update({(i, h): A[h].cpu().numpy() for layer, h in chosen if layer == i})
-        x = block(x)
-    return maps
+    steps = walk(model, idx[None])
+    next(steps)
+    return {
+        (i, h): A[0, h].cpu().numpy() for i, (A, _) in enumerate(steps) for layer, h in chosen if layer == i
+    }
 
 
 def measures(A: Tensor, taus=(0.9,), eta=0.9) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -25,11 +25,26 @@ from inheritune.weights.tensors import Lazy, pieces, read_tensors, write_tensors
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # stored as (in, out)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks, which the released files hold as tensors
+# causal masks, which the released files hold as tensors
+MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
 # sha256 of OpenAI's encoder.json, and how the hub's client calls the folders of the released GPT-2s
 GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_CACHE = re.compile(r"models--(openai-community--)?gpt2(-medium|-large|-xl)?")
+
+
+class OtherModel(UserError):
+    """A folder holds a model that model.py does not implement, though transformers may."""
+
+
+def is_other(folder: str) -> bool:
+    """Whether a folder holds a model that model.py does not implement. Raises UserError for a damaged one."""
+    path = os.path.join(folder, CONFIG)
+    try:
+        check_architecture(path, read_json(path))
+    except OtherModel:
+        return True
+    return False
 
 
 def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
@@ -72,7 +87,10 @@ def check_architecture(path: str, c: dict) -> None:
     """Raise UserError unless config.json's content describes a GPT-2 of possible sizes that model.py
     implements."""
     if c.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented")
+        raise OtherModel(
+            f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented here; transformers' "
+            "Trainer, litgpt and torchtitan train others"
+        )
     bad = [
         f"{key} is {c.get(key)!r:.50} (1 to {most:,})"
         for key, most in LIMITS.items()
@@ -94,7 +112,7 @@ def check_architecture(path: str, c: dict) -> None:
         f"{key}={c[key]!r}" for key, values in implemented.items() if key in c and c[key] not in values
     ]
     if refused:
-        raise UserError(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
+        raise OtherModel(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
 
 
 def find_tokenizer(folder: str) -> str:
@@ -161,19 +179,12 @@ def read_weights(folder: str) -> dict[str, Lazy]:
     Names without the `transformer.` prefix are accepted; causal-mask buffers and the copy of the tied head
     are left out. Raises UserError for damaged or missing files.
     """
-    index = os.path.join(folder, INDEX)
     tensors = {}
-    for file in sorted(set(read_index(index).values())) if os.path.exists(index) else [WEIGHTS]:
-        path = os.path.join(folder, file)
-        if not os.path.isfile(path):
-            pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
-            hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
-            raise UserError(f"{folder} has no {file}{', ' + hint if pickled else '; is it a checkpoint?'}")
-        for key, tensor in read_tensors(path, MASKS).items():
-            name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-            if name in tensors:
-                raise UserError(f"{path} holds {name} twice")
-            tensors[name] = tensor
+    for key, tensor in stored_tensors(folder):
+        name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+        if name in tensors:
+            raise UserError(f"{folder} holds {name} twice")
+        tensors[name] = tensor
     head, wte = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
     if head is not None and wte is not None:
         same = head.shape == wte.shape and len(wte.shape) == 2
@@ -183,6 +194,19 @@ def read_weights(folder: str) -> dict[str, Lazy]:
             )
         del tensors["lm_head.weight"]
     return tensors
+
+
+def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
+    """(name, tensor) of all that a folder's safetensors files hold but causal masks, by the files' own names.
+    Raises UserError for damaged or missing files."""
+    index = os.path.join(folder, INDEX)
+    for file in sorted(set(read_index(index).values())) if os.path.exists(index) else [WEIGHTS]:
+        path = os.path.join(folder, file)
+        if not os.path.isfile(path):
+            pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
+            hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
+            raise UserError(f"{folder} has no {file}{', ' + hint if pickled else '; is it a checkpoint?'}")
+        yield from read_tensors(path, MASKS).items()
 
 
 def read_index(path: str) -> dict[str, str]:

