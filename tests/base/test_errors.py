@@ -15,31 +15,48 @@ from inheritune.base.errors import Parser, Stopped, UserError, describe_os_error
 from tests.tiny import ROOT, arguments, refusal
 
 
-def command(error):
+def command(error, ranks=False):
     """A command's main that ends with this error."""
 
-    @one_line
     def main(argv=None):
         raise error
 
-    return main
+    return one_line(main, ranks)
 
 
 def test_a_mistake_is_one_line_that_begins_with_the_command():
     assert refusal(command(UserError("no data")), []) == "test_errors.py: no data"
 
 
-@pytest.mark.parametrize("ranks, printed", [(("1", "2"), False), (("0", "2"), True), (("1", "1"), True)])
-def test_only_rank_0_prints(monkeypatch, capsys, ranks, printed):
-    """A rank without other ranks (a variable left in the environment) prints too."""
-    for name, value in zip(("RANK", "WORLD_SIZE"), ranks, strict=True):
+@pytest.mark.parametrize(
+    "of_ranks, environment, printed",
+    [(True, "12", False), (True, "02", True), (True, "11", True), (True, "1", True), (False, "12", True)],
+)
+def test_only_rank_0_prints(monkeypatch, capsys, of_ranks, environment, printed):
+    """... of a command that has ranks. A RANK without others is what some shells and pods leave behind."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in zip(("RANK", "WORLD_SIZE"), environment, strict=False):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
-        command(UserError("no data"))()
+        command(UserError("no data"), ranks=of_ranks)()
     assert end.value.code == ("test_errors.py: no data" if printed else 1)
     with pytest.raises(SystemExit) as end:
-        command(Stopped(signal.SIGTERM))()
+        command(Stopped(signal.SIGTERM), ranks=of_ranks)()
     assert end.value.code == 143 and bool(capsys.readouterr().err) == printed
+
+
+@pytest.mark.parametrize(
+    "rank, world, said",
+    [
+        ("x", "2", "RANK is 'x', not a number"),
+        ("2", "2", "RANK=2 of WORLD_SIZE=2"),
+        ("0", "-1", "WORLD_SIZE"),
+    ],
+)
+def test_ranks_that_cannot_be_are_one_line(monkeypatch, rank, world, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert said in refusal(command(UserError("no data"), ranks=True), [])
 
 
 def test_signals_end_a_command_with_their_usual_status(capsys):
