@@ -6,8 +6,10 @@ import os
 import pytest
 import torch
 
+import analyze
 import inherit
 import sample
+import score
 import train
 from inheritune.data import hf_tokenizer
 from inheritune.data.tokenizer import read_ranks
@@ -15,7 +17,7 @@ from inheritune.training.parsing import NANOGPT, parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from model import GPT, GPTConfig
 from tests.assets import gpt2_ranks
-from tests.tiny import arguments, gpt2, refusal, tiny_model, write_checkpoint, write_data
+from tests.tiny import arguments, column, gpt2, refusal, tiny_model, write_checkpoint, write_data
 
 OUR_NAMES = TrainSettings.__dataclass_fields__
 
@@ -90,6 +92,36 @@ def other_gpt2(folder, vocabulary=None, file="tokenizer.json"):
         )
         (folder / file).write_text(json.dumps(content))
     return str(folder)
+
+
+@pytest.mark.parametrize("rows", [257, 264, 320])
+def test_a_person_uses_a_model_whose_vocabulary_others_padded_or_enlarged(tmp_path, rows):
+    """As nanoGPT pads to 50,304 and resize_token_embeddings adds rows: all scripts go by train.py's rule."""
+    folder, data = str(tmp_path / "theirs"), write_data(tmp_path / "data", val=600)
+    gpt2(tiny_model(n_layer=4, block_size=16, vocab_size=rows)).save_pretrained(folder)
+    assert GPTConfig.from_folder(folder).tokenizer == ""
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    out = str(tmp_path / "run")
+    train.main(arguments(data, out, init_from=folder, max_iters=4, eval_tokens=600, **shape))
+    common = ["--ckpt", folder, "--data", data, "--device", "cpu", "--out"]
+    score.main([*common, str(tmp_path / "score.json")])
+    loss = json.loads((tmp_path / "score.json").read_text())["loss"]["loss"]
+    assert loss == pytest.approx(column(out, "val_loss")[0], rel=0.05)  # the latter on whole windows only
+    analyze.main([*common, str(tmp_path / "analysis"), "--sequences", "5"])
+    inherit.main(["--ckpt", folder, "--layers", "auto", "--data", data, "--out", str(tmp_path / "small")])
+
+
+def test_a_person_uses_a_model_with_too_few_rows(tmp_path):
+    folder, data = str(tmp_path / "theirs"), write_data(tmp_path / "data")
+    gpt2(tiny_model(vocab_size=200)).save_pretrained(folder)
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    for main, argv in (
+        (train.main, arguments(data, tmp_path / "run", init_from=folder, **shape)),
+        (score.main, ["--ckpt", folder, "--data", data]),
+        (analyze.main, ["--ckpt", folder, "--data", data, "--out", tmp_path / "analysis"]),
+        (inherit.main, ["--ckpt", folder, "--data", data, "--layers", "auto", "--out", tmp_path / "small"]),
+    ):
+        assert f"{data} has 257 ids, {folder} only 200" in refusal(main, argv)
 
 
 @pytest.mark.parametrize("file, name", [("tokenizer.json", "tokenizer.json"), ("vocab.json", "")])

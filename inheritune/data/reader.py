@@ -155,14 +155,17 @@ def read_meta(folder):
 
 
 def check_tokenizer(folder, model_folder, config):
-    """Raise UserError unless a data folder's tokenizer is that of the model in model_folder (with this GPTConfig)."""
+    """Raise UserError unless a data folder's tokenizer is that of the model in model_folder (with this GPTConfig),
+    which may have more rows than the tokenizer has ids: padded, or enlarged by others."""
     theirs, ranks = read_meta(folder)["tokenizer"], os.path.join(model_folder, RANKS_FILE)
     named = config.tokenizer or theirs["name"]  # a model that does not say can only be asked how many ids it has
-    if (theirs["name"], theirs["n_vocab"]) != (named, config.n_vocab):
+    if theirs["name"] != named:
         raise UserError(
             f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids), but {model_folder} was trained "
             f"with {config.tokenizer!r} ({config.n_vocab} ids): prepare the data with that one"
         )
+    if theirs["n_vocab"] > config.vocab_size:
+        raise UserError(f"{folder} has {theirs['n_vocab']} ids, {model_folder} only {config.vocab_size}")
     if named == RANKS_FILE and os.path.exists(ranks) and theirs.get("sha256", digest := sha256(ranks)) != digest:
         raise UserError(f"{folder} was tokenised with another {RANKS_FILE} than the one in {model_folder}")
 
