@@ -29,6 +29,10 @@ class AnyConfig:
     n_vocab: int
     tokenizer: str
 
+    @property
+    def vocab_size(self) -> int:
+        return self.n_vocab
+
     @classmethod
     def from_folder(cls, folder: str) -> "AnyConfig":
         """The configuration of a transformers folder. Raises UserError when transformers does not know it."""
