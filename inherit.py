@@ -16,6 +16,7 @@ from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data import hf_tokenizer
 from inheritune.experiments.attention_metrics import choose_for
 from inheritune.weights import checkpoint
+from inheritune.weights.any_layout import cut_model
 from inheritune.weights.gpt2_format import is_other
 from inheritune.weights.recipes import PARTS, RECIPES, choose_blocks, make_checkpoint
 from model import GPT, GPTConfig
@@ -106,8 +107,6 @@ def main(argv=None):
     else:
         layers, notes = int(args.layers) if args.layers else None, {}
     if is_other(folder):
-        from inheritune.weights.any_layout import cut_model  # needs transformers
-
         check_other(args, folder)
         made = cut_model(
             folder,

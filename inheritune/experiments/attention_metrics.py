@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
+from inheritune.experiments.any_model import AnyConfig, AnyModel
 from inheritune.weights.gpt2_format import is_other
 from model import GPT, GPTConfig
 
@@ -44,8 +45,6 @@ def classes_for(folder: str) -> tuple[type, type]:
     """The classes of a checkpoint folder's configuration and model: ours, or transformers' in our clothes."""
     if not is_other(folder):
         return GPTConfig, GPT
-    from inheritune.experiments.any_model import AnyConfig, AnyModel  # needs transformers
-
     return AnyConfig, AnyModel
 
 

@@ -164,6 +164,6 @@ def test_gpt2_needs_no_transformers(data, tmp_path):
     write_checkpoint(tmp_path / "ckpt", block_size=16)
     code = (
         f"import sys, analyze; analyze.main('--ckpt {tmp_path}/ckpt --data {data} --sequences 3 --device cpu "
-        f"--out {tmp_path}/out'.split()); assert not {{'transformers', 'inheritune.experiments.any_model'}} & set(sys.modules)"
+        f"--out {tmp_path}/out'.split()); assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
