@@ -24,6 +24,7 @@ from inheritune.training import cost, planning
 from inheritune.training.parsing import parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
+from inheritune.weights.card import write_card
 from model import GPTConfig
 
 
@@ -204,7 +205,11 @@ def main(argv=None):
     # rounds and controls
     for row in rounds(c, grow, folder, rows[0]["n_layer"], target):
         rows.append(row)
-    checkpoint.relink(os.path.join(c.folder, "final"), rows[-1]["folder"])
+    final = os.path.join(c.folder, "final")
+    checkpoint.relink(final, rows[-1]["folder"])
+    measured = {fact: rows[0][fact] for fact in ("val_loss", "tokens") if rows[0][fact] is not None}
+    for made in {checkpoint.find(final, prefer) for prefer in ("best", "latest")}:
+        write_card(made, "inheritune", folder, reference=measured)
     if grow.control:
         rows += list(controls(c, list(rows)))
     print("\n" + write_report(c.folder, rows))

@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from inheritune.base.errors import Stopped, one_line, place
+from inheritune.base.errors import Stopped, UserError, one_line, place
 from inheritune.data import hf_tokenizer
 from inheritune.training.device import autocast, pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
@@ -30,6 +30,7 @@ from inheritune.training.planning import describe, make_plan
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.training.setup import Run, setup
 from inheritune.weights import checkpoint
+from inheritune.weights.card import write_card
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
@@ -196,6 +197,20 @@ def stop(run):
     raise Stopped(number, f"{name}: saved {folder} after step {step:,}; {how} to go on from there")
 
 
+def write_cards(run, val_loss):
+    """The model cards of the last and of the best checkpoint."""
+    s, state = run.settings, run.state
+    source = None
+    if s.init_from != "scratch":
+        with contextlib.suppress(UserError):  # it may be gone by now
+            source = checkpoint.find(s.init_from)
+    for step, loss in {state.step: val_loss, state.best_step: state.best_val_loss}.items():
+        folder = os.path.join(s.out_dir, checkpoint.step_name(step or 0))
+        if os.path.isdir(folder):
+            facts = {"val_loss": loss, "tokens": step * s.batch_tokens, "data": os.path.basename(s.dataset)}
+            write_card(folder, os.path.basename(s.out_dir), source, **facts)
+
+
 @functools.partial(one_line, ranks=True)
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
@@ -224,6 +239,7 @@ def main(argv=None):
         with run.request:
             val_loss = fit(run)
         if ranks.first:
+            write_cards(run, val_loss)
             shown = "" if val_loss is None else f", val {val_loss:.4f}"
             print(f"done: {settings.out_dir}, step {run.state.step}{shown}")
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
+from inheritune.weights.card import write_card
 from inheritune.weights.checkpoint import LINEAGE, new_folder, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, WEIGHTS, stored_tensors
 from inheritune.weights.recipes import assemble, check_blocks, copy_others
@@ -55,6 +56,7 @@ def cut_model(source: str, out: str, choose: Callable[[int], list[int]], **notes
         write_tensors(os.path.join(temporary, WEIGHTS), tensors)
         copy_others(source, temporary)
         write_json(os.path.join(temporary, LINEAGE), new_lineage(source, blocks, **notes))
+        write_card(temporary, os.path.basename(os.path.normpath(out)), source)
     total = sum(math.prod(t.shape) for t in tensors.values())
     return f"{out}: {len(blocks)} of {n} blocks, {total:,} values"
 
@@ -78,8 +80,8 @@ def cut_lists(source: str, full: dict, n: int, blocks: list[int]) -> dict:
             refused += [] if follows or harmless else [key]
     if refused:
         raise UserError(
-            f"{source}/{CONFIG}: {', '.join(refused)} depends on the place of the layers; such a model cannot "
-            "be cut so, though perhaps to its first blocks"
+            f"{source}/{CONFIG}: {', '.join(refused)} depends on the place of the layers; such a model "
+            "cannot be cut so, though perhaps to its first blocks"
         )
     return changes
 

@@ -33,7 +33,7 @@ STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
 # what a checkpoint's folder on the hub holds besides weights
 HUB_FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
-HUB_FILES += " added_tokens.json vocab.json vocab.txt merges.txt *.model *.jinja"
+HUB_FILES += " added_tokens.json vocab.json vocab.txt merges.txt *.model *.jinja README.md LICENSE*"
 
 
 def find(name: str, prefer: str = "best", weights: bool = True) -> str:
@@ -280,10 +280,16 @@ def identify(folder: str) -> dict:
         files[name] = {"bytes": size, "sample_sha256": digest.hexdigest()}
     state = os.path.join(folder, STATE)
     return {
-        "name": "/".join(os.path.abspath(folder).split(os.sep)[-2:]),
+        "name": hub_id(folder) or "/".join(os.path.abspath(folder).split(os.sep)[-2:]),
         "step": read_json(state).get("step") if os.path.exists(state) else None,
         "files": files,
     }
+
+
+def hub_id(folder: str | None) -> str | None:
+    """The Hugging Face id of a folder in the hub client's cache; None of any other."""
+    match = re.search(r"models--([^/]+)/snapshots/[^/]+$", os.path.abspath(folder or ""))
+    return match[1].replace("--", "/", 1) if match else None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
+from inheritune.weights.card import CARD, write_card
 from inheritune.weights.checkpoint import LINEAGE, STATE, new_folder, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, arrange, open_model, shapes, write_model
 from inheritune.weights.tensors import Lazy
@@ -23,7 +24,7 @@ RECIPES += ("stack", "hybrid", "half_width", "random")
 # prefixes of what is taken of a block
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
 WTE = "transformer.wte.weight"
-OURS = (CONFIG, STATE, LINEAGE, "SHA256SUMS")  # never copied; earlier versions wrote SHA256SUMS
+OURS = (CONFIG, STATE, LINEAGE, CARD, "SHA256SUMS")  # never copied; earlier versions wrote SHA256SUMS
 WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 WEIGHT_FILES += (".h5", ".msgpack", ".onnx", ".tflite", ".ot")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -72,6 +73,7 @@ def make_checkpoint(
         write_model(temporary, state, new_config, tokenizer_files, ids)
         copy_others(source, temporary)
         write_json(os.path.join(temporary, LINEAGE), lineage)
+        write_card(temporary, os.path.basename(os.path.normpath(out)), source)
     total = sum(math.prod(t.shape) for t in state.values())
     return f"{out}: {new_config['n_layer']} of {config['n_layer']} blocks, {total:,} values"
 

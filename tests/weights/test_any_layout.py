@@ -99,7 +99,7 @@ def test_shards_and_other_files(tmp_path):
 
 
 def test_lists_that_an_old_config_leaves_out_are_written(tmp_path):
-    """Gemma 2 on the hub has no layer_types: every second layer is local by its place, which a cut changes."""
+    """Gemma 2 on the hub has no layer_types: every second layer is local by its place, which cuts change."""
     model = build("gemma2")
     model.save_pretrained(tmp_path / "gemma2")
     path = tmp_path / "gemma2/config.json"
