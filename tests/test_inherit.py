@@ -236,6 +236,7 @@ def test_a_run_folder_will_do_and_the_tokenizers_ranks_go_along(tmp_path):
     (tmp_path / "run/step_00000005/tokenizer.tiktoken").write_text("YQ== 0\n")
     inherit.main(["--ckpt", str(tmp_path / "run"), "--layers=1", "--out", str(tmp_path / "sub")])
     assert sorted(os.listdir(tmp_path / "sub")) == [
+        "README.md",
         "config.json",
         "lineage.json",
         "model.safetensors",
