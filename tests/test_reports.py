@@ -1,7 +1,11 @@
 """What people ran into: each test is named by what somebody did. pytest tests/test_reports.py"""
 
+import errno
+import importlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,9 +19,10 @@ from inheritune.data import hf_tokenizer
 from inheritune.data.tokenizer import read_ranks
 from inheritune.training.parsing import NANOGPT, parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
+from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 from tests.assets import gpt2_ranks
-from tests.tiny import arguments, column, gpt2, refusal, tiny_model, write_checkpoint, write_data
+from tests.tiny import ROOT, arguments, column, gpt2, refusal, tiny_model, write_checkpoint, write_data
 
 OUR_NAMES = TrainSettings.__dataclass_fields__
 
@@ -187,3 +192,162 @@ def test_a_person_inherits_from_a_model_with_files_of_all_kinds(tmp_path):
         "pad_token_id": 9,
         "n_layer": 2,
     }
+
+
+# W&B and TensorBoard
+
+
+class Wandb:
+    """What train.py uses of the package, noting what it is called with."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, error=None):
+        self.error, self.runs = error, []
+
+    def init(self, **how):
+        if self.error:
+            raise self.Error(self.error)
+        self.runs.append(how)
+        return self
+
+    def log(self, values, step):
+        pass
+
+
+def test_a_person_sends_the_log_to_wandb_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("No API key configured.\nSee our documentation\n"))
+    said = refusal(train.main, arguments(write_data(tmp_path / "data"), tmp_path / "out", log_to="wandb"))
+    assert said == (
+        "train.py: --log_to=wandb: W&B says: No API key configured.; run `wandb login`, set "
+        "WANDB_MODE=offline, or leave it out"
+    )
+
+
+def test_a_person_resumes_a_run_that_wandb_shows(tmp_path, monkeypatch):
+    """It goes on as one run there."""
+    monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
+    data = write_data(tmp_path / "data")
+    for out, steps in (("a", 4), ("a", 8), ("b", 4)):
+        how = {"log_to": "wandb", "resume": "auto", "max_iters": steps, "lr_decay_iters": 8}
+        train.main(arguments(data, tmp_path / out, **how))
+    first, second, other = [run["id"] for run in module.runs]
+    assert first == second != other and {run["resume"] for run in module.runs} == {"allow"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
+def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, kind, monkeypatch):
+    """With the real packages; W&B in offline mode."""
+    pytest.importorskip(kind)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data, out, step = write_data(tmp_path / "data"), tmp_path / "out", train.train_step
+
+    def killed(run):
+        if run.state.step == 7:
+            raise RuntimeError
+        step(run)
+
+    monkeypatch.setattr(train, "train_step", killed)
+    with pytest.raises(RuntimeError):
+        train.main(arguments(data, out, log_to=kind))
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(arguments(data, out, log_to=kind, resume="must"))
+    if kind == "wandb":
+        runs = os.listdir(out / "wandb")
+        ids = {name.rsplit("-", 1)[1] for name in runs if name.startswith("offline-run-")}
+        assert ids == {(out / "wandb_id").read_text()}
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(out / "tensorboard"))
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss")] == list(range(1, 13))
+        shown = [e.value for e in events.Scalars("loss")]
+        assert shown == pytest.approx(column(out, "loss"), rel=1e-6)
+
+
+# Machines
+
+SCRIPTS = ["analyze", "grow", "inherit", "prepare", "prepare_fineweb", "prepare_owt"]
+SCRIPTS += ["replicate", "sample", "score", "train"]
+
+
+@pytest.mark.parametrize("rank", ["1", "7", "x"])
+def test_a_person_trains_in_a_job_pod_that_sets_rank(tmp_path, rank, monkeypatch, capsys):
+    """... and WORLD_SIZE=1, or not at all: it is one process, which prints and writes."""
+    monkeypatch.setenv("RANK", rank)
+    data = write_data(tmp_path / "data")
+    for world in ("1", "", None):
+        monkeypatch.setenv("WORLD_SIZE", world) if world is not None else monkeypatch.delenv("WORLD_SIZE")
+        train.main(arguments(data, tmp_path / f"out{world}", max_iters=1))
+        assert "done: " in capsys.readouterr().out
+        assert os.path.exists(tmp_path / f"out{world}/log.csv")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_person_makes_a_mistake_in_a_shell_inside_a_job(script, monkeypatch):
+    """RANK=1 of WORLD_SIZE=2 there means nothing to a script that one process runs."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main = importlib.import_module(script).main
+    if script in ("train", "score"):  # these are what torchrun starts: rank 0 says it
+        with pytest.raises(SystemExit) as end:
+            main(["--no_such_flag"])
+        assert end.value.code == 1
+    else:
+        assert "--help lists all" in refusal(main, ["--no_such_flag"])
+
+
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', not a number: unset it"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "the environment variable RANK is 'one', not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "the environment says RANK=2 of WORLD_SIZE=2: unset both"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT not set"),
+    ],
+)
+@pytest.mark.parametrize("script", ["train", "score"])
+def test_a_person_has_half_of_torchruns_environment(tmp_path, script, place, said, monkeypatch):
+    write_checkpoint(tmp_path / "ref")
+    data = write_data(tmp_path / "data")
+    argv = {"train": arguments(data, tmp_path / "out"), "score": [f"--ckpt={tmp_path}/ref", f"--data={data}"]}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert said in refusal(importlib.import_module(script).main, argv[script])
+
+
+def test_a_person_starts_on_windows():
+    """There are neither fcntl nor resource."""
+    code = f"""
+import sys
+sys.modules.update(fcntl=None, resource=None)
+for name in {SCRIPTS}:
+    try:
+        __import__(name)
+    except SystemExit as e:
+        print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["nanoInheritune runs on Linux and macOS; on Windows use WSL"] * 10
+
+
+def test_a_person_trains_on_a_disk_without_links(tmp_path, monkeypatch):
+    """A FAT stick, some network disks: a file with the name takes the link's place, everywhere."""
+
+    def refuse(target, path):
+        raise OSError(errno.EPERM, "Operation not permitted", path)
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    data, out = write_data(tmp_path / "data"), str(tmp_path / "out")
+    train.main(arguments(data, out, max_iters=8, lr_decay_iters=12))
+    assert open(f"{out}/latest").read() == "step_00000008"
+    checkpoint.link(out, "best", 4)
+    assert checkpoint.find(out) == checkpoint.find(f"{out}/best") == f"{out}/step_00000004"
+    assert checkpoint.find(out, prefer="latest") == f"{out}/step_00000008"
+    train.main(arguments(data, out, lr_decay_iters=12, resume="must"))
+    assert open(f"{out}/latest").read() == "step_00000012"
+    checkpoint.relink(f"{tmp_path}/final", "out")
+    assert checkpoint.find(f"{tmp_path}/final", prefer="latest") == f"{tmp_path}/out/step_00000012"

@@ -2,7 +2,6 @@
 one."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +9,11 @@ from collections.abc import Iterator
 from typing import IO
 
 from inheritune.base.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    raise SystemExit("nanoInheritune runs on Linux and macOS; on Windows use WSL") from None
 
 MAX_JSON = (
     50_000_000  # bytes; our largest JSON files, an index of weights and a list of shards, have about 100 kB

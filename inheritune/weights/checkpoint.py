@@ -11,6 +11,7 @@ A folder is written under a temporary name, everything in it fsynced, then renam
 """
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -29,6 +30,7 @@ from inheritune.base.files import read_json, sync_folder, write_json
 from inheritune.weights.gpt2_format import CONFIG, arrange, open_model, write_model
 from inheritune.weights.tensors import write_tensors
 
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without symbolic links
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
 # what a checkpoint's folder on the hub holds besides weights
@@ -43,6 +45,7 @@ def find(name: str, prefer: str = "best", weights: bool = True) -> str:
     In a run folder it is the link `prefer` ("best" or "latest") where that exists, else the newest step.
     Raises UserError when there is none.
     """
+    name = follow(name)
     if os.path.isfile(name) and name.endswith(".pt"):
         raise UserError(
             f"{name} is a pickle; nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
@@ -62,7 +65,7 @@ def find(name: str, prefer: str = "best", weights: bool = True) -> str:
         raise UserError(
             f"{name} is neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
         )
-    linked = os.path.join(name, prefer)
+    linked = follow(os.path.join(name, prefer))
     if os.path.exists(os.path.join(linked, CONFIG)):
         return os.path.join(name, os.path.basename(os.path.realpath(linked)))
     return os.path.join(name, steps[-1])
@@ -164,14 +167,29 @@ def link(run: str, name: str, step: int) -> None:
 
 def relink(path: str, target: str) -> None:
     """Make `path` a link to `target` (relative to it) in one atomic rename, also where there is such a link
-    already."""
+    already. Where the file system has no links, a file that holds the target takes its place."""
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.tmp")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    os.symlink(target, temporary)
+    try:
+        os.symlink(target, temporary)
+    except OSError as e:
+        if e.errno not in NO_LINKS:
+            raise
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(target)
     os.replace(temporary, path)
     sync_folder(folder or ".")
+
+
+def follow(path: str) -> str:
+    """Where the file leads that `relink` writes in a link's place; any other path as it is."""
+    if os.path.isfile(path) and os.path.getsize(path) < 4096:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            target = os.path.join(os.path.dirname(path), f.read())
+        return target if os.path.isdir(target) else path
+    return path
 
 
 def examine(folder: str) -> None:
