@@ -65,7 +65,8 @@ def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int
 def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, skip_sequences: int) -> dict:
     """Everything, as analysis.json has it; lists run over layers, lists of lists over layers and heads.
 
-    model: a GPT, or an any_model.AnyModel; so in the functions below. idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them.
+    model: a GPT, or an any_model.AnyModel; so in the functions below. idx, targets: windows (N, T); the loss
+    without a block is taken on the first `skip_sequences` of them.
     """
     heads, influence, norms = look(model, idx, taus, eta, title="attention")
     ranks = heads[f"rank_{taus[0]:g}"]  # (n_layer, n_head)
