@@ -16,9 +16,6 @@ LAYERS = {"base": 0, "data": 1, "weights": 1, "model": 2, "training": 3, "experi
 EXTRA = ("lm_eval", "pydoc_data", "torch.utils.tensorboard", "transformers", "wandb", "zstandard")
 SLOW = ("datasets", "huggingface_hub", "pyarrow", "requests", "tiktoken", "tokenizers", "torch.distributed")
 
-# ours that only a model which is no GPT-2 needs, and transformers with them
-OTHER_MODELS = ("inheritune.weights.any_layout", "inheritune.experiments.any_model")
-
 
 def sources(*patterns):
     """{module name: syntax tree} of the files that match."""
@@ -64,7 +61,7 @@ def violations(code):
             there = layer(target)
             if there == "command" or (here != there and LAYERS[there] >= LAYERS[here]):
                 yield f"{module} imports {target}"
-            if inside and target not in OTHER_MODELS:
+            if inside:
                 yield f"{module} imports {target} inside a function"
 
 
