@@ -13,7 +13,7 @@ import argparse
 import re
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data import hf_tokenizer
+from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.attention_metrics import choose_for
 from inheritune.weights import checkpoint
 from inheritune.weights.any_layout import cut_model
@@ -120,7 +120,7 @@ def main(argv=None):
         folder,
         args.out,
         new_model=lambda config: GPT(GPTConfig(**config)),
-        tokenizer_files=hf_tokenizer.files(GPTConfig.from_folder(folder), folder),
+        tokenizer_files=tokenizer_files(GPTConfig.from_folder(folder), folder),
         layers=layers,
         blocks=parse_blocks(args.blocks) if args.blocks else None,
         onto=checkpoint.find(args.onto) if args.onto else None,

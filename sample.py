@@ -3,13 +3,12 @@
 python sample.py --ckpt out/ --prompt "Once upon a time"
 """
 
-import codecs
 import sys
 
 import torch
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.tokenizer import load_tokenizer
+from inheritune.data.tokenizer import TextStream, has_tokenizer, load_tokenizer
 from inheritune.training import device as machine
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
@@ -21,16 +20,17 @@ def encode_prompt(prompt, tokenizer, config):
     Raises UserError when the tokenizer has ids that the model has not.
     """
     if tokenizer.n_vocab > config.vocab_size:
-        raise UserError(f"tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} ids, the model only {config.vocab_size}")
+        raise UserError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} ids, the model only {config.vocab_size}"
+        )
     return torch.tensor([tokenizer.encode(prompt) or [config.eot]])
 
 
-def stream(tokens, tokenizer, eot, out):
+def stream(tokens, text, eot, out):
     """Write the first row of each step's ids (B,) to `out` as text, as soon as it makes whole characters.
 
     Returns all rows' ids as lists, each up to its end-of-text.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     rows = None
     for step in tokens:
         step = step.tolist()
@@ -38,9 +38,9 @@ def stream(tokens, tokenizer, eot, out):
         for row, token in zip(rows, step, strict=True):
             row.append(token)
         if step[0] != eot:
-            out.write(decoder.decode(tokenizer.decode_bytes([step[0]])))
+            out.write(text.add(step[0]))
             out.flush()
-    out.write(decoder.decode(b"", final=True) + "\n")
+    out.write(text.end() + "\n")
     return [row[: row.index(eot)] if eot in row else row for row in rows]
 
 
@@ -62,13 +62,21 @@ def check(args):
 def main(argv=None):
     """Command line: load a checkpoint and write samples to standard output."""
     parser = Parser(description="Sample text from a checkpoint.")
-    parser.add_argument("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
+    parser.add_argument(
+        "--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id"
+    )
     parser.add_argument("--prompt", default="", help="text to continue; FILE:path reads it from a file")
-    parser.add_argument("--num_samples", type=int, default=1, help="drawn together in one batch; the first streams")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens per sample, unless end-of-text comes")
+    parser.add_argument(
+        "--num_samples", type=int, default=1, help="drawn together in one batch; the first streams"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="tokens per sample, unless end-of-text comes"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    parser.add_argument(
+        "--top_p", type=float, help="draw from the likeliest tokens that make up this probability"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="of the draws")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -78,16 +86,17 @@ def main(argv=None):
         help="of the weights (default: bfloat16 on GPUs that have it, else float32); on CPUs bfloat16 makes one sample "
         "faster but may make many slower, and changes logits by 1 %% of their spread (bench/sampling.py)",
     )
-    parser.add_argument("--tokenizer", help="bytes, a tiktoken name or ranks file, where the checkpoint does not say")
+    parser.add_argument(
+        "--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say"
+    )
     args = parser.parse_args(argv)
     check(args)
     device = machine.pick(args.device)
     folder = checkpoint.find(args.ckpt)
     config = GPTConfig.from_folder(folder)
-    name = args.tokenizer or config.tokenizer
-    if not name:
+    if not (args.tokenizer or config.tokenizer or has_tokenizer(folder)):
         raise UserError(f"{folder} does not say what tokenizer it was trained with: give --tokenizer")
-    tokenizer = load_tokenizer(name, folder)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(config.tokenizer, folder)
     prompt = args.prompt
     if prompt.startswith("FILE:"):
         try:
@@ -101,7 +110,7 @@ def main(argv=None):
     generator = torch.Generator().manual_seed(args.seed)
     tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
     sys.stdout.write(prompt)
-    rows = stream(tokens, tokenizer, config.eot, sys.stdout)
+    rows = stream(tokens, TextStream(tokenizer, idx[0].tolist()), config.eot, sys.stdout)
     for row in rows[1:]:
         print(f"{'-' * 20}\n{prompt}{tokenizer.decode(row)}")
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from inheritune.base.errors import Parser, UserError, nearest, one_line, place
 from inheritune.base.files import write_json
-from inheritune.data import hf_tokenizer
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
-from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.data.tokenizer import has_tokenizer, tokenizer_files
 from inheritune.experiments.tables import markdown
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
@@ -118,20 +117,19 @@ def find_tasks(names: list[str], include_path: str | None):
 
 @contextlib.contextmanager
 def with_tokenizer(folder, config):  # needs an extra package
-    """A folder with the checkpoint's tokenizer files: itself, or a temporary one where it has none."""
-    content = hf_tokenizer.files(config, folder)
-    if any(os.path.exists(os.path.join(folder, name)) for name in content if name != RANKS_FILE):
+    """A folder with the checkpoint's tokenizer files: itself, or a temporary one if it has none."""
+    if has_tokenizer(folder):
         yield folder
-    elif "tokenizer.json" not in content:
-        raise UserError(
-            f"{folder} has no tokenizer files and its vocabulary {config.tokenizer!r} is not to be had"
-        )
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            for name in content:
-                with open(os.path.join(temporary, name), "wb") as f:
-                    f.write(content[name])
-            yield temporary
+        return
+    files = tokenizer_files(config)
+    if not files:
+        vocabulary = f"its vocabulary {config.tokenizer!r} is not to be had"
+        raise UserError(f"{folder} has no tokenizer files and {vocabulary}")
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, content in files.items():
+            with open(os.path.join(temporary, name), "wb") as f:
+                f.write(content)
+        yield temporary
 
 
 def score_tasks(args, names, manager, folder, config, device):  # needs an extra package

@@ -19,7 +19,7 @@ import time
 import torch
 
 from inheritune.base.errors import Stopped, UserError, one_line, place
-from inheritune.data import hf_tokenizer
+from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.device import autocast, pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
@@ -164,7 +164,7 @@ def save(run: Run) -> None:
 
     def write():
         config = run.plan.config
-        files = hf_tokenizer.files(config, s.dataset)
+        files = tokenizer_files(config, s.dataset)
         checkpoint.save(s.out_dir, tensors, dataclasses.asdict(config), content, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 

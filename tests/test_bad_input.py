@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import inherit
 import train
+from inheritune.data.tokenizer import bytes_tokenizer
 from tests.tiny import ROOT, SHAPE, TOKENIZER, arguments, hf_state, refusal, write_checkpoint, write_data
 
 
@@ -102,6 +103,8 @@ def make_place(here):
     (here / "bad.jsonl").write_text('{"text": "one"}\nnot json\n')
     (here / "not-a.parquet").write_text("text")
     (here / "empty-not").mkdir()
+    (here / "bare-tokenizer").mkdir()
+    (here / "bare-tokenizer/tokenizer.json").write_bytes(bytes_tokenizer())
     (here / "empty-not/something").write_text("text")
     for name, without in (("base.py", ()), ("inherited.py", SHAPE)):
         flags = [flag[2:].split("=") for flag in arguments("data", "new-out")]

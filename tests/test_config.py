@@ -8,6 +8,9 @@ import re
 import pytest
 
 import grow
+import prepare
+import prepare_fineweb
+import prepare_owt
 import replicate
 import train
 from inheritune.training.parsing import parse, read_config_file
@@ -55,11 +58,15 @@ def test_a_config_holds_what_differs_from_the_defaults(name):
     assert not [key for key, (value, _) in values.items() if key in defaults and value == defaults[key]]
 
 
-def test_every_dataset_is_what_a_prepare_script_writes_by_default():
-    text = "".join(open(p).read() for p in glob.glob(os.path.join(ROOT, "prepare*.py")))
-    written = set(re.findall(r"\bdata/\w+", text))
-    read = {parse_all(name).dataset for name in CONFIGS}
-    assert "data/openwebtext" in read and read <= written
+def test_every_dataset_is_what_a_prepare_script_writes_by_default(capsys):
+    for script in (prepare_owt, prepare_fineweb):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    written = set(re.findall(r"folder to write \(default: (\S+)\)", shown))
+    written |= {out for out, _ in prepare.CORPORA.values()}
+    assert written == {"data/openwebtext", "data/fineweb-edu", "data/pydocs", "data/python"}
+    assert {parse_all(name).dataset for name in CONFIGS} <= written
 
 
 def parse_all(name):

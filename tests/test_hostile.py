@@ -396,7 +396,7 @@ attempt(lambda: train.main(["--dataset=nanogpt", "--block_size=8", "--batch_toke
 attempt(lambda: sample.main(["--ckpt=code", "--max_new_tokens=1", "--device=cpu"]))
 attempt(lambda: prepare.main(["pwned.jsonl", "--tokenizer=bytes", "--num_proc=1", "--out=p"]))
 attempt(lambda: prepare.main(["pwned.parquet", "--tokenizer=bytes", "--num_proc=1", "--out=p"]))
-attempt(lambda: prepare.main(["pwned.txt", "--tokenizer=pwned.tiktoken", "--num_proc=1", "--out=p"]))
+attempt(lambda: prepare.main(["pwned.txt", "--tokenizer=pwned-tokenizer.json", "--num_proc=1", "--out=p"]))
 print("loads", loads, "seen", seen)
 sys.exit(bool(seen) or os.path.exists("pwned"))
 """
@@ -435,7 +435,7 @@ def test_nothing_is_executed(tmp_path):
     (tmp_path / "pwned.jsonl").write_text('{"text": "' + code + '"}\n{"text": "b"}\n')
     (tmp_path / "pwned.parquet").write_bytes(pickle.dumps(Evil()))
     (tmp_path / "pwned.txt").write_text(code * 10)
-    (tmp_path / "pwned.tiktoken").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "pwned-tokenizer.json").write_bytes(pickle.dumps(Evil()))
     done = subprocess.run(
         [sys.executable, "-c", AUDIT.format(place=str(tmp_path), root=ROOT)],
         capture_output=True,

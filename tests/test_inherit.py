@@ -231,16 +231,16 @@ def test_lineage_tells_models_apart(tmp_path):
     assert a["bytes"] == b["bytes"] and a["sample_sha256"] != b["sample_sha256"]
 
 
-def test_a_run_folder_will_do_and_the_tokenizers_ranks_go_along(tmp_path):
-    write_checkpoint(tmp_path / "run/step_00000005", tokenizer="tokenizer.tiktoken")
-    (tmp_path / "run/step_00000005/tokenizer.tiktoken").write_text("YQ== 0\n")
+def test_a_run_folder_will_do_and_the_tokenizer_goes_along(tmp_path):
+    write_checkpoint(tmp_path / "run/step_00000005", tokenizer="tokenizer.json")
+    (tmp_path / "run/step_00000005/tokenizer.json").write_text("as it stands")
     inherit.main(["--ckpt", str(tmp_path / "run"), "--layers=1", "--out", str(tmp_path / "sub")])
     assert sorted(os.listdir(tmp_path / "sub")) == [
         "README.md",
         "config.json",
         "lineage.json",
         "model.safetensors",
-        "tokenizer.tiktoken",
+        "tokenizer.json",
     ]
 
 

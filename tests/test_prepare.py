@@ -3,7 +3,6 @@
 pytest tests/test_prepare.py
 """
 
-import base64
 import gzip
 import hashlib
 import json
@@ -17,17 +16,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import requests
+import tokenizers
 import zstandard
 
 import prepare
 import prepare_fineweb
 import prepare_owt
 from inheritune.base.files import read_json, sha256
-from inheritune.data import encode
-from inheritune.data import sources as corpus
-from inheritune.data import writer as bins
-from inheritune.data.tokenizer import load_tokenizer
-from tests.assets import english, gpt2_ranks
+from inheritune.data import formats, sources, writer
+from inheritune.data.tokenizer import byte_letters, bytes_tokenizer, load_tokenizer
+from tests.assets import english, gpt2
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -44,7 +42,7 @@ def texts():
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(encode, "BATCH", 5000)
+    monkeypatch.setattr(writer, "BATCH", 5000)
 
 
 def write_tables(folder, texts):
@@ -72,7 +70,7 @@ def check_meta(folder):
     meta = read_json(folder / "meta.json")
     tokenizer = load_tokenizer(meta["tokenizer"]["name"], folder=folder)
     assert tokenizer.describe() == meta["tokenizer"] and meta["format"] == 1
-    names = {"meta.json"} | ({"tokenizer.tiktoken"} if tokenizer.path else set())
+    names = {"meta.json", *tokenizer.files}
     for split in meta["splits"].values():
         for key in ("tokens", "documents", "bytes"):
             assert split[key] == sum(shard[key] for shard in split["shards"])
@@ -109,12 +107,12 @@ def test_owt_tokens(tmp_path, texts, kind, small_batches, capsys):
 
     write_tables(tmp_path, texts)
     out = tmp_path / "out"
-    files, ranks = str(tmp_path / f"a.{kind}"), gpt2_ranks()
-    prepare_owt.main(["--data_files", files, "--out", str(out), "--tokenizer", ranks, "--num_proc", "1"])
+    files = str(tmp_path / f"a.{kind}")
+    prepare_owt.main(["--data_files", files, "--out", str(out), "--tokenizer", gpt2(), "--num_proc", "1"])
     assert "8,013,769" in capsys.readouterr().out, "this is not the whole corpus, and it says so"
     dataset = datasets.Dataset.from_dict({"text": texts, "i": range(len(texts))})
     split = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    encoding = load_tokenizer(ranks).encoding
+    encoding = load_tokenizer("gpt2").encoding
     for ours, theirs in (("train", "train"), ("val", "test")):
         rows = sorted(zip(split[theirs]["i"], split[theirs]["text"], strict=True))
         expected = [i for _, text in rows for i in [*encoding.encode_ordinary(text), 50256]]
@@ -156,14 +154,14 @@ def test_hub_path_equals_files(tmp_path, texts):
 def test_loading_script_falls_back_to_the_parquet_revision(monkeypatch):
     asked = []
 
-    def load_hub(dataset, streaming, column, revision):
+    def open_hub(dataset, streaming, column, revision):
         asked.append(revision)
         if revision == "main":
             raise prepare_owt.UserError("Dataset scripts are no longer supported, but found openwebtext.py")
         return "rows"
 
-    monkeypatch.setattr(prepare_owt, "load_hub", load_hub)
-    assert prepare_owt.load(prepare_owt.DATASET, "main", "text") == ("rows", prepare_owt.PARQUET)
+    monkeypatch.setattr(prepare_owt, "open_hub", open_hub)
+    assert prepare_owt.load(prepare_owt.DATASET, "main", "text") == "rows"
     assert asked == ["main", prepare_owt.PARQUET]
 
 
@@ -216,29 +214,32 @@ def test_the_python_corpus_holds_the_sources_and_holds_out_by_name(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     prepare.main(["--corpus", "python"])
     meta = check_meta(tmp_path / "data/python")
-    sources, documentation = dict(corpus.python_sources()), dict(corpus.python_documentation())
-    assert {"argparse", "json.decoder", "antigravity"} <= sources.keys()
-    assert not {"encodings.cp437", "html.entities"} & sources.keys()
-    assert not any(name.startswith(("_sysconfigdata", "test.")) for name in sources)
-    val = [name for name in [*sources, *documentation] if corpus.held_out(name)]
+    code, documentation = dict(sources.python_sources()), dict(sources.python_documentation())
+    assert {"argparse", "json.decoder", "antigravity"} <= code.keys()
+    assert not {"encodings.cp437", "html.entities"} & code.keys()
+    assert not any(name.startswith(("_sysconfigdata", "test.")) for name in code)
+    val = [name for name in [*code, *documentation] if sources.held_out(name)]
     splits = meta["splits"]
-    assert splits["val"]["documents"] == len(val) and 0.05 < len(val) / (len(sources) + len(documentation)) < 0.15
-    assert splits["train"]["documents"] == len(sources) + len(documentation) - len(val)
+    n = len(code) + len(documentation)
+    assert splits["val"]["documents"] == len(val) and 0.05 < len(val) / n < 0.15
+    assert splits["train"]["documents"] == n - len(val)
     text = bytes(ids(tmp_path / "data/python", "val.bin").astype(np.uint8))
-    assert all((sources[name].encode() in text) == corpus.held_out(name) for name in ("argparse", *list(sources)[:40]))
+    for name in ("argparse", *list(code)[:40]):
+        assert (code[name].encode() in text) == sources.held_out(name)
     with pytest.raises(SystemExit, match="leave one"):
         prepare.main(["a.txt", "--corpus", "python", "--out", "b"])
 
 
 def test_without_pydoc_data(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # what an import of it then raises: ImportError
-    assert sum(len(text) for _, text in corpus.python_documentation()) > 500_000
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # importing it raises ImportError
+    assert sum(len(text) for _, text in sources.python_documentation()) > 500_000
 
 
 def test_folder_and_one_file(tmp_path, small_batches):
     folder = tmp_path / "text"
     (folder / "sub").mkdir(parents=True)
-    for name, text in (("b.md", "two"), ("a.txt", "one\r\n"), ("sub/c.rst", ""), ("x.bin", "no"), (".h.txt", "no")):
+    files = (("b.md", "two"), ("a.txt", "one\r\n"), ("sub/c.rst", ""), ("x.bin", "no"), (".h.txt", "no"))
+    for name, text in files:
         (folder / name).write_bytes(text.encode())
     (folder / "sub" / "d.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}')
     flags = ["--tokenizer", "bytes", "--num_proc", "1"]
@@ -257,43 +258,43 @@ def test_folder_and_one_file(tmp_path, small_batches):
 
 def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches):
     """Cut into pieces for the sake of memory, it gives the tokens of the uncut text."""
-    monkeypatch.setattr(corpus, "PIECE", 1000)
+    monkeypatch.setattr(formats, "PIECE", 1000)
     text = "".join(english())[:200_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("z")
-    out, ranks = tmp_path / "out", gpt2_ranks()
+    out = tmp_path / "out"
     files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    prepare.main([*files, "--tokenizer", ranks, "--out", str(out), "--num_proc", "1"])
-    assert ids(out, "train.bin").tolist() == [*load_tokenizer(ranks).encode(text), 50256]
+    prepare.main([*files, "--tokenizer", gpt2(), "--out", str(out), "--num_proc", "1"])
+    assert ids(out, "train.bin").tolist() == [*load_tokenizer("gpt2").encode(text), 50256]
 
 
 def test_a_file_without_a_blank(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 1000)
+    monkeypatch.setattr(formats, "PIECE", 1000)
     path = tmp_path / "a.txt"
     path.write_text("é" * 5000)
-    pieces = list(corpus.read_files(corpus.find_files([str(path)]), "text"))
+    pieces = list(sources.read_files(sources.find_files([str(path)]), "text", ""))
     assert "".join(piece.text for piece in pieces) == "é" * 5000
     assert [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_reading_goes_on_from_every_place(tmp_path, texts, monkeypatch, name):
-    monkeypatch.setattr(corpus, "PIECE", 5000)
+    monkeypatch.setattr(formats, "PIECE", 5000)
     write_tables(tmp_path, texts)
     (tmp_path / "a.txt").write_text("".join(texts))
     (tmp_path / "b.txt").write_text("")
-    files = corpus.find_files([str(tmp_path / name), str(tmp_path / "b.txt")])
-    pieces = list(corpus.read_files(files, "text"))
-    assert sum(piece.end for piece in pieces) == sum(corpus.count_documents(files, "text"))
+    files = sources.find_files([str(tmp_path / name), str(tmp_path / "b.txt")])
+    pieces = list(sources.read_files(files, "text", ""))
+    assert sum(piece.end for piece in pieces) == sources.count_documents(files, "text")
     for i in [*range(0, len(pieces), 13), len(pieces) - 1]:
-        assert list(corpus.read_files(files, "text", pieces[i].at)) == pieces[i + 1 :]
+        assert list(sources.read_files(files, "text", "", pieces[i].at)) == pieces[i + 1 :]
     shares = [piece.done for piece in pieces]
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
-def test_processes_change_nothing(tmp_path, texts, small_batches):
+def test_threads_change_nothing(tmp_path, texts, small_batches):
     write_tables(tmp_path, texts)
-    flags = ["--data_files", str(tmp_path / "a.parquet"), "--tokenizer", gpt2_ranks()]
+    flags = ["--data_files", str(tmp_path / "a.parquet"), "--tokenizer", gpt2()]
     for n in (1, 2):
         prepare_owt.main([*flags, "--out", str(tmp_path / str(n)), "--num_proc", str(n)])
     assert same(tmp_path / "1", tmp_path / "2")
@@ -326,23 +327,19 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
 PEAK = "r.getrusage(r.RUSAGE_SELF).ru_maxrss"
 
 
-def test_a_dead_worker_is_one_line(tmp_path, texts, monkeypatch, small_batches):
-    write_tables(tmp_path, texts)
-    monkeypatch.setattr(encode, "start_worker", os._exit)  # the workers die on starting, as of memory
-    flags = ["--tokenizer", "bytes", "--num_proc", "2", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as e:
-        prepare.main([str(tmp_path / "a.jsonl"), *flags])
-    assert "smaller --num_proc" in e.value.code and not (tmp_path / "out").exists()
-
-
 def test_large_ids_take_uint32(tmp_path):
-    pairs = [bytes((a, b)) for a in range(256) for b in range(256)]
-    tokens = [bytes((b,)) for b in range(256)] + pairs
-    ranks = tmp_path / "pairs.tiktoken"
-    ranks.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    letters = byte_letters()
+    vocab = [*letters, *(a + b for a in letters for b in letters)]
+    merges = [(a, b) for a in letters for b in letters]
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = tokenizers.decoders.ByteLevel()
+    pairs.add_special_tokens(["<|endoftext|>"])
+    pairs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     (tmp_path / "a.jsonl").write_text('{"text": "\u00ff\u00ff"}\n{"text": "ab"}')
     out = tmp_path / "out"
-    prepare.main([str(tmp_path / "a.jsonl"), "--tokenizer", str(ranks), "--out", str(out), "--num_proc", "1"])
+    prepare.main([str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path), "--out", str(out)])
     assert check_meta(out)["dtype"] == "uint32"
     assert os.path.getsize(out / "train.bin") == 4 * len(ids(out, "train.bin"))
     assert ids(out, "train.bin")[-1] == 65792  # the end-of-text id, after 256 + 256² tokens
@@ -382,12 +379,13 @@ def test_url(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(requests, "get", get)
     out = tmp_path / "out"
-    command = ["https://host/a.jsonl?token=secret", "--tokenizer", "bytes", "--out", str(out), "--num_proc", "1"]
+    url = "https://host/a.jsonl?token=secret"
+    command = [url, "--tokenizer", "bytes", "--num_proc", "1", "--out", str(out)]
     prepare.main(command)
     prepare.main(command)
     check_meta(out)
     assert ids(out, "train.bin").tolist() == [*b"one", 256]
-    assert fetched == ["https://host/a.jsonl?token=secret"], "once"
+    assert fetched == [url], "once"
     assert "secret" not in (out / "meta.json").read_text() + "".join(capsys.readouterr())
 
     for answer, said in (
@@ -403,7 +401,7 @@ def test_url(tmp_path, monkeypatch, capsys):
 
         monkeypatch.setattr(requests, "get", get)
         with pytest.raises(SystemExit) as e:
-            prepare.main([*command[:-3], str(tmp_path / "other"), *command[-2:]])
+            prepare.main([*command[:-1], str(tmp_path / "other")])
         assert said in e.value.code and "secret" not in e.value.code
         assert not (tmp_path / "other").exists()
 
@@ -432,7 +430,9 @@ def make_inputs(folder):
     (folder / "none").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("keep this")
-    (folder / "bad.tiktoken").write_text("nonsense\n")
+    (folder / "bad.json").write_text("nonsense\n")
+    (folder / "bare").mkdir()
+    (folder / "bare" / "tokenizer.json").write_bytes(bytes_tokenizer())
 
 
 OWT, FINEWEB, LOCAL = prepare_owt, prepare_fineweb, prepare
@@ -445,10 +445,12 @@ WRONG = [
     (LOCAL, "good.jsonl --out o --num_proc 0", "--num_proc 0 must be at least 1"),
     (LOCAL, "good.jsonl --out o --num_procs 2", "did you mean --num_proc?"),
     (LOCAL, "good.jsonl --out o --tokenizer gtp2", "did you mean gpt2?"),
-    (LOCAL, "good.jsonl --out o --tokenizer no.tiktoken", "no tokenizer file no.tiktoken"),
-    (LOCAL, "good.jsonl --out o --tokenizer bad.tiktoken", "bad.tiktoken, line 1: expected a token"),
+    (LOCAL, "good.jsonl --out o --tokenizer no.json", "there is no tokenizer no.json"),
+    (LOCAL, "good.jsonl --out o --tokenizer none", "there is no tokenizer none/tokenizer.json"),
+    (LOCAL, "good.jsonl --out o --tokenizer bad.json", "bad.json: not a tokenizer of the tokenizers package"),
+    (LOCAL, "good.jsonl --out o --tokenizer bare", "bare does not say which token ends a text: put"),
     (LOCAL, "good.jsonl good.jsonl --out o", "good.jsonl is given twice"),
-    (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with --text_column"),
+    (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with"),
     (LOCAL, "body.parquet --out o", "no column 'text' among body, n"),
     (LOCAL, "body.parquet --out o --text_column n", "column 'n' holds int64, not text"),
     (LOCAL, "none --out o", "none holds no .txt"),
@@ -474,15 +476,7 @@ WRONG = [
     (OWT, "--data_files --out o", "expected at least one argument"),
     (OWT, "good.jsonl --out o", "unknown argument 'good.jsonl'"),
     (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 0", "--shard_tokens 0 must be at least 1"),
-    (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 9 --max_tokens 9", "must exceed --shard_tokens 9"),
-    (FINEWEB, "--data_files good.jsonl --out o --worker 0/2 --max_tokens 1000000000", "which a --worker does not see"),
-    (OWT, "--data_files good.jsonl --out none --worker 0/0", "'0/0' is not I/N with 0 <= I < N"),
-    (OWT, "--data_files good.jsonl --out none --worker 3/2", "'3/2' is not I/N"),
-    (OWT, "--data_files good.jsonl --out none --worker two", "'two' is not I/N"),
-    (OWT, "--data_files good.jsonl --out full --worker 0/2", "full holds mine.txt, which is no worker's"),
-    (OWT, "--data_files json.jsonl --out o --worker 1/2", "json.jsonl, line 3: not JSON"),
-    (OWT, "--out none --join 0", "--join 0 must be at least 1"),
-    (OWT, "--out none --join 2 --data_files good.jsonl", "does not go with --join, which takes --out only"),
+    (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 9 --max_tokens 9", "must exceed --shard"),
 ]
 
 
@@ -526,8 +520,8 @@ def test_finished_with_other_arguments(tmp_path, monkeypatch, capsys):
 def test_two_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_inputs(tmp_path)
-    with bins.unfinished("o", "prepare.py", {}, load_tokenizer("bytes")) as progress:
-        progress["at"] = [0, 1]
+    with writer.BinWriter("o", "prepare.py", {}, load_tokenizer("bytes")) as ours:
+        assert ours.open()
         with pytest.raises(SystemExit, match="another run"):
             prepare.main(["good.jsonl", "--out", "o", "--tokenizer", "bytes"])
 

@@ -15,13 +15,12 @@ import inherit
 import sample
 import score
 import train
-from inheritune.data import hf_tokenizer
-from inheritune.data.tokenizer import read_ranks
+from inheritune.data.tokenizer import byte_letters
 from inheritune.training.parsing import NANOGPT, parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
-from tests.assets import gpt2_ranks
+from tests.assets import gpt2_ranks, read_ranks
 from tests.tiny import ROOT, arguments, column, gpt2, refusal, tiny_model, write_checkpoint, write_data
 
 OUR_NAMES = TrainSettings.__dataclass_fields__
@@ -147,7 +146,7 @@ def test_a_person_brings_a_gpt2_without_a_tokenizer(tmp_path):
 def test_a_person_brings_a_fine_tuned_gpt2(tmp_path, file):
     """Whatever form its tokenizer is saved in, it is GPT-2's."""
     ranks = read_ranks(gpt2_ranks())
-    printable = hf_tokenizer.stand_ins()
+    printable = byte_letters()
     vocabulary = {"".join(printable[byte] for byte in token): i for token, i in ranks.items()}
     items = [("<|endoftext|>", 50256), *vocabulary.items()]
     config = GPTConfig.from_folder(other_gpt2(tmp_path / "a", dict(items), file))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sample
-from inheritune.data.tokenizer import load_tokenizer
+from inheritune.data.tokenizer import TextStream, load_tokenizer
 from model import GPT, GPTConfig
 from tests.tiny import ROOT, refusal, write_checkpoint
 
@@ -41,7 +41,7 @@ def test_streams_token_by_token_and_whole_characters(model_folder):
             return len(text)
 
     tokens = (torch.tensor([b]) for b in [*"aé".encode(), 256])
-    rows = sample.stream(tokens, load_tokenizer("bytes"), 256, Recorder())
+    rows = sample.stream(tokens, TextStream(load_tokenizer("bytes")), 256, Recorder())
     assert Recorder.pieces == ["a", "", "é", "\n"]
     assert rows == [list("aé".encode())]
 

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 import score
 import train
 from inheritune.data import reader as data
+from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training.distributed import Ranks
 from model import GPT
+from tests.data.test_tokenizer import save
 from tests.tiny import ROOT, hf_state, refusal, write_checkpoint, write_data, write_model
 
 TEXT = "Déjà vu: the quick brown fox jumps over the lazy dog. " * 4
@@ -179,12 +181,12 @@ def test_refusals(ckpt, tmp_path, argv, message):
     assert message in shown and "\n" not in shown
 
 
-def test_another_ranks_file_is_refused(tmp_path):
-    write_checkpoint(tmp_path / "ckpt", tokenizer="tokenizer.tiktoken")
-    (tmp_path / "ckpt/tokenizer.tiktoken").write_text("YQ== 0\n")
-    folder, _ = write_text(tmp_path / "data", [TEXT], name="tokenizer.tiktoken", sha256="0" * 64)
+def test_another_tokenizer_json_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "ckpt", tokenizer="tokenizer.json", vocab_size=700)
+    entry = load_tokenizer(save(tmp_path / "ckpt", "bpe")).describe()
+    folder, _ = write_text(tmp_path / "data", [TEXT], **entry | {"sha256": "0" * 64})
     shown = refusal(score.main, ["--ckpt", str(tmp_path / "ckpt"), "--data", folder])
-    assert "another tokenizer.tiktoken" in shown
+    assert "another tokenizer.json" in shown
 
 
 def test_a_model_of_nans_is_one_line(tmp_path):

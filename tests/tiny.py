@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from inheritune.base.files import sha256
-from inheritune.data import hf_tokenizer
+from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.logs import read_rows
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
@@ -66,9 +66,8 @@ def write_checkpoint(folder, seed=0, **changes):
 
 
 def write_model(folder, model, state=None, tokenizer_from=None):
-    """Write a model, or the tensors `state` in its place, into an existing folder, in the checkpoint
-    layout."""
-    files = hf_tokenizer.files(model.config, tokenizer_from)
+    """Write a model, or the tensors `state` in its place, into a folder, in the checkpoint layout."""
+    files = tokenizer_files(model.config, tokenizer_from)
     gpt2_format.write_model(str(folder), state or hf_state(model), dataclasses.asdict(model.config), files)
 
 

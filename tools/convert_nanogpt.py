@@ -16,8 +16,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data import hf_tokenizer
-from inheritune.data.tokenizer import load_tokenizer
+from inheritune.data.tokenizer import load_tokenizer, tokenizer_files
 from inheritune.weights.checkpoint import new_folder
 from inheritune.weights.gpt2_format import (
     INPUT_FIRST,
@@ -116,7 +115,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     state, config = read_ckpt(args.ckpt)
     config |= choose_tokenizer(args.tokenizer, config["vocab_size"])
-    files = hf_tokenizer.files(GPTConfig(**config))
+    files = tokenizer_files(GPTConfig(**config))
     with new_folder(args.out) as temporary:
         write_model(temporary, state, config, files)
     print(f"{args.out}: {config['n_layer']} blocks; nanoGPT's GELU is exact, ours is the tanh approximation")

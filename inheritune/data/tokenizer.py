@@ -1,43 +1,97 @@
-"""Text to token ids and back: plain bytes, any of tiktoken's vocabularies by name, or a GPT-2-style file of ranks.
+"""Text to token ids and back: plain bytes, tiktoken's vocabularies by name, and Hugging Face tokenizers.
 
-`load_tokenizer(spec)` is the only door. What comes out has `name`, `n_vocab`, `eot` (the end-of-text id), `sha256`
-(of the ranks file, else None), `path` (of the ranks file, else None), `encode`, `encode_batch`, `decode_bytes`,
-`decode` and `describe`. Special tokens spelled out in a text are ordinary text; only we write end-of-text ids.
+`load_tokenizer` opens all three, `tokenizer_files` gives what a checkpoint keeps for transformers. Special
+tokens spelled out in a text are ordinary text; only the writer of a data folder puts end-of-text ids between
+documents.
 """
 
-import base64
-import binascii
+import functools
+import hashlib
+import json
 import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from inheritune.base.errors import UserError, nearest
-from inheritune.base.files import sha256
+from inheritune.base.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
-RANKS_FILE = "tokenizer.tiktoken"  # what a ranks file is called inside a data or model folder
-MAX_RANKS_BYTES = 64 << 20  # ten times the largest public vocabulary
+TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a Hugging Face tokenizer
+CONFIG_FILE = "tokenizer_config.json"
+MODEL_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "chat_template.jinja",
+)
+HF_FILES = (
+    *(TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "generation_config.json", *MODEL_FILES),
+)
+MAX_BYTES = 256 << 20  # of a tokenizer.json: five times the largest public one
+PART = (
+    1 << 17
+)  # characters of a text that tiktoken gets at a time: its regular expressions overflow on more blanks
+# Before a blank that follows a letter or digit all of tiktoken's vocabularies begin a new word: there the
+# tokens of the parts are the tokens of the whole. The end of a match is the last such place.
+CUT = re.compile(r"(?s).*[^\W_](?=[ \n])")
 
-# How GPT-2 cuts text into words before merging bytes, in the form that tiktoken's own `gpt2` uses.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_FILES = {
+    "vocab.json": (
+        f"{GPT2_URL}/encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+    "merges.txt": (
+        f"{GPT2_URL}/vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+}
+# What tells GPT-2's tokenizer: `vocabulary_sha256`, and the ids of a text in which other rules would show.
+GPT2_VOCABULARY = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"
+PROBE = "Hello  world's na\u00efve nai\u0308ve\n\n 123,"
+PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 11]
 
 
-def load_tokenizer(spec, folder=None):
-    """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a `.tiktoken` ranks file.
+def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
+    """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a Hugging Face
+    tokenizer.json or of a model folder that holds one.
 
-    A relative path is looked up in `folder` first, so the name in a data folder's meta.json finds the copy beside it.
-    Raises UserError when there is no such vocabulary, it cannot be fetched, or the file is malformed.
+    With `folder`, a data or checkpoint folder: tokenizer files found in it decide, whatever `spec` says;
+    `spec` is then what meta.json or config.json in it says. Raises UserError when there is no such tokenizer,
+    it cannot be fetched, or its files are damaged.
     """
+
     if spec == "bytes":
         return Bytes()
-    if spec.endswith(".tiktoken"):
-        beside = os.path.join(folder or "", spec)
-        path = beside if os.path.exists(beside) else spec
-        return from_ranks(path, read_ranks(path))
-    return from_tiktoken(spec)
+    if folder and has_tokenizer(folder):
+        return HuggingFace(folder)
+    if spec in tiktoken.list_encoding_names():
+        return from_tiktoken(spec)
+    path = os.path.join(folder or "", spec)
+    if spec.endswith(".json") or os.path.isdir(path):
+        return HuggingFace(path)
+    known = ["bytes", *sorted(tiktoken.list_encoding_names())]
+    raise UserError(
+        f"no tokenizer {spec!r}{nearest(spec, known)}; choose {', '.join(known)} or the path of a "
+        "tokenizer.json or of a folder that holds one"
+    )
 
 
-def utf8(text):
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder holds a tokenizer in a form that we open: tokenizer.json, or GPT-2's vocab.json."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, "vocab.json"))
+
+
+def utf8(text: str) -> bytes:
     """The UTF-8 bytes of `text`. Half a surrogate pair, which has none, becomes U+FFFD as in tiktoken."""
     try:
         return text.encode()
@@ -46,26 +100,66 @@ def utf8(text):
 
 
 class Tokenizer:
-    """What both kinds share. Token arrays are 1-D uint32."""
+    """What all kinds have in common. Token arrays are 1-D uint32; any iterable of ints can be decoded."""
 
     name: str
     n_vocab: int
-    eot: int
-    sha256 = None
-    path = None
+    eot: int  # the id that ends a text
+    sha256: str | None = None  # of a Hugging Face tokenizer's vocabulary
+    files: dict[str, bytes] = {}  # noqa: RUF012  (what a data folder keeps of it)
 
-    def encode(self, text):
-        """The ids of `text` as a list of ints, without an end-of-text."""
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without an end-of-text."""
         return self.encode_batch([text])[0].tolist()
 
-    def decode(self, ids):
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """One array of ids for each text."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of `ids`, perhaps with half a character at either end; end-of-text is spelled
+        out."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def describe(self):
+    def describe(self) -> dict:
         """The `tokenizer` entry of a meta.json."""
         entry = {"name": self.name, "n_vocab": self.n_vocab, "eot": self.eot}
         return entry | {"sha256": self.sha256} if self.sha256 else entry
+
+
+class TextStream:
+    """The text of ids that come one at a time, given out in whole characters.
+
+    `before` holds the ids of what is already shown, such as a prompt: whether a blank comes before a token
+    can depend on them.
+    """
+
+    CONTEXT = 8  # ids decoded together with the new one
+
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
+        self.decode = tokenizer.decode
+        self.ids = list(before)[-self.CONTEXT :]
+        self.shown = self.decode(self.ids)
+
+    def add(self, token: int) -> str:
+        """The text that `token` adds; '' while its last character is incomplete."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def end(self) -> str:
+        """What is left: characters that stayed incomplete, as U+FFFD."""
+        return self._give(self.decode(self.ids))
+
+    def _give(self, text):
+        new = text[len(self.shown) :]
+        self.ids = self.ids[-self.CONTEXT :]
+        self.shown = self.decode(self.ids)
+        return new
 
 
 class Bytes(Tokenizer):
@@ -74,11 +168,9 @@ class Bytes(Tokenizer):
     name, n_vocab, eot = "bytes", 257, 256
 
     def encode_batch(self, texts):
-        """One array of ids for each of `texts`."""
         return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
 
     def decode_bytes(self, ids):
-        """The bytes of `ids` (any iterable of ints); the end-of-text id shows as <|endoftext|>."""
         pieces = []
         for i in ids:
             if not 0 <= i <= self.eot:
@@ -87,105 +179,224 @@ class Bytes(Tokenizer):
         return b"".join(pieces)
 
 
-class BPE(Tokenizer):
+class TikToken(Tokenizer):
     """Byte-pair encoding by a tiktoken.Encoding."""
 
-    def __init__(self, name, encoding, eot, path=None, sha256=None):
-        self.name, self.encoding, self.eot = name, encoding, eot
-        self.n_vocab = encoding.n_vocab
-        self.path, self.sha256 = path, sha256
+    def __init__(self, encoding):
+        self.encoding, self.name = encoding, encoding.name
+        self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
     def encode_batch(self, texts):
-        """One array of ids for each of `texts`: those of tiktoken's `encode_ordinary`, without Python lists."""
-        return [self._encode(text) for text in texts]
+        return [self._encode(text) for text in texts]  # the ids of `encode_ordinary`, without Python lists
 
     def _encode(self, text):
+        if len(text) > PART:
+            return np.concatenate([self._encode(part) for part in cut(text)])
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self._encode(utf8(text).decode())
-        except ValueError:  # its regular expressions overflow on about a million blanks in a row
-            start = " ".join(text[:1000].split())[:60]
-            message = f"tiktoken gives up on the text that begins {start!r}; shorten the runs of blanks in it"
-            raise UserError(message) from None
 
     def decode_bytes(self, ids):
-        """The bytes of `ids` (any iterable of ints); the end-of-text id shows as <|endoftext|>."""
         try:
             return self.encoding.decode_bytes(list(ids))
         except (KeyError, OverflowError) as e:
             raise UserError(f"the {self.name} vocabulary of {self.n_vocab} lacks a token id ({e})") from None
 
 
-def from_tiktoken(name):
+def cut(text: str) -> Iterator[str]:
+    """Yield the parts of a long text, each of at most PART characters."""
+    start = 0
+    while start < len(text):
+        stop = start + PART
+        place = CUT.match(text, start, stop) if stop < len(text) else None
+        stop = place.end() if place else stop
+        yield text[start:stop]
+        start = stop
+
+
+def from_tiktoken(name: str) -> TikToken:
     """A vocabulary that tiktoken knows by name, fetches once, and keeps in TIKTOKEN_CACHE_DIR."""
     import requests
-    import tiktoken
 
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        known = ", ".join(["bytes", *sorted(names)])
-        hint = nearest(name, ["bytes", *names])
-        raise UserError(f"no tokenizer {name!r}{hint}; choose {known} or the path of a .tiktoken ranks file")
     try:
-        encoding = tiktoken.get_encoding(name)
+        return TikToken(tiktoken.get_encoding(name))
     except (requests.RequestException, OSError, ValueError) as e:
         raise UserError(
             f"tiktoken could not fetch the {name} vocabulary ({type(e).__name__}); without a network, set "
-            "TIKTOKEN_CACHE_DIR to a filled cache or give --tokenizer the path of a .tiktoken ranks file"
+            "TIKTOKEN_CACHE_DIR to a filled cache or give --tokenizer the path of a tokenizer.json"
         ) from None
-    return BPE(name, encoding, encoding.eot_token)
 
 
-def from_ranks(path, ranks):
-    """A GPT-2-style vocabulary from {token bytes: rank}: GPT-2's pattern, end-of-text after the last rank."""
-    import tiktoken
+class HuggingFace(Tokenizer):
+    """A tokenizer of the `tokenizers` package: ids equal those of transformers' fast tokenizer without
+    special tokens.
 
-    encoding = tiktoken.Encoding(
-        name=RANKS_FILE,
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
-    )
-    return BPE(RANKS_FILE, encoding, len(ranks), path, sha256(path))
-
-
-def read_ranks(path):
-    """{token bytes: rank} from a ranks file: on each line a token in base64, one space and its rank.
-
-    Raises UserError naming file and line unless the ranks are 0 to n-1, each once, the tokens differ, and all
-    256 single bytes are among them, so that every text can be encoded and every id decoded.
+    Where vocabulary, merges and rules are GPT-2's, its name is `gpt2`; else `tokenizer.json`, and `sha256`
+    identifies its vocabulary, however the file is laid out.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"there is no tokenizer file {path}")
-    size = os.path.getsize(path)
-    if size > MAX_RANKS_BYTES:
-        raise UserError(f"{path} has {size:,} bytes; a ranks file has at most {MAX_RANKS_BYTES:,}")
-    with open(path, "rb") as f:
-        lines = f.read().splitlines()
 
-    ranks, taken = {}, {}
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        encoded, space, rank = line.partition(b" ")
-        if not space or not rank.isdigit() or len(rank) > 9:
-            raise UserError(f"{where}: expected a token in base64, one space and its rank")
-        try:
-            token, rank = base64.b64decode(encoded, validate=True), int(rank)
-        except binascii.Error:
-            raise UserError(f"{where}: {encoded[:40].decode('latin-1')!r} is not base64") from None
-        if not token:
-            raise UserError(f"{where}: the token is empty")
-        if token in ranks:
-            raise UserError(f"{where}: the token of rank {ranks[token]} a second time")
-        if rank in taken:
-            raise UserError(f"{where}: rank {rank} is taken by line {taken[rank]}")
-        ranks[token], taken[rank] = rank, number
+    def __init__(self, path: str):
+        self.tokenizer = open_tokenizer(path)
+        self.tokenizer.encode_special_tokens = True  # special tokens in a text are ordinary text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        self.eot = find_end_of_text(folder, self.tokenizer)
+        digest = vocabulary_sha256(self.tokenizer, self.eot)
+        if (digest, self.eot, self.encode(PROBE)) == (GPT2_VOCABULARY, 50256, PROBE_IDS):
+            self.name, self.n_vocab = "gpt2", 50257  # a token that somebody added occurs in no text
+            return
+        self.name, self.sha256 = TOKENIZER_FILE, digest
+        self.n_vocab = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        config = read_optional(folder, CONFIG_FILE) or {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config["eos_token"] = self.tokenizer.id_to_token(self.eot)
+        self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), CONFIG_FILE: as_json(config)}
 
-    for byte in range(256):
-        if bytes((byte,)) not in ranks:
-            raise UserError(f"{path}: no token for byte {byte}; it is cut short or not a ranks file")
-    missing = next((rank for rank in range(len(ranks)) if rank not in taken), None)
-    if missing is not None:
-        raise UserError(f"{path}: {len(ranks)} tokens, but none of them has rank {missing}")
-    return ranks
+    def encode_batch(self, texts):
+        # one thread: the caller has its own (the package would take one a core)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        texts = [utf8(text).decode() for text in texts]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids):
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
+            raise UserError(
+                f"a token id is not in the vocabulary of {self.n_vocab}: {min(ids)} to {max(ids)}"
+            )
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+
+def open_tokenizer(path: str):
+    """The tokenizers.Tokenizer of a tokenizer.json, or of a folder with one or with GPT-2's vocab.json and
+    merges.txt."""
+
+    file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
+    vocab, merges = (os.path.join(path, name) for name in ("vocab.json", "merges.txt"))
+    try:
+        if os.path.exists(file):
+            if not os.path.isfile(file) or os.path.getsize(file) > MAX_BYTES:
+                raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
+            return tokenizers.Tokenizer.from_file(file)
+        if os.path.isfile(vocab) and os.path.isfile(merges):
+            prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
+            tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+            tokenizer.decoder = decoders.ByteLevel()
+            return tokenizer
+    except UserError:
+        raise
+    except Exception as e:  # the package has no class of its own
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"{path}: not a tokenizer of the tokenizers package ({reason:.150}); fetch it again"
+        ) from None
+    raise UserError(
+        f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
+        "save_pretrained writes one"
+    )
+
+
+def find_end_of_text(folder: str, tokenizer) -> int:
+    """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json."""
+    token = (read_optional(folder, CONFIG_FILE) or {}).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    eot = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if eot is None:
+        eot = (read_optional(folder, "config.json") or {}).get("eos_token_id")
+        eot = eot[0] if isinstance(eot, list) and eot else eot
+    if type(eot) is not int or not 0 <= eot < 2**32 or tokenizer.id_to_token(eot) is None:
+        raise UserError(
+            f"{folder or '.'} does not say which token ends a text: put "
+            f'{{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
+        )
+    return eot
+
+
+def read_optional(folder: str, name: str) -> dict | None:
+    """The object in a folder's JSON file, or None where there is no such file."""
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.exists(path) else None
+
+
+def vocabulary_sha256(tokenizer, eot: int) -> str:
+    """sha256 of the tokens in the order of their ids, `eot` and added ones left out, and of the merges."""
+    content = json.loads(tokenizer.to_str())
+    added = {token["content"] for token in content["added_tokens"]} | {tokenizer.id_to_token(eot)}
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    tokens = [token for token in sorted(vocab, key=vocab.get) if token not in added]
+    merges = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])
+    ]
+    return hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest()
+
+
+# What a checkpoint keeps
+
+
+def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
+    """{file name: bytes} that a checkpoint with this config (its `tokenizer` and `block_size`) holds beside
+    its weights, so that AutoTokenizer gives our ids.
+
+    Files found in `folder`, of the data or of the model that a run starts from, are taken as they are;
+    without any, those of `bytes` and `gpt2` are made. Other tiktoken names have none; nor has `gpt2`, after a
+    line on stderr, when it cannot be fetched.
+    """
+    found = {}
+    for file in HF_FILES:
+        if folder and os.path.isfile(path := os.path.join(folder, file)):
+            with open(path, "rb") as f:
+                found[file] = f.read()
+    if TOKENIZER_FILE in found or "vocab.json" in found or config.tokenizer not in ("bytes", "gpt2"):
+        return found
+    made = {TOKENIZER_FILE: bytes_tokenizer()} if config.tokenizer == "bytes" else gpt2_files()
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if config.tokenizer == "bytes" else "GPT2Tokenizer",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "model_max_length": config.block_size,
+        "split_special_tokens": True,  # special tokens in a text are ordinary text there, too
+        "clean_up_tokenization_spaces": False,
+    }
+    return found | made | {CONFIG_FILE: as_json(settings)} if made else found
+
+
+@functools.cache
+def byte_letters() -> list[str]:
+    """The characters by which GPT-2's files call the 256 bytes: printable ones themselves, the others U+0100
+    and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in range(256)]
+
+
+def bytes_tokenizer() -> bytes:
+    """tokenizer.json of the tokenizer `bytes`: byte-level BPE that neither merges nor cuts."""
+    vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer.to_str(pretty=True).encode()
+
+
+@functools.cache  # a process asks the network once, and its checkpoints do not depend on when it answers
+def gpt2_files() -> dict[str, bytes]:
+    """vocab.json and merges.txt of `gpt2`, or {} after a line on stderr where they cannot be had."""
+
+    try:
+        from_tiktoken("gpt2")
+        return {name: tiktoken.load.read_file_cached(*source) for name, source in GPT2_FILES.items()}
+    except UserError as e:
+        print(f"checkpoints have no tokenizer files: {e}", file=sys.stderr)
+        return {}
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()

@@ -1,13 +1,15 @@
-"""Writing a data folder, so that a kill costs a second of work (encode.py does the tokenising).
+"""Writing a data folder, so that a kill costs a second of work.
 
 A data folder holds little-endian uint16 ids (uint32 where ids exceed 65,535) in train.bin and val.bin or in
-numbered shards, and a meta.json that describes them. While it is made, the tokens go to NAME.partial, and every
+numbered shards, and a meta.json that describes them. While it is made, tokens go to NAME.partial, and every
 second progress.json records how far the input was read and how long each file was then. A run that finds a
-progress.json cuts the files back to those lengths and goes on from there, so the result is the same to the last
-bit. meta.json is written last: a folder without it is unfinished.
+progress.json cuts the files back to those lengths and goes on from there, so the result is the same to the
+last bit. meta.json is written last: a folder without it is unfinished.
 """
 
+import collections
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -15,112 +17,294 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder, read_json, replacing, sha256, sync_folder, write_json
-from inheritune.data.encode import batched, dtype_of, encode_in_order
-from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.data.sources import Piece
+from inheritune.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, utf8
 
 FORMAT = 1
 RECORD_EVERY = 1.0  # seconds between two records of the progress
-UNSET = "%(default).0s"  # in a help text that tells its default itself: keeps argparse from adding one
+BATCH = 1 << 18  # characters that a thread tokenises at a time
+TRAIN_VAL = {"train": ["train.bin"], "val": ["val.bin"]}
+OURS = r"(train|val)(_\d{6})?\.bin(\.partial)?|\.?(meta|progress|tokenizer|tokenizer_config)\.json(\.tmp)?"
 
 
-def add_shared_flags(parser):
-    """The flags that all three scripts have."""
-    parser.add_argument("--text_column", default="text", help="where a .jsonl or .parquet keeps the text")
-    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that tokenise")
+def write_tokens(
+    writer: "BinWriter",
+    pieces: Callable[[list], Iterator[Piece]],
+    stream_of: Callable[[int], str],
+    threads: int,
+) -> dict:
+    """Tokenise the text of `pieces(at)`, from where the opened `writer` stands, and finish its folder.
 
-
-def check_shared_flags(args):
-    if args.num_proc < 1:
-        raise UserError(f"--num_proc {args.num_proc} must be at least 1")
-
-
-@contextlib.contextmanager
-def unfinished(out, script, arguments, tokenizer, at=(0, 0), documents=0):
-    """Open the folder `out` for writing: a context that gives the progress (a dict) to go on from. A fresh one begins
-    at position `at` of the input, where document number `documents` starts.
-
-    It gives None when the folder is already finished with these arguments. A part that was made with others is
-    thrown away. Raises UserError when the folder is finished with other arguments, not ours, or being written
-    right now. If the run fails before anything was recorded, the folder is left as it was found.
-
-    `arguments` is a dict of JSON values: all that decides the tokens, besides the tokenizer, and nothing else.
+    `stream_of(i)` names the stream of document number i. Returns the meta.json.
     """
-    described = tokenizer.describe()
-    versions = {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "tiktoken": importlib.metadata.version("tiktoken"),
-    }
-    made = {"script": script, "arguments": arguments, "versions": versions}
-    fresh = {"tokenizer": described, "made": made, "at": list(at), "documents": documents, "streams": {}}
-    absent = []  # the folders that will be made, the innermost first
-    folder = os.path.abspath(out)
-    while not os.path.lexists(folder):
-        absent.append(folder)
-        folder = os.path.dirname(folder)
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out} is a file; --out names a folder")
-    os.makedirs(out, exist_ok=True)
-    lock = lock_folder(out)
-    if lock is None:
-        raise UserError(f"{out} is being written by another run; wait or choose another --out")
-    try:
-        if os.path.exists(os.path.join(out, "meta.json")):
-            check_finished(out, {"script": script, "tokenizer": described} | arguments)
-            yield None
-            return
-        progress_file = os.path.join(out, "progress.json")
+    batches = batched(pieces(writer.at), stream_of, writer.documents)
+    work = functools.partial(encode_batch, writer.tokenizer, writer.dtype)
+    bar = tqdm(initial=writer.tokens, unit="tok", unit_scale=True, desc=writer.out, dynamic_ncols=True)
+    recorded = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for encoded, at, documents, done in in_order(pool, work, batches, 2 * threads):
+            writer.append(encoded, at, documents)
+            if done:  # what the text so far came to gives the total, and with it the remaining time
+                bar.total = min(writer.max_tokens, round(writer.tokens / done))
+            bar.update(writer.tokens - bar.n)
+            if writer.tokens >= writer.max_tokens:
+                break
+            if time.monotonic() - recorded >= RECORD_EVERY:
+                writer.record()
+                recorded = time.monotonic()
+    return writer.finish()
+
+
+def batched(pieces: Iterable[Piece], stream_of: Callable[[int], str], documents: int) -> Iterator[tuple]:
+    """Yield ([(stream, text, ends), …], position after, documents ended, share done) of about BATCH
+    characters.
+
+    `documents` is how many documents ended before the first piece.
+    """
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append((stream_of(documents), piece.text, piece.end))
+        documents += piece.end
+        size += len(piece.text) + 20  # so that a million empty documents are no single batch
+        if size >= BATCH:
+            yield batch, piece.at, documents, piece.done
+            batch, size = [], 0
+    if batch:
+        yield batch, piece.at, documents, piece.done
+
+
+def encode_batch(tokenizer: Tokenizer, dtype: np.dtype, batch: list) -> dict[str, tuple]:
+    """{stream: (ids, documents ended, bytes of text)} of a batch, with an end-of-text id after each
+    document."""
+    eot = np.array([tokenizer.eot], dtype)
+    encoded = {}
+    arrays = tokenizer.encode_batch([text for _, text, _ in batch])
+    for (stream, text, ends), ids in zip(batch, arrays, strict=True):
+        parts, documents, n_bytes = encoded.get(stream, ([], 0, 0))
+        parts += [ids.astype(dtype), eot] if ends else [ids.astype(dtype)]
+        encoded[stream] = parts, documents + ends, n_bytes + len(utf8(text))
+    return {stream: (np.concatenate(parts), *counts) for stream, (parts, *counts) in encoded.items()}
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable, items: Iterable[tuple], ahead: int) -> Iterator[tuple]:
+    """Yield (work(first), *rest) of each (first, *rest) in input order, with at most `ahead` of them under
+    way."""
+    waiting = collections.deque()
+    for first, *rest in items:
+        waiting.append((pool.submit(work, first), rest))
+        if len(waiting) == ahead:
+            result, rest = waiting.popleft()
+            yield result.result(), *rest
+    for result, rest in waiting:
+        yield result.result(), *rest
+
+
+class BinWriter:
+    """Writes one data folder: `open`, `append` batches, `record` now and then, `finish`. A context, which
+    releases the folder, and leaves it as it was found if the run fails before anything was appended.
+
+    A stream of tokens becomes one .bin file after the other; each but its last holds exactly `shard_tokens`
+    tokens. `arguments` are JSON values: all that decides the tokens, besides the tokenizer, and nothing else.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        script: str,
+        arguments: dict,
+        tokenizer: Tokenizer,
+        streams: dict[str, Iterable[str]] = TRAIN_VAL,  # {stream: the names of its files}
+        shard_tokens: int = sys.maxsize,
+        max_tokens: int = sys.maxsize,  # over all streams
+    ):
+        self.out, self.tokenizer = out, tokenizer
+        self.shard_tokens, self.max_tokens = shard_tokens, max_tokens
+        self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+        packages = ("numpy", "tiktoken", *(["tokenizers"] if tokenizer.sha256 else []))
+        versions = {"python": platform.python_version()} | {
+            p: importlib.metadata.version(p) for p in packages
+        }
+        self.made = {"script": script, "arguments": arguments, "versions": versions}
+        self.names = {stream: iter(names) for stream, names in streams.items()}
+        self.shards = {
+            stream: [] for stream in streams
+        }  # as in meta.json: with a sha256 once a file is complete
+        self.files = {}  # {stream: the open file of its last shard}
+        self.at, self.documents, self.tokens = [0, 0], 0, 0  # where reading goes on; how much came before
+        self.lock, self.absent, self.opened = None, [], False
+
+    def open(self) -> bool:
+        """Take the folder and go on from its progress.json; False when it is finished with these arguments.
+
+        What was begun with other arguments is thrown away. Raises UserError when the folder is finished with
+        others, is not ours, or is being written by another run.
+        """
+        if os.path.exists(self.out) and not os.path.isdir(self.out):
+            raise UserError(f"{self.out} is a file; --out names a folder")
+        folder = os.path.abspath(self.out)
+        while not os.path.lexists(folder):
+            self.absent.append(folder)
+            folder = os.path.dirname(folder)
+        os.makedirs(self.out, exist_ok=True)
+        self.lock = lock_folder(self.out)
+        if self.lock is None:
+            raise UserError(f"{self.out} is being written by another run; wait or choose another --out")
+        if os.path.exists(self._path("meta.json")):
+            check_finished(self.out, self.made, self.tokenizer.describe())
+            return False
+        progress_file = self._path("progress.json")
         if os.path.exists(progress_file):
             progress = read_json(progress_file)
-            if progress.get("made") != made or progress.get("tokenizer") != described:
-                print(f"{out}: the unfinished part has other settings; starting afresh", file=sys.stderr)
-                clear(out)
-                progress = fresh
-        elif any(not name.startswith(".") for name in os.listdir(out)):
-            raise UserError(f"{out} is not empty and was not made by this script; choose another --out")
-        else:
-            progress = fresh
-        write_json(progress_file, progress)
+            if progress.get("made") == self.made and progress.get("tokenizer") == self.tokenizer.describe():
+                self._resume(progress)
+            else:
+                print(f"{self.out}: the unfinished part has other settings; starting afresh", file=sys.stderr)
+                clear(self.out)
+        elif any(not name.startswith(".") for name in os.listdir(self.out)):
+            raise UserError(f"{self.out} is not empty and was not made by this script; choose another --out")
+        self.opened = True
+        self.record()
+        return True
+
+    def _resume(self, progress):
+        """Go on from a record: cut each unfinished file back to it, and forget what was written after it."""
+        self.at, self.documents, self.shards = progress["at"], progress["documents"], progress["streams"]
+        for stream, shards in self.shards.items():
+            for shard, name in zip(shards, self.names[stream], strict=False):
+                path, size = self._path(name), shard["tokens"] * self.dtype.itemsize
+                self.tokens += shard["tokens"]
+                partial = path + ".partial"
+                complete = "sha256" in shard
+                if not complete and os.path.exists(path):  # completed between the record and the kill
+                    os.replace(path, partial)
+                found = path if complete else partial
+                if not os.path.exists(found) or os.path.getsize(found) < size:
+                    raise UserError(f"{path} is missing or too short; delete {self.out} and run again")
+                if not complete:
+                    os.truncate(partial, size)
+                    self.files[stream] = open(partial, "ab")  # noqa: SIM115 (closed by `_complete`)
+        if self.tokens:
+            print(f"{self.out}: going on after {self.tokens:,} tokens", file=sys.stderr)
+
+    def append(self, encoded: dict[str, tuple], at: list, documents: int) -> None:
+        """Write a batch, {stream: (ids, documents ended, bytes of text)}; reading goes on at `at` after it,
+        where `documents` have ended."""
+        for stream, (ids, ended, n_bytes) in encoded.items():
+            if len(ids) > self.max_tokens - self.tokens:
+                ids = ids[: self.max_tokens - self.tokens]
+                ended, n_bytes = self._measure(ids)
+            while len(ids):
+                shard = self._open_shard(stream)
+                part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
+                counts = self._measure(part) if len(ids) else (ended, n_bytes)
+                self.files[stream].write(part.data)
+                self.tokens += len(part)
+                shard["tokens"] += len(part)
+                shard["documents"] += counts[0]
+                shard["bytes"] += counts[1]
+                ended, n_bytes = ended - counts[0], n_bytes - counts[1]
+                if shard["tokens"] == self.shard_tokens:
+                    self._complete(stream)
+        self.at, self.documents = at, documents
+
+    def record(self) -> None:
+        """Put what was appended on disk, and then a note of it into progress.json."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        progress = {"tokenizer": self.tokenizer.describe(), "made": self.made, "at": self.at}
+        progress |= {"documents": self.documents, "streams": self.shards}
+        write_json(self._path("progress.json"), progress)
+
+    def finish(self) -> dict:
+        """Write meta.json, which makes the folder a finished one, remove what only an unfinished one needs,
+        and return it. Raises UserError, and leaves the folder unfinished, when a split got no token."""
+        self.record()
+        for stream in list(self.files):
+            self._complete(stream)
+        self.record()
+        splits = {}
+        for split in ("train", "val"):
+            splits[split] = totals(
+                [s for shards in self.shards.values() for s in shards if s["file"].startswith(split)]
+            )
+            if not splits[split]["shards"]:
+                raise UserError(
+                    f"{self.out}: no text is left for {split}; give more text, or ask for smaller shards"
+                )
+        for name, content in self.tokenizer.files.items():
+            with replacing(self._path(name)) as f:
+                f.write(content)
+        meta = {"format": FORMAT, "tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name}
+        meta |= {"splits": splits, "made": self.made}
+        write_json(self._path("meta.json"), meta)
+        clear(self.out, keep=file_sizes(meta))
+        print(f"{self.out}: {summary(splits)}")
+        return meta
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *_):
+        for file in self.files.values():
+            file.close()
         try:
-            yield progress
-        except BaseException:
-            downloads = os.path.join(out, "download")
-            if progress["at"] == list(at) and not (os.path.isdir(downloads) and os.listdir(downloads)):
-                clear(out)
-                with contextlib.suppress(OSError):  # another worker's part may have come into the outer ones
-                    for folder in absent:
+            downloads = self._path("download")
+            kept = os.path.isdir(downloads) and os.listdir(downloads)
+            if failed and self.opened and self.at == [0, 0] and not kept:
+                clear(self.out)
+                with contextlib.suppress(OSError):  # somebody put something into them
+                    for folder in self.absent:  # the innermost first
                         os.rmdir(folder)
-            raise
-    finally:
-        os.close(lock)
+        finally:
+            if self.lock is not None:
+                os.close(self.lock)
+
+    def _path(self, name):
+        return os.path.join(self.out, name)
+
+    def _open_shard(self, stream):
+        """The entry of the shard that a stream is writing; a new one after a complete one."""
+        shards = self.shards[stream]
+        if stream not in self.files:
+            shards.append({"file": next(self.names[stream]), "tokens": 0, "documents": 0, "bytes": 0})
+            self.files[stream] = open(self._path(shards[-1]["file"]) + ".partial", "wb")  # noqa: SIM115
+        return shards[-1]
+
+    def _complete(self, stream):
+        """Give a stream's open file its final name and note its sha256."""
+        file = self.files.pop(stream)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        path = self._path(self.shards[stream][-1]["file"])
+        os.replace(path + ".partial", path)
+        sync_folder(self.out)
+        self.shards[stream][-1]["sha256"] = sha256(path)
+
+    def _measure(self, ids):
+        """(documents that end in `ids`, bytes of text in them)."""
+        text = ids[ids != self.tokenizer.eot]
+        return len(ids) - len(text), len(self.tokenizer.decode_bytes(text.tolist()))
 
 
-def read_finished(out):
-    """Of a finished folder: (its meta.json as a dict; script, tokenizer and arguments in one dict; {file: bytes}).
-
-    Raises UserError when its meta.json is not of our making.
-    """
+def check_finished(out, made, tokenizer):
+    """Say that `out` is finished. Raises UserError when it has lost a file or was made in another way."""
     meta = read_json(os.path.join(out, "meta.json"))
+    new = {"script": made["script"], "tokenizer": tokenizer} | made["arguments"]
     try:
-        made = {"script": meta["made"]["script"], "tokenizer": meta["tokenizer"]} | meta["made"]["arguments"]
-        splits = [totals(meta["splits"][name]["shards"]) for name in ("train", "val")]
-        item = np.dtype(meta["dtype"]).itemsize
-        sizes = {shard["file"]: shard["tokens"] * item for split in splits for shard in split["shards"]}
+        old = {"script": meta["made"]["script"], "tokenizer": meta["tokenizer"]} | meta["made"]["arguments"]
+        sizes, said = file_sizes(meta), summary(meta["splits"])
     except (KeyError, TypeError):
         raise UserError(f"{out}/meta.json was not written by this script; choose another --out") from None
-    return meta, made, sizes
-
-
-def check_finished(out, new):
-    """Say that `out` is finished. Raises UserError when it has lost a file, or its script, tokenizer and arguments
-    are not `new`."""
-    meta, old, sizes = read_finished(out)
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             was = f"{key} {old.get(key)!r}, not {new.get(key)!r}"
@@ -129,176 +313,34 @@ def check_finished(out, new):
         path = os.path.join(out, name)
         if not os.path.exists(path) or os.path.getsize(path) != size:
             raise UserError(f"{path} is missing or not as long as meta.json says; delete {out} and run again")
-    clear(out, keep=["meta.json", RANKS_FILE, *sizes])  # a kill just before the end leaves a little
-    print(f"{out} is already finished: {summary(meta['splits'])}")
+    clear(out, keep=sizes)  # a kill just before the end leaves a little
+    print(f"{out} is already finished: {said}")
 
 
-def clear(out, keep=()):
-    """Remove what these scripts put into a folder, and nothing else."""
-    ours = r"(train|val)(_\d{6})?\.bin(\.partial)?|\.?(meta\.json|progress\.json|tokenizer\.tiktoken)(\.tmp)?"
+def file_sizes(meta):
+    """{file: bytes} of the bins that a meta.json lists."""
+    shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
+    return {shard["file"]: shard["tokens"] * np.dtype(meta["dtype"]).itemsize for shard in shards}
+
+
+def clear(out, keep=None):
+    """Remove what these scripts put into a folder, and nothing else; of a finished folder all but the bins
+    `keep`, meta.json and the tokenizer."""
+    kept = {*keep, "meta.json", TOKENIZER_FILE, CONFIG_FILE} if keep else ()
     shutil.rmtree(os.path.join(out, "download"), ignore_errors=True)
     # progress.json is the last to go: while it is there, the next run knows the folder as ours.
     for name in sorted(os.listdir(out), key=lambda name: name == "progress.json"):
-        if re.fullmatch(ours, name) and name not in keep:
+        if re.fullmatch(OURS, name) and name not in kept:
             os.unlink(os.path.join(out, name))
+
+
+def totals(shards):
+    """A split's entry in meta.json."""
+    return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")} | {
+        "shards": shards
+    }
 
 
 def summary(splits):
     parts = (f"{name} {s['tokens']:,} tokens in {s['documents']:,} documents" for name, s in splits.items())
     return ", ".join(parts)
-
-
-class Stream:
-    """One stream of tokens, written as one .bin file after the other.
-
-    `names` gives the files' names in order; each file but the last holds exactly `shard_tokens` tokens. The file
-    being written is called NAME.partial. `shards` is the record: a dict for each file, with a sha256 once it is
-    finished.
-    """
-
-    def __init__(self, out, names, tokenizer, shard_tokens=sys.maxsize, max_tokens=sys.maxsize):
-        self.out, self.names, self.tokenizer = out, iter(names), tokenizer
-        self.shard_tokens, self.max_tokens = shard_tokens, max_tokens
-        self.shards, self.tokens, self.file = [], 0, None
-
-    def resume(self, shards):
-        """Go on from a record: cut the unfinished file back to it, and forget what was written after it."""
-        self.shards = shards
-        self.tokens = sum(shard["tokens"] for shard in shards)
-        for shard, name in zip(shards, self.names, strict=False):
-            path = os.path.join(self.out, name)
-            size = shard["tokens"] * dtype_of(self.tokenizer).itemsize
-            partial = path + ".partial"
-            if "sha256" in shard:
-                intact = os.path.exists(path) and os.path.getsize(path) == size
-            else:
-                if os.path.exists(path):  # it was finished between the record and the kill
-                    os.replace(path, partial)
-                intact = os.path.exists(partial) and os.path.getsize(partial) >= size
-            if not intact:
-                raise UserError(f"{path} is missing or too short; delete {self.out} and run again")
-            if "sha256" not in shard:
-                os.truncate(partial, size)
-                self.file = open(partial, "ab")  # noqa: SIM115 (closed by `close_shard`)
-
-    def write(self, ids, documents, n_bytes):
-        """Append `ids` (1-D, of `dtype_of`), which end `documents` documents and decode to `n_bytes` of text."""
-        if len(ids) > self.max_tokens - self.tokens:
-            ids = ids[: self.max_tokens - self.tokens]
-            documents, n_bytes = self.measure(ids)
-        while len(ids):
-            if not self.shards or "sha256" in self.shards[-1]:
-                self.shards.append({"file": next(self.names), "tokens": 0, "documents": 0, "bytes": 0})
-                path = os.path.join(self.out, self.shards[-1]["file"])
-                self.file = open(path + ".partial", "wb")  # noqa: SIM115
-            shard = self.shards[-1]
-            part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
-            part_documents, part_bytes = self.measure(part) if len(ids) else (documents, n_bytes)
-            self.file.write(part.data)
-            self.tokens += len(part)
-            shard["tokens"] += len(part)
-            shard["documents"] += part_documents
-            shard["bytes"] += part_bytes
-            documents, n_bytes = documents - part_documents, n_bytes - part_bytes
-            if shard["tokens"] == self.shard_tokens:
-                self.close_shard()
-
-    def measure(self, ids):
-        """(documents that end in `ids`, bytes of text in them)."""
-        text = ids[ids != self.tokenizer.eot]
-        return len(ids) - len(text), len(self.tokenizer.decode_bytes(text.tolist()))
-
-    def sync(self):
-        """See to it that everything written so far is on disk."""
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def close_shard(self):
-        """Finish the open file, if there is one, and give it its final name."""
-        if self.file:
-            self.sync()
-            self.file.close()
-            self.file = None
-            path = os.path.join(self.out, self.shards[-1]["file"])
-            os.replace(path + ".partial", path)
-            sync_folder(self.out)
-            self.shards[-1]["sha256"] = sha256(path)
-
-
-def write_tokens(progress, streams, pieces, stream_of, num_proc, needed=("train", "val")):
-    """Tokenise what `pieces` yields, write it to `streams`, and close the folder with its meta.json.
-
-    `progress` comes from `unfinished` and says where to go on; `streams` is {name: Stream}; `pieces(at)` yields the
-    `Piece`s from position `at` on; `stream_of(i)` names the stream of document number i. Returns
-    the meta.json. Raises UserError, and leaves the folder unfinished, when one of the splits `needed` got no token.
-    """
-    stream = next(iter(streams.values()))
-    out, tokenizer, max_tokens = stream.out, stream.tokenizer, stream.max_tokens
-    for name, shards in progress["streams"].items():
-        streams[name].resume(shards)
-    start = sum(stream.tokens for stream in streams.values())
-    if start:
-        print(f"{out}: going on after {start:,} tokens", file=sys.stderr)
-
-    def record():
-        for stream in streams.values():
-            stream.sync()
-        progress["streams"] = {name: stream.shards for name, stream in streams.items()}
-        write_json(os.path.join(out, "progress.json"), progress)
-
-    batches = batched(pieces(progress["at"]), stream_of, progress["documents"])
-    encoded = encode_in_order(batches, tokenizer, num_proc)
-    bar = tqdm(initial=start, unit="tok", unit_scale=True, desc=out, dynamic_ncols=True)
-    recorded = time.monotonic()
-    with contextlib.closing(encoded), contextlib.closing(batches), bar:
-        for (at, documents, done), tokens in encoded:
-            for name, (ids, ended, n_bytes) in tokens.items():
-                streams[name].write(np.frombuffer(ids, dtype_of(tokenizer)), ended, n_bytes)
-            progress["at"], progress["documents"] = at, documents
-            written = sum(stream.tokens for stream in streams.values())
-            if done:  # by what the text so far came to; this is what the remaining time follows from
-                bar.total = min(max_tokens, round(written / done))
-            bar.update(written - bar.n)
-            if written >= max_tokens:
-                break
-            if time.monotonic() - recorded >= RECORD_EVERY:
-                record()
-                recorded = time.monotonic()
-    record()
-    for stream in streams.values():
-        stream.close_shard()
-    record()
-    return finish(out, progress, tokenizer, needed)
-
-
-def finish(out, progress, tokenizer, needed):
-    """Write meta.json, which makes the folder a finished one, and remove what only an unfinished one needs."""
-    splits = {}
-    for name in ("train", "val"):
-        shards = [s for shards in progress["streams"].values() for s in shards if s["file"].startswith(name)]
-        if name in needed and not shards:
-            raise UserError(
-                f"{out}: no text is left for {name}; give more text, or ask for smaller shards or fewer workers"
-            )
-        splits[name] = totals(shards)
-    if tokenizer.path:
-        with replacing(os.path.join(out, RANKS_FILE)) as f, open(tokenizer.path, "rb") as ranks:
-            shutil.copyfileobj(ranks, f)
-    meta = write_meta(out, progress["tokenizer"], dtype_of(tokenizer).name, splits, progress["made"])
-    clear(out, keep=["meta.json", RANKS_FILE, *(s["file"] for name in splits for s in splits[name]["shards"])])
-    print(f"{out}: {summary(splits)}")
-    return meta
-
-
-def totals(shards):
-    """A split's entry in meta.json."""
-    keys = ("tokens", "documents", "bytes")
-    return {key: sum(shard[key] for shard in shards) for key in keys} | {"shards": shards}
-
-
-def write_meta(out, tokenizer, dtype, splits, made):
-    """Write meta.json and return it: `tokenizer` as it describes itself, the ids' `dtype` by name."""
-    meta = {"format": FORMAT, "tokenizer": tokenizer, "dtype": dtype, "splits": splits, "made": made}
-    write_json(os.path.join(out, "meta.json"), meta)
-    return meta

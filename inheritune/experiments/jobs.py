@@ -11,8 +11,8 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import Request
-from inheritune.data import hf_tokenizer
 from inheritune.data.reader import ValData
+from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
 from inheritune.training import cost
@@ -68,7 +68,7 @@ def make_start(stage: Stage) -> None:
     """Make the checkpoint that a stage starts from."""
     how = dict(stage.start)
     source = checkpoint.find(how.pop("ckpt"))
-    files = hf_tokenizer.files(GPTConfig.from_folder(source), source)
+    files = tokenizer_files(GPTConfig.from_folder(source), source)
     make_checkpoint(source, stage.start_folder, lambda config: GPT(GPTConfig(**config)), files, **how)
 
 

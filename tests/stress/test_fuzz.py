@@ -1,11 +1,10 @@
 """100,000 random inputs for the parsers that are ours: config files, command lines, meta.json, state.json,
-the config.json of a checkpoint, ranks files. Each is taken or refused in one line, at once, without memory
+the config.json of a checkpoint, tokenizer.json. Each is taken or refused in one line, at once, without memory
 that stays.
 
 pytest tests/stress -m slow        (a tenth of it, always: python -m pytest tests/stress/test_fuzz.py)
 """
 
-import base64
 import dataclasses
 import json
 import resource
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from inheritune.base.errors import UserError
 from inheritune.data import reader as data
-from inheritune.data import tokenizer
+from inheritune.data.tokenizer import bytes_tokenizer, load_tokenizer
 from inheritune.training import planning as plan
 from inheritune.training.parsing import parse, read_config_file
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
@@ -132,17 +131,6 @@ argv = st.lists(
     ),
     max_size=6,
 )
-ranks = [base64.b64encode(bytes([b])).decode() + f" {b}" for b in range(256)]
-token_lines = st.lists(
-    st.sampled_from(ranks) | st.builds("{} {}".format, st.text(max_size=6), numbers) | st.text(max_size=9),
-    max_size=4,
-)
-
-
-def ranks_file(change):
-    """A valid ranks file with lines put in, at a place, for some of its own."""
-    at, count, lines = change
-    return "\n".join(ranks[:at] + lines + ranks[at + count :]).encode("utf-8", "replace")
 
 
 @pytest.fixture
@@ -150,6 +138,8 @@ def parsers(tmp_path):
     """{name: function that tries so many cases}."""
     (tmp_path / "d").mkdir()
     (tmp_path / "c").mkdir()
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     (tmp_path / "d/train.bin").write_bytes(bytes(2000))
     (tmp_path / "d/val.bin").write_bytes(bytes(200))
     shards = {"train": {"shards": [{"file": "train.bin", "tokens": 1000, "sha256": "0"}]}}
@@ -176,6 +166,9 @@ def parsers(tmp_path):
     def open_line(line):
         parse((TrainSettings,), line, "", others={"grow.py": GrowSettings, "replicate.py": ReplicateSettings})
 
+    def open_tokenizer(path):
+        load_tokenizer(path).encode("a text")
+
     def no_exit(take):
         def work(case):
             try:
@@ -195,15 +188,14 @@ def parsers(tmp_path):
             mutated(config),
             written(tmp_path / "c/config.json", lambda p: GPTConfig.from_folder(str(p.parent))),
         ),
-        "ranks file": fuzz(
-            st.tuples(st.integers(0, 256), st.integers(0, 3), token_lines).map(ranks_file)
-            | st.binary(max_size=60),
-            written(tmp_path / "x.tiktoken", lambda p: tokenizer.read_ranks(str(p))),
+        "tokenizer.json": fuzz(
+            mutated(bytes_tokenizer()),
+            written(tmp_path / "t/tokenizer.json", lambda p: open_tokenizer(str(p))),
         ),
     }
 
 
-NAMES = ("config file", "command line", "meta.json", "state.json", "config.json", "ranks file")
+NAMES = ("config file", "command line", "meta.json", "state.json", "config.json", "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", NAMES)

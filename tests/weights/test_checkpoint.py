@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.data import hf_tokenizer
-from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.data.tokenizer import TOKENIZER_FILE, tokenizer_files
 from inheritune.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, snapshot
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
@@ -39,7 +38,7 @@ def save(run, step, model=None, optimizer=None):
     os.makedirs(run, exist_ok=True)
     tensors = snapshot(model, optimizer, {})
     config = dataclasses.asdict(model.config)
-    files = hf_tokenizer.files(model.config)
+    files = tokenizer_files(model.config)
     checkpoint.save(str(run), tensors, config, {"step": step}, {"blocks": []}, files)
 
 
@@ -298,13 +297,13 @@ def test_nothing_is_pickled(tmp_path):
         assert not head.startswith((b"\x80", b"PK"))
 
 
-def test_the_tokenizer_ranks_of_the_data_go_along(tmp_path):
+def test_the_tokenizer_of_the_data_goes_along(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / RANKS_FILE).write_text("YQ== 0\n")
+    (tmp_path / "data" / TOKENIZER_FILE).write_text("as it stands")
     os.mkdir(tmp_path / "a")
-    model = tiny_model(tokenizer=RANKS_FILE)
+    model = tiny_model(tokenizer=TOKENIZER_FILE)
     write_model(tmp_path / "a", model, tokenizer_from=str(tmp_path / "data"))
-    assert (tmp_path / "a" / RANKS_FILE).read_text() == "YQ== 0\n"
+    assert (tmp_path / "a" / TOKENIZER_FILE).read_text() == "as it stands"
 
 
 def test_lineage_is_empty_where_there_is_none(tmp_path):

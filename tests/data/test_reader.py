@@ -1,9 +1,8 @@
 """The order of the data and the files it comes from.
 
-pytest tests/test_data.py
+pytest tests/data/test_reader.py
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -27,10 +26,13 @@ from inheritune.data.reader import (
     order,
     read_meta,
 )
-from inheritune.data.tokenizer import RANKS_FILE
+from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from tests.data.test_tokenizer import save
 from tests.tiny import tiny_config, write_data
 
-keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map(lambda k: np.array(k, dtype=np.uint64))
+keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map(
+    lambda k: np.array(k, dtype=np.uint64)
+)
 edges = st.sampled_from([n for b in range(1, 13) for n in (2**b - 1, 2**b, 2**b + 1)] + [1, 2, 3])
 
 
@@ -77,8 +79,8 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_order_is_what_it_always_was():
-    """Against the same permutation in plain whole numbers, and against numbers written down: a checkpoint of an older
-    version must go on with the batches that it would have had."""
+    """Against the same permutation in plain whole numbers, and against numbers written down: a checkpoint of
+    an older version must go on with the batches that it would have had."""
 
     def mixed(x):
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -98,7 +100,12 @@ def test_the_order_is_what_it_always_was():
             if x < n:
                 return x
 
-    for samples, n, seed in ((range(3000), 1000, 1337), (range(50), 10**12, 7), (range(9), 1, 0), (range(40), 17, 2)):
+    for samples, n, seed in (
+        (range(3000), 1000, 1337),
+        (range(50), 10**12, 7),
+        (range(9), 1, 0),
+        (range(40), 17, 2),
+    ):
         assert order(samples, n, seed).tolist() == [window(s, n, seed) for s in samples]
     assert order(range(8), 1000, 1337).tolist() == [102, 507, 453, 605, 514, 24, 188, 682]
     assert order(range(998, 1004), 1000, 1337).tolist() == [3, 593, 213, 905, 840, 744]
@@ -174,7 +181,10 @@ def test_shards_are_one_stream(tmp_path_factory, cuts, start, count):
     ids = np.random.default_rng(0).integers(0, 50257, 200)
     shards = write_shards(folder, ids, sorted(cuts))
     meta = {"tokenizer": {"name": "gpt2", "n_vocab": 50257, "eot": 50256}, "dtype": "uint16"}
-    for splits in ({}, {"splits": {"train": {"shards": shards}}}):  # by their names alone, and as meta.json lists them
+    for splits in (
+        {},
+        {"splits": {"train": {"shards": shards}}},
+    ):  # by their names alone, and as meta.json lists them
         (folder / "meta.json").write_text(json.dumps(meta | splits))
         tokens = Tokens(folder, "train")
         assert len(tokens) == 200
@@ -322,13 +332,23 @@ def test_data_and_model_must_have_the_same_tokenizer(tmp_path):
     config = tiny_config()
     check_tokenizer(data, str(tmp_path), config)
     check_tokenizer(data, str(tmp_path), tiny_config(tokenizer=""))
-    for other in (tiny_config(tokenizer="gpt2"), tiny_config(n_vocab=256, eot=255)):
-        with pytest.raises(UserError, match="was tokenised with 'bytes'"):
-            check_tokenizer(data, str(tmp_path), other)
-    (tmp_path / RANKS_FILE).write_text("ranks")
-    digest = hashlib.sha256(b"ranks").hexdigest()
-    for sha256, fits in ((digest, True), (None, True), ("0", False)):
-        entry = {"name": RANKS_FILE, "n_vocab": 257, "eot": 256} | ({"sha256": sha256} if sha256 else {})
-        data = write_data(tmp_path / f"d{sha256}", tokenizer=entry)
-        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="was tokenised with another"):
-            check_tokenizer(data, str(tmp_path), tiny_config(tokenizer=RANKS_FILE))
+    check_tokenizer(data, str(tmp_path), tiny_config(n_vocab=256, eot=255))  # there are rows for all ids
+    with pytest.raises(UserError, match="was tokenised with 'bytes'"):
+        check_tokenizer(data, str(tmp_path), tiny_config(tokenizer="gpt2"))
+    with pytest.raises(UserError, match=r"has 257 ids, .* only 256"):
+        check_tokenizer(data, str(tmp_path), tiny_config(vocab_size=256, n_vocab=256, eot=255))
+
+
+def test_data_and_model_must_have_the_same_tokenizer_json(tmp_path):
+    for name in ("bpe", "unigram"):
+        save(tmp_path / name, name)
+    model = str(tmp_path / "bpe")
+    config = tiny_config(tokenizer=TOKENIZER_FILE, n_vocab=300, vocab_size=900)
+    own = load_tokenizer(model).describe()
+    check_tokenizer(write_data(tmp_path / "a", tokenizer=own), model, config)
+    for entry in (load_tokenizer(str(tmp_path / "unigram")).describe(), own | {"sha256": "0"}):
+        other = write_data(tmp_path / "b", tokenizer=entry)
+        with pytest.raises(UserError, match=r"was tokenised with (another )?'?tokenizer.json"):
+            check_tokenizer(other, model, config)
+    with pytest.raises(UserError, match=r"was tokenised with 'bytes' .* trained with 'tokenizer.json'"):
+        check_tokenizer(write_data(tmp_path / "c"), model, config)

@@ -1,0 +1,379 @@
+"""Tokenizers: round trips, tiktoken's and transformers' own ids, streamed text, and what broken files say.
+
+pytest tests/data/test_tokenizer.py
+"""
+
+import functools
+import json
+import os
+import tempfile
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json
+from inheritune.data import tokenizer as tokenizer_module
+from inheritune.data.tokenizer import (
+    GPT2_FILES,
+    TextStream,
+    byte_letters,
+    bytes_tokenizer,
+    cut,
+    from_tiktoken,
+    load_tokenizer,
+    utf8,
+)
+from tests.assets import english, gpt2, gpt2_ranks, original_files, read_ranks
+
+# Any text that Rust can hold, and texts in which the rules for cutting words meet more often than by chance.
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=100),
+    st.text(
+        st.sampled_from(" \n\r\t\v\x00\x85\u00a0\u2028\u3000'abstLDŁſß19²Ⅷ.,!_é\u0301😀👩\u200d中"),
+        max_size=60,
+    ),
+    st.lists(
+        st.sampled_from(["<|endoftext|>", "<|", "[SEP]", "</s>", "endoftext", "'s", "'LL", " ", "\r\n"])
+    ).map("".join),
+)
+
+
+# Bytes
+
+
+@given(st.text(st.characters(), max_size=200))  # surrogates included
+def test_bytes_round_trip(text):
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert bytes(ids) == tokenizer.decode_bytes(ids) == utf8(text)
+    assert tokenizer.decode(ids) == utf8(text).decode()
+    assert all(type(i) is int for i in ids)
+
+
+def test_bytes_description():
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.describe() == {"name": "bytes", "n_vocab": 257, "eot": 256}
+    assert tokenizer.decode([104, 105, 256]) == "hi<|endoftext|>"
+    assert tokenizer.decode([0xE2, 0x82]) == "\ufffd"
+    with pytest.raises(UserError, match="257"):
+        tokenizer.decode([257])
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement():
+    assert utf8("a\ud83d\ude00\ud800b").decode() == "a\U0001f600\ufffdb"
+
+
+# tiktoken
+
+
+@functools.cache
+def gpt2_and_reference():
+    tokenizer = load_tokenizer(gpt2())
+    reference = tiktoken.Encoding(
+        "reference",
+        # The pattern as first published with GPT-2; tiktoken's is the quicker equivalent.
+        pat_str=r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        mergeable_ranks=read_ranks(gpt2_ranks()),
+        special_tokens={"<|endoftext|>": 50256},
+    )
+    return tokenizer, reference
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(), max_size=200))
+def test_gpt2_encodes_as_published(text):
+    tokenizer, reference = gpt2_and_reference()
+    ids = tokenizer.encode(text)
+    assert ids == reference.encode_ordinary(text)
+    assert tokenizer.decode_bytes(ids) == utf8(text)
+
+
+def test_gpt2():
+    tokenizer = load_tokenizer(gpt2())
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.describe() == {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
+    assert 50256 not in tokenizer.encode("<|endoftext|>"), "special tokens in a text are text"
+    batch = tokenizer.encode_batch(["Hello world", ""])
+    assert [ids.tolist() for ids in batch] == [[15496, 995], []]
+    assert all(ids.dtype == np.uint32 for ids in batch)
+    assert tokenizer.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
+    with pytest.raises(UserError, match="50300"):
+        tokenizer.decode([50300])
+
+
+def test_a_long_text_in_parts_has_the_tokens_of_the_whole(monkeypatch):
+    tokenizer = load_tokenizer(gpt2())
+    text = "".join(english())[:100_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer_module, "PART", 1000)
+    parts = list(cut(text))
+    assert len(parts) > 100 and max(map(len, parts)) <= 1000 and "".join(parts) == text
+    assert tokenizer.encode(text) == whole
+
+
+def test_a_million_newlines_are_cut_into_parts():
+    tokenizer = load_tokenizer(gpt2())
+    for text in ("\n" * 1_000_000 + "x", " " * 1_000_000, "a" * 300_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_unknown_name_tells_the_nearest():
+    with pytest.raises(UserError, match=r"did you mean gpt2\?"):
+        load_tokenizer("gpt-2")
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    tiktoken.registry.ENCODINGS.pop("p50k_edit", None)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        from_tiktoken("p50k_edit")
+
+
+def test_tiktokens_own_cache(tmp_path, monkeypatch):
+    with open(gpt2_ranks(), "rb") as f:
+        (tmp_path / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").write_bytes(f.read())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    tokenizer = load_tokenizer("r50k_base")
+    assert tokenizer.describe() == {"name": "r50k_base", "n_vocab": 50257, "eot": 50256}
+    assert tokenizer.encode("Hello world") == [15496, 995]
+
+
+# Hugging Face
+
+
+def bpe(vocab_size=600):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    return tokenizer, trainer, "<|endoftext|>"
+
+
+def word_piece():
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    return tokenizer, trainer, "[SEP]"
+
+
+def unigram():
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=900, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    return tokenizer, trainer, "</s>"
+
+
+KINDS = {"bpe": bpe, "word_piece": word_piece, "unigram": unigram}
+
+
+def save(folder, name):
+    """Train a tokenizer of this kind and write it as a model's folder has it."""
+    tokenizer, trainer, eos = KINDS[name]()
+    tokenizer.train_from_iterator(english()[:20], trainer)
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}, f)
+    return str(folder)
+
+
+@functools.cache
+def pair(name):
+    """(our tokenizer, transformers') from the same folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, name)
+        return load_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_ids_equal_transformers_on_any_text(name, text):
+    ours, theirs = pair(name)
+    expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ours.encode(text) == expected
+    if name == "bpe":
+        assert ours.decode(expected) == text
+    assert ours.decode(expected) == theirs.decode(expected, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_ids_equal_transformers_on_english(name):
+    ours, theirs = pair(name)
+    text = "\n".join(english()[:5])
+    expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ours.encode(text) == ours.encode_batch(["a", text])[1].tolist() == expected
+    assert ours.eot == theirs.eos_token_id and ours.n_vocab == len(theirs)
+    assert ours.describe() == {"name": "tokenizer.json", "n_vocab": ours.n_vocab, "eot": ours.eot} | {
+        "sha256": ours.sha256
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_special_tokens_in_a_text_and_half_characters_are_text(name):
+    ours, _ = pair(name)
+    for special in ("<|endoftext|>", "[SEP]"):  # (Unigram has no rule by which </s> is more than one token)
+        assert ours.eot not in ours.encode(f"a{special}b")
+    assert ours.encode("a\ud800b") == ours.encode("a\ufffdb")
+    with pytest.raises(UserError, match=f"vocabulary of {ours.n_vocab}"):
+        ours.decode([ours.n_vocab])
+
+
+def test_a_gpt2_of_another_language_is_told_from_english(tmp_path):
+    """50,257 ids and GPT-2's rules, but other merges."""
+    tokenizer, trainer, _ = bpe(50257)
+    words = np.random.default_rng(0).integers(97, 123, (40_000, 6)).astype(np.uint8)
+    tokenizer.train_from_iterator([" ".join(bytes(w).decode() for w in words)], trainer)
+    assert tokenizer.get_vocab_size() == 50257
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    ours = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (ours.name, ours.n_vocab, ours.eot) == ("tokenizer.json", 50257, 0)
+    text = "".join(english())[:10_000]
+    assert ours.encode(text) == tokenizer.encode(text).ids != load_tokenizer(gpt2()).encode(text)
+
+
+def write_gpt2(folder, config='{"model_type": "gpt2", "eos_token_id": 50256}'):
+    os.makedirs(folder)
+    for name, content in original_files(read_ranks(gpt2_ranks())).items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text(config)
+    return str(folder)
+
+
+def test_gpt2s_own_files_are_gpt2_however_they_are_laid_out(tmp_path):
+    original = load_tokenizer(write_gpt2(tmp_path / "a"))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    again.add_special_tokens({"pad_token": "[PAD]"})  # as people do
+    again.save_pretrained(tmp_path / "b")
+    for ours in (original, load_tokenizer(str(tmp_path / "b"))):
+        assert ours.describe() == load_tokenizer(gpt2()).describe() and not ours.files
+        assert ours.encode("Hello <|endoftext|> world") == load_tokenizer("gpt2").encode(
+            "Hello <|endoftext|> world"
+        )
+    assert load_tokenizer("gpt2", write_gpt2(tmp_path / "c")).encode("Hello world") == [15496, 995]
+
+    changed = read_json(tmp_path / "b" / "tokenizer.json") | {"normalizer": {"type": "Lowercase"}}
+    (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(changed))
+    assert load_tokenizer(str(tmp_path / "b")).name == "tokenizer.json", "the same vocabulary in lower case"
+
+
+def test_the_digest_is_of_the_vocabulary_not_of_the_file(tmp_path):
+    save(tmp_path / "a", "bpe")
+    content = read_json(tmp_path / "a" / "tokenizer.json")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    again.save_pretrained(tmp_path / "b")
+    assert load_tokenizer(str(tmp_path / "a")).sha256 == load_tokenizer(str(tmp_path / "b")).sha256
+    content["model"]["merges"] = content["model"]["merges"][::-1]
+    (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(str(tmp_path / "a")).sha256 != load_tokenizer(str(tmp_path / "b")).sha256
+
+
+def test_a_data_folders_copy_is_found_and_says_what_ends_a_text(tmp_path):
+    save(tmp_path / "a", "unigram")
+    (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}, "x": 1}')
+    ours = load_tokenizer(str(tmp_path / "a"))
+    (tmp_path / "data").mkdir()
+    for name, content in ours.files.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    again = load_tokenizer("tokenizer.json", str(tmp_path / "data"))
+    assert again.describe() == ours.describe() and again.encode("Hello") == ours.encode("Hello")
+    assert read_json(tmp_path / "data" / "tokenizer_config.json") == {"eos_token": "</s>", "x": 1}
+
+
+@pytest.mark.parametrize(
+    "content, config, said",
+    [
+        (b"as it stands", {}, "not a tokenizer of the tokenizers package"),
+        (b"{}", {}, "not a tokenizer of the tokenizers package"),
+        (b"\x80\x04", {}, "not a tokenizer of the tokenizers package"),
+        (bytes_tokenizer(), {}, "does not say which token ends a text"),
+        (bytes_tokenizer(), {"tokenizer_config.json": '{"eos_token": "</s>"}'}, "does not say which token"),
+        (bytes_tokenizer(), {"config.json": '{"eos_token_id": 50256}'}, "does not say which token"),
+        (bytes_tokenizer(), {"config.json": '{"eos_token_id": -1}'}, "does not say which token"),
+        (bytes_tokenizer(), {"config.json": '{"eos_token_id": [true]}'}, "does not say which token"),
+        (bytes_tokenizer(), {"tokenizer_config.json": "["}, "tokenizer_config.json is not valid JSON"),
+        (None, {"vocab.txt": "a\nb\n"}, "there is no tokenizer"),
+        (None, {"vocab.json": "{}"}, "there is no tokenizer"),
+        (None, {"vocab.json": "{", "merges.txt": ""}, "not a tokenizer of the tokenizers package"),
+    ],
+)
+def test_broken_files_are_one_line(tmp_path, content, config, said):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    for name, text in config.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as e:
+        load_tokenizer(str(tmp_path))
+    assert said in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pipe_or_a_huge_file_is_not_opened(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="no regular file"):
+        load_tokenizer(str(path))
+    os.unlink(path)
+    with open(path, "wb") as f:
+        f.truncate((256 << 20) + 1)  # a sparse file
+    with pytest.raises(UserError, match="at most 268,435,456 bytes"):
+        load_tokenizer(str(path))
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", *KINDS])
+def test_a_stream_gives_whole_characters_and_in_the_end_all(name):
+    if name in KINDS:
+        tokenizer = pair(name)[0]
+    else:
+        tokenizer = load_tokenizer(gpt2() if name == "gpt2" else name)
+    prompt, text = "Hello", " world, naïve 日本語 🙂 and café 👩\u200d👩 one two three"
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    if ids[: len(before)] != before:
+        ids = before + tokenizer.encode(text)
+    stream = TextStream(tokenizer, before)
+    pieces = [stream.add(i) for i in ids[len(before) :]]
+    assert not any("\ufffd" in piece for piece in pieces) and stream.end() == ""
+    assert tokenizer.decode(before) + "".join(pieces) == tokenizer.decode(ids)
+    assert sum(map(bool, pieces)) > 5
+
+
+def test_a_stream_ends_with_what_is_no_character():
+    stream = TextStream(load_tokenizer("bytes"))
+    assert [stream.add(b) for b in b"a\xff\xffb\xe2\x82"] == ["a", "", "", "\ufffd\ufffdb", "", ""]
+    assert stream.end() == "\ufffd"
+
+
+def test_the_letters_for_bytes_are_gpt2s():
+    assert sorted(byte_letters()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert byte_letters()[ord("a")] == "a" and byte_letters()[ord(" ")] == "Ġ"
+
+
+def test_the_addresses_are_tiktokens():
+    import inspect
+
+    from tiktoken_ext import openai_public
+
+    code = inspect.getsource(openai_public.gpt2)
+    assert all(part in code for source in GPT2_FILES.values() for part in source)

@@ -1,0 +1,131 @@
+"""A checkpoint's tokenizer files: what transformers makes of them is what tokenizer.py does, on any text.
+
+pytest tests/data/test_tokenizer_files.py
+"""
+
+import functools
+import json
+import os
+import tempfile
+
+import pytest
+import tiktoken
+import transformers
+from hypothesis import given, settings
+
+import inherit
+import train
+from inheritune.data import tokenizer as tokenizer_module
+from inheritune.data.tokenizer import load_tokenizer, tokenizer_files
+from inheritune.weights import checkpoint
+from tests.assets import english, gpt2
+from tests.data.test_tokenizer import TEXTS
+from tests.tiny import arguments, tiny_config, tiny_model, write_checkpoint, write_data, write_model
+
+NAMES = ("bytes", "gpt2")
+
+
+@functools.cache
+def pair(name):
+    """(our tokenizer, transformers' AutoTokenizer on a folder with the files and a GPT-2 config.json)."""
+    ours = load_tokenizer(gpt2() if name == "gpt2" else name)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in tokenizer_files(tiny_config(tokenizer=name, block_size=1024)).items():
+            with open(os.path.join(folder, file), "wb") as f:
+                f.write(content)
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump({"model_type": "gpt2"}, f)
+        return ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_ids_equal_ours_on_any_text(name, text):
+    ours, theirs = pair(name)
+    ids = ours.encode(text)
+    assert theirs.encode(text) == theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_equal_ours_on_english(name):
+    ours, theirs = pair(name)
+    text = "\n".join(english()[:5])
+    assert theirs.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_end_of_text(name):
+    ours, theirs = pair(name)
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.eot
+    assert ours.eot not in theirs.encode("a<|endoftext|>b")
+    assert theirs.decode([ours.eot]) == "<|endoftext|>"
+    assert theirs.decode([*ours.encode("a"), ours.eot], skip_special_tokens=True) == "a"
+
+
+@pytest.mark.slow
+def test_every_character_is_cut_alike():
+    """The two libraries' regular expressions have the same idea of letters, digits and blanks."""
+    ours, theirs = pair("gpt2")
+    for start in (
+        *range(0, 0xD800, 256),
+        *range(0xE000, 0x34000, 256),
+        0xE0000,
+        0xE0100,
+    ):  # all that is assigned
+        block = map(chr, range(start, start + 256))
+        text = "".join(f"a{c}b 1{c}2 .{c}  {c}\n{c}'{c}" for c in block)
+        assert theirs.encode(text) == ours.encode(text), f"U+{start:04X} to U+{start + 255:04X}"
+
+
+def test_a_training_runs_checkpoints_open(tmp_path):
+    data = write_data(tmp_path / "data")
+    train.main(arguments(data, str(tmp_path / "out"), max_iters=1))
+    folder = checkpoint.find(str(tmp_path / "out"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("hé") == [104, 0xC3, 0xA9] and tokenizer.model_max_length == 8
+    transformers.GPT2LMHeadModel.from_pretrained(folder)
+
+
+def test_inheriting_copies_the_sources_files(tmp_path):
+    write_checkpoint(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("as it stands")
+    inherit.main(["--ckpt", str(tmp_path / "a"), "--layers", "2", "--out", str(tmp_path / "b")])
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "as it stands"
+    for name in ("tokenizer_config.json", "config.json"):
+        assert (tmp_path / "b" / name).exists()
+
+
+def test_without_a_network_a_checkpoint_is_written_all_the_same(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def unreachable(name):
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    tokenizer_module.gpt2_files.cache_clear()
+    model = tiny_model(vocab_size=50304, n_vocab=50257, eot=50256, tokenizer="gpt2", n_embd=4)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_model(tmp_path / name, model)
+        assert sorted(os.listdir(tmp_path / name)) == ["config.json", "model.safetensors"]
+    tokenizer_module.gpt2_files.cache_clear()
+    assert asked == ["gpt2"]
+    said = capsys.readouterr().err
+    assert said.count("checkpoints have no tokenizer files: tiktoken could not fetch") == 1
+
+
+@pytest.mark.parametrize("name", ["", "cl100k_base", "tokenizer.json"])
+def test_what_cannot_be_made_is_left_out(name):
+    assert tokenizer_files(tiny_config(tokenizer=name)) == {}
+
+
+def test_the_folders_own_files_come_first(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "spiece.model").write_bytes(b"\x00")
+    assert tokenizer_files(tiny_config(tokenizer="gpt2"), str(tmp_path)) == {
+        "vocab.json": b"{}",
+        "spiece.model": b"\x00",
+    }
