@@ -6,11 +6,14 @@ each measure with the loss that skipping the block adds.
 p: the share of random orders of the layers, both sides counted, whose correlation is as far from 0.
 """
 
-import argparse
+import os
+import sys
 
 import numpy as np
 
-from inheritune.base.errors import UserError, one_line
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
+
+from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.base.files import read_json
 
 ORDERS = 100_000
@@ -55,7 +58,7 @@ def spearman(x: np.ndarray, y: np.ndarray, seed=1337) -> tuple[float, float]:
 @one_line
 def main(argv=None):
     """Command line: a Markdown table for each analysis."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("analyses", nargs="+", metavar="analysis.json")
     for path in parser.parse_args(argv).analyses:
         found = read_json(path)
