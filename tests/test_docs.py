@@ -1,0 +1,56 @@
+"""What README.md, CONTRIBUTING.md and runs/ show exists: commands, flags, files.
+
+pytest tests/test_docs.py
+"""
+
+import functools
+import importlib
+import os
+import pathlib
+import re
+
+import pytest
+
+from tests.tiny import ROOT
+
+DOCS = [
+    p for pattern in ("*.md", "runs/*.sh", "config/*.py") for p in sorted(pathlib.Path(ROOT).glob(pattern))
+]
+COMMAND = re.compile(r"(?:python|\"\$python\"|torchrun[^\n]*?) ((?:\w+/)?\w+\.py)([^\n#`;|]*)")
+
+
+@functools.cache
+def flags(script):
+    """The flags that a command's --help lists."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        said = []
+        patch.setattr("argparse.ArgumentParser.print_help", lambda self: said.append(self.format_help()))
+        module.main(["--help"])
+    return set(re.findall(r"--[\w-]+", said[0]))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_commands_and_their_flags_exist(path):
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    for script, arguments in COMMAND.findall(text):
+        assert os.path.exists(os.path.join(ROOT, script)), script
+        shown = set(re.findall(r"(?<=\s)--[a-z][\w-]*", arguments))
+        assert shown <= flags(script) if shown else True, (script, shown - flags(script))
+        for config in re.findall(r"config/\w+\.py", arguments):
+            assert os.path.exists(os.path.join(ROOT, config)), config
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/speed.md"])
+def test_linked_files_exist(name):
+    path = pathlib.Path(ROOT, name)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text("utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_readme_names_every_module_and_is_short():
+    text = pathlib.Path(ROOT, "README.md").read_text("utf-8")
+    root = pathlib.Path(ROOT)
+    names = [p.name for p in root.glob("*.py")] + [p.stem for p in root.glob("inheritune/*/*.py")]
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
+    assert len(text.splitlines()) < 200
