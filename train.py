@@ -233,8 +233,8 @@ def main(argv=None):
             epoch = run.data.train.n_windows / plan.sequences
             print(
                 f"{c.n_layer} blocks, {n_params:,} parameters, {device}; a step is "
-                f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x {plan.accumulation} "
-                f"accumulation x {ranks.world} rank(s); an epoch is {epoch:,.1f} steps"
+                f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x "
+                f"{plan.accumulation} accumulation x {ranks.world} rank(s); an epoch is {epoch:,.1f} steps"
             )
         with run.request:
             val_loss = fit(run)

@@ -2,8 +2,8 @@
 # torchrun --nproc_per_node=8 train.py config/inheritune_gpt2_xl.py
 out_dir = "out-inheritune-gpt2-xl"
 
-# The reference: OpenAI's GPT-2 from the hub. For the paper's own, train it first (config/train_gpt2_xl.py) and
-# set init_from to its run folder, out-gpt2-xl.
+# The reference: OpenAI's GPT-2 from the hub. For the paper's own, train it first
+# (config/train_gpt2_xl.py) and set init_from to its run folder, out-gpt2-xl.
 init_from = "gpt2-xl"
 inherit_layers = 24  # paper sec. 4: half, matched in one round
 

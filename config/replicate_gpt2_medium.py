@@ -1,4 +1,4 @@
-# The paper's comparison on GPT-2 medium, 24 -> 16 blocks, with the controls it lacks; see --dry_run for what it costs.
+# The paper's comparison on GPT-2 medium, 24 -> 16 blocks, with the controls it lacks; --dry_run has the cost.
 # python replicate.py config/replicate_gpt2_medium.py        (uses all GPUs of this machine)
 reference_config = "config/train_gpt2_medium.py"  # one reference for each seed
 arms = "all:1 reference:3 random:3 random_matched:3 inheritune:3"  # seeds of each arm

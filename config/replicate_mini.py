@@ -2,7 +2,9 @@
 #   python prepare.py --corpus python && python replicate.py config/replicate_mini.py
 # An arm may have settings of its own: random@max_iters=500 (inheritune/experiments/arms.py).
 reference_config = "config/replicate_mini_reference.py"  # one reference for each seed
-arms = "all:3 unseen:0 middle:1 attn:1 mlp:1 attn_mlp:1 rounds:1 onto:1 inheritune_scaled:1 reference_scaled:1"
+arms = (
+    "all:3 unseen:0 middle:1 attn:1 mlp:1 attn_mlp:1 rounds:1 onto:1 inheritune_scaled:1 reference_scaled:1"
+)
 layers = 4  # half of the reference's 8 blocks
 rounds_from = 2
 rounds_step = 2

@@ -1,4 +1,4 @@
-# Every arm of the comparison, at a size that proves it end to end in minutes and says nothing about the method:
+# Every arm of the comparison, at a size that shows in minutes that all works, and nothing about the method:
 #   python prepare.py && python replicate.py config/replicate_smoke.py
 reference_config = "config/replicate_smoke_reference.py"  # one reference for each seed
 arms = "all:1 reference:2 random:2 inheritune:2"  # seeds of each arm

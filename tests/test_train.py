@@ -161,7 +161,8 @@ def test_twenty_steps_have_the_losses_of_a_plain_script(data, tmp_path):
 
 
 def test_losses_are_those_of_an_independent_loop(plain, data):
-    """transformers' model, torch's plain AdamW, the data's windows: six steps with clipping, decay and schedule."""
+    """transformers' model, torch's plain AdamW, the data's windows: six steps with clipping, decay and
+    schedule."""
     seed_all(1337)
     c = read_json(f"{plain}/step_00000012/config.json")
     start = GPT(tiny_config(n_layer=2, bias=False, vocab_size=c["vocab_size"]))
@@ -465,7 +466,8 @@ def torchrun(n, argv, check=True):
 
 
 def test_two_ranks_are_one_run(two_ranks, data, tmp_path):
-    """Losses and gradient norms to 1e-5 over twenty steps, and a validation loss of the same weights equal."""
+    """Losses and gradient norms to 1e-5 over twenty steps, and equal validation losses of the same
+    weights."""
     train.main(arguments(data, tmp_path / "one", **TWENTY))
     for name in ("loss", "grad_norm", "val_loss"):
         one, two = column(tmp_path / "one", name), column(two_ranks, name)

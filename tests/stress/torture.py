@@ -430,7 +430,7 @@ def table(tallies, command, seconds):
             f"`{command}` on {machine};",
             f"{versions};",
             f"{time.strftime('%Y-%m-%d')}. A mismatch is a run whose end differs from that of an",
-            "undisturbed one: hashes of last weights, optimizer and log for training, of all files or results but",
+            "undisturbed one: hashes of weights, optimizer and log for training, of all files or results but",
             "times for the rest. Nothing here cuts the power: what the kernel has accepted is on disk.",
             "",
             *lines,

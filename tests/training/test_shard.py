@@ -1,7 +1,7 @@
 """A model in shards (--shard) trains like one that is whole: against DDP and one process, and continued as
 any of them.
 
-pytest tests/training/test_shard.py        (-m slow for 4 ranks, half precision, distillation, signals, torch.compile)
+pytest tests/training/test_shard.py        (-m slow for 4 ranks, half precision, signals, compile)
 """
 
 import json
