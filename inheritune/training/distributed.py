@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inheritune.base.errors import UserError, describe_os_error
+from inheritune.base.errors import Stopped, UserError, describe_os_error
 from model import GPT
 
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
@@ -47,7 +47,7 @@ class Ranks:
         self.join(device)
         try:
             yield
-        except AgreedError:
+        except (AgreedError, Stopped):  # all ranks are here, or on their way
             dist.destroy_process_group()
             raise
         except (Exception, KeyboardInterrupt) as e:
