@@ -3,7 +3,8 @@ each measure with the loss that skipping the block adds.
 
     python tools/correlate.py results/smollm2/analysis.json
 
-p: the share of random orders of the layers, both sides counted, whose correlation is as far from 0.
+p: the share of random orders of the layers, both sides counted, whose correlation is as far from 0. The inner
+layers are all but the first two and the last two, of models with twelve or more.
 """
 
 import os
@@ -67,10 +68,14 @@ def main(argv=None):
         measures = columns(found)
         added = measures.pop("added")
         print(f"{path}, {len(added)} layers:\n")
-        print("| measure | rho with the loss added | p |\n| --- | ---: | ---: |")
+        print("| measure | rho with the loss added | p | rho, inner layers | p |")
+        print("| --- | ---: | ---: | ---: | ---: |")
         for name, values in measures.items():
             rho, p = spearman(values, added)
-            print(f"| {name} | {rho:+.2f} | {p:.2g} |")
+            inner = "– | –"
+            if len(added) >= 12:
+                inner = "{:+.2f} | {:.2g}".format(*spearman(values[2:-2], added[2:-2]))
+            print(f"| {name} | {rho:+.2f} | {p:.2g} | {inner} |")
 
 
 if __name__ == "__main__":
