@@ -1,148 +1,205 @@
-"""A training step on the CPU: time and memory against a plain step and transformers', and against the matrix peak.
+"""A training step on the CPU: time and memory against a plain step and transformers', and against the matrix
+peak.
 
-python bench/step.py small        # 6 blocks x 384, vocabulary 50304, T 256, micro-batch 8, fp32; two minutes
-python bench/step.py gpt2         # GPT-2 124M, T 1024, micro-batch 2; with activation checkpointing too
+    python bench/step.py small        # 6 blocks x 384, vocabulary 50304, T 256, micro-batch 8, fp32; three
+    minutes python bench/step.py gpt2         # GPT-2 124M, T 1024, micro-batch 2 python bench/step.py small
+    --against ../before      # this tree's steps against those of another checkout
 
-Ours is train.py's own `train_step` in a run built by run.py's `setup`. Memory is the peak of a process of its own that
-makes two steps, less what it had after its imports. FLOPs are 6 per matmul parameter and 12 L C T for attention.
+Each contender is a process of its own, which makes one step whenever it is told to, in turn with the others.
+Ours is train.py's own `train_step` in a run that `train.py` has set up. Memory is the peak of that process
+after two steps, less what it had after its imports. FLOPs are 6 per matmul parameter and 12 L C T for
+attention.
 """
 
+import argparse
 import json
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 
 import harness
 import numpy as np
-import torch
 from harness import row
-from plain import hugging_face, plain, random_batch
-
-import train
-from inheritune.base.files import write_json
-from inheritune.data.reader import GPT2
-from inheritune.training.cost import costs
-from inheritune.training.device import pick
-from inheritune.training.distributed import Ranks
-from inheritune.training.planning import make_plan
-from inheritune.training.settings import TrainSettings
-from inheritune.training.setup import setup
-from model import GPTConfig
 
 SHAPES = {
-    "small": (GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False), 8),
-    "gpt2": (GPTConfig(bias=False), 2),
-}  # with the micro-batch
-BARS = {
-    "small": {"plain": "<= 0.88", "transformers": "<= 0.80", "memory": "<= 0.55", "peak": ">= 85"},
-    "gpt2": {"plain": "<= 0.88", "memory": "<= 0.75", "checkpointed": "<= 0.6"},
+    "small": {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8},
+    "gpt2": {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "batch_size": 2},
 }
+BARS = {
+    "small": {"time": "<= 0.88", "transformers": "<= 0.80", "cheap": "<= 0.55", "peak": ">= 85"},
+    "gpt2": {"time": "<= 0.88", "cheap": "<= 0.75", "full": "<= 0.6"},
+}  # times and memory as shares of the plain step's; transformers: of its time
+OURS = ("none", "cheap", "full")  # checkpoint_activations
+ROUNDS = 5
 
 
 def make_data(folder, tokens=1_000_000):
     """A data folder of random ids."""
     for split in ("train", "val"):
-        np.random.default_rng(1).integers(0, 50257, tokens).astype("<u2").tofile(os.path.join(folder, f"{split}.bin"))
-    write_json(os.path.join(folder, "meta.json"), {"tokenizer": GPT2, "dtype": "uint16"})
+        ids = np.random.default_rng(1).integers(0, 50257, tokens).astype("<u2")
+        ids.tofile(os.path.join(folder, f"{split}.bin"))
+    meta = {"tokenizer": {"name": "gpt2", "n_vocab": 50257, "eot": 50256}, "dtype": "uint16"}
+    with open(os.path.join(folder, "meta.json"), "w") as f:
+        json.dump(meta, f)
 
 
-def our_run(folder, shape, **changes):
-    """The Run that train.py would make."""
-    config, micro = SHAPES[shape]
-    names = ("n_layer", "n_head", "n_embd", "block_size", "bias")
-    settings = TrainSettings(
-        **{name: getattr(config, name) for name in names},
-        dataset=folder,
-        out_dir=os.path.join(folder, f"out-{len(os.listdir(folder))}"),
-        batch_tokens=micro * config.block_size,
-        batch_size=micro,
-        warmup_iters=0,
-        learning_rate=1e-3,
-        min_lr=1e-3,
-        device="cpu",
-        **changes,
-    )
-    pick("cpu")
-    return setup(settings, make_plan(settings, set(), 1), Ranks(), torch.device("cpu"))
+class Contender:
+    """A process that makes steps of a model with these sizes on demand: `seconds("step")`, or "evaluate",
+    returns how long one took; `memory` is then the peak so far in MB."""
+
+    def __init__(self, sizes, name, folder, root=harness.ROOT):
+        arguments = [json.dumps(sizes), name, folder, root]
+        command = [sys.executable, os.path.abspath(__file__), "--contender", *arguments]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=root, **pipes)
+
+    def seconds(self, what="step"):
+        print(what, file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        self.memory = answer["memory"]
+        return answer["seconds"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def works(folder, shape, names):
-    """{name: function that makes one training step}."""
-    config, micro = SHAPES[shape]
-    path = os.path.join(folder, "train.bin")
-    made = {}
-    for name in names:
-        if name in ("none", "cheap", "full"):
-            run = our_run(folder, shape, checkpoint_activations=name)
-            made[name] = lambda run=run: train.train_step(run)
-        elif name == "evaluation":  # of as many tokens
-            run = our_run(folder, shape, eval_tokens=micro * config.block_size)
-            made[name] = lambda run=run: train.validate(run)
-        else:
-            trainer = (plain if name == "plain" else hugging_face)(config)
-            made[name] = lambda t=trainer: t.step(*random_batch(path, micro, config.block_size))
-    return made
+def contend(sizes, name, folder, root):
+    """The other side of Contender: answer each line on stdin, until it is closed."""
+    answers = os.fdopen(os.dup(1), "w")
+    sys.stdout = sys.stderr
+    sys.path.insert(0, root)
+    import torch._dynamo  # noqa: F401 (as the first step would)
+
+    import model
+    import train
+
+    def serve(**works):
+        for line in sys.stdin:
+            spent = harness.seconds(works[line.strip()])
+            memory = harness.memory_mb() - before
+            print(json.dumps({"seconds": spent, "memory": memory}), file=answers, flush=True)
+        sys.exit()
+
+    if name in ("plain", "transformers"):
+        from tests import reference
+
+        if name == "transformers":
+            import transformers
+
+            transformers.GPT2LMHeadModel  # noqa: B018 (imports it)
+        before = harness.memory_mb("VmRSS")
+        config = model.GPTConfig(bias=False, **{k: v for k, v in sizes.items() if k != "batch_size"})
+        trainer = (reference.plain if name == "plain" else reference.hugging_face)(config)
+        batch = os.path.join(folder, "train.bin"), sizes["batch_size"], sizes["block_size"]
+        serve(step=lambda: trainer.step(*reference.random_batch(*batch)))
+
+    before = harness.memory_mb("VmRSS")
+    train_step, tokens = train.train_step, sizes["batch_size"] * sizes["block_size"]
+    train.train_step = lambda run: serve(step=lambda: train_step(run), evaluate=lambda: train.validate(run))
+    settings = {"batch_tokens": tokens, "eval_tokens": tokens, "bias": False, "warmup_iters": 0} | sizes
+    settings |= {"dataset": folder, "out_dir": os.path.join(folder, f"out-{os.getpid()}"), "device": "cpu"}
+    settings |= {"learning_rate": 1e-3, "min_lr": 1e-3}
+    if name != "default":
+        settings["checkpoint_activations"] = name
+    train.main([f"--{key}={value}" for key, value in settings.items()])
+
+
+def measure(contenders, prepare=lambda: None):
+    """({name: [seconds of each round]}, {name: MB}): two steps each for memory and to warm up, then in
+    turn."""
+    memory = {}
+    for name, contender in contenders.items():
+        contender.seconds()
+        contender.seconds()  # the second finds the optimizer's state there
+        memory[name] = contender.memory
+    times = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        prepare()
+        for name, contender in contenders.items():
+            times[name].append(contender.seconds())
+    return times, memory
 
 
 def matrix_peak():
     """What torch.mm reaches on square matrices, in FLOP/s."""
+    import torch
+
     a, b, out = (torch.randn(2048, 2048) for _ in range(3))
     times = [harness.seconds(lambda: torch.mm(a, b, out=out)) for _ in range(9)]
-    return 2 * 2048**3 / sorted(times)[4]
+    return 2 * 2048**3 / statistics.median(times)
 
 
-def memory(shape, name):
-    """MB that two steps need at most, in this fresh process."""
-    if name == "transformers":
-        import transformers
+def against(shape, other, folder):
+    """Print times and memory of this tree's steps as shares of another checkout's."""
+    contenders = {name: Contender(SHAPES[shape], name, folder) for name in OURS}
+    contenders["other"] = Contender(SHAPES[shape], "default", folder, os.path.abspath(other))
+    times, memory = measure(contenders)
+    rows = []
+    for name, bars in {"none": ("<= 1.03", ""), "cheap": ("", "<= 1.05"), "full": ("", "")}.items():
+        shares = [a / b for a, b in zip(times[name], times["other"], strict=True)]
+        label = f"step {shape}, {name}: time / other"
+        rows += [
+            row(label, statistics.median(shares), "ratio", bars[0]),
+            row(f"{label}, least", min(shares), "ratio"),
+            row(f"{label}, most", max(shares), "ratio"),
+            row(f"step {shape}, {name}: memory / other", memory[name] / memory["other"], "ratio", bars[1]),
+        ]
+    harness.show(rows)
+    for contender in contenders.values():
+        contender.close()
 
-        transformers.GPT2LMHeadModel  # noqa: B018 (imports it)
-    with tempfile.TemporaryDirectory() as folder:
-        make_data(folder)
-        before = harness.memory_mb("VmRSS")
-        (step,) = works(folder, shape, [name]).values()
-        for _ in range(2):  # the second finds the optimizer's state there
-            step()
-        return harness.memory_mb() - before
 
-
-def main(shape):
+def main(shape, folder):
     """Measure and report one shape."""
-    config, micro = SHAPES[shape]
-    bars = BARS[shape]
-    names = ["ours", "plain", *(["transformers"] if shape == "small" else ["checkpointed"])]
-    peaks = {name: harness.in_own_process("step.py", shape, name) for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        make_data(folder)
-        steps = works(folder, shape, [*names, "evaluation"])
-        gemm = []
-        times = harness.interleaved(steps, prepare=lambda name: gemm.append(matrix_peak()) if name == "ours" else None)
-    peak = sorted(gemm)[len(gemm) // 2]
-    flops = costs(config)[1] * micro * config.block_size
-    rows = [
-        row(f"step {shape}: time", times["ours"], "s"),
-        row(f"step {shape}: time / plain step", times["ours"] / times["plain"], "ratio", bars["plain"]),
-        row(f"step {shape}: memory", peaks["ours"], "MB"),
-        row(f"step {shape}: memory / plain step", peaks["ours"] / peaks["plain"], "ratio", bars["memory"]),
+    from inheritune.training.cost import costs
+    from model import GPTConfig
+
+    sizes, bars, gemm = SHAPES[shape], BARS[shape], []
+    names = [*OURS, "plain", *(["transformers"] if shape == "small" else [])]
+    contenders = {name: Contender(SHAPES[shape], name, folder) for name in names}
+    times, memory = measure(contenders, prepare=lambda: gemm.append(matrix_peak()))
+    evaluation = statistics.median(contenders["none"].seconds("evaluate") for _ in range(ROUNDS))
+    for contender in contenders.values():
+        contender.close()
+
+    time = {name: statistics.median(t) for name, t in times.items()}
+    peak = statistics.median(gemm)
+    config = GPTConfig(bias=False, **{k: v for k, v in sizes.items() if k != "batch_size"})
+    share = 100 * costs(config)[1] * sizes["batch_size"] * config.block_size / peak
+    rows = [row(f"step {shape}: time", time["none"], "s")]
+    for name in OURS:
+        bar = bars["time"] if name == "none" else ""
+        rows.append(row(f"step {shape}, {name}: time / plain step", time[name] / time["plain"], "ratio", bar))
+        rows.append(row(f"step {shape}, {name}: memory", memory[name], "MB"))
+        share_of_memory = memory[name] / memory["plain"]
+        rows.append(
+            row(f"step {shape}, {name}: memory / plain step", share_of_memory, "ratio", bars.get(name, ""))
+        )
+    rows += [
         row(f"step {shape}: matrix peak", peak / 1e9, "GFLOP/s"),
-        row(f"step {shape}: share of matrix peak", 100 * flops / times["ours"] / peak, "%", bars.get("peak", "")),
-        row(f"step {shape}: the plain step's share", 100 * flops / times["plain"] / peak, "%"),
+        row(f"step {shape}: share of matrix peak", share / time["none"], "%", bars.get("peak", "")),
+        row(f"step {shape}: the plain step's share", share / time["plain"], "%"),
     ]
     if shape == "small":
-        rows.append(row("evaluation: tokens/s / training's", times["ours"] / times["evaluation"], "ratio", ">= 2.8"))
-    other = names[-1]
-    time, most = times[other] / times["plain"], peaks[other] / peaks["plain"]
-    if other == "checkpointed":
-        rows.append(row(f"step {shape}, checkpointed: time / plain step", time, "ratio"))
-        rows.append(row(f"step {shape}, checkpointed: memory / plain step", most, "ratio", bars[other]))
-    else:
-        rows.append(row(f"step {shape}: time / {other}", times["ours"] / times[other], "ratio", bars[other]))
-        rows.append(row(f"step {shape}: memory / {other}", peaks["ours"] / peaks[other], "ratio"))
+        rows.append(row("evaluation: tokens/s / training's", time["none"] / evaluation, "ratio", ">= 2.8"))
+        theirs = time["none"] / time["transformers"]
+        rows.append(row(f"step {shape}: time / transformers", theirs, "ratio", bars["transformers"]))
+        rows.append(
+            row(f"step {shape}: memory / transformers", memory["none"] / memory["transformers"], "ratio")
+        )
     harness.report(rows)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(memory(*sys.argv[1:])))
-    else:
-        main(sys.argv[1])
+    if sys.argv[1:2] == ["--contender"]:
+        contend(json.loads(sys.argv[2]), *sys.argv[3:])
+    parser = argparse.ArgumentParser(description="A training step: time and memory.")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--against", help="another checkout of this repository")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as data:
+        make_data(data)
+        against(args.shape, args.against, data) if args.against else main(args.shape, data)

@@ -72,32 +72,36 @@ def training_memory(
     moments = 8 * n_params / shards  # AdamW's two
     gradients = 4 * n_params / shards
 
-    # Where the backward pass begins: all activations and logits, and gradients if there was a backward pass
-    # before.
-    earlier = gradients if accumulation > 1 else 0
-    begin = {
+    # The loss: activations and logits, and gradients if there was a backward pass before.
+    kept, again = activation_bytes(config.n_layer, half, checkpoint_activations)
+    tokens = rows * config.n_embd
+    earlier = gathered + (gradients if accumulation > 1 else 0)
+    loss = {
         "weights": weights,
         "moments": moments,
-        "gradients": gathered + earlier,
-        "activations": rows * config.n_embd * activation_bytes(config.n_layer, half, checkpoint_activations),
+        "gradients": earlier,
+        "activations": tokens * kept,
         "logits": logits_memory(rows, config, half),
     }
-    # Where it ends: all gradients, and the tied embedding's from the head, from the look-up, and their sum.
+    # The last block's backward pass: what it computes again, and the head's gradient.
+    block = loss | {"gradients": earlier + embedding, "activations": tokens * (kept + again), "logits": 0}
+    # The end: all gradients, and the tied embedding's from the head, from the look-up, and their sum.
     copies = (3 if accumulation > 1 else 2) * embedding
-    end = begin | {"gradients": gathered + gradients + copies, "activations": 0, "logits": 0}
-    return max(begin, end, key=lambda terms: sum(terms.values()))
+    end = loss | {"gradients": gathered + gradients + copies, "activations": 0, "logits": 0}
+    return max(loss, block, end, key=lambda terms: sum(terms.values()))
 
 
-def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> int:
-    """Bytes kept for the backward pass per token and channel, in all blocks together."""
+def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> tuple[int, int]:
+    """Bytes per token and channel that all blocks keep for the backward pass, and that one computes again
+    there."""
     act = 2 if half else 4  # bytes of what matrix products take and return; the residual stream is fp32
-    # kept by LayerNorms (their inputs) and matrix products (theirs): two norms, q k v, attention, c_fc, GELU
+    # the inputs of both norms; and in act: the norms' outputs, q k v, attention, c_fc, GELU
     everything = 2 * 4 + act * (2 + 3 + 1 + 4 + 4)
-    if checkpoint_activations == "full":  # each block's input, and one block as it is computed again
-        return n_layer * 4 + everything
-    if checkpoint_activations == "cheap":  # the block's input; q k v, attention, attn.c_proj, c_fc
-        return n_layer * (4 + act * (3 + 1 + 1 + 4))
-    return n_layer * everything
+    if checkpoint_activations == "full":  # a block's input is kept
+        return n_layer * 4, everything
+    if checkpoint_activations == "cheap":  # a block's input; q k v, attention, attn.c_proj, c_fc
+        return n_layer * (4 + act * (3 + 1 + 1 + 4)), 4 + act * (2 + 4)
+    return n_layer * everything, 0
 
 
 def logits_memory(rows: int, config: GPTConfig, half: bool) -> int:

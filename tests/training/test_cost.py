@@ -43,7 +43,7 @@ def test_the_estimate_of_memory_counts_what_there_is():
     steps."""
     c = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=64, bias=False)
     n, rows, embedding = GPT(c).num_params(), 64 * 5, 4 * 1000 * 32
-    none, cheap, full = 2 * rows * 32 * 64, 2 * rows * 32 * 40, rows * 32 * (2 * 4 + 64)
+    none, cheap, full = (2 * rows * 32 * size for size in (64, 40, 4))
     logits = rows * 1000 * 8 + embedding  # which are a chunk, with its gradient and the head's
     assert total(c, 5, 1, half=False) == 12 * n + none + logits
     assert total(c, 5, 2, half=False) == 16 * n + none + logits
@@ -51,6 +51,11 @@ def test_the_estimate_of_memory_counts_what_there_is():
     assert total(c, 20, 2, half=False) == 16 * n + 4 * none + 512 * 1000 * 8 + embedding
     assert total(c, 5, 2, half=False, checkpoint_activations="cheap") == 16 * n + cheap + logits
     assert total(c, 5, 2, half=False, checkpoint_activations="full") == 16 * n + full + logits
+    large = tiny_config(n_layer=2, n_embd=32, vocab_size=16, n_vocab=16, block_size=64, bias=False)
+    again = total(
+        large, 5, 2, half=False, checkpoint_activations="full"
+    )  # of the last block, more than logits
+    assert again == 16 * GPT(large).num_params() + 4 * 16 * 32 + full + rows * 32 * 64
     short = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=4, bias=False)
     assert total(short, 1, 1, half=False) == 16 * GPT(short).num_params() + 2 * embedding
     block = 4 * (12 * 32 * 32 + 2 * 32)
