@@ -1,47 +1,44 @@
-"""Sample from a model, text streaming out as it is drawn.
+"""Sample from a model; the text streams out as it is drawn.
 
 python sample.py --ckpt out/ --prompt "Once upon a time"
 """
 
+import dataclasses
 import sys
+from collections.abc import Iterable
+from typing import TextIO
 
 import torch
 
+from inheritune.base.banded import use_bands
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.tokenizer import TextStream, has_tokenizer, load_tokenizer
-from inheritune.training import device as machine
+from inheritune.data.tokenizer import TextStream, Tokenizer, has_tokenizer, load_tokenizer
+from inheritune.training.device import pick, pick_dtype
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 
 
-def encode_prompt(prompt, tokenizer, config):
-    """Ids (1, T) of a prompt; an empty one is a lone end-of-text, which is how every document of the corpus begins.
-
-    Raises UserError when the tokenizer has ids that the model has not.
-    """
-    if tokenizer.n_vocab > config.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.n_vocab} ids, the model only {config.vocab_size}"
-        )
-    return torch.tensor([tokenizer.encode(prompt) or [config.eot]])
-
-
-def stream(tokens, text, eot, out):
-    """Write the first row of each step's ids (B,) to `out` as text, as soon as it makes whole characters.
-
-    Returns all rows' ids as lists, each up to its end-of-text.
-    """
-    rows = None
-    for step in tokens:
-        step = step.tolist()
-        rows = rows or [[] for _ in step]
-        for row, token in zip(rows, step, strict=True):
-            row.append(token)
-        if step[0] != eot:
-            out.write(text.add(step[0]))
-            out.flush()
-    out.write(text.end() + "\n")
-    return [row[: row.index(eot)] if eot in row else row for row in rows]
+def make_parser() -> Parser:
+    parser = Parser(description="Sample text from a checkpoint.")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
+    add("--prompt", default="", help="text to continue; FILE:path reads it from a file")
+    add("--num_samples", type=int, default=1, help="drawn together in one batch; the first streams")
+    add("--max_new_tokens", type=int, default=256, help="tokens per sample, unless end-of-text comes")
+    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    add("--top_k", type=int, help="draw from this many likeliest tokens only")
+    add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    add("--seed", type=int, default=1337, help="of the draws")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: bfloat16 on GPUs that have it, else float32); on CPUs bfloat16 makes "
+        "one sample faster, may make many slower, and changes logits by 1 %% of their spread",
+    )
+    add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
+    return parser
 
 
 def check(args):
@@ -58,59 +55,75 @@ def check(args):
             raise UserError(f"--{name} must be {wanted}, not {getattr(args, name)}")
 
 
+def open_tokenizer(name: str | None, folder: str, config: GPTConfig) -> Tokenizer:
+    """The tokenizer called `name`, else that of the checkpoint folder."""
+    if not (name or config.tokenizer or has_tokenizer(folder)):
+        raise UserError(f"{folder} does not say what tokenizer it was trained with: give --tokenizer")
+    tokenizer = load_tokenizer(name) if name else load_tokenizer(config.tokenizer, folder)
+    n = tokenizer.n_vocab
+    if n > config.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.name!r} has {n} ids, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt, from a file if it says FILE:path; a byte order mark is skipped."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        with open(prompt[5:], encoding="utf-8-sig", newline="") as f:
+            return f.read()
+    except UnicodeDecodeError:
+        raise UserError(f"{prompt[5:]} is not a UTF-8 text file") from None
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt, in which an end-of-text spelled out is its id. An empty prompt is a lone
+    end-of-text: every document of the corpus follows one."""
+    first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
+    ids = tokenizer.encode(first)
+    for part in others:
+        ids += [tokenizer.eot, *tokenizer.encode(part)]
+    return ids or [tokenizer.eot]
+
+
+def stream(steps: Iterable[torch.Tensor], text: TextStream, eot: int, out: TextIO) -> list[list[int]]:
+    """Write the first row of each step's ids (B,) to `out` as text, as soon as it makes whole characters.
+
+    Returns the ids of each row, up to its end-of-text.
+    """
+    rows = []
+    for step in steps:
+        rows.append(step.tolist())
+        if rows[-1][0] != eot:
+            out.write(text.add(rows[-1][0]))
+            out.flush()
+    out.write(text.end() + "\n")
+    return [row[: row.index(eot)] if eot in row else row for row in map(list, zip(*rows, strict=True))]
+
+
 @one_line
 def main(argv=None):
     """Command line: load a checkpoint and write samples to standard output."""
-    parser = Parser(description="Sample text from a checkpoint.")
-    parser.add_argument(
-        "--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id"
-    )
-    parser.add_argument("--prompt", default="", help="text to continue; FILE:path reads it from a file")
-    parser.add_argument(
-        "--num_samples", type=int, default=1, help="drawn together in one batch; the first streams"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="tokens per sample, unless end-of-text comes"
-    )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
-    parser.add_argument(
-        "--top_p", type=float, help="draw from the likeliest tokens that make up this probability"
-    )
-    parser.add_argument("--seed", type=int, default=1337, help="of the draws")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights (default: bfloat16 on GPUs that have it, else float32); on CPUs bfloat16 makes one sample "
-        "faster but may make many slower, and changes logits by 1 %% of their spread (bench/sampling.py)",
-    )
-    parser.add_argument(
-        "--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say"
-    )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     check(args)
-    device = machine.pick(args.device)
+    device = pick(args.device)
     folder = checkpoint.find(args.ckpt)
-    config = GPTConfig.from_folder(folder)
-    if not (args.tokenizer or config.tokenizer or has_tokenizer(folder)):
-        raise UserError(f"{folder} does not say what tokenizer it was trained with: give --tokenizer")
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else load_tokenizer(config.tokenizer, folder)
-    prompt = args.prompt
-    if prompt.startswith("FILE:"):
-        try:
-            with open(prompt[5:], encoding="utf-8") as f:
-                prompt = f.read()
-        except UnicodeDecodeError:
-            raise UserError(f"{prompt[5:]} is not a UTF-8 text file") from None
-    idx = encode_prompt(prompt, tokenizer, config).repeat(args.num_samples, 1).to(device)
+    tokenizer = open_tokenizer(args.tokenizer, folder, GPTConfig.from_folder(folder))
+    prompt = read_prompt(args.prompt)
+    ids = encode_prompt(prompt, tokenizer)
 
-    model = GPT.from_pretrained(folder).eval().to(device, machine.pick_dtype(args.dtype, device))
+    model = GPT.from_pretrained(folder).eval().to(device, pick_dtype(args.dtype, device))
+    # draw the tokenizer's ids only, and stop at its end-of-text
+    model.config = dataclasses.replace(model.config, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot)
+    if model.lm_head.weight.device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
+        use_bands(model)
+
+    idx = torch.tensor([ids], device=device).repeat(args.num_samples, 1)  # (B, T)
     generator = torch.Generator().manual_seed(args.seed)
-    tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
+    steps = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
     sys.stdout.write(prompt)
-    rows = stream(tokens, TextStream(tokenizer, idx[0].tolist()), config.eot, sys.stdout)
+    rows = stream(steps, TextStream(tokenizer, ids), tokenizer.eot, sys.stdout)
     for row in rows[1:]:
         print(f"{'-' * 20}\n{prompt}{tokenizer.decode(row)}")
 

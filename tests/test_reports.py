@@ -1,9 +1,11 @@
 """What people ran into: each test is named by what somebody did. pytest tests/test_reports.py"""
 
+import dataclasses
 import errno
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,13 +17,24 @@ import inherit
 import sample
 import score
 import train
-from inheritune.data.tokenizer import byte_letters
+from inheritune.base.errors import UserError
+from inheritune.data.tokenizer import byte_letters, load_tokenizer
 from inheritune.training.parsing import NANOGPT, parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 from tests.assets import gpt2_ranks, read_ranks
-from tests.tiny import ROOT, arguments, column, gpt2, refusal, tiny_model, write_checkpoint, write_data
+from tests.tiny import (
+    ROOT,
+    arguments,
+    column,
+    gpt2,
+    refusal,
+    tiny_model,
+    write_checkpoint,
+    write_data,
+    write_model,
+)
 
 OUR_NAMES = TrainSettings.__dataclass_fields__
 
@@ -350,3 +363,83 @@ def test_a_person_trains_on_a_disk_without_links(tmp_path, monkeypatch):
     assert open(f"{out}/latest").read() == "step_00000012"
     checkpoint.relink(f"{tmp_path}/final", "out")
     assert checkpoint.find(f"{tmp_path}/final", prefer="latest") == f"{tmp_path}/out/step_00000012"
+
+
+# Sampling
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A checkpoint folder to sample from."""
+    folder = tmp_path_factory.mktemp("sampled") / "ckpt"
+    write_checkpoint(folder)
+    return str(folder)
+
+
+def test_a_person_spells_out_end_of_text_in_a_prompt():
+    tokenizer = load_tokenizer("bytes")
+    prompt = "a<|endoftext|>b<|endoftext|>"
+    assert sample.encode_prompt(prompt, tokenizer) == [97, 256, 98, 256]
+    assert sample.encode_prompt("<|endoftext|", tokenizer) == [*b"<|endoftext|"]
+
+
+def test_a_person_has_a_prompt_file_from_a_windows_editor(sampled, tmp_path, capsys):
+    """With a byte order mark, which is skipped, and with carriage returns, which stay."""
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    sample.main(["--ckpt", sampled, "--prompt", f"FILE:{tmp_path}/prompt.txt", "--max_new_tokens", "1"])
+    assert capsys.readouterr().out.startswith("one\r\ntwo")
+
+
+@pytest.mark.parametrize("how", [["--temperature=0"], [], ["--top_k=3"], ["--top_p=0.5", "--num_samples=2"]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_person_samples_from_a_run_that_has_diverged(tmp_path, value, how):
+    """(Its checkpoint is refused when it is loaded; the same weights may overflow in half precision only
+    then.)"""
+    write_checkpoint(tmp_path / "ckpt")
+    model = GPT.from_pretrained(str(tmp_path / "ckpt")).eval()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[3, 5] = value
+    options = {
+        "--temperature=0": {"temperature": 0},
+        "--top_k=3": {"top_k": 3},
+        "--top_p=0.5": {"top_p": 0.5},
+    }
+    steps = model.generate(torch.zeros(1, 3, dtype=torch.int64), 4, **options[how[0]] if how else {})
+    with pytest.raises(UserError, match="weights, or its activations in this dtype, are not finite"):
+        next(steps)
+
+
+def test_a_persons_weights_overflow_in_half_precision(tmp_path, capsys):
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1e5)
+    os.makedirs(tmp_path / "ckpt")
+    write_model(tmp_path / "ckpt", model)
+    argv = ["--ckpt", str(tmp_path / "ckpt"), "--prompt", "ab", "--device", "cpu", "--max_new_tokens", "3"]
+    sample.main(argv)
+    for how in ("--temperature=0", "--temperature=1"):
+        said = refusal(sample.main, [*argv, "--dtype", "float16", how])
+        assert said == "sample.py: the model's weights, or its activations in this dtype, are not finite"
+
+
+def test_a_person_asks_for_a_tiny_temperature(sampled, capsys):
+    said = []
+    for temperature in ("0", "1e-40", "1e-7"):
+        sample.main(
+            ["--ckpt", sampled, "--prompt", "ab", "--temperature", temperature, "--max_new_tokens", "9"]
+        )
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+
+
+def test_a_persons_model_has_more_rows_than_the_tokenizer_has_ids(tmp_path, capsys):
+    """Padded by others, and nothing says so: the rows behind the tokenizer's ids are never drawn."""
+    model = write_checkpoint(tmp_path / "ckpt")
+    with torch.no_grad():  # the padded rows would win every comparison
+        model.transformer.wte.weight[257:] = 50 * model.transformer.ln_f.bias
+    model.config = dataclasses.replace(model.config, n_vocab=320)
+    shutil.rmtree(tmp_path / "ckpt")
+    os.makedirs(tmp_path / "ckpt")
+    write_model(tmp_path / "ckpt", model)
+    sample.main(["--ckpt", str(tmp_path / "ckpt"), "--prompt", "ab", "--num_samples", "20"])
+    assert capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 
 import sample
 from inheritune.data.tokenizer import TextStream, load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT
 from tests.tiny import ROOT, refusal, write_checkpoint
 
 
@@ -51,10 +51,8 @@ def test_several_samples_in_one_batch(model_folder, capsys):
     assert capsys.readouterr().out.count("-" * 20) == 2
 
 
-def test_empty_prompt_begins_after_end_of_text(model_folder):
-    tokenizer = load_tokenizer("bytes")
-    config = GPTConfig.from_folder(model_folder)
-    assert sample.encode_prompt("", tokenizer, config).tolist() == [[256]]
+def test_empty_prompt_begins_after_end_of_text():
+    assert sample.encode_prompt("", load_tokenizer("bytes")) == [256]
 
 
 def test_prompt_from_a_file(model_folder, tmp_path, capsys):
