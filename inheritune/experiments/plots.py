@@ -18,19 +18,10 @@ from inheritune.experiments.arms import OPTIMIZERS, find_arm, split_name
 from inheritune.experiments.tables import SCHEDULE, best_variant, by_arm, mean_and_error, mean_loss
 
 # Okabe and Ito's palette: told apart by colour-blind readers too
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
-GREY = "#9A9A9A"
-COLOURS = {  # of the arms that the question is about; the others are grey
-    "reference": BLACK,
-    "random": BLUE,
-    "random_2x": SKY,
-    "random_matched": GREEN,
-    "inheritune": RED,
-    "ends": PURPLE,
-    "onto": ORANGE,
-}
+BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
+# of the arms that the question is about; the others are grey
+COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
+COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
 STYLES = {"adamw": "-", "muon": "--"}
 
@@ -52,10 +43,7 @@ def cut(axes, finals, below=0.1, above=1.2) -> None:
 
 
 def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
-    """Draw grow.py's runs: validation loss over training tokens.
-
-    curves: [(label, arm, alpha, tokens, losses)]; reference_loss: drawn as a level line.
-    """
+    """Draw grow.py's runs, [(label, arm, alpha, tokens, losses)]: validation loss over training tokens."""
     figure, axes = plt.subplots(figsize=(8, 5))
     for label, arm, alpha, tokens, losses in curves:
         how = {"color": COLOURS[arm], "alpha": alpha}
@@ -70,11 +58,8 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
 
 
 def draw_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[str]:
-    """Write replicate.py's figures into `folder` and return their names.
-
-    rows: as in row.json; curves: for each row (FLOPs, losses); optimizer: of the arms that do not name
-    another.
-    """
+    """Write replicate.py's figures into `folder` and return their names. rows: as in row.json; curves: for
+    each row (FLOPs, losses); optimizer: of the arms that do not name another."""
     title = os.path.basename(os.path.normpath(folder))
     arms = by_arm(rows)
     drawn = {arm: [c for r, c in zip(rows, curves, strict=True) if r["arm"] == arm and c[0]] for arm in arms}
@@ -112,10 +97,8 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1.2, 1))
     lines = {arm: mean_curve(curves) for arm, curves in drawn.items() if curves and "@" not in arm}
     for arm in sorted(lines, key=lambda arm: arm in COLOURS):  # the grey ones behind
-        how = {"color": "#D0D0D0", "linewidth": 0.8}
-        if arm in COLOURS:
-            how = {"color": COLOURS[arm], "label": find_arm(arm).label}
-        left.plot(*lines[arm][:2], **how)
+        known = {"color": COLOURS.get(arm), "label": find_arm(arm).label}
+        left.plot(*lines[arm][:2], **(known if arm in COLOURS else {"color": "#D0D0D0", "linewidth": 0.8}))
     cut(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0])
     left.set_xlabel("training FLOPs of the arm's own stages")
     left.set_ylabel("validation loss (nats/token), mean over seeds")
@@ -133,17 +116,17 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
     save(figure, path)
 
 
-def curve_level(arms: dict, arm="reference") -> float:
-    """An arm's last loss on its curve, which may be measured on fewer tokens than its final loss."""
-    return statistics.fmean(r["curve_loss"] for r in arms[arm])
+def curve_level(arms: dict) -> float:
+    """The reference's last loss on its curve, which may be measured on fewer tokens than its final loss."""
+    return statistics.fmean(r["curve_loss"] for r in arms["reference"])
 
 
 def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> None:
     """Draw what starting from a trained reference gives: validation loss over a run's own training FLOPs, one
     panel for each optimizer. own: the optimizer of the arms that do not name another."""
     panels = compute_panels(arms, drawn)
-    size = (7 * len(panels), 5)
-    figure, places = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+    n = len(panels)
+    figure, places = plt.subplots(1, n, figsize=(7 * n, 5), squeeze=False, sharey=True)
     level, finals = curve_level(arms), [curve_level(arms)]
     for axes, (optimizer, shown) in zip(places.flat, panels.items(), strict=True):
         for arm in shown:
@@ -170,12 +153,11 @@ def compute_panels(arms: dict, drawn: dict) -> dict:
     panels = {}
     for optimizer in dict.fromkeys(split_name(arm)[1].get("optimizer") for arm in arms):
         bases = ("reference", "random", "inheritune", "ends")
-        found = [best_variant(arms, base, optimizer) for base in bases]
-        shown = [arm for arm in found if arm and drawn[arm]]
+        shown = [best_variant(arms, base, optimizer) for base in bases]
         recipes = [arm for arm in arms if drawn[arm] and is_recipe(arm, optimizer)]
-        best = min(recipes, key=lambda arm: mean_loss(arms[arm]), default=None)
+        shown.append(min(recipes, key=lambda arm: mean_loss(arms[arm]), default=None))
         if recipes or optimizer is None:
-            panels[optimizer] = list(dict.fromkeys([*shown, *([best] if best else [])]))
+            panels[optimizer] = list(dict.fromkeys(arm for arm in shown if arm and drawn[arm]))
     return panels
 
 
@@ -199,70 +181,61 @@ def budgets(arms: dict) -> dict:
 
 
 def plot_budget(path: str, arms: dict, title: str, own: str) -> None:
-    """Draw final loss over training steps, each point a run with a schedule of its own: does inheriting
-    pay?"""
+    """Draw final loss over training steps, each point a run with a schedule of its own."""
     figure, axes = plt.subplots(figsize=(8, 5))
     found = budgets(arms)
     for (base, optimizer), by_steps in found.items():
         points = [mean_and_error([r["val_loss"] for r in arms[arm]]) for arm in by_steps.values()]
         means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
         how = {"color": COLOURS.get(base, GREY), "linestyle": STYLES[optimizer or own]}
-        label = f"{find_arm(base).label}, {OPTIMIZERS[optimizer or own]}"
-        axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, capsize=3, label=label, **how)
+        how["label"] = f"{find_arm(base).label}, {OPTIMIZERS[optimizer or own]}"
+        axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, capsize=3, **how)
     # levels of the references
     for optimizer in dict.fromkeys(optimizer for _, optimizer in found):
-        arm = best_variant(arms, "reference", optimizer)
-        if arm:
-            how = {"linestyle": STYLES[optimizer or own], "linewidth": 0.8, "color": BLACK}
+        if arm := best_variant(arms, "reference", optimizer):
             label = f"reference at its end, {OPTIMIZERS[optimizer or own]}"
-            axes.axhline(mean_loss(arms[arm]), label=label, **how)
+            how = LEVEL | {"linestyle": STYLES[optimizer or own], "label": label}
+            axes.axhline(mean_loss(arms[arm]), **how)
     ticks = sorted({steps for by_steps in found.values() for steps in by_steps})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
     axes.minorticks_off()
-    axes.set(
-        xlabel="training steps, each point a run of its own", ylabel="final validation loss (nats/token)"
-    )
+    axes.set_xlabel("training steps, each point a run of its own")
+    axes.set_ylabel("final validation loss (nats/token)")
     axes.set_title(f"{title}: mean and standard error over seeds")
     axes.grid()
     axes.legend()
     save(figure, path)
 
 
-def mean_ranks(lists):
-    """MaxRank by depth, averaged over seeds; None where it is not known."""
-    return None if None in lists else [statistics.fmean(layer) for layer in zip(*lists, strict=True)]
+def mean_ranks(rows, key):
+    """MaxRank by depth, averaged over seeds; [] where it is not known."""
+    lists = [r[key] for r in rows]
+    return [] if None in lists else [statistics.fmean(layer) for layer in zip(*lists, strict=True)]
 
 
 def plot_ranks(path: str, arms: dict, title: str) -> None:
     """Draw MaxRank by depth before and after training, one panel for each arm but those of other lengths."""
     shown = [arm for arm in arms if set(split_name(arm)[1]) <= {"optimizer"}]
-    panels = [
-        (
-            find_arm(arm).label,
-            *(mean_ranks([r[key] for r in arms[arm]]) for key in ("ranks_before", "ranks_after")),
-        )
-        for arm in shown
-    ]
-    columns = min(5, len(panels))
-    rows = -(-len(panels) // columns)
+    columns, highest = min(5, len(shown)), 0.0
+    rows = -(-len(shown) // columns)
     size = (2.6 * columns, 2.0 * rows + 0.6)
     figure, places = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
-    for place in places.flat[len(panels) :]:
+    for place in places.flat[len(shown) :]:
         place.axis("off")
-    for place, (name, before, after) in zip(places.flat, panels, strict=False):
+    for place, arm in zip(places.flat, shown, strict=False):
+        before, after = mean_ranks(arms[arm], "ranks_before"), mean_ranks(arms[arm], "ranks_after")
+        highest = max(highest, *before, *after)
         place.axhline(1, **LEVEL)
-        if before is not None:
+        if before:
             place.plot(before, ".--", color=GREY, linewidth=1, label="before training")
         place.plot(after, "o-", color=RED, markersize=3, linewidth=1.2, label="after")
-        place.set_title(textwrap.fill(name, 36), fontsize=7)
+        place.set_title(textwrap.fill(find_arm(arm).label, 36), fontsize=7)
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.grid()
-    highest = max(max((before or []) + after) for _, before, after in panels)
     places.flat[0].set_ylim(0, 1.05 * highest)  # shared by all
-    figure.legend(
-        *places.flat[len(panels) - 1].get_legend_handles_labels(), loc="outside upper right", ncols=2
-    )
+    handles, labels = place.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2)
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("MaxRank", fontsize=9)
     figure.suptitle(f"{title}: MaxRank by depth", fontsize=10)
@@ -294,13 +267,10 @@ def plot_analysis(path: str, found: dict, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
     # heads
     scale = LogNorm(1, max(2, ranks.max()))  # most of what there is to see lies between 1 and 5
-    image = left.imshow(
-        ranks.T, aspect="auto", origin="lower", cmap="viridis", norm=scale, interpolation="none"
-    )
+    image = left.imshow(ranks.T, aspect="auto", origin="lower", norm=scale, interpolation="none")
     left.set(xlabel="layer", ylabel="head", title="mean rank of each head")
-    figure.colorbar(
-        image, ax=left, ticks=[t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= scale.vmax]
-    )
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= scale.vmax]
+    figure.colorbar(image, ax=left, ticks=ticks)
     image.colorbar.ax.yaxis.set_major_formatter(ScalarFormatter())
     image.colorbar.ax.minorticks_off()
     # layers

@@ -74,23 +74,17 @@ def mean_loss(rows: list[dict]) -> float:
     return statistics.fmean(r["val_loss"] for r in rows)
 
 
-def variants(arms: dict, base: str, optimizer=None, steps=None) -> dict[str, list[dict]]:
-    """{arm: rows} of `base` under this optimizer for these steps (None: the experiment's own), whatever the
-    learning rate and its schedule."""
-    found = {}
-    for arm, rows in arms.items():
-        name, changed = split_name(arm)
-        other = changed.keys() - SCHEDULE - {"optimizer", "max_iters"}
-        here = (name, changed.get("optimizer"), changed.get("max_iters"))
-        if here == (base, optimizer, steps) and not other:
-            found[arm] = rows
-    return found
-
-
 def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> str | None:
-    """The one of `variants` with the lowest mean loss, None when there is none."""
-    found = variants(arms, base, optimizer, steps)
-    return min(found, key=lambda arm: mean_loss(found[arm]), default=None)
+    """The arm with the lowest mean loss of `base` under this optimizer for these steps (None: the
+    experiment's own), whatever the learning rate and its schedule; None when there is none."""
+    wanted = {"optimizer": optimizer, "max_iters": steps}
+    found = []
+    for arm in arms:
+        name, changed = split_name(arm)
+        others = {key: value for key, value in changed.items() if key not in SCHEDULE}
+        if name == base and dict.fromkeys(wanted) | others == wanted:
+            found.append(arm)
+    return min(found, key=lambda arm: mean_loss(arms[arm]), default=None)
 
 
 def less(arms: dict, arm: str, base: str, any_length=False) -> str:
@@ -106,19 +100,19 @@ def reached(rows: list[dict]) -> str:
     there = [r for r in rows if r["reached_step"] is not None]
     if not there:
         return "never"
-    step = average([r["reached_step"] for r in there], ",.0f")
-    flops = average([r["reached_flops"] for r in there], ".3g")
-    layer_steps = average([r["reached_layer_steps"] for r in there], ",.0f")
+    forms = {"reached_step": ",.0f", "reached_flops": ".3g", "reached_layer_steps": ",.0f"}
     some = "" if len(there) == len(rows) else f" ({len(there)} of {len(rows)} seeds)"
-    return f"{step}; {flops}; {layer_steps}{some}"
+    return "; ".join(average([r[key] for r in there], form) for key, form in forms.items()) + some
 
 
 def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
     """table.md. rows: dicts with COLUMNS; left_out: {arm: why}."""
     arms = by_arm(rows)
     columns = ["arm", "blocks", "parameters", "seeds", "validation loss", "less reference"]
-    columns += ["less random init", "less Inheritune", "steps", "FLOPs", "FLOPs with reference"]
-    columns += ["layer-steps with reference"]
+    columns += ["less random init", "less Inheritune"]
+    forms = {"steps": ",.0f", "flops": ".3g", "flops_with_reference": ".3g"}
+    forms |= {"layer_steps_with_reference": ",.0f"}
+    columns += ["steps", "FLOPs", "FLOPs with reference", "layer-steps with reference"]
     columns += ["reaches the reference at step; FLOPs; layer-steps", "lazy layers before → after"]
     lines = []
     for arm, found in arms.items():
@@ -131,10 +125,7 @@ def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
             less(arms, arm, "reference", any_length=True),
             less(arms, arm, "random"),
             less(arms, arm, "inheritune"),
-            average([r["steps"] for r in found], ",.0f"),
-            average([r["flops"] for r in found], ".3g"),
-            average([r["flops_with_reference"] for r in found], ".3g"),
-            average([r["layer_steps_with_reference"] for r in found], ",.0f"),
+            *(average([r[key] for r in found], form) for key, form in forms.items()),
             reached(found),
             " → ".join(average([r[key] for r in found], ".1f") for key in ("lazy_before", "lazy_after")),
         ]
@@ -159,10 +150,8 @@ def write_tables(folder: str, rows: list[dict], left_out: dict[str, str]) -> str
 
 def growth_label(row: dict) -> str:
     """What a row of grow.py is called in tables and legends."""
-    names = {
-        "random": "random init, as many steps",
-        "random_matched": "random init, compute of the whole pipeline",
-    }
+    names = {"random": "random init, as many steps"}
+    names |= {"random_matched": "random init, compute of the whole pipeline"}
     return f"{names.get(row['arm'], row['arm'])}, {row['n_layer']} blocks"
 
 
@@ -171,10 +160,9 @@ def growth_table(rows: list[dict]) -> str:
     columns = ["model", "parameters", "training tokens", "training FLOPs", "validation loss", "perplexity"]
     lines = []
     for r in rows:
-        tokens = "–" if r["tokens"] is None else f"{r['tokens']:,}"
-        flops = "–" if r["flops"] is None else f"{r['flops']:.3g}"
-        losses = (f"{r['val_loss']:.4f}", f"{math.exp(r['val_loss']):.3f}")
-        lines.append([growth_label(r), f"{r['params']:,}", tokens, flops, *losses])
+        trained = average([r["tokens"]], ",.0f"), average([r["flops"]], ".3g")
+        losses = f"{r['val_loss']:.4f}", f"{math.exp(r['val_loss']):.3f}"
+        lines.append([growth_label(r), f"{r['params']:,}", *trained, *losses])
     return markdown(columns, lines)
 
 
@@ -201,12 +189,13 @@ def verdicts(rows: list[dict], target: float) -> list[str]:
         )
     if "random_matched" in named:
         other = named["random_matched"]
-        better = ours["val_loss"] <= other["val_loss"]
+        wins = (
+            "Inheriting wins even" if ours["val_loss"] <= other["val_loss"] else "Plain longer training wins"
+        )
         lines.append(
             "Against random init trained for the compute of the whole pipeline, reference included "
             f"({other['flops']:.3g} FLOPs): {against(ours['val_loss'], other['val_loss'])} it. "
-            + ("Inheriting wins even" if better else "Plain longer training wins")
-            + " when the reference has to be paid for."
+            f"{wins} when the reference has to be paid for."
         )
     if len([r for r in rows if r["arm"] == "inheritune"]) > 1:
         lines.append("Growth took more than one round; every round's tokens count in the pipeline's compute.")
