@@ -205,7 +205,9 @@ def write_cards(run, val_loss):
         with contextlib.suppress(UserError):  # it may be gone by now
             source = checkpoint.find(s.init_from)
     for step, loss in {state.step: val_loss, state.best_step: state.best_val_loss}.items():
-        folder = os.path.join(s.out_dir, checkpoint.step_name(step or 0))
+        if step is None:
+            continue
+        folder = os.path.join(s.out_dir, checkpoint.step_name(step))
         if os.path.isdir(folder):
             facts = {"val_loss": loss, "tokens": step * s.batch_tokens, "data": os.path.basename(s.dataset)}
             write_card(folder, os.path.basename(s.out_dir), source, **facts)

@@ -15,23 +15,24 @@ def setting(default, help, low=None, high=None, path=False):
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "path": path})
 
 
+def path(default, help):
+    """`setting` for a path, or for a model, which may be a folder."""
+    return setting(default, help, path=True)
+
+
 @dataclass
 class TrainSettings:
     """What one run of train.py does."""
 
     # paths
-    out_dir: str = setting("out", "run folder: checkpoints, log.csv, timing.csv", path=True)
-    dataset: str = setting("data/openwebtext", "data folder with train and val bins", path=True)
+    out_dir: str = path("out", "run folder: checkpoints, log.csv, timing.csv")
+    dataset: str = path("data/openwebtext", "data folder with train and val bins")
     data_start: float = setting(0.0, "fraction of the training stream where this run's part begins", 0.0, 1.0)
     data_end: float = setting(1.0, "fraction of the training stream where this run's part ends", 0.0, 1.0)
 
     # model
-    init_from: str = setting(
-        "scratch", "scratch, or a checkpoint folder, run folder or Hugging Face id to start from", path=True
-    )
-    inherit_layers: int | None = setting(
-        None, "keep only the first this many blocks of init_from (default: all)", 1
-    )
+    init_from: str = path("scratch", "scratch, or a checkpoint, run folder or Hugging Face id to start from")
+    inherit_layers: int | None = setting(None, "keep only the first this many blocks of init_from", 1)
     n_layer: int = setting(12, "transformer blocks", 1, 1000)  # the three sizes: paper sec. 3, Small
     n_head: int = setting(12, "attention heads", 1)
     n_embd: int = setting(768, "width C", 1)
@@ -46,32 +47,25 @@ class TrainSettings:
     batch_tokens: int = setting(491_520, "tokens per optimizer step, whatever the number of ranks", 1)
     batch_size: int = setting(12, "upper limit of sequences per micro-batch on one rank", 1)
     max_iters: int = setting(100_000, "optimizer steps", 1)  # paper sec. 3: T = 100K everywhere
-    stop_at_val_loss: float | None = setting(
-        None, "stop as soon as validation loss (nats/token) reaches this"
-    )
+    stop_at_val_loss: float | None = setting(None, "stop when validation loss (nats/token) reaches this")
 
     # distillation
-    teacher: str = setting(
-        "", "checkpoint, run folder or Hugging Face id to distil from (default: no distillation)", path=True
-    )
-    kd_alpha: float = setting(  # paper app. D
-        0.6, "loss = kd_alpha CE + (1 - kd_alpha) T^2 KL(teacher to student)", 0.0, 1.0
-    )
+    teacher: str = path("", "checkpoint, run folder or Hugging Face id to distil from (default: none)")
+    # paper app. D
+    kd_alpha: float = setting(0.6, "loss = kd_alpha CE + (1 - kd_alpha) T^2 KL(teacher to student)", 0.0, 1.0)
     kd_temperature: float = setting(1.0, "T, by which both sides' logits are divided in KL", 0.01)  # paper v2
 
     # optimisation
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon: the blocks' matrices by Muon, the rest by AdamW"
+        "adamw", "muon: for the blocks' matrices; the rest by AdamW"
     )
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)  # not stated for Small: GPT-3 small's
     min_lr: float = setting(1e-5, "learning rate from lr_decay_iters on", 0.0)  # paper sec. 3
     warmup_iters: int = setting(2000, "steps of linear warm-up", 0)  # paper sec. 3
-    lr_decay_iters: int | None = setting(
-        None, "step at which the cosine reaches min_lr (default: max_iters)", 0
-    )
-    weight_decay: float = setting(  # paper sec. 3: on linear layers only
-        0.1, "decay of the blocks' matrices; embeddings and norms have none", 0.0
-    )
+    lr_decay_iters: int | None = setting(None, "step at which min_lr is reached (default: max_iters)", 0)
+    weight_decay: float = setting(
+        0.1, "decay of the blocks' matrices, and of nothing else", 0.0
+    )  # paper sec. 3
     beta1: float = setting(0.9, "AdamW beta1", 0.0, 0.9999999)  # paper sec. 3
     beta2: float = setting(0.95, "AdamW beta2", 0.0, 0.9999999)  # paper sec. 3
     # paper sec. 3; the released scripts clip the sum over micro-batches, we clip the mean
@@ -81,14 +75,12 @@ class TrainSettings:
     eval_interval: int = setting(1000, "steps between validations", 1)  # the released logs
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
-    log_to: Literal["none", "tensorboard", "wandb"] = setting(
-        "none", "also send the log there (requirements-log.txt)"
-    )
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "also log there (requirements-log.txt)")
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(
         "never",
-        "continue the run in out_dir: never refuses one that is there, auto if there is one, must or fail",
+        "continue the run in out_dir: never (one that is there is refused), auto (if there is one), must",
     )
 
     # machine
@@ -102,9 +94,7 @@ class TrainSettings:
         "none", "compute again for backward: cheap: norms and GELU; full: all but each block's input"
     )
     shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and moments")
-    threads: int | None = setting(
-        None, "CPU threads per process; bits depend on it (default: torch's choice)", 1
-    )
+    threads: int | None = setting(None, "CPU threads; bits depend on it (default: torch's choice)", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
 
 
@@ -112,57 +102,34 @@ class TrainSettings:
 class GrowSettings:
     """What grow.py does around train.py: the Inheritune recipe (paper, Algorithm 1)."""
 
-    reference: str = setting(
-        "", "reference: checkpoint, run folder or Hugging Face id (default: out_dir/reference)", path=True
-    )
-    reference_config: str = setting(
-        "", "train.py config that trains the reference into its run folder if need be", path=True
-    )
-    k_start: int | None = setting(  # paper sec. 4
-        None, "blocks inherited in the first round (default: half of the reference's)", 1
-    )
+    reference: str = path("", "checkpoint, run folder or Hugging Face id (default: out_dir/reference)")
+    reference_config: str = path("", "train.py config that trains the reference if need be")
+    k_start: int | None = setting(None, "blocks of the first round (default: half of the reference's)", 1)
     k_step: int = setting(2, "blocks added from round to round", 1)  # paper Algorithm 1
     growth: Literal["reinherit", "onto"] = setting(
-        "reinherit",
-        "a further round takes all blocks from the reference, or adds its next ones onto the trained model",
+        "reinherit", "a further round takes all blocks from the reference, or adds to the trained model"
     )
-    control: bool = setting(
-        True, "also train random-init controls: equal steps, and equal compute of the pipeline"
-    )
+    control: bool = setting(True, "also train random-init controls: equal steps, and equal total compute")
 
 
 @dataclass
 class ReplicateSettings:
     """What replicate.py does around train.py: arms × seeds, compared (experiments/arms.py lists the arms)."""
 
-    results: str = setting(
-        "results/replicate",
-        "folder for results.csv, table.md, the figures and what they are made from",
-        path=True,
-    )
-    reference: str = setting(
-        "", "reference: checkpoint, run folder or Hugging Face id (default: one for each seed)", path=True
-    )
-    reference_config: str = setting("", "train.py config that trains each seed's reference", path=True)
-    arms: str = setting(
-        "all:1", "which arms, each with its number of seeds, e.g. 'all:1 random:3'; later ones count"
-    )
+    results: str = path("results/replicate", "folder for results.csv, table.md and the figures")
+    reference: str = path("", "checkpoint, run folder or Hugging Face id (default: one for each seed)")
+    reference_config: str = path("", "train.py config that trains each seed's reference")
+    arms: str = setting("all:1", "arms, each with its number of seeds: 'all:1 random:3'; later ones count")
     first_seed: int = setting(1, "seeds count up from this one", 0)
     layers: int | None = setting(None, "blocks of the small models (default: half of the reference's)", 1)
     rounds_from: int | None = setting(
         None, "first round of the arms that grow (default: layers - rounds_step)", 1
     )
     rounds_step: int = setting(2, "blocks added from round to round in the arms that grow", 1)
-    seen: float = setting(
-        1.0, "fraction of the training stream that all arms but `unseen` train on", 0.01, 1.0
-    )
-    final_tokens: int | None = setting(
-        None, "measure final losses on this many tokens (default: eval_tokens)", 1
-    )
+    seen: float = setting(1.0, "fraction of the stream that all arms but `unseen` train on", 0.01, 1.0)
+    final_tokens: int | None = setting(None, "tokens of the final losses (default: eval_tokens)", 1)
     jobs: int | None = setting(None, "arms trained side by side (default: cores / threads; 1 on GPUs)", 1)
-    report: bool = setting(
-        False, "train nothing: table and figures again, from what results and out_dir hold"
-    )
+    report: bool = setting(False, "train nothing: table and figures again, from results and out_dir")
 
 
 # Where and how a run is made, not what comes out: not part of an arm's identity (replicate.py).
