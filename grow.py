@@ -31,19 +31,15 @@ from model import GPTConfig
 def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -> Common:
     """What the recipe's runs share. Raises UserError with every problem that can be seen before training."""
     name = grow.reference or os.path.join(settings.out_dir, "reference")
-    problems = [
-        f"{key} is decided by the recipe (k_start, k_step): leave it out"
-        for key in ("init_from", "inherit_layers", "n_layer")
-        if key in given
-    ]
+    decided = given & {"init_from", "inherit_layers", "n_layer"}
+    problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
     if grow.reference_config:
         _, config = plan_reference(grow.reference_config, settings.dataset)
     elif os.path.isdir(name) or grow.reference:
         config = planning.source_config(name)
     else:
-        raise UserError(
-            "there is no reference: set reference to a trained one, or reference_config to train one"
-        )
+        cure = "set reference to a trained one, or reference_config to train one"
+        raise UserError(f"there is no reference: {cure}")
     k = grow.k_start or config.n_layer // 2
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
@@ -87,7 +83,7 @@ def row_of(arm: str, run: str, out_dir: str) -> dict:
     }
 
 
-def rounds(c: Common, grow: GrowSettings, reference: str, n_layer: int, target: float):
+def rounds(c: Common, grow: GrowSettings, reference: str, target: float):
     """Train the small model, growing it until its loss is ≤ target or it would be as deep as the reference.
 
     Yields a row after each round. Round 1 inherits from the reference; later ones inherit more of it
@@ -106,7 +102,7 @@ def rounds(c: Common, grow: GrowSettings, reference: str, n_layer: int, target: 
         train(stage)
         row = row_of("inheritune", stage.run, c.folder)
         yield row
-        if row["val_loss"] <= target or k + grow.k_step >= n_layer:
+        if row["val_loss"] <= target or k + grow.k_step >= c.config.n_layer:
             return
         print(f"\n{k} blocks end at {row['val_loss']:.4f}, the reference at {target:.4f}: {grow.k_step} more")
         previous, k = stage.run, k + grow.k_step
@@ -114,22 +110,17 @@ def rounds(c: Common, grow: GrowSettings, reference: str, n_layer: int, target: 
 
 def controls(c: Common, rows: list[dict]):
     """Train the final small model's architecture from random init: as many steps, and the compute of the
-    pipeline.
-
-    Yields a row for each. Without the reference's own compute (a model from the hub) there is nothing to
-    match, and the second is left out.
-    """
+    pipeline, if the reference's own is known. Yields a row for each."""
     stage = c.random("random", rows[-1]["n_layer"], run="")
     train(stage)
     yield row_of("random", stage.run, c.folder)
     if rows[0]["flops"] is None:
-        print(
-            "\nthe reference's training compute is unknown: no control at the compute of the whole pipeline"
-        )
+        why = "the reference's training compute is unknown"
+        print(f"\n{why}: no control at the compute of the whole pipeline")
         return
     steps = round(sum(row["flops"] for row in rows) / stage.flops_per_step)
-    flags = {"max_iters": steps, "lr_decay_iters": None}
-    matched = c.random("random_matched", rows[-1]["n_layer"], run="", **flags)
+    flags = {"run": "", "max_iters": steps, "lr_decay_iters": None}
+    matched = c.random("random_matched", rows[-1]["n_layer"], **flags)
     train(matched)
     yield row_of("random_matched", matched.run, c.folder)
 
@@ -145,23 +136,14 @@ def describe(settings: TrainSettings, grow: GrowSettings, c: Common) -> str:
     plan = planning.Plan(1, small, train_tokens=tokens, micro_batch=micro, accumulation=accumulation)
     train_it = f", trained by {grow.reference_config} unless it is there" if grow.reference_config else ""
     control = "random init at equal steps, and at the compute of the pipeline" if grow.control else "none"
-    return "\n".join(
-        [
-            f"reference    {c.reference}: {c.config.n_layer} blocks{train_it}",
-            f"rounds       {' then '.join(depths)} blocks ({grow.growth}), until validation loss is ≤ the "
-            "reference's",
-            f"controls     {control}",
-            "first round:",
-            planning.describe(plan, first),
-        ]
-    )
+    shown = f"{' then '.join(depths)} blocks ({grow.growth}), until validation loss is ≤ the reference's"
+    lines = [f"reference    {c.reference}: {c.config.n_layer} blocks{train_it}", f"rounds       {shown}"]
+    return "\n".join([*lines, f"controls     {control}", "first round:", planning.describe(plan, first)])
 
 
 def write_report(out_dir: str, rows: list[dict]) -> str:
-    """Write report.md, loss.png and results.json into out_dir, and return the report's text.
-
-    rows: what was trained, the reference first.
-    """
+    """Write report.md, loss.png and results.json into out_dir, and return the report's text. rows: what was
+    trained, the reference first."""
     target = rows[0]["val_loss"]
     last = max(i for i, row in enumerate(rows) if row["arm"] == "inheritune")
     curves = []
@@ -203,8 +185,7 @@ def main(argv=None):
     rows = [row_of("reference", name, c.folder) | {"val_loss": target}]
 
     # rounds and controls
-    for row in rounds(c, grow, folder, rows[0]["n_layer"], target):
-        rows.append(row)
+    rows += rounds(c, grow, folder, target)
     final = os.path.join(c.folder, "final")
     checkpoint.relink(final, rows[-1]["folder"])
     measured = {fact: rows[0][fact] for fact in ("val_loss", "tokens") if rows[0][fact] is not None}

@@ -9,6 +9,7 @@ command is run again. Rows and loss curves are copied to results/NAME/logs: the 
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import time
@@ -43,10 +44,8 @@ ARCHITECTURE = ("n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx", "
 
 
 def make_common(settings, given, rep, seed, row=None) -> Common:
-    """What the arms of one seed share. Raises UserError.
-
-    row: the reference's, for a report: it says the vocabulary and the cost where data and runs are not there.
-    """
+    """What the arms of one seed share. row: the reference's, for a report: it says the vocabulary and the
+    cost where data and runs are not there."""
     folder = os.path.join(settings.out_dir, f"seed_{seed}")
     small = small_flags(settings, given)
     kd = {key: small.pop(key) for key in ("kd_alpha", "kd_temperature") if key in small}
@@ -68,10 +67,11 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
         state = os.path.join(name, "state.json")
         known = read_json(state) if os.path.exists(state) else {}
         tokens, steps = known.get("tokens"), known.get("step")
-    flops = None if tokens is None else tokens * cost.costs(config)[1]
+    params, flops_per_token = cost.costs(config)
+    flops = None if tokens is None else tokens * flops_per_token
     layer_steps = None if steps is None else steps * config.n_layer
     if row:
-        more = (row["params"] - cost.costs(config)[0]) // config.n_embd
+        more = (row["params"] - params) // config.n_embd
         config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
         flops, layer_steps = row["flops"], row["layer_steps"]
 
@@ -79,10 +79,8 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
     k = rep.layers or config.n_layer // 2
     first = rep.rounds_from or max(1, k - rep.rounds_step)
     if not 1 <= first <= k < config.n_layer:
-        raise UserError(
-            f"layers {k} must be below the reference's {config.n_layer} blocks, and rounds_from {first} "
-            "at most layers"
-        )
+        wrong = f"layers {k} must be below the reference's {config.n_layer} blocks"
+        raise UserError(f"{wrong}, and rounds_from {first} at most layers")
     return Common(
         folder=folder,
         flags=small | common,
@@ -130,9 +128,8 @@ def count_jobs(settings, rep) -> int:
     threads = settings.threads or cores
     most = max(1, cores // threads) if machine.pick(settings.device).type == "cpu" else 1
     if rep.jobs and rep.jobs > most:
-        raise UserError(
-            f"jobs {rep.jobs}: at most {most} on {cores} cores with {threads} threads each (set threads)"
-        )
+        on = f"{cores} cores with {threads} threads each (set threads)"
+        raise UserError(f"jobs {rep.jobs}: at most {most} on {on}")
     return rep.jobs or most
 
 
@@ -154,23 +151,6 @@ def row_of(settings, c, arm, seed) -> dict | None:
     return row
 
 
-class Progress:
-    """One printed line for each arm that ends, with what is left by FLOPs."""
-
-    def __init__(self, todo):
-        self.left = sum(todo.values())
-        self.count, self.total, self.done, self.began = 0, len(todo), 0.0, time.perf_counter()
-
-    def add(self, arm, seed, flops, row):
-        self.count, self.done, self.left = self.count + 1, self.done + flops, self.left - flops
-        seconds = (time.perf_counter() - self.began) * self.left / self.done if self.done else 0.0
-        eta = planning.duration(seconds)
-        print(
-            f"[{self.count}/{self.total}] seed {seed} {arm}: val {row['val_loss']:.4f} | eta {eta}",
-            flush=True,
-        )
-
-
 def run_all(settings, rep, commons, seeds, jobs) -> None:
     """Train and measure every arm that is not done, `jobs` side by side, references first.
 
@@ -178,15 +158,14 @@ def run_all(settings, rep, commons, seeds, jobs) -> None:
     """
     pairs = pairs_of(commons, seeds)
     rows = {(arm, seed): row_of(settings, commons[seed], arm, seed) for arm, seed in pairs}
-    todo = {
+    todo = {  # in FLOPs
         (arm, seed): sum(s.flops for s in find_arm(arm).stages(commons[seed], arm))
         for arm, seed in pairs
         if rows[arm, seed] is None
     }
-    progress = Progress(todo)
-    print(
-        f"{len(pairs)} arms × seeds, {len(pairs) - len(todo)} of them done, {jobs} side by side", flush=True
-    )
+    done, began = [], time.perf_counter()
+    ready = f"{len(pairs) - len(todo)} of them done, {jobs} side by side"
+    print(f"{len(pairs)} arms × seeds, {ready}", flush=True)
 
     def work(pair):
         arm, seed = pair
@@ -195,16 +174,19 @@ def run_all(settings, rep, commons, seeds, jobs) -> None:
         stages = find_arm(arm).stages(c, arm)
         for stage in stages:
             run_stage(stage, request, quiet=True)
-        row = make_row(settings, rep, c, arm, seed, target)
+        rows[pair] = make_row(settings, rep, c, arm, seed, target)
         os.makedirs(os.path.join(c.folder, arm), exist_ok=True)
-        write_json(os.path.join(c.folder, arm, "row.json"), row)
-        rows[pair] = row
+        write_json(os.path.join(c.folder, arm, "row.json"), rows[pair])
         keep(rep, c, arm, seed)  # now, for a report while others are training
         for stage in stages:
             if stage.start:  # as large as a model, and made again if needed
                 shutil.rmtree(stage.start_folder, ignore_errors=True)
         with ALONE:
-            progress.add(arm, seed, todo[pair], row)
+            done.append(todo[pair])
+            per_flop = (time.perf_counter() - began) / (sum(done) or math.inf)
+            eta = planning.duration(per_flop * (sum(todo.values()) - sum(done)))
+            loss = f"val {rows[pair]['val_loss']:.4f}"
+            print(f"[{len(done)}/{len(todo)}] seed {seed} {arm}: {loss} | eta {eta}", flush=True)
 
     order = {"reference": 0, "reference_scaled": 1}  # what others are compared with and start from
     for phase in range(3):
@@ -247,9 +229,8 @@ def write_report(settings, given, rep) -> str:
             rows.append(row)
             curves.append(curve_of(find_arm(arm).stages(commons[seed], arm)))
     if not any(row["arm"] == "reference" for row in rows):
-        raise UserError(
-            f"{there.out_dir} has no row of a reference: run the same command without --report first"
-        )
+        cure = "run the same command without --report first"
+        raise UserError(f"{there.out_dir} has no row of a reference: {cure}")
     shown = write_tables(rep.results, rows, left_out)
     figures = draw_results(rep.results, rows, curves, settings.optimizer)
     missing = len(pairs_of(commons, seeds)) - len(rows)
@@ -264,10 +245,9 @@ def describe(commons, seeds, left_out) -> str:
     for arm, count in seeds.items():
         stages = find_arm(arm).stages(c, arm)
         flops = sum(s.flops for s in stages)
-        shape = " then ".join(
-            f"{s.config.n_layer} blocks x {s.config.n_embd} for {s.steps:,} steps" for s in stages
-        )
-        lines.append(f"{arm:18} {count} seed(s), {flops:.3g} FLOPs each: {shape or 'given'}")
+        runs = [f"{s.config.n_layer} blocks x {s.config.n_embd} for {s.steps:,} steps" for s in stages]
+        shape = " then ".join(runs) or "given"
+        lines.append(f"{arm:18} {count} seed(s), {flops:.3g} FLOPs each: {shape}")
         total += count * flops
     lines += [f"{arm:18} left out: {why}" for arm, why in left_out.items()]
     return "\n".join([*lines, f"{sum(seeds.values())} arms × seeds, {total:.3g} FLOPs in all"])

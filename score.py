@@ -9,7 +9,6 @@ token but the very first is predicted exactly once, from the inputs that its win
 is drawn at random, and the sum does not depend on how many processes share the work.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -61,7 +60,11 @@ class SplitWindows:
 
 
 def score_split(args, folder: str, config: GPTConfig, ranks: Ranks, device) -> dict:
-    """The `losses` of a checkpoint folder on the split that the command line names."""
+    """{loss in nats/token, perplexity, bits_per_byte, …} of a checkpoint folder on --data's --split.
+
+    The bits are those of all scored tokens, end-of-text marks included: where a text ends has to be told,
+    too. The bytes are those of the split's text alone, as in meta.json; None where the folder does not say.
+    """
 
     def open_split():
         check_tokenizer(args.data, folder, config)
@@ -71,25 +74,15 @@ def score_split(args, folder: str, config: GPTConfig, ranks: Ranks, device) -> d
     model = ranks.agree(lambda: GPT.from_pretrained(folder)).to(device)
     dtype = machine.pick_dtype(args.dtype, device)
     nats = total_nats(model, windows, ranks, device, dtype, title=f"loss on {args.data}")
-    described = read_meta(args.data).get("splits", {}).get(args.split, {})
-    found = losses(nats, len(windows.tokens) - 1, described.get("bytes"))
-    return {"data": args.data, "split": args.split} | found
-
-
-def losses(nats: float, scored: int, n_bytes: int | None) -> dict:
-    """{loss in nats/token, perplexity, bits_per_byte, …} from summed nats over `scored` tokens of `n_bytes`
-    of text.
-
-    The bits are those of all scored tokens, end-of-text marks included: where a text ends has to be told,
-    too. The bytes are those of the split's text alone, as in meta.json; None, from a folder that does not
-    say, gives None. Raises UserError when the loss is not finite.
-    """
+    n_bytes = read_meta(args.data).get("splits", {}).get(args.split, {}).get("bytes")
+    scored = len(windows.tokens) - 1
     loss = nats / scored
     if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss}: the model's weights, or its activations in this dtype, are not finite"
-        )
+        why = "the model's weights, or its activations in this dtype, are not finite"
+        raise UserError(f"the loss is {loss}: {why}")
     return {
+        "data": args.data,
+        "split": args.split,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # any more and it is no float
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
@@ -109,27 +102,9 @@ def find_tasks(names: list[str], include_path: str | None):
     manager = TaskManager(include_path=include_path)  # needs an extra package
     for name in names:  # needs an extra package
         if name not in manager.all_tasks:
-            raise UserError(
-                f"lm_eval knows no task {name!r}{nearest(name, manager.all_tasks)}; see --include_path"
-            )
+            meant = nearest(name, manager.all_tasks)
+            raise UserError(f"lm_eval knows no task {name!r}{meant}; see --include_path")
     return manager  # needs an extra package
-
-
-@contextlib.contextmanager
-def with_tokenizer(folder, config):  # needs an extra package
-    """A folder with the checkpoint's tokenizer files: itself, or a temporary one if it has none."""
-    if has_tokenizer(folder):
-        yield folder
-        return
-    files = tokenizer_files(config)
-    if not files:
-        vocabulary = f"its vocabulary {config.tokenizer!r} is not to be had"
-        raise UserError(f"{folder} has no tokenizer files and {vocabulary}")
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, content in files.items():
-            with open(os.path.join(temporary, name), "wb") as f:
-                f.write(content)
-        yield temporary
 
 
 def score_tasks(args, names, manager, folder, config, device):  # needs an extra package
@@ -140,20 +115,22 @@ def score_tasks(args, names, manager, folder, config, device):  # needs an extra
     """
     import lm_eval
 
+    how = {"task_manager": manager, "limit": args.limit, "batch_size": args.batch_size, "device": str(device)}
     dtype = str(machine.pick_dtype(args.dtype, device)).removeprefix("torch.")
-    with with_tokenizer(folder, config) as tokenizer:
-        said = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": folder, "tokenizer": tokenizer, "dtype": dtype},
-            tasks=names,
-            task_manager=manager,
-            limit=args.limit,
-            batch_size=args.batch_size,
-            device=str(device),
-        )
-    return {key: finite(said[key]) for key in ("results", "versions", "n-shot", "n-samples")} | {
-        "limit": args.limit
-    }
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = folder if has_tokenizer(folder) else temporary
+        if tokenizer == temporary:
+            files = tokenizer_files(config)
+            if not files:
+                missing = f"its vocabulary {config.tokenizer!r} is not to be had"
+                raise UserError(f"{folder} has no tokenizer files and {missing}")
+            for name, content in files.items():
+                with open(os.path.join(temporary, name), "wb") as f:
+                    f.write(content)
+        model = {"pretrained": folder, "tokenizer": tokenizer, "dtype": dtype}
+        said = lm_eval.simple_evaluate(model="hf", model_args=model, tasks=names, **how)
+    kept = {key: finite(said[key]) for key in ("results", "versions", "n-shot", "n-samples")}
+    return kept | {"limit": args.limit}
 
 
 def finite(value):
@@ -166,8 +143,7 @@ def finite(value):
 def headline(name: str, result: dict) -> tuple:
     """(column title, metric, value, standard error or None) of one task's results; fractions become per cent.
 
-    The metric is the paper's, and for a task that the paper does not have accuracy, or else the first there
-    is.
+    The metric is the paper's, for a task that the paper does not have accuracy, or else the first there is.
     """
     title, wanted = PAPER.get(name, (name, "acc"))
     keys = [k for k, v in result.items() if "," in k and "_stderr," not in k and isinstance(v, int | float)]
@@ -205,14 +181,12 @@ def loss_table(found: dict) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(description="Score a checkpoint on a data folder, on downstream tasks, or on both.")
-    parser.add_argument(
-        "--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id"
-    )
+    what = "checkpoint folder, run folder (its best) or Hugging Face id"
+    parser.add_argument("--ckpt", required=True, help=what)
     parser.add_argument("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
     parser.add_argument("--split", default="val", help="the split of --data")
-    parser.add_argument(
-        "--tasks", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-eval.txt)"
-    )
+    what = "lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-eval.txt)"
+    parser.add_argument("--tasks", help=what)
     parser.add_argument("--include_path", help="folder with YAML files of further tasks")
     parser.add_argument("--limit", type=int, help="only this many examples of each task, to try things out")
     parser.add_argument("--batch_size", type=int, default=8, help="windows or requests per forward pass")

@@ -92,9 +92,9 @@ class Common:
         run = self.of(arm, run)
         return Stage(run, config, flags, start, run + "_start")
 
-    def first(self, arm: str, flags=None, source=None, **how) -> Stage:
-        """A Stage that trains the first k blocks, or what `how` makes of k blocks."""
-        return self.inherited(arm, flags=flags, source=source, layers=self.k, **how)
+    def first(self, arm: str, **how) -> Stage:
+        """`inherited` of the first k blocks, or of what `how` makes of k blocks."""
+        return self.inherited(arm, layers=self.k, **how)
 
 
 def inherit_flags(start: dict) -> list[str]:
@@ -115,14 +115,15 @@ def other_scale(c):
     return {"scale_attn_by_inverse_layer_idx": not c.config.scale_attn_by_inverse_layer_idx}
 
 
-def longer(c, arm, steps):
+def longer(c, arm):
+    return [c.random(arm, c.k, max_iters=2 * c.flags["max_iters"], lr_decay_iters=None)]
+
+
+def matched(c, arm):
+    """Random init for as many steps as cost what reference and Inheritune cost together."""
+    small = c.random(arm, c.k)
+    steps = round(c.reference_flops / small.flops_per_step) + small.steps
     return [c.random(arm, c.k, max_iters=steps, lr_decay_iters=None)]
-
-
-def matched_steps(c):
-    """Steps of the small model from random init that cost what reference and Inheritune cost together."""
-    small = c.random("", c.k)
-    return round(c.reference_flops / small.flops_per_step) + small.steps
 
 
 def half_width(c, arm):
@@ -138,12 +139,6 @@ def stacking(c, arm):
     return [half, c.inherited(arm, run="stage_2", source=source, recipe="stack", layers=c.k)]
 
 
-def distilled(c, stage):
-    """The same stage with the reference for a teacher."""
-    flags = stage.flags | {"teacher": c.reference} | c.kd
-    return [dataclasses.replace(stage, flags=flags, teacher=c.config)]
-
-
 def grown(c, arm, onto):
     """A run for each round: all blocks from the reference, or its next ones onto the trained model."""
     stages = []
@@ -153,13 +148,13 @@ def grown(c, arm, onto):
     return stages
 
 
+def reference_scaled(c, arm):
+    return reference(c, arm, **other_scale(c))
+
+
 def scaled(c, arm):
     stage = c.first(arm, source=os.path.join(c.of("reference_scaled"), "latest"))
     return [dataclasses.replace(stage, config=dataclasses.replace(stage.config, **other_scale(c)))]
-
-
-def unseen(c, arm):
-    return [c.first(arm, flags={"data_start": c.seen, "data_end": 1.0})]
 
 
 @dataclass(frozen=True)
@@ -176,15 +171,22 @@ def first_k(label, **how):
     return Arm(label, lambda c, a: [c.first(a, **how)])
 
 
+def distilled(label, begin):
+    """An Arm that trains the Stage which `begin` makes with the reference for a teacher."""
+
+    def stages(c, arm):
+        stage = begin(c, arm)
+        flags = stage.flags | {"teacher": c.reference} | c.kd
+        return [dataclasses.replace(stage, flags=flags, teacher=c.config)]
+
+    return Arm(label, stages)
+
+
 ARMS = {
     "reference": Arm("reference", reference, None),
     "random": Arm("random init", lambda c, a: [c.random(a, c.k)], None),
-    "random_2x": Arm(
-        "random init, twice the steps", lambda c, a: longer(c, a, 2 * c.flags["max_iters"]), None
-    ),
-    "random_matched": Arm(
-        "random init, compute of reference + Inheritune", lambda c, a: longer(c, a, matched_steps(c)), None
-    ),
+    "random_2x": Arm("random init, twice the steps", longer, None),
+    "random_matched": Arm("random init, compute of reference + Inheritune", matched, None),
     "inheritune": first_k("Inheritune"),
     "released_slice": first_k("authors' released slice", released_slice=True),
     "half_width": Arm("half width", half_width),
@@ -195,20 +197,19 @@ ARMS = {
     "alternate": first_k("every second", recipe="alternate"),
     "first_plus_last": first_k("first k-1 and the last", recipe="first_plus_last"),
     "ends": first_k("first and last half of k", recipe="ends"),
-    "kd": Arm("distillation", lambda c, a: distilled(c, c.random(a, c.k))),
-    "kd_inherit": Arm("distillation + Inheritune", lambda c, a: distilled(c, c.first(a))),
-    "kd_ends": Arm(
-        "distillation + first and last half of k", lambda c, a: distilled(c, c.first(a, recipe="ends"))
-    ),
+    "kd": distilled("distillation", lambda c, a: c.random(a, c.k)),
+    "kd_inherit": distilled("distillation + Inheritune", lambda c, a: c.first(a)),
+    "kd_ends": distilled("distillation + first and last half of k", lambda c, a: c.first(a, recipe="ends")),
     "attn": first_k("attention only", parts="attn"),
     "mlp": first_k("MLP only", parts="mlp"),
     "attn_mlp": first_k("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
     "rounds": Arm("Inheritune, by rounds", lambda c, a: grown(c, a, onto=False)),
     "onto": Arm("growth onto the trained model", lambda c, a: grown(c, a, onto=True)),
-    "unseen": Arm("Inheritune, data unseen by reference", unseen),
-    "reference_scaled": Arm(
-        "reference, other attention scale", lambda c, a: reference(c, a, **other_scale(c)), None
+    "unseen": Arm(
+        "Inheritune, data unseen by reference",
+        lambda c, a: [c.first(a, flags={"data_start": c.seen, "data_end": 1.0})],
     ),
+    "reference_scaled": Arm("reference, other attention scale", reference_scaled, None),
     "inheritune_scaled": Arm("Inheritune, other attention scale", scaled, "reference_scaled"),
 }
 
@@ -291,9 +292,8 @@ def impossible(c: Common) -> dict[str, str]:
 
 def small_flags(settings: TrainSettings, given: frozenset) -> dict:
     """The flags of every small model: what was set for the experiment, without what each stage decides."""
-    fields = [f.name for f in dataclasses.fields(settings) if f.name in given and f.name not in DECIDED]
-    flags = {key: getattr(settings, key) for key in fields}
-    return flags | {"max_iters": settings.max_iters, "batch_tokens": settings.batch_tokens}
+    chosen = given - set(DECIDED) | {"max_iters", "batch_tokens"}
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
 
 
 def plan_reference(path: str, dataset: str) -> tuple[TrainSettings, GPTConfig]:
@@ -306,10 +306,7 @@ def plan_reference(path: str, dataset: str) -> tuple[TrainSettings, GPTConfig]:
 
 def settings_hash(c: Common, arm: str) -> str:
     """A short hash of all that decides an arm's numbers: the settings of its stages, and of what it starts
-    from.
-
-    Settings at their default are left out, so that a new one changes no hash.
-    """
+    from. Settings at their default are left out, so that a new one changes no hash."""
     # frozen: results/*/results.csv holds these hashes, and an arm made again must get the same one
     defaults = dataclasses.asdict(TrainSettings())
     described = []

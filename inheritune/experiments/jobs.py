@@ -91,30 +91,26 @@ def curve_of(stages: list[Stage]) -> tuple[list[float], list[float]]:
 
 def wall_seconds(run: str) -> float:
     """Seconds that a run trained and validated; its clocks begin again at 0 wherever it was continued."""
-    total = 0.0
     rows = read_rows(os.path.join(run, "timing.csv"))
     seconds = [float(row["train_s"]) + float(row["val_s"]) for row in rows]
-    for here, after in zip(seconds, [*seconds[1:], -1.0], strict=True):
-        if after < here:  # the last row of a process
-            total += here
-    return total
+    last = [here for here, after in zip(seconds, [*seconds[1:], -1.0], strict=True) if after < here]
+    return sum(last)  # of each process
 
 
 def first_reach(stages: list[Stage], target: float) -> dict:
     """{reached_step, reached_flops, reached_layer_steps} up to the first validation at or below target,
     earlier stages counted; None where it never comes there."""
+    keys = ("reached_step", "reached_flops", "reached_layer_steps")
     steps, flops, layer_steps = 0, 0.0, 0
     for stage in stages:
+        n_layer = stage.config.n_layer
         for row in read_rows(os.path.join(stage.run, "log.csv")):
             if row["val_loss"] and float(row["val_loss"]) <= target:
-                here = int(row["step"])
-                return {
-                    "reached_step": steps + here,
-                    "reached_flops": flops + here * stage.flops_per_step,
-                    "reached_layer_steps": layer_steps + here * stage.config.n_layer,
-                }
+                n = int(row["step"])
+                reached = steps + n, flops + n * stage.flops_per_step, layer_steps + n * n_layer
+                return dict(zip(keys, reached, strict=True))
         steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps
-    return dict.fromkeys(("reached_step", "reached_flops", "reached_layer_steps"))
+    return dict.fromkeys(keys)
 
 
 def measure(settings: TrainSettings, config: GPTConfig, folder: str) -> float:
@@ -156,8 +152,7 @@ def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: st
     """
     stages = find_arm(arm).stages(c, arm)
     with ALONE:
-        found = trained_row(settings, rep, stages, seed) if stages else given_row(settings, rep, c)
-    own, config, (before, after) = found
+        own, config, before, after = trained_row(settings, rep, c, stages)
     # with the reference's own training
     pipeline = {"flops": own["flops"], "layer_steps": own["layer_steps"]}
     if find_arm(arm).source:
@@ -181,44 +176,28 @@ def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: st
     }
 
 
-def trained_row(settings, rep, stages, seed):
-    """(losses and costs of an arm's stages, GPTConfig of its model, its MaxRanks before and after)."""
-    last = stages[-1]
-    folder = checkpoint.find(last.run, prefer="latest")
-    config = GPTConfig.from_folder(folder)
+def trained_row(settings, rep, c, stages):
+    """(losses and costs of an arm's stages, GPTConfig of its model, its MaxRanks before and after); of no
+    stages: of the reference that was given, before whose training nothing is known."""
+    last = stages[-1] if stages else None
+    folder = checkpoint.find(last.run, prefer="latest") if last else c.reference
+    config = GPTConfig.from_folder(folder) if last else c.config
 
     def begin():
         if last.start:
             return GPT.from_pretrained(last.start_folder)
-        seed_all(seed)  # as train.py does before it makes the same model
+        seed_all(c.flags["seed"])  # as train.py does before it makes the same model
         return GPT(config)
 
-    curve_loss = curve(last.run)[1][-1]
+    at_length = dataclasses.replace(settings, eval_tokens=rep.final_tokens or settings.eval_tokens)
+    curve_loss = curve(last.run)[1][-1] if last else measure(settings, config, folder)
     own = {
-        "val_loss": measure(at_length(settings, rep), config, folder) if rep.final_tokens else curve_loss,
+        "val_loss": measure(at_length, config, folder) if rep.final_tokens else curve_loss,
         "curve_loss": curve_loss,
-        "steps": sum(s.steps for s in stages),
-        "flops": sum(s.flops for s in stages),
-        "layer_steps": sum(s.layer_steps for s in stages),
-        "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1),
+        "steps": sum(s.steps for s in stages) if last else None,
+        "flops": sum(s.flops for s in stages) if last else c.reference_flops,
+        "layer_steps": sum(s.layer_steps for s in stages) if last else c.reference_layer_steps,
+        "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1) if last else None,
     }
-    return own, config, (max_ranks(settings, begin), max_ranks(settings, lambda: GPT.from_pretrained(folder)))
-
-
-def given_row(settings, rep, c):
-    """`trained_row` of a reference that was given."""
-    val_loss = measure(at_length(settings, rep), c.config, c.reference)
-    own = {
-        "val_loss": val_loss,
-        "curve_loss": measure(settings, c.config, c.reference) if rep.final_tokens else val_loss,
-        "steps": None,
-        "flops": c.reference_flops,
-        "layer_steps": c.reference_layer_steps,
-        "wall_s": None,
-    }
-    return own, c.config, (None, max_ranks(settings, lambda: GPT.from_pretrained(c.reference)))
-
-
-def at_length(settings, rep):
-    """The settings for final losses."""
-    return dataclasses.replace(settings, eval_tokens=rep.final_tokens or settings.eval_tokens)
+    before = max_ranks(settings, begin) if last else None
+    return own, config, before, max_ranks(settings, lambda: GPT.from_pretrained(folder))

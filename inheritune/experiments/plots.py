@@ -219,7 +219,7 @@ def plot_ranks(path: str, arms: dict, title: str) -> None:
     shown = [arm for arm in arms if set(split_name(arm)[1]) <= {"optimizer"}]
     columns, highest = min(5, len(shown)), 0.0
     rows = -(-len(shown) // columns)
-    size = (2.6 * columns, 2.0 * rows + 0.6)
+    size = 2.6 * columns, 2.0 * rows + 0.6
     figure, places = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
     for place in places.flat[len(shown) :]:
         place.axis("off")
