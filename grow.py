@@ -187,7 +187,7 @@ def main(argv=None):
     # rounds and controls
     rows += rounds(c, grow, folder, target)
     final = os.path.join(c.folder, "final")
-    checkpoint.relink(final, rows[-1]["folder"])
+    checkpoint.link(final, rows[-1]["folder"])
     measured = {fact: rows[0][fact] for fact in ("val_loss", "tokens") if rows[0][fact] is not None}
     for made in {checkpoint.find(final, prefer) for prefer in ("best", "latest")}:
         write_card(made, "inheritune", folder, reference=measured)

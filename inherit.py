@@ -10,6 +10,7 @@ recipes.py says what each one is.
 """
 
 import argparse
+import dataclasses
 import re
 
 from inheritune.base.errors import Parser, UserError, one_line
@@ -18,7 +19,7 @@ from inheritune.experiments.attention_metrics import choose_for
 from inheritune.weights import checkpoint
 from inheritune.weights.any_layout import cut_model
 from inheritune.weights.gpt2_format import is_other
-from inheritune.weights.recipes import PARTS, RECIPES, choose_blocks, make_checkpoint
+from inheritune.weights.recipes import PARTS, RECIPES, Recipe, choose_blocks, make_checkpoint
 from model import GPT, GPTConfig
 
 
@@ -40,7 +41,6 @@ def make_parser() -> Parser:
 
 
 def true_or_false(text: str) -> bool:
-    """argparse's type for a flag that is True or False."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
     return text.lower() == "true"
@@ -48,16 +48,12 @@ def true_or_false(text: str) -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
-    needs_layers = not args.blocks and args.recipe != "half_width"
-    how = (args.recipe, args.parts, args.layernorms, args.released_slice)
     if args.blocks and (args.layers is not None or args.onto or args.recipe != "first"):
         raise UserError("--blocks says which blocks: leave out --layers, --onto and --recipe")
-    if needs_layers and args.layers is None:
-        missing = (
-            "--onto needs --layers K, the new depth" if args.onto else "give --layers K or --blocks LIST"
-        )
-        raise UserError(missing)
-    if args.onto and how != ("first", "all", True, False):
+    if not args.blocks and args.recipe != "half_width" and args.layers is None:
+        onto = "--onto needs --layers K, the new depth"
+        raise UserError(onto if args.onto else "give --layers K or --blocks LIST")
+    if args.onto and how(args) != Recipe(seed=args.seed):
         flags = "--recipe, --parts, --layernorms and --released_slice"
         raise UserError(f"--onto takes whole blocks: leave out {flags}")
     if (args.layers == "auto") != (args.data is not None):
@@ -68,15 +64,20 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
 
 
+def how(args: argparse.Namespace) -> Recipe:
+    return Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
+
+
 def parse_blocks(text: str) -> list[int]:
     """[0, 1, 2, 23] from "0-2,23". Raises UserError."""
     blocks = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
+        found = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not found:
             problem = f"{part!r} is not a number or a range; write them like 0-11,23"
             raise UserError(f"--blocks {text!r}: {problem}")
-        blocks += range(int(match[1]), int(match[2] or match[1]) + 1)
+        blocks += found
     return blocks
 
 
@@ -106,31 +107,16 @@ def main(argv=None):
         notes = {"layers_auto": reason}
     else:
         layers, notes = int(args.layers) if args.layers else None, {}
+    blocks = parse_blocks(args.blocks) if args.blocks else None
     if is_other(folder):
         check_other(args, folder)
-        made = cut_model(
-            folder,
-            args.out,
-            lambda n: parse_blocks(args.blocks) if args.blocks else choose_blocks(args.recipe, n, layers),
-            **notes,
-        )
+        made = cut_model(folder, args.out, lambda n: blocks or choose_blocks(args.recipe, n, layers), **notes)
         print(f"{made}; transformers' Trainer, litgpt and torchtitan train it")
         return
-    made = make_checkpoint(
-        folder,
-        args.out,
-        new_model=lambda config: GPT(GPTConfig(**config)),
-        tokenizer_files=tokenizer_files(GPTConfig.from_folder(folder), folder),
-        layers=layers,
-        blocks=parse_blocks(args.blocks) if args.blocks else None,
-        onto=checkpoint.find(args.onto) if args.onto else None,
-        recipe=args.recipe,
-        parts=args.parts,
-        layernorms=args.layernorms,
-        released_slice=args.released_slice,
-        seed=args.seed,
-        **notes,
-    )
+    onto = checkpoint.find(args.onto) if args.onto else None
+    files = tokenizer_files(GPTConfig.from_folder(folder), folder)
+    what = {"layers": layers, "blocks": blocks, "onto": onto, "notes": notes, **vars(how(args))}
+    made = make_checkpoint(folder, args.out, lambda config: GPT(GPTConfig(**config)), files, **what)
     print(f"{made}; train it with\n  python train.py --init_from={args.out} …")
 
 

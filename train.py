@@ -182,7 +182,8 @@ def keep_best(run, val_loss):
     if val_loss < (math.inf if state.best_val_loss is None else state.best_val_loss):
         state.best_val_loss, state.best_step = val_loss, state.step
         if run.ranks.first:
-            run.saver.start(functools.partial(checkpoint.link, run.settings.out_dir, "best", state.step))
+            best, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
+            run.saver.start(functools.partial(checkpoint.link, best, name))
 
 
 def stop(run):

@@ -188,7 +188,7 @@ def test_a_person_inherits_from_a_model_with_files_of_all_kinds(tmp_path):
         "SHA256SUMS",
         ".gitattributes",
     ]
-    for name in kept + left:
+    for name in [*kept, *left, "README.md"]:  # the new one has a card of its own
         (source / name).write_text(name)
     (source / "tokenizer.json").write_text("{}")
     (source / "onnx").mkdir()
@@ -198,6 +198,7 @@ def test_a_person_inherits_from_a_model_with_files_of_all_kinds(tmp_path):
     assert sorted(os.listdir(tmp_path / "small")) == sorted(kept + ours)
     assert all((tmp_path / "small" / name).read_text() == name for name in kept)
     assert (tmp_path / "small/tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "small/README.md").read_text() != (source / "README.md").read_text() == "README.md"
     made = json.loads((tmp_path / "small/config.json").read_text())
     assert {key: made[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "n_layer")} == {
         "bos_token_id": 5,
@@ -316,8 +317,8 @@ def test_a_person_makes_a_mistake_in_a_shell_inside_a_job(script, monkeypatch):
 @pytest.mark.parametrize(
     "place, said",
     [
-        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', not a number: unset it"),
-        ({"WORLD_SIZE": "2", "RANK": "one"}, "the environment variable RANK is 'one', not a number"),
+        ({"WORLD_SIZE": "two"}, "of WORLD_SIZE=two: unset both, or use torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "the environment says RANK=one of WORLD_SIZE=2: unset both"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "the environment says RANK=2 of WORLD_SIZE=2: unset both"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT not set"),
     ],
@@ -357,12 +358,12 @@ def test_a_person_trains_on_a_disk_without_links(tmp_path, monkeypatch):
     data, out = write_data(tmp_path / "data"), str(tmp_path / "out")
     train.main(arguments(data, out, max_iters=8, lr_decay_iters=12))
     assert open(f"{out}/latest").read() == "step_00000008"
-    checkpoint.link(out, "best", 4)
+    checkpoint.link(f"{out}/best", "step_00000004")
     assert checkpoint.find(out) == checkpoint.find(f"{out}/best") == f"{out}/step_00000004"
     assert checkpoint.find(out, prefer="latest") == f"{out}/step_00000008"
     train.main(arguments(data, out, lr_decay_iters=12, resume="must"))
     assert open(f"{out}/latest").read() == "step_00000012"
-    checkpoint.relink(f"{tmp_path}/final", "out")
+    checkpoint.link(f"{tmp_path}/final", "out")
     assert checkpoint.find(f"{tmp_path}/final", prefer="latest") == f"{tmp_path}/out/step_00000012"
 
 

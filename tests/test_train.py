@@ -730,7 +730,7 @@ def test_the_same_architecture_may_be_named(data, tmp_path):
 def test_a_run_folder_means_its_best_checkpoint(plain, data, tmp_path):
     out = tmp_path / "ref"
     shutil.copytree(plain, out, symlinks=True)
-    checkpoint.link(str(out), "best", 8)
+    checkpoint.link(f"{out}/best", "step_00000008")
     run = make_run(data, tmp_path / "a", init_from=out)
     assert same_weights(run.model.module, GPT.from_pretrained(str(out / "step_00000008")))
     run = make_run(data, tmp_path / "b", init_from=out / "step_00000012")

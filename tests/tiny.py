@@ -68,7 +68,8 @@ def write_checkpoint(folder, seed=0, **changes):
 def write_model(folder, model, state=None, tokenizer_from=None):
     """Write a model, or the tensors `state` in its place, into a folder, in the checkpoint layout."""
     files = tokenizer_files(model.config, tokenizer_from)
-    gpt2_format.write_model(str(folder), state or hf_state(model), dataclasses.asdict(model.config), files)
+    config = gpt2_format.config_json(dataclasses.asdict(model.config))
+    gpt2_format.write_model(str(folder), state or hf_state(model), config, files)
 
 
 def hf_state(model):

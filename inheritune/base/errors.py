@@ -14,14 +14,10 @@ import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 
-OUT_OF_SPACE = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "raise the limit (ulimit -f)",
-}
+CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
+CURES[errno.EFBIG] = "raise the limit (ulimit -f)"
 
 
 class UserError(Exception):
@@ -56,24 +52,20 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
         name = os.path.basename(main.__globals__["__file__"])
         first = True
 
-        # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt (handlers need the main thread)
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+        # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
             first = not ranks or place()[0] == 0
             return main(argv)
-        except UserError as e:
-            message = f"{name}: {e}"
-        except OSError as e:
-            message = f"{name}: {describe_os_error(e)}"
+        except (UserError, OSError) as e:
+            message = f"{name}: {describe(e)}"
         except (KeyboardInterrupt, Stopped) as e:
             stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
             if first:
                 print(f"\n{name}: {stopped}", file=sys.stderr)
             raise SystemExit(128 + stopped.signal) from None
         finally:
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before)
         raise SystemExit(message if first else 1)
 
     return wrapped
@@ -82,31 +74,25 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
 def place() -> tuple[int, int, int]:
     """(rank, world, local rank) of this process among those that torchrun started, from its environment
     variables; (0, 1, 0) where WORLD_SIZE is not above 1."""
-
-    def number(name, default):
-        text = os.environ.get(name) or default
-        if not text.isdecimal():
-            raise UserError(
-                f"the environment variable {name} is {text!r}, not a number: unset it, or use torchrun"
-            )
-        return int(text)
-
-    world = number("WORLD_SIZE", "1")
-    if world < 2:
-        return 0, 1, 0
-    rank, local = number("RANK", "0"), number("LOCAL_RANK", "0")
-    if rank >= world:
-        raise UserError(
-            f"the environment says RANK={rank} of WORLD_SIZE={world}: unset both, or use torchrun"
-        )
-    return rank, world, local
+    rank, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    try:
+        if int(world or 1) in (0, 1):
+            return 0, 1, 0
+        found = int(rank or 0), int(world), int(local or 0)
+        if 0 <= found[0] < found[1]:
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"the environment says RANK={rank} of WORLD_SIZE={world}: unset both, or use torchrun")
 
 
-def describe_os_error(e: OSError) -> str:
-    """What failed, on which file, and how to go on."""
+def describe(e: UserError | OSError) -> str:
+    """What failed, and how to go on; of an OSError also on which file."""
+    if isinstance(e, UserError):
+        return str(e)
     where = f" ({e.filename})" if e.filename else ""
-    fix = f": {OUT_OF_SPACE[e.errno]} and run the same command again" if e.errno in OUT_OF_SPACE else ""
-    return f"{e.strerror or e}{where}; nothing written before is damaged{fix}"
+    cure = f": {CURES[e.errno]} and run the same command again" if e.errno in CURES else ""
+    return f"{e.strerror or e}{where}; nothing written before is damaged{cure}"
 
 
 def raise_all(problems: Sequence[str]) -> None:

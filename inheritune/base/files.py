@@ -15,9 +15,7 @@ try:
 except ImportError:  # Windows
     raise SystemExit("nanoInheritune runs on Linux and macOS; on Windows use WSL") from None
 
-MAX_JSON = (
-    50_000_000  # bytes; our largest JSON files, an index of weights and a list of shards, have about 100 kB
-)
+MAX_JSON = 50_000_000  # bytes; our largest, an index of weights and a list of shards, have about 100 kB
 
 
 @contextlib.contextmanager
@@ -80,8 +78,7 @@ def read_json(path: str | os.PathLike) -> dict:
     object."""
     if not os.path.isfile(path):  # opening a named pipe would wait for ever
         raise UserError(f"{path} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
-    if os.path.getsize(path) > MAX_JSON:
-        size = os.path.getsize(path)
+    if (size := os.path.getsize(path)) > MAX_JSON:
         raise UserError(f"{path} has {size:,} bytes, too many for one of ours (at most {MAX_JSON:,})")
     try:
         with open(path, encoding="utf-8") as f:
@@ -89,9 +86,8 @@ def read_json(path: str | os.PathLike) -> dict:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); it is damaged or not ours: make it again") from None
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path} holds a JSON {type(value).__name__} where an object is expected; make it again"
-        )
+        kind = type(value).__name__
+        raise UserError(f"{path} holds a JSON {kind} where an object is expected; make it again")
     return value
 
 

@@ -7,18 +7,14 @@ lost.
 
 import signal
 import subprocess
-import threading
 
 from inheritune.base.errors import Stopped
 
 
 class Request:
-    """A context in which SIGTERM and the first SIGINT only set `signal` and go on to the children started by
-    `call`.
-
-    A second SIGINT kills the children and raises KeyboardInterrupt. SIGTERM after SIGINT is the same request:
-    torchrun sends its workers both. Entered outside the main thread, where Python allows no handlers, it has
-    no effect.
+    """A context in which SIGTERM and the first SIGINT only set `signal` and go on to the children of `call`.
+    A second SIGINT kills these and raises KeyboardInterrupt. SIGTERM after SIGINT is the same request:
+    torchrun sends its workers both.
     """
 
     def __init__(self):
@@ -28,10 +24,9 @@ class Request:
 
     def __enter__(self):
         self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # shells let background jobs ignore SIGINT
-                    self.before[number] = signal.signal(number, self.handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # shells let background jobs ignore SIGINT
+                self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
@@ -41,26 +36,22 @@ class Request:
     def handle(self, number, _frame):
         self.signal = self.signal or number
         self.interrupts += number == signal.SIGINT
-        again = self.interrupts > 1
         for child in list(self.children):
-            child.kill() if again else child.terminate()
-        if again:
+            child.send_signal(signal.SIGKILL if self.interrupts > 1 else signal.SIGTERM)
+        if self.interrupts > 1:
             raise KeyboardInterrupt
 
     def call(self, command: list[str], **options) -> int:
         """Runs a command to its end and returns its exit status, as subprocess.call does. May be called in
         any thread.
-
         Raises Stopped, once the command has ended, if this process was asked to stop in the meantime.
         """
         with subprocess.Popen(command, **options) as child:
             self.children.add(child)
-            try:
-                if self.signal:  # the signal came before the child was in the set
-                    child.terminate()
-                status = child.wait()
-            finally:
-                self.children.discard(child)
+            if self.signal:  # it came before the child was in the set
+                child.terminate()
+            status = child.wait()
+        self.children.discard(child)
         if self.signal:
             raise Stopped(self.signal)
         return status

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inheritune.base.errors import Stopped, UserError, describe_os_error
+from inheritune.base.errors import Stopped, UserError, describe
 from model import GPT
 
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
@@ -76,7 +76,7 @@ class Ranks:
         try:
             result = work()
         except (UserError, OSError) as e:
-            error = describe_os_error(e) if isinstance(e, OSError) else str(e)
+            error = describe(e)
         errors = [error]
         if self.world > 1:
             errors = [None] * self.world
@@ -114,7 +114,7 @@ def print_alone(rank: int, e: BaseException) -> None:
     """Print what ended this rank, with its number: one line for what a user can fix, else the traceback."""
     script = os.path.basename(sys.argv[0])
     if isinstance(e, (UserError, OSError)):
-        text = str(e) if isinstance(e, UserError) else describe_os_error(e)
+        text = describe(e)
     elif isinstance(e, KeyboardInterrupt):
         text = "interrupted"
     else:

@@ -217,11 +217,10 @@ def open_run_folder(settings, plan, state, recorder):
         # what a kill left: temporary files, links that were not moved yet, rows after the checkpoint
         checkpoint.sweep(out)
         if plan.resume_from:
-            checkpoint.link(out, "latest", state.step)
-        if state.best_step is not None and checkpoint.step_name(state.best_step) in checkpoint.list_steps(
-            out
-        ):
-            checkpoint.link(out, "best", state.best_step)
+            checkpoint.link(os.path.join(out, "latest"), newest[0])
+        best = checkpoint.step_name(state.best_step or 0)
+        if state.best_step is not None and best in checkpoint.list_steps(out):
+            checkpoint.link(os.path.join(out, "best"), best)
         recorder.open(lock, state.step)
     except BaseException:
         os.close(lock)

@@ -6,18 +6,16 @@ config.json, and copies everything else. Where a configuration depends on the pl
 it is refused by name.
 """
 
-import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
-from inheritune.weights.card import write_card
-from inheritune.weights.checkpoint import LINEAGE, new_folder, new_lineage
-from inheritune.weights.gpt2_format import CONFIG, WEIGHTS, stored_tensors
-from inheritune.weights.recipes import assemble, check_blocks, copy_others
-from inheritune.weights.tensors import write_tensors
+from inheritune.weights.checkpoint import new_lineage
+from inheritune.weights.gpt2_format import CONFIG, stored_tensors
+from inheritune.weights.recipes import assemble, check_blocks, write_inherited
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # in config.json, one of them
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_types", "layer_rope_theta")  # lists
@@ -31,39 +29,29 @@ HARMLESS = re.compile(r"layer_?norm|layerdrop|layer_scale")
 
 
 def cut_model(source: str, out: str, choose: Callable[[int], list[int]], **notes) -> str:
-    """Make a new folder `out` with some blocks of the model in the folder `source`; returns a text that says
-    what it is.
-
-    choose: gives the source blocks from their number. notes: kept in lineage.json. Needs transformers. Raises
-    UserError.
-    """
+    """Make a new folder `out` with some blocks of the model in the folder `source`; says in a text what it
+    is. choose: gives the source blocks from their number. notes: kept in lineage.json."""
     full = open_by("AutoConfig", source).to_dict()
     depth = [key for key in DEPTHS if key in full]
     if len(depth) != 1:
-        raise UserError(
-            f"{source}/{CONFIG} has no one of {', '.join(DEPTHS)}: only plain text models can be cut"
-        )
+        found = f"{source}/{CONFIG} has no one of {', '.join(DEPTHS)}"
+        raise UserError(f"{found}: only plain text models can be cut")
     n = full[depth[0]]
     blocks = choose(n)
     check_blocks(blocks, n)
     changes = {depth[0]: len(blocks)} | cut_lists(source, full, n, blocks)
+    config = read_json(os.path.join(source, CONFIG)) | changes
+    check_result(source, config, full | changes)
     tensors = dict(stored_tensors(source))
     prefix = find_blocks(source, tensors, n)
     tensors = assemble(tensors, [(tensors, i) for i in blocks], False, prefix)
-    with new_folder(out) as temporary:
-        write_json(os.path.join(temporary, CONFIG), read_json(os.path.join(source, CONFIG)) | changes)
-        check_result(source, temporary, full | changes)
-        write_tensors(os.path.join(temporary, WEIGHTS), tensors)
-        copy_others(source, temporary)
-        write_json(os.path.join(temporary, LINEAGE), new_lineage(source, blocks, **notes))
-        write_card(temporary, os.path.basename(os.path.normpath(out)), source)
-    total = sum(math.prod(t.shape) for t in tensors.values())
-    return f"{out}: {len(blocks)} of {n} blocks, {total:,} values"
+    size = write_inherited(source, out, tensors, config, {}, new_lineage(source, blocks, **notes))
+    return f"{out}: {len(blocks)} of {n} blocks, {size}"
 
 
 def cut_lists(source: str, full: dict, n: int, blocks: list[int]) -> dict:
-    """The per-layer values of a configuration of n layers for these blocks. Raises UserError for what depends
-    on the place of a layer in another way."""
+    """The per-layer values of a configuration of n layers for these blocks. What depends on the place of a
+    layer in another way is refused."""
     changes, refused = {}, []
     for key, value in full.items():
         if key in PER_LAYER and value:
@@ -79,15 +67,13 @@ def cut_lists(source: str, full: dict, n: int, blocks: list[int]) -> dict:
             harmless = value == 1 and re.search("interval|step|period", key)  # every layer is the same
             refused += [] if follows or harmless else [key]
     if refused:
-        raise UserError(
-            f"{source}/{CONFIG}: {', '.join(refused)} depends on the place of the layers; such a model "
-            "cannot be cut so, though perhaps to its first blocks"
-        )
+        problem = f"{', '.join(refused)} depends on the place of the layers"
+        raise UserError(f"{source}/{CONFIG}: {problem}; perhaps it can be cut to its first blocks")
     return changes
 
 
 def find_blocks(source: str, names: Iterable[str], n: int) -> str:
-    """What the names of the tensors of all n blocks begin with. Raises UserError when there are others."""
+    """What the names of the tensors of all n blocks begin with."""
     numbers = {}
     for name in names:
         if match := re.match(r"((?:[^.]+\.)*?)(\d+)\.", name):
@@ -98,25 +84,24 @@ def find_blocks(source: str, names: Iterable[str], n: int) -> str:
     return next(iter(numbers))
 
 
-def check_result(source: str, folder: str, wanted: dict) -> None:
-    """Raise UserError unless transformers reads from a new folder the configuration that is wanted."""
-    found = open_by("AutoConfig", folder).to_dict()
+def check_result(source: str, config: dict, wanted: dict) -> None:
+    """Raise UserError unless transformers reads from a new config.json what is wanted."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(os.path.join(folder, CONFIG), config)
+        found = open_by("AutoConfig", folder).to_dict()
     wrong = sorted(key for key in wanted if found.get(key) != wanted[key] and key != "_name_or_path")
     if wrong:
-        raise UserError(
-            f"{source}/{CONFIG}: {', '.join(wrong)} cannot follow a cut; such a model cannot be cut"
-        )
+        raise UserError(f"{source}/{CONFIG}: {', '.join(wrong)} cannot follow a cut")
 
 
 def open_by(name: str, folder: str, **flags):
     """transformers.<name>.from_pretrained of a local folder, without its messages. Code in the folder is
-    never run. Raises UserError in one line for whatever goes wrong."""
+    never run, and whatever goes wrong is a UserError of one line."""
     try:
         import transformers
     except ImportError:  # needs an extra package
-        raise UserError(
-            f"{folder} is no GPT-2 of ours; for others: pip install -r requirements-hf.txt"
-        ) from None
+        cure = "for others: pip install -r requirements-hf.txt"
+        raise UserError(f"{folder} is no GPT-2 of ours; {cure}") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

@@ -23,16 +23,16 @@ import subprocess
 from collections.abc import Iterator
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
-from inheritune.weights.gpt2_format import CONFIG, arrange, open_model, write_model
-from inheritune.weights.tensors import write_tensors
+from inheritune.weights.gpt2_format import CONFIG, arrange, config_json, open_model, write_model
+from inheritune.weights.tensors import read_tensors, write_tensors
 
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without symbolic links
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
+COUNTS = ("step", "bad_steps", "bad_in_a_row")  # in state.json
 # what a checkpoint's folder on the hub holds besides weights
 HUB_FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
 HUB_FILES += " added_tokens.json vocab.json vocab.txt merges.txt *.model *.jinja README.md LICENSE*"
@@ -43,60 +43,44 @@ def find(name: str, prefer: str = "best", weights: bool = True) -> str:
     (downloaded; without `weights` only its configuration and tokenizer).
 
     In a run folder it is the link `prefer` ("best" or "latest") where that exists, else the newest step.
-    Raises UserError when there is none.
     """
     name = follow(name)
+    if os.path.isdir(name):
+        if os.path.exists(os.path.join(name, CONFIG)):
+            return name
+        linked = follow(os.path.join(name, prefer))
+        if os.path.exists(os.path.join(linked, CONFIG)):
+            return os.path.join(name, os.path.basename(os.path.realpath(linked)))
+        if steps := list_steps(name):
+            return os.path.join(name, steps[-1])
+        missing = "neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
+        raise UserError(f"{name} is {missing}")
     if os.path.isfile(name) and name.endswith(".pt"):
-        raise UserError(
-            f"{name} is a pickle; nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
-        )
-    if not os.path.isdir(name):
-        if os.path.exists(name):
-            raise UserError(
-                f"{name} is a file; a checkpoint is a folder with config.json and model.safetensors"
-            )
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-            raise UserError(f"no folder {name!r} here")
-        return download(name, weights)
-    if os.path.exists(os.path.join(name, CONFIG)):
-        return name
-    steps = list_steps(name)
-    if not steps:
-        raise UserError(
-            f"{name} is neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
-        )
-    linked = follow(os.path.join(name, prefer))
-    if os.path.exists(os.path.join(linked, CONFIG)):
-        return os.path.join(name, os.path.basename(os.path.realpath(linked)))
-    return os.path.join(name, steps[-1])
+        fix = f"nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
+        raise UserError(f"{name} is a pickle; {fix}")
+    if os.path.exists(name):
+        wanted = "a checkpoint is a folder with config.json and model.safetensors"
+        raise UserError(f"{name} is a file; {wanted}")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"no folder {name!r} here")
+    return download(name, weights)
 
 
-def download(name: str, weights: bool = True) -> str:
-    """Fetch a Hugging Face GPT-2 (an id such as gpt2-large) and return the local folder of its files.
-
-    Raises UserError in one line when there is no such model, no network, or only a pickle.
-    """
+def download(name: str, weights: bool) -> str:
+    """Fetch a Hugging Face model (an id such as gpt2-large) and return the local folder of its files."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # what goes wrong is said once, below
+    hub.utils.logging.set_verbosity_error()  # what goes wrong is said once, below
     wanted = HUB_FILES + " *.safetensors *.safetensors.index.json" * weights
     try:
         folder = hub.snapshot_download(name, allow_patterns=wanted.split())
-    except RepositoryNotFoundError:  # needs the hub
-        raise UserError(f"no folder {name!r} here and no model of that id on the Hugging Face hub") from None
-    except (
-        Exception
-    ) as e:  # the hub client's errors, its HTTP library's, the disk's: treat all of them as: not available
+    except Exception as e:  # the client's errors, its HTTP library's, the disk's: treat all as: not available
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
             f"no folder {name!r} here, and the Hugging Face hub did not give it ({type(e).__name__}: "
             f"{reason:.150}); check the name and the network, or give a folder that holds config.json and "
             "model.safetensors"
         ) from None
-    if not os.path.exists(os.path.join(folder, CONFIG)):
-        raise UserError(f"{name} on the Hugging Face hub has no config.json: not a transformers model")
     if weights and not glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         raise UserError(
             f"{name} on the Hugging Face hub has no model.safetensors, perhaps only a pickle, which is never "
@@ -107,9 +91,8 @@ def download(name: str, weights: bool = True) -> str:
 
 def list_steps(run: str) -> list[str]:
     """The names of the complete checkpoints in a run folder, oldest first."""
-    if not os.path.isdir(run):
-        return []
-    names = [n for n in os.listdir(run) if STEP.fullmatch(n) and not os.path.islink(os.path.join(run, n))]
+    names = os.listdir(run) if os.path.isdir(run) else []
+    names = [n for n in names if STEP.fullmatch(n) and not os.path.islink(os.path.join(run, n))]
     return sorted(names, key=lambda n: int(STEP.fullmatch(n)[1]))
 
 
@@ -126,22 +109,20 @@ def save(
     tensors: {"parameter name": tensor} of a model with the configuration `config`, and {"parameter name/state
     name": tensor} of its optimizer; state: what state.json holds besides the environment. Raises OSError.
     """
+    name = step_name(state["step"])
     moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
-    with new_folder(os.path.join(run, step_name(state["step"]))) as temporary:
-        write_model(temporary, arrange(tensors, config), config, tokenizer_files)
+    with new_folder(os.path.join(run, name)) as temporary:
+        write_model(temporary, arrange(tensors, config), config_json(config), tokenizer_files)
         write_tensors(os.path.join(temporary, OPTIMIZER), moments)
         write_json(os.path.join(temporary, STATE), state | environment())
         write_json(os.path.join(temporary, LINEAGE), lineage)
-    link(run, "latest", state["step"])
+    link(os.path.join(run, "latest"), name)
 
 
 @contextlib.contextmanager
 def new_folder(path: str) -> Iterator[str]:
     """Yield a temporary neighbour folder to fill with files that are fsynced; on success it is renamed to
-    `path` and the rename made durable, on an exception it is removed.
-
-    Raises UserError when `path` exists: a checkpoint is never overwritten.
-    """
+    `path` and the rename made durable, on an exception it is removed. An existing `path` is refused."""
     path = os.fspath(path).rstrip("/")
     parent, name = os.path.dirname(path) or ".", os.path.basename(path)
     if os.path.lexists(path):
@@ -159,13 +140,7 @@ def new_folder(path: str) -> Iterator[str]:
         raise
 
 
-def link(run: str, name: str, step: int) -> None:
-    """Point the link `name` of a run folder at the checkpoint of `step`; relative, so the folder can be
-    moved."""
-    relink(os.path.join(run, name), step_name(step))
-
-
-def relink(path: str, target: str) -> None:
+def link(path: str, target: str) -> None:
     """Make `path` a link to `target` (relative to it) in one atomic rename, also where there is such a link
     already. Where the file system has no links, a file that holds the target takes its place."""
     folder, name = os.path.split(path)
@@ -184,7 +159,7 @@ def relink(path: str, target: str) -> None:
 
 
 def follow(path: str) -> str:
-    """Where the file leads that `relink` writes in a link's place; any other path as it is."""
+    """Where the file leads that `link` writes in a link's place; any other path as it is."""
     if os.path.isfile(path) and os.path.getsize(path) < 4096:
         with open(path, encoding="utf-8", errors="replace") as f:
             target = os.path.join(os.path.dirname(path), f.read())
@@ -199,27 +174,21 @@ def examine(folder: str) -> None:
     read_state(folder)
     read_json(os.path.join(folder, LINEAGE))
     path = os.path.join(folder, OPTIMIZER)
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("no regular file")
-        safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it can start a run (--init_from) but not continue one") from None
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e})") from None
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: it can start a run (--init_from) but not continue one")
+    read_tensors(path)
 
 
 def read_state(folder: str) -> dict:
-    """state.json of a checkpoint folder, its values checked. Raises UserError."""
+    """state.json of a checkpoint folder, its values checked."""
     path = os.path.join(folder, STATE)
     state = read_json(path)
-    counts = [state.get(key) for key in ("step", "bad_steps", "bad_in_a_row")]
     best = state.get("best_step"), state.get("best_val_loss")
-    row = state.get("row")
     try:
-        usable = all(type(n) is int and n >= 0 for n in counts) and isinstance(state["settings"], dict)
-        usable = usable and (best == (None, None) or (type(best[0]) is int and isinstance(best[1], float)))
-        state["row"] = {key: float(value) for key, value in row.items()}
+        usable = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
+        usable = usable and (best == (None, None) or (type(best[0]), type(best[1])) == (int, float))
+        usable = usable and isinstance(state["settings"], dict)
+        state["row"] = {key: float(value) for key, value in state["row"].items()}
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         usable = False
     if not usable:
@@ -237,8 +206,7 @@ def set_aside(folder: str) -> None:
 def prune(run: str, keep_last: int, best_step: int | None) -> None:
     """Delete all but the newest `keep_last` checkpoints and the best one. Each is renamed before it is
     emptied, so that no half-deleted folder is ever taken for a checkpoint."""
-    names = list_steps(run)
-    for name in names[: max(0, len(names) - keep_last)]:
+    for name in list_steps(run)[:-keep_last]:
         if best_step is None or name != step_name(best_step):
             doomed = os.path.join(run, f".{name}.tmp")
             os.rename(os.path.join(run, name), doomed)
@@ -258,10 +226,7 @@ def sweep(run: str) -> None:
 
 def new_lineage(folder: str, blocks: list[int], onto: str | None = None, onto_layers: int = 0, **how) -> dict:
     """lineage.json of a new model: for every block of it, which block of which source it was. With `onto`,
-    the first `onto_layers` blocks come from that folder.
-
-    how: what else is needed to make the model again, such as recipe and seed.
-    """
+    the first `onto_layers` blocks come from that folder. how: what else tells how to make it again."""
     names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
     sources = {"reference": identify(folder) | {"lineage": read_lineage(folder)}}
     if onto:
@@ -281,11 +246,8 @@ def read_lineage(folder: str) -> dict:
 
 
 def identify(folder: str) -> dict:
-    """What lineage.json says of a source folder: name, step, size, hash of header and samples.
-
-    Enough to tell one model from another without reading gigabytes; the name keeps two path components, no
-    more.
-    """
+    """What lineage.json says of a source folder: name (two path components), step, and the files' sizes and
+    hashes of header and samples, enough to tell one model from another without reading gigabytes."""
     files = {}
     for name in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") and n != OPTIMIZER):
         path = os.path.join(folder, name)
@@ -312,10 +274,8 @@ def hub_id(folder: str | None) -> str | None:
 
 @functools.cache
 def environment() -> dict:
-    """Versions, git revision and hardware, for state.json.
-
-    Asked once per process: it is the code that runs, whatever happens to the working tree later.
-    """
+    """Versions, git revision and hardware, for state.json; asked once per process, as the working tree may
+    change while the code runs."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]

@@ -25,12 +25,10 @@ from inheritune.weights.tensors import Lazy, pieces, read_tensors, write_tensors
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # stored as (in, out)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# causal masks, which the released files hold as tensors
-MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
 # sha256 of OpenAI's encoder.json, and how the hub's client calls the folders of the released GPT-2s
 GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-GPT2_CACHE = re.compile(r"models--(openai-community--)?gpt2(-medium|-large|-xl)?")
+GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
 
 
 class OtherModel(UserError):
@@ -38,7 +36,7 @@ class OtherModel(UserError):
 
 
 def is_other(folder: str) -> bool:
-    """Whether a folder holds a model that model.py does not implement. Raises UserError for a damaged one."""
+    """Whether a folder holds a model that model.py does not implement."""
     path = os.path.join(folder, CONFIG)
     try:
         check_architecture(path, read_json(path))
@@ -48,15 +46,14 @@ def is_other(folder: str) -> bool:
 
 
 def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
-    """(state dict, configuration) of a checkpoint folder, checked against each other. Raises UserError."""
+    """(state dict, configuration) of a checkpoint folder, checked against each other."""
     config, weights = read_config(folder), read_weights(folder)
     check_weights(weights, config, folder)
     return weights, config
 
 
 def read_config(folder: str) -> dict:
-    """The configuration of a checkpoint folder. Raises UserError and names everything that model.py does not
-    implement."""
+    """The configuration of a checkpoint folder; what model.py does not implement is refused by name."""
     path = os.path.join(folder, CONFIG)
     c = read_json(path)
     check_architecture(path, c)
@@ -84,13 +81,11 @@ def read_config(folder: str) -> dict:
 
 
 def check_architecture(path: str, c: dict) -> None:
-    """Raise UserError unless config.json's content describes a GPT-2 of possible sizes that model.py
-    implements."""
+    """Raise UserError unless config.json's content is that of a GPT-2 which model.py implements."""
     if c.get("model_type") != "gpt2":
-        raise OtherModel(
-            f"{path}: model_type is {c.get('model_type')!r}; only gpt2 is implemented here; transformers' "
-            "Trainer, litgpt and torchtitan train others"
-        )
+        others = "transformers' Trainer, litgpt and torchtitan train others"
+        found = f"model_type is {c.get('model_type')!r}; only gpt2 is implemented here"
+        raise OtherModel(f"{path}: {found}; {others}")
     bad = [
         f"{key} is {c.get(key)!r:.50} (1 to {most:,})"
         for key, most in LIMITS.items()
@@ -108,31 +103,29 @@ def check_architecture(path: str, c: dict) -> None:
         "scale_attn_weights": (True,),
         "layer_norm_epsilon": (1e-5,),
     }
-    refused = [
-        f"{key}={c[key]!r}" for key, values in implemented.items() if key in c and c[key] not in values
-    ]
+    refused = [f"{key}={c[key]!r}" for key, known in implemented.items() if key in c and c[key] not in known]
     if refused:
         raise OtherModel(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
 
 
 def find_tokenizer(folder: str) -> str:
-    """The tokenizer of a folder whose config.json does not name it: "gpt2" for GPT-2's vocabulary or a
-    released GPT-2 in the hub's cache, "tokenizer.json" for another one in that file, "" when there is none.
-    Raises UserError."""
+    """The tokenizer of a folder whose config.json names none: "gpt2" for GPT-2's vocabulary or a released
+    GPT-2 in the hub's cache, "tokenizer.json" for another one in that file, "" when there is none."""
     own, vocab = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
     if os.path.exists(own):
         model = read_json(own).get("model")
-        ids = model.get("vocab") if isinstance(model, dict) else None
-    else:
-        ids = read_json(vocab) if os.path.exists(vocab) else None
-    if isinstance(ids, dict) and all(type(i) is int for i in ids.values()):
-        ordered = json.dumps(dict(sorted(ids.items(), key=lambda item: item[1])))  # as OpenAI's encoder.json
-        if hashlib.sha256(ordered.encode()).hexdigest() == GPT2_VOCAB:
-            return "gpt2"
-    if os.path.exists(own):
-        return "tokenizer.json"
-    in_cache = os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(folder))))
-    return "gpt2" if ids is None and GPT2_CACHE.fullmatch(in_cache) else ""
+        return "gpt2" if isinstance(model, dict) and is_gpt2(model.get("vocab")) else "tokenizer.json"
+    if os.path.exists(vocab):
+        return "gpt2" if is_gpt2(read_json(vocab)) else ""
+    return "gpt2" if GPT2_CACHE.search(os.path.abspath(folder)) else ""
+
+
+def is_gpt2(ids) -> bool:
+    """Whether {token: id} is GPT-2's vocabulary."""
+    if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()):
+        return False
+    ordered = json.dumps(dict(sorted(ids.items(), key=lambda item: item[1])))  # as OpenAI's encoder.json
+    return hashlib.sha256(ordered.encode()).hexdigest() == GPT2_VOCAB
 
 
 def has_biases(folder: str) -> bool:
@@ -177,7 +170,7 @@ def read_weights(folder: str) -> dict[str, Lazy]:
     """The state dict of a checkpoint folder, Lazy and in the file's dtype: only headers are read here.
 
     Names without the `transformer.` prefix are accepted; causal-mask buffers and the copy of the tied head
-    are left out. Raises UserError for damaged or missing files.
+    are left out.
     """
     tensors = {}
     for key, tensor in stored_tensors(folder):
@@ -189,35 +182,27 @@ def read_weights(folder: str) -> dict[str, Lazy]:
     if head is not None and wte is not None:
         same = head.shape == wte.shape and len(wte.shape) == 2
         if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
-            raise UserError(
-                f"{folder}: lm_head.weight differs from wte.weight; untied heads are not implemented"
-            )
+            problem = "lm_head.weight differs from wte.weight; untied heads are not implemented"
+            raise UserError(f"{folder}: {problem}")
         del tensors["lm_head.weight"]
     return tensors
 
 
 def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
-    """(name, tensor) of all that a folder's safetensors files hold but causal masks, by the files' own names.
-    Raises UserError for damaged or missing files."""
-    index = os.path.join(folder, INDEX)
-    for file in sorted(set(read_index(index).values())) if os.path.exists(index) else [WEIGHTS]:
+    """(name, tensor) of all that a folder's safetensors files hold, by the files' own names."""
+    files, index = [WEIGHTS], os.path.join(folder, INDEX)
+    if os.path.exists(index):  # {tensor name: file name} of a sharded model
+        shards = read_json(index).get("weight_map")
+        files = list(shards.values()) if isinstance(shards, dict) else [None]
+        if not all(isinstance(file, str) and re.fullmatch(r"[^/]+\.safetensors", file) for file in files):
+            raise UserError(f"{index} has no usable weight_map; fetch the model again")
+    for file in sorted(set(files)):
         path = os.path.join(folder, file)
         if not os.path.isfile(path):
             pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
             hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
             raise UserError(f"{folder} has no {file}{', ' + hint if pickled else '; is it a checkpoint?'}")
-        yield from read_tensors(path, MASKS).items()
-
-
-def read_index(path: str) -> dict[str, str]:
-    """{tensor name: file name} of a sharded model. Raises UserError."""
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(f, str) and os.path.basename(f) == f and f.endswith(".safetensors")
-        for f in shards.values()
-    ):
-        raise UserError(f"{path} has no usable weight_map; fetch the model again")
-    return shards
+        yield from read_tensors(path).items()
 
 
 def shapes(config: dict) -> dict[str, tuple]:
@@ -234,8 +219,7 @@ def shapes(config: dict) -> dict[str, tuple]:
 
 
 def check_weights(weights: Mapping, config: dict, source: str) -> None:
-    """Raise UserError, naming `source`, unless the tensors and their shapes are those that `config` asks
-    for."""
+    """Raise UserError, naming `source`, unless these are the tensors and shapes that `config` asks for."""
     wanted = shapes(config)
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
     wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
@@ -247,10 +231,8 @@ def check_weights(weights: Mapping, config: dict, source: str) -> None:
 
 
 def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
-    """Copy a state dict of any float dtype into a model's own parameters.
-
-    Raises UserError, naming `source`, when a model without biases would lose biases that are not zero.
-    """
+    """Copy a state dict of any float dtype into a model's own parameters. Raises UserError, naming `source`,
+    when a model without biases would lose biases that are not zero."""
     with torch.no_grad():
         for name in state:
             if name in parameters:
@@ -275,17 +257,12 @@ def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torc
     return state
 
 
-def write_model(
-    folder: str, state: Mapping, config: dict, tokenizer_files: dict[str, bytes], ids: Mapping = {}
-) -> None:
-    """Write a state dict, its configuration and its tokenizer's files into an existing folder; fsync them.
-
-    ids: special ids of config.json (bos_token_id …) that differ from the configuration's end-of-text. Nobody
-    looks for the folder yet: the caller renames it into place.
-    """
+def write_model(folder: str, state: Mapping, config: dict, files: dict[str, bytes]) -> None:
+    """Write a state dict, config.json with the content `config`, and other files into an existing folder;
+    fsync them. Nobody looks for the folder yet: the caller renames it into place."""
     write_tensors(os.path.join(folder, WEIGHTS), state)
-    write_json(os.path.join(folder, CONFIG), config_json(config) | ids)
-    for name, content in tokenizer_files.items():
+    write_json(os.path.join(folder, CONFIG), config)
+    for name, content in files.items():
         with open(os.path.join(folder, name), "wb") as f:
             f.write(content)
             f.flush()

@@ -5,9 +5,11 @@ Inputs are not modified; unchanged tensors are shared, not copied, and no Lazy t
 dicts and configurations are those of gpt2_format.py.
 """
 
+import dataclasses
+import functools
 import math
 import os
-import shutil
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,7 +18,7 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
 from inheritune.weights.card import CARD, write_card
 from inheritune.weights.checkpoint import LINEAGE, STATE, new_folder, new_lineage
-from inheritune.weights.gpt2_format import CONFIG, arrange, open_model, shapes, write_model
+from inheritune.weights.gpt2_format import CONFIG, arrange, config_json, open_model, shapes, write_model
 from inheritune.weights.tensors import Lazy
 
 RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "ends")
@@ -25,11 +27,22 @@ RECIPES += ("stack", "hybrid", "half_width", "random")
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
 WTE = "transformer.wte.weight"
 OURS = (CONFIG, STATE, LINEAGE, CARD, "SHA256SUMS")  # never copied; earlier versions wrote SHA256SUMS
-WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-WEIGHT_FILES += (".h5", ".msgpack", ".onnx", ".tflite", ".ot")
+# nor are hidden files and weights
+LEFT = re.compile(r"\..*|.*\.(safetensors|index\.json|bin|pth?|ckpt|gguf|h5|msgpack|onnx|tflite|ot)")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Model = Callable[[dict], torch.nn.Module]  # makes the GPT of a configuration, with random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to make a model out of the blocks of another."""
+
+    recipe: str = "first"  # which blocks: see RECIPES
+    parts: str = "all"  # of each block: attention or MLP with the LayerNorm before it, or both
+    layernorms: bool = True  # take the blocks' LayerNorms too
+    released_slice: bool = False  # take neither wpe nor ln_f, as the authors' script does
+    seed: int = 1337  # of what is random
 
 
 def make_checkpoint(
@@ -37,24 +50,20 @@ def make_checkpoint(
     out: str,
     new_model: Model,
     tokenizer_files: dict[str, bytes],
-    *,
     layers: int | None = None,
     blocks: list[int] | None = None,
     onto: str | None = None,
-    recipe: str = "first",
-    parts: str = "all",
-    layernorms: bool = True,
-    released_slice: bool = False,
-    seed: int = 1337,
-    **notes,
+    notes: dict | None = None,
+    **how,
 ) -> str:
     """Make a new checkpoint folder `out` out of the checkpoint folder `source`; says in a text what it is.
 
     With `blocks` it has those blocks; with `onto`, a checkpoint folder, that model's blocks and then the
-    source's up to `layers`; otherwise see `initialise`. All files of the source but weights and ours are
-    copied; `tokenizer_files` are for a source that has none. notes: kept in lineage.json. Raises UserError.
+    source's up to `layers`; otherwise `layers` blocks by the Recipe that `how` has the fields of.
+    `tokenizer_files` are for a source that has none. notes: kept in lineage.json.
     """
     weights, config = open_model(source)
+    notes = notes or {}
     if onto:
         small, small_config = open_model(onto)
         state, new_config = grow_onto(small, small_config, weights, config, layers)
@@ -63,68 +72,49 @@ def make_checkpoint(
         state, new_config = inherit(weights, config, blocks)
         lineage = new_lineage(source, blocks)
     else:
-        how = {"recipe": recipe, "parts": parts, "layernorms": layernorms, "released_slice": released_slice}
-        how["seed"] = seed
-        state, new_config, blocks = initialise(weights, config, new_model, layers or config["n_layer"], **how)
-        lineage = new_lineage(source, blocks, **how, **notes)
+        how = Recipe(**how)
+        state, new_config, blocks = initialise(weights, config, new_model, layers or config["n_layer"], how)
+        lineage = new_lineage(source, blocks, **vars(how), **notes)
     theirs = read_json(os.path.join(source, CONFIG))
-    ids = {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
-    with new_folder(out) as temporary:
-        write_model(temporary, state, new_config, tokenizer_files, ids)
-        copy_others(source, temporary)
-        write_json(os.path.join(temporary, LINEAGE), lineage)
-        write_card(temporary, os.path.basename(os.path.normpath(out)), source)
-    total = sum(math.prod(t.shape) for t in state.values())
-    return f"{out}: {new_config['n_layer']} of {config['n_layer']} blocks, {total:,} values"
+    content = config_json(new_config) | {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
+    size = write_inherited(source, out, state, content, tokenizer_files, lineage)
+    return f"{out}: {new_config['n_layer']} of {config['n_layer']} blocks, {size}"
 
 
-def copy_others(source: str, folder: str) -> None:
-    """Copy and fsync what a checkpoint folder holds besides weights and our files: tokenizer, chat template,
-    …. Hidden files and folders are left out."""
+def write_inherited(source: str, out: str, state: Mapping, config: dict, files: dict, lineage: dict) -> str:
+    """Write a new checkpoint folder with all files of the source but weights and ours: tokenizer, chat
+    template, …, where `files` are for a source that has none. Returns its size in words."""
     for name in sorted(os.listdir(source)):
         path = os.path.join(source, name)
-        if name in OURS or name.endswith(WEIGHT_FILES) or name.startswith(".") or not os.path.isfile(path):
-            continue
-        with open(path, "rb") as theirs, open(os.path.join(folder, name), "wb") as ours:
-            shutil.copyfileobj(theirs, ours)
-            ours.flush()
-            os.fsync(ours.fileno())
+        if os.path.isfile(path) and name not in OURS and not LEFT.fullmatch(name):
+            with open(path, "rb") as f:
+                files = files | {name: f.read()}
+    with new_folder(out) as temporary:
+        write_model(temporary, state, config, files)
+        write_json(os.path.join(temporary, LINEAGE), lineage)
+        write_card(temporary, os.path.basename(os.path.normpath(out)), source)
+    return f"{sum(math.prod(t.shape) for t in state.values()):,} values"
 
 
-def initialise(
-    state: Mapping,
-    config: dict,
-    new_model: Model,
-    k: int,
-    recipe: str = "first",
-    parts: str = "all",
-    layernorms: bool = True,
-    released_slice: bool = False,
-    seed: int = 0,
-) -> tuple[dict, dict, list[int]]:
-    """(state, config, blocks) of a new model with k blocks made by `recipe` out of the given one.
-
-    parts: what is taken of each block, attention or MLP with the LayerNorm before it, or both;
-    layernorms=False leaves the blocks' LayerNorms out; released_slice leaves wpe and ln_f out, as the
-    authors' script does. What is left out is random, from `seed`. blocks: the source block of each new one,
-    [] for random. Raises UserError.
-    """
-    if recipe == "random":
+def initialise(state: Mapping, config: dict, new_model: Model, k: int, how: Recipe) -> tuple:
+    """(state, config, blocks) of a new model with k blocks made out of the given one. What is not taken of it
+    is random. blocks: the source block of each new one, [] for random."""
+    if how.recipe == "random":
         small = config | {"n_layer": k}
-        return random_state(small, new_model, seed), small, []
-    blocks = choose_blocks(recipe, config["n_layer"], k)
+        return random_state(small, new_model, how.seed), small, []
+    blocks = choose_blocks(how.recipe, config["n_layer"], k)
     state, small = inherit(state, config, blocks)
-    if recipe == "half_width":
+    if how.recipe == "half_width":
         state, small = halve(state, small)
 
     def kept(name):
         if not name.startswith("transformer.h."):
-            return name == WTE or not released_slice
+            return name == WTE or not how.released_slice
         inside = name.split(".", 3)[3]  # ln_1.weight, attn.c_attn.weight, …
-        return inside.startswith(PARTS[parts]) and (layernorms or not inside.startswith("ln_"))
+        return inside.startswith(PARTS[how.parts]) and (how.layernorms or not inside.startswith("ln_"))
 
     if not all(map(kept, state)):
-        random = random_state(small, new_model, seed)
+        random = random_state(small, new_model, how.seed)
         state = {name: tensor if kept(name) else random[name] for name, tensor in state.items()}
     return state, small, blocks
 
@@ -137,16 +127,12 @@ def random_state(config: dict, new_model: Model, seed: int) -> dict[str, torch.T
 
 
 def choose_blocks(recipe: str, n_layer: int, k: int) -> list[int]:
-    """The source blocks that become blocks 0 … k-1, for every recipe but random (paper, App. D).
-
-    Raises UserError when the recipe cannot make k blocks out of n_layer.
-    """
+    """The source blocks that become blocks 0 … k-1, for every recipe but random (paper, App. D)."""
     if recipe == "half_width" and k != n_layer:
         raise UserError(f"half_width keeps all {n_layer} blocks: leave --layers out")
     if recipe == "stack" and k != 2 * n_layer:
-        raise UserError(
-            f"stack doubles the model: --layers must be {2 * n_layer}, twice its {n_layer} blocks, not {k}"
-        )
+        wanted = f"{2 * n_layer}, twice its {n_layer} blocks, not {k}"
+        raise UserError(f"stack doubles the model: --layers must be {wanted}")
     if recipe == "hybrid" and k % 2:
         raise UserError(f"hybrid repeats the first k/2 blocks twice: --layers must be even, not {k}")
     if recipe != "stack" and k > n_layer:
@@ -169,14 +155,11 @@ def choose_blocks(recipe: str, n_layer: int, k: int) -> list[int]:
 
 
 def inherit(state: Mapping, config: dict, blocks: list[int]) -> tuple[dict, dict]:
-    """(state, config) of the model with only these blocks (repeats allowed) of the given one (paper,
-    Algorithm 1).
-
-    Raises UserError when a block is not there.
-    """
+    """(state, config) of the model with these blocks, perhaps repeated, of the given one (paper, Algorithm
+    1)."""
     check_blocks(blocks, config["n_layer"])
-    scaled = config["scale_attn_by_inverse_layer_idx"]
-    return assemble(state, [(state, i) for i in blocks], scaled), config | {"n_layer": len(blocks)}
+    new = assemble(state, [(state, i) for i in blocks], config["scale_attn_by_inverse_layer_idx"])
+    return new, config | {"n_layer": len(blocks)}
 
 
 def check_blocks(blocks: list[int], n: int) -> None:
@@ -189,9 +172,7 @@ def check_blocks(blocks: list[int], n: int) -> None:
 
 def grow_onto(small: Mapping, small_config: dict, state: Mapping, config: dict, k: int) -> tuple[dict, dict]:
     """(state, config) of the trained small model with the reference's next blocks on top, up to k in all.
-
-    Embeddings and final LayerNorm are the small model's. Raises UserError when the two do not fit together.
-    """
+    Embeddings and final LayerNorm are the small model's."""
     n, most = small_config["n_layer"], config["n_layer"]
     if n >= most:
         raise UserError(f"there is nothing to add: the small model has {n} blocks, the reference {most}")
@@ -227,22 +208,24 @@ def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> Lazy:
     """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first third of the columns, times
     `factor`."""
 
-    def rows(a, b):
-        values = tensor[a:b] if len(tensor.shape) == 2 else tensor[:]
+    def scaled(values):
         q, k, v = values.double().tensor_split(3, dim=-1)
-        values = torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
-        return values if len(tensor.shape) == 2 else values[a:b]
+        return torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
 
-    return Lazy(tensor.shape, tensor.dtype, rows)
+    return by_columns(tensor, tensor.shape, scaled)
+
+
+def by_columns(tensor: torch.Tensor | Lazy, shape: tuple, change: Callable) -> Lazy:
+    """The Lazy tensor whose rows are change(rows of `tensor`); a vector counts as one row."""
+    if len(shape) == 1:
+        return Lazy(shape, tensor.dtype, lambda a, b: change(tensor[:])[a:b])
+    return Lazy(shape, tensor.dtype, lambda a, b: change(tensor[a:b]))
 
 
 def halve(state: Mapping, config: dict) -> tuple[dict, dict]:
     """(state, config) at half width: the first floor(n_head / 2) heads, as many channels as they have, MLP 4
-    × that.
-
-    The paper does not say which channels of embeddings and LayerNorms it keeps; the first ones go with the
-    first heads. Raises UserError for a single head.
-    """
+    × that. The paper does not say which channels of embeddings and LayerNorms it keeps; the first ones go
+    with the first heads."""
     n_head = config["n_head"] // 2
     if not n_head:
         raise UserError("half_width needs at least two heads")
@@ -253,10 +236,7 @@ def halve(state: Mapping, config: dict) -> tuple[dict, dict]:
             return rows.unflatten(-1, (3, C))[..., :c].flatten(-2)
         return rows[..., : 4 * c if ".c_fc." in name else c].contiguous()
 
-    def cut(name, tensor, shape):
-        if len(shape) == 1:  # its rows are columns
-            return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[:])[a:b])
-        return Lazy(shape, tensor.dtype, lambda a, b: columns(name, tensor[a:b]))
-
-    small = config | {"n_head": n_head, "n_embd": c}
-    return {name: cut(name, state[name], shape) for name, shape in shapes(small).items()}, small
+    small, new = config | {"n_head": n_head, "n_embd": c}, {}
+    for name, shape in shapes(small).items():
+        new[name] = by_columns(state[name], shape, functools.partial(columns, name))
+    return new, small

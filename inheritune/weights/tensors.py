@@ -19,6 +19,8 @@ from inheritune.base.errors import UserError
 
 PIECE = 2**22  # bytes; stays in the processor's cache while it is read, checked and written
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# causal masks, which the released GPT-2 files hold as tensors
+MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 
 
 class Lazy:
@@ -51,15 +53,14 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 def check_finite(tensor: torch.Tensor, name: str, source: str) -> torch.Tensor:
     """The tensor itself. Raises UserError if it holds NaN or infinity: the run that wrote it had diverged, or
     the file is damaged."""
-    values = tensor.detach()
-    values = values.float() if tensor.dtype == torch.bfloat16 else values  # numpy has no bfloat16
+    values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
     if not np.isfinite(values.numpy()).all():  # numpy uses one core: the other one writes meanwhile
         raise UserError(f"{source}: {name:.80} holds NaN or infinity: take an earlier checkpoint")
     return tensor
 
 
-def read_tensors(path: str, skip: re.Pattern) -> dict[str, Lazy]:
-    """The tensors of a safetensors file whose names do not end in `skip`; only the header is read here.
+def read_tensors(path: str) -> dict[str, Lazy]:
+    """The tensors of a safetensors file but causal masks; only the header is read here.
 
     Raises UserError when the file is damaged, and later for rows that are not finite or have been cut off.
     """
@@ -71,12 +72,11 @@ def read_tensors(path: str, skip: re.Pattern) -> dict[str, Lazy]:
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
     entries.pop("__metadata__", None)
-    return {name: stored(file, name, e, 8 + length) for name, e in entries.items() if not skip.search(name)}
+    return {name: stored(file, name, e, 8 + length) for name, e in entries.items() if not MASKS.search(name)}
 
 
 def stored(file, name: str, entry: dict, start: int) -> Lazy:
-    """The tensor of a header's `entry` in an open file whose tensors begin at byte `start`. Raises
-    UserError."""
+    """The tensor of a header's `entry` in an open file whose tensors begin at byte `start`."""
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{file.name}: {name} is of type {entry['dtype']}, not one of {', '.join(DTYPES)}")
     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
@@ -86,9 +86,8 @@ def stored(file, name: str, entry: dict, start: int) -> Lazy:
         tensor = torch.empty((b - a, *shape[1:]), dtype=dtype)
         file.seek(begin + a * row)
         if file.readinto(raw(tensor)) != tensor.nbytes:
-            raise UserError(
-                f"{file.name} ends within {name:.80}: it was whole a moment ago; do not change it meanwhile"
-            )
+            problem = "it was whole a moment ago; do not change it meanwhile"
+            raise UserError(f"{file.name} ends within {name:.80}: {problem}")
         return check_finite(tensor, name, file.name)
 
     return Lazy(shape, dtype, rows)
@@ -99,16 +98,11 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
     bytes are those of safetensors' own save_file. Raises OSError when the disk is full or the like."""
     # header: largest dtype first, then by name
     names = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (list(names).index(tensors[name].dtype), name))
+    ordered = sorted(tensors.items(), key=lambda item: (list(names).index(item[1].dtype), item[0]))
     entries, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        entries[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+    for name, t in ordered:
+        begin, end = end, end + math.prod(t.shape) * t.dtype.itemsize
+        entries[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
 
@@ -120,9 +114,8 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
 
     with open(path, "wb") as f, ThreadPoolExecutor(1) as writer:
         written = writer.submit(f.write, len(header).to_bytes(8, "little") + header)
-        for name in order:
-            tensor = tensors[name] if tensors[name].shape else tensors[name].reshape(1)
-            for piece in pieces(tensor):
+        for _, tensor in ordered:
+            for piece in pieces(tensor if tensor.shape else tensor.reshape(1)):
                 written.result()  # at most two pieces in memory
                 written = writer.submit(write, raw(piece))
         written.result()

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from inheritune.base.errors import Parser, Stopped, UserError, describe_os_error, one_line
+from inheritune.base.errors import Parser, Stopped, UserError, describe, one_line
 from tests.tiny import ROOT, arguments, refusal
 
 
@@ -48,7 +48,7 @@ def test_only_rank_0_prints(monkeypatch, capsys, of_ranks, environment, printed)
 @pytest.mark.parametrize(
     "rank, world, said",
     [
-        ("x", "2", "RANK is 'x', not a number"),
+        ("x", "2", "RANK=x of WORLD_SIZE=2"),
         ("2", "2", "RANK=2 of WORLD_SIZE=2"),
         ("0", "-1", "WORLD_SIZE"),
     ],
@@ -87,8 +87,8 @@ def test_sigterm_ends_a_command_at_once_and_is_handled_as_before_after_it():
 def test_errors_of_the_system_say_what_failed_where_and_how_to_go_on():
     full, denied = (OSError(number, os.strerror(number), "a/b") for number in (errno.ENOSPC, errno.EACCES))
     said = "No space left on device (a/b); nothing written before is damaged"
-    assert describe_os_error(full) == f"{said}: free some space and run the same command again"
-    assert describe_os_error(denied) == "Permission denied (a/b); nothing written before is damaged"
+    assert describe(full) == f"{said}: free some space and run the same command again"
+    assert describe(denied) == "Permission denied (a/b); nothing written before is damaged"
 
 
 def test_a_parser_names_the_nearest_flag_and_guesses_no_abbreviation():

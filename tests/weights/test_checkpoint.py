@@ -91,10 +91,10 @@ def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, er
 @pytest.mark.parametrize("call", ["os.symlink", "os.replace"])
 def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
     save(tmp_path, 1)
-    checkpoint.link(str(tmp_path), "best", 1)
+    checkpoint.link(f"{tmp_path}/best", "step_00000001")
     monkeypatch.setattr(call, lambda *a: (_ for _ in ()).throw(OSError("cut")))
     with pytest.raises(OSError, match="cut"):
-        checkpoint.link(str(tmp_path), "best", 2)
+        checkpoint.link(f"{tmp_path}/best", "step_00000002")
     assert os.readlink(tmp_path / "best") == "step_00000001"
 
 
@@ -112,7 +112,7 @@ def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, 
 def test_a_link_is_made_whatever_a_kill_left(tmp_path):
     save(tmp_path, 1)
     os.symlink("nowhere", tmp_path / ".best.tmp")
-    checkpoint.link(str(tmp_path), "best", 1)
+    checkpoint.link(f"{tmp_path}/best", "step_00000001")
     assert os.readlink(tmp_path / "best") == "step_00000001" and not os.path.lexists(tmp_path / ".best.tmp")
 
 
@@ -178,7 +178,7 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
     for step in (1, 2, 3):
         save(run, step)
     assert checkpoint.find(str(run)) == str(run / "step_00000003"), "no best yet: the newest"
-    checkpoint.link(str(run), "best", 2)
+    checkpoint.link(f"{run}/best", "step_00000002")
     assert checkpoint.find(str(run)) == str(run / "step_00000002")
     assert checkpoint.find(f"{run}/") == str(run / "step_00000002")
     assert checkpoint.find(str(run), prefer="latest") == str(run / "step_00000003")
@@ -190,7 +190,7 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
 
 def test_a_run_folder_can_be_moved(tmp_path):
     save(tmp_path / "old", 1)
-    checkpoint.link(str(tmp_path / "old"), "best", 1)
+    checkpoint.link(f"{tmp_path}/old/best", "step_00000001")
     before = GPT.from_pretrained(checkpoint.find(str(tmp_path / "old")))
     os.rename(tmp_path / "old", tmp_path / "new")
     for name in ("new", "new/best", "new/latest"):

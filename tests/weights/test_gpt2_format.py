@@ -250,7 +250,7 @@ def test_writing_needs_no_biases_in_the_model():
 def test_a_hub_that_cannot_be_reached_is_one_short_line(capfd):
     for name in ("gpt2-large", "nobody/nothing", "a/b/c"):
         with pytest.raises(UserError) as e:
-            checkpoint.download(name)
+            checkpoint.download(name, weights=True)
         assert name in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 350
     assert capfd.readouterr() == ("", "")
 
@@ -291,10 +291,7 @@ def test_a_download_fetches_only_what_is_needed(saved, hub):
 def test_a_hub_model_without_the_files_is_refused(hub):
     os.unlink(hub[1] / "model.safetensors")
     with pytest.raises(UserError, match="perhaps only a pickle, which is never opened"):
-        checkpoint.download("some/model")
-    os.unlink(hub[1] / "config.json")
-    with pytest.raises(UserError, match=r"has no config\.json: not a transformers model"):
-        checkpoint.download("some/model", weights=False)
+        checkpoint.download("some/model", weights=True)
 
 
 @pytest.mark.parametrize("size", ["1GB", "20KB"])

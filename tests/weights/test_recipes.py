@@ -33,7 +33,7 @@ def new_model(config):
 
 
 def initialise(state, config, recipe, k, **how):
-    return recipes.initialise(state, config, new_model, k, recipe, **how)
+    return recipes.initialise(state, config, new_model, k, recipes.Recipe(recipe, **how))
 
 
 def block(state, i):

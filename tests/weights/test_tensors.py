@@ -6,7 +6,6 @@ pytest tests/weights/test_tensors.py
 
 import math
 import os
-import re
 
 import pytest
 import torch
@@ -43,8 +42,7 @@ def test_the_file_is_what_safetensors_writes(tmp_path, monkeypatch, piece):
 def test_what_is_stored_is_read_by_rows(tmp_path):
     made = {name: t for name, t in some_tensors().items() if t.dim()}
     save_file(made, tmp_path / "file")
-    lazy = read_tensors(tmp_path / "file", re.compile("d0$"))
-    del made["d0"]
+    lazy = read_tensors(tmp_path / "file")
     assert {n: (t.shape, t.dtype) for n, t in lazy.items()} == {
         n: (t.shape, t.dtype) for n, t in made.items()
     }
