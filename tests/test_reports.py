@@ -188,7 +188,7 @@ def test_a_person_inherits_from_a_model_with_files_of_all_kinds(tmp_path):
         "SHA256SUMS",
         ".gitattributes",
     ]
-    for name in [*kept, *left, "README.md"]:  # the new one has a card of its own
+    for name in [*kept, *left, "README.md"]:
         (source / name).write_text(name)
     (source / "tokenizer.json").write_text("{}")
     (source / "onnx").mkdir()
