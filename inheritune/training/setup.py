@@ -202,7 +202,7 @@ def open_run_folder(settings, plan, state, recorder):
         checkpoint.sweep(out)
         if plan.resume_from:
             checkpoint.link(out, "latest", state.step)
-        if checkpoint.step_name(state.best_step or 0) in steps:
+        if state.best_step is not None and checkpoint.step_name(state.best_step) in steps:
             checkpoint.link(out, "best", state.best_step)
         recorder.open(lock, state.step)
     except BaseException:
