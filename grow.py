@@ -22,7 +22,7 @@ from inheritune.experiments.plots import plot_growth
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
 from inheritune.training import cost, planning
 from inheritune.training.parsing import parse
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
+from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights.card import write_card
 from model import GPTConfig
@@ -166,8 +166,7 @@ def write_report(out_dir: str, rows: list[dict]) -> str:
 def main(argv=None):
     """Command line: the recipe, its report, its figure."""
     description = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
-    others = {"replicate.py": ReplicateSettings}
-    settings, grow, given = parse((TrainSettings, GrowSettings), argv, description, others)
+    settings, grow, given = parse((TrainSettings, GrowSettings), argv, description)
     c = make_common(settings, given, grow)
     if settings.dry_run:
         print(describe(settings, grow, c))

@@ -36,7 +36,7 @@ from inheritune.experiments.tables import write_tables
 from inheritune.training import cost, planning
 from inheritune.training import device as machine
 from inheritune.training.parsing import parse
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
+from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 
 DECIDED = ("init_from", "inherit_layers", "n_layer", "teacher", "seed", "data_start", "data_end", "resume")
@@ -257,8 +257,7 @@ def describe(commons, seeds, left_out) -> str:
 def main(argv=None):
     """Command line: train what is missing, then write the table and the figures."""
     description = "The paper's comparison: arms × seeds, one table, a few figures. Run again to go on."
-    others = {"grow.py": GrowSettings}
-    settings, rep, given = parse((TrainSettings, ReplicateSettings), argv, description, others)
+    settings, rep, given = parse((TrainSettings, ReplicateSettings), argv, description)
     commons, seeds, left_out = check(settings, given, rep)
     if settings.dry_run:
         print(describe(commons, seeds, left_out))

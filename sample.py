@@ -30,13 +30,9 @@ def make_parser() -> Parser:
     add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
     add("--seed", type=int, default=1337, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights (default: bfloat16 on GPUs that have it, else float32); on CPUs bfloat16 makes "
-        "one sample faster, may make many slower, and changes logits by 1 %% of their spread",
-    )
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    said = "of the weights; auto: bfloat16 on GPUs that have it (on CPUs faster for one sample, not many)"
+    add("--dtype", default="auto", choices=dtypes, help=said)
     add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
     return parser
 

@@ -20,14 +20,14 @@ import torch
 
 from inheritune.base.errors import Stopped, UserError, one_line, place
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.training.device import autocast, pick
+from inheritune.training.device import pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
 from inheritune.training.losses import distillation_loss, mean_loss, to_device
 from inheritune.training.optimizer import learning_rate, snapshot
 from inheritune.training.parsing import parse
 from inheritune.training.planning import describe, make_plan
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
+from inheritune.training.settings import TrainSettings
 from inheritune.training.setup import Run, setup
 from inheritune.weights import checkpoint
 from inheritune.weights.card import write_card
@@ -35,7 +35,7 @@ from inheritune.weights.card import write_card
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
 
-def fit(run: Run) -> float | None:
+def fit(run: Run) -> float:
     """Train until max_iters or stop_at_val_loss; returns the last validation loss (nats/token).
 
     Raises Stopped, its state saved, when any rank was asked to stop or could not write.
@@ -75,16 +75,15 @@ def train_step(run: Run) -> None:
     # gradients, micro-batch by micro-batch
     model.forward.train()
     idx, targets = next(run.data.batches)  # (micro_batch · accumulation, T)
-    sums = torch.zeros(
-        4 if run.teacher else 2, device=model.device
-    )  # asked to stop, loss, with a teacher CE, KL
+    # asked to stop, loss, with a teacher CE, KL
+    sums = torch.zeros(4 if run.teacher else 2, device=model.device)
     for m in range(plan.accumulation):
         rows = slice(m * plan.micro_batch, (m + 1) * plan.micro_batch)
         x, y = to_device(idx[rows], model.device), to_device(targets[rows], model.device)
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)  # frozen: the seeds of dropout
         with model.gradients_of(last=m == plan.accumulation - 1):
-            with autocast(model.device, run.dtype):
+            with torch.autocast(model.device.type, run.dtype, enabled=run.dtype != torch.float32):
                 losses = distilled(run, x, y) if run.teacher else (model.forward(x, y),)
             run.scaler.scale(losses[0] / plan.accumulation).backward()
         sums[1:] += torch.stack(losses).detach()
@@ -120,18 +119,16 @@ def distilled(run, x, y):
     """(loss, CE, KL) of one micro-batch against the teacher."""
     with torch.no_grad():
         teacher_logits = run.teacher(x)
-    s, n_vocab = run.settings, run.plan.config.n_vocab
+    s, n_vocab = run.settings, run.plan.tokenizer["n_vocab"]  # either model may have more rows
     return distillation_loss(run.model.forward(x), teacher_logits, y, n_vocab, s.kd_alpha, s.kd_temperature)
 
 
 def validate(run: Run) -> float:
     """The loss (nats/token) over the validation tokens. Stops the run if a rank is asked to, meanwhile."""
-    began = time.perf_counter()
-    device = run.model.device
+    began, device = time.perf_counter(), run.model.device
 
     def asked():  # of any rank
-        signals = torch.tensor(float(run.request.signal is not None))
-        return run.ranks.sum(signals, device).item() > 0
+        return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
     with run.model.validating() as module:
         loss = mean_loss(module, run.data.val, run.ranks, device, run.dtype, asked, run.model.sharded)
@@ -154,7 +151,7 @@ def save(run: Run) -> None:
     tensors = snapshot(run.model.module, run.optimizer, saver.copies if run.ranks.first else None)
     if not run.ranks.first:
         return
-    best_step = state.best_step
+    config, best_step = dataclasses.asdict(run.plan.config), state.best_step
     content = dataclasses.asdict(state) | {
         "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
         "tokens": state.step * s.batch_tokens,
@@ -163,9 +160,8 @@ def save(run: Run) -> None:
     }
 
     def write():
-        config = run.plan.config
-        files = tokenizer_files(config, s.dataset)
-        checkpoint.save(s.out_dir, tensors, dataclasses.asdict(config), content, saver.lineage, files)
+        files = tokenizer_files(run.plan.config, s.dataset)
+        checkpoint.save(s.out_dir, tensors, config, content, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
     saver.start(write)
@@ -193,9 +189,8 @@ def stop(run):
     s, step = run.settings, run.state.step
     folder = os.path.join(s.out_dir, checkpoint.step_name(step))
     how = "run the same command again" if s.resume != "never" else "add --resume=auto"
-    number = run.request.signal or signal.SIGTERM  # None here if another rank got the signal
-    name = signal.Signals(number).name
-    raise Stopped(number, f"{name}: saved {folder} after step {step:,}; {how} to go on from there")
+    number = signal.Signals(run.request.signal or signal.SIGTERM)  # None here if another rank got the signal
+    raise Stopped(number, f"{number.name}: saved {folder} after step {step:,}; {how} to go on from there")
 
 
 def write_cards(run, val_loss):
@@ -218,8 +213,7 @@ def write_cards(run, val_loss):
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
     description = "Train a GPT from scratch, from a checkpoint, or from the first blocks of one."
-    others = {"grow.py": GrowSettings, "replicate.py": ReplicateSettings}
-    settings, given = parse((TrainSettings,), argv, description, others)
+    settings, given = parse((TrainSettings,), argv, description)
     ranks = Ranks(*place())
     if settings.dry_run:
         plan = make_plan(settings, given, ranks.world)
@@ -243,8 +237,7 @@ def main(argv=None):
             val_loss = fit(run)
         if ranks.first:
             write_cards(run, val_loss)
-            shown = "" if val_loss is None else f", val {val_loss:.4f}"
-            print(f"done: {settings.out_dir}, step {run.state.step}{shown}")
+            print(f"done: {settings.out_dir}, step {run.state.step}, val {val_loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def make_place(here):
 
     model = write_checkpoint(here / "ref")
     write_checkpoint(here / "untokenized", tokenizer="", vocab_size=100, n_vocab=100, eot=0)
-    write_checkpoint(here / "other-vocabulary", n_vocab=256, eot=255)
+    write_checkpoint(here / "other-vocabulary", vocab_size=256, n_vocab=256, eot=255)
     write_checkpoint(here / "short-teacher", block_size=4)
     write_checkpoint(here / "cut-ckpt")
     os.truncate(here / "cut-ckpt/model.safetensors", 3000)

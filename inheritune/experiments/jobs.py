@@ -119,8 +119,7 @@ def measure(settings: TrainSettings, config: GPTConfig, folder: str) -> float:
     device, ranks = machine.pick(settings.device), Ranks()
     torch.set_float32_matmul_precision("high")
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
-    compiled = machine.compiles(settings.compile, device)
-    model = DistributedModel(GPT.from_pretrained(folder), ranks, device, compiled, shard=False)
+    model = DistributedModel(GPT.from_pretrained(folder), ranks, device, settings.compile, shard=False)
     loss = mean_loss(model.validated, val, ranks, device, machine.pick_dtype(settings.dtype, device))
     del model
     release(device)

@@ -1,5 +1,4 @@
-"""What training costs, from formulas alone: parameters, FLOPs, memory, and what share of a device's peak is
-reached.
+"""What training costs, by formula: parameters, FLOPs, memory; and the share of a device's peak reached.
 
 Nothing here makes a model; bench/memory.py compares the memory with real steps.
 """
@@ -33,8 +32,7 @@ def costs(config: GPTConfig) -> tuple[int, int]:
     """
     C, T, L = config.n_embd, config.block_size, config.n_layer
     head = config.vocab_size * C  # tied to the embedding
-    last_norm = (1 + config.bias) * C
-    n_params = head + T * C + L * block_params(config) + last_norm
+    n_params = head + T * C + L * block_params(config) + (1 + config.bias) * C  # the last: ln_f
     return n_params, 6 * (head + L * 12 * C * C) + 12 * L * C * T
 
 
@@ -47,26 +45,18 @@ def block_params(config: GPTConfig) -> int:
 
 
 def training_memory(
-    config: GPTConfig,
-    micro_batch: int,
-    accumulation: int,
-    half: bool,
-    shards: int = 1,
-    checkpoint_activations: str = "none",
+    config: GPTConfig, micro_batch: int, accumulation: int, half, shards=1, checkpoint_activations="none"
 ) -> dict[str, float]:
-    """Bytes of weights, moments, gradients, activations and logits on one device at the fullest moment of a
-    step.
+    """Bytes by name on one device at the fullest moment of a step, the allocator's overhead not counted.
 
-    half: whether autocast computes in 16 bits; shards: over how many ranks the model is sharded. The
-    allocator's own overhead is not included.
+    half: whether autocast computes in 16 bits; shards: over how many ranks the model is sharded.
     """
     n_params, _ = costs(config)
     rows = micro_batch * config.block_size
     embedding = 4 * config.vocab_size * config.n_embd
 
-    # Always there. Autocast's 16-bit copies of the weights are whole, and stay for the backward pass. With
-    # shards, embedding and head are gathered, and two blocks (one ahead of its turn), as weights and as
-    # gradients.
+    # Always there. Autocast's 16-bit copies of the weights are whole, and stay for the backward pass. Shards:
+    # embedding, head and two blocks (one ahead of its turn) are gathered, as weights and as gradients.
     gathered = embedding + 2 * 4 * block_params(config) if shards > 1 else 0
     weights = 4 * n_params / shards + (2 * n_params if half else 0) + gathered
     moments = 8 * n_params / shards  # AdamW's two
@@ -92,8 +82,7 @@ def training_memory(
 
 
 def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> tuple[int, int]:
-    """Bytes per token and channel that all blocks keep for the backward pass, and that one computes again
-    there."""
+    """Bytes per token and channel: kept for the backward pass by all blocks, computed again there by one."""
     act = 2 if half else 4  # bytes of what matrix products take and return; the residual stream is fp32
     # the inputs of both norms; and in act: the norms' outputs, q k v, attention, c_fc, GELU
     everything = 2 * 4 + act * (2 + 3 + 1 + 4 + 4)
@@ -113,8 +102,7 @@ def logits_memory(rows: int, config: GPTConfig, half: bool) -> int:
 
 
 def mfu(tokens_per_s: float, config: GPTConfig, device: torch.device, world: int) -> float | None:
-    """Model FLOPs utilisation: the share of `world` devices' peak that a speed over all ranks makes use of;
-    None where the peak is not known."""
+    """Model FLOPs utilisation of a speed over all `world` devices; None where their peak is not known."""
     peak = peak_flops(device)
     return tokens_per_s * costs(config)[1] / (peak * world) if peak else None
 
@@ -124,5 +112,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)  # needs a GPU
-    known = next((k for k in PEAKS if all(word in name for word in k.split())), None)  # needs a GPU
-    return PEAKS[known][0] * 1e12 if known else None  # needs a GPU
+    peaks = (peak for k, (peak, _) in PEAKS.items() if all(word in name for word in k.split()))  # needs a GPU
+    return next((peak * 1e12 for peak in peaks), None)  # needs a GPU

@@ -51,8 +51,12 @@ class Ranks:
             dist.destroy_process_group()
             raise
         except (Exception, KeyboardInterrupt) as e:
-            print_alone(self.rank, e)
-            os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+            said = describe(e) or "".join(traceback.format_exception(e)).rstrip()
+            interrupted = isinstance(e, KeyboardInterrupt)
+            sys.stdout.flush()
+            name = f"{os.path.basename(sys.argv[0])}: rank {self.rank}"
+            print(f"{name}: {'interrupted' if interrupted else said}", file=sys.stderr, flush=True)
+            os._exit(130 if interrupted else 1)
         dist.destroy_process_group()
 
     def join(self, device):
@@ -70,8 +74,7 @@ class Ranks:
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """work() on every rank, and its result; if it raises UserError or OSError anywhere, AgreedError
-        everywhere."""
+        """work() on every rank, and its result; UserError or OSError on any is AgreedError on all."""
         result = error = None
         try:
             result = work()
@@ -79,11 +82,10 @@ class Ranks:
             error = describe(e)
         errors = [error]
         if self.world > 1:
-            errors = [None] * self.world
+            errors *= self.world
             dist.all_gather_object(errors, error, group=self.patient)
-        failed = next((e for e in errors if e is not None), None)
-        if failed is not None:
-            raise AgreedError(failed)
+        if any(errors):
+            raise AgreedError(next(filter(None, errors)))
         return result
 
     def once(self, work: Callable[[], Any]) -> Any:
@@ -95,10 +97,7 @@ class Ranks:
 
     def once_per_node(self, work: Callable[[], Any]) -> Any:
         """work() on the first rank of each node, then on the others, which find it done: for downloads."""
-        if self.local == 0:
-            result = self.agree(work)
-        else:
-            self.agree(lambda: None)
+        result = self.agree(work if self.local == 0 else lambda: None)
         return result if self.local == 0 else work()
 
     def sum(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -110,38 +109,30 @@ class Ranks:
         return tensor.cpu()
 
 
-def print_alone(rank: int, e: BaseException) -> None:
-    """Print what ended this rank, with its number: one line for what a user can fix, else the traceback."""
-    script = os.path.basename(sys.argv[0])
-    if isinstance(e, (UserError, OSError)):
-        text = describe(e)
-    elif isinstance(e, KeyboardInterrupt):
-        text = "interrupted"
-    else:
-        text = "".join(traceback.format_exception(e)).rstrip()
-    sys.stdout.flush()
-    print(f"{script}: rank {rank}: {text}", file=sys.stderr, flush=True)
+def describe(e: BaseException) -> str | None:
+    """The line for an error that a user can fix."""
+    if isinstance(e, OSError):
+        return describe_os_error(e)
+    return str(e) if isinstance(e, UserError) else None
 
 
 class DistributedModel:
-    """A GPT that all ranks train: alone, whole on each rank (DDP), or in shards (FSDP2). Nothing else asks
-    which.
+    """A GPT that all ranks train: whole on each rank (DDP), or in shards (FSDP2). Nothing else asks which.
 
-    Ranks must call a sharded model equally often: every call gathers parameters.
+    Ranks must call a sharded model equally often: every call gathers parameters. compile None: on CUDA only.
     """
 
-    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, compiled: bool, shard: bool):
-        self.module = module  # the unwrapped model; this is what gets saved
-        self.device = device
+    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, compile: bool | None, shard: bool):
+        self.module, self.device = module, device  # the unwrapped model: this is what gets saved
         self.sharded = shard and ranks.world > 1
+        compiled = device.type == "cuda" if compile is None else compile
         if self.sharded:
             shard_blocks(module, ranks, device, compiled)
             self.forward = self.validated = module
             return
         module.to(device)
-        self.validated = torch.compile(module) if compiled else module  # ranks may validate unequally often
-        self.forward = self.validated
-        if ranks.world > 1:
+        self.forward = self.validated = torch.compile(module) if compiled else module
+        if ranks.world > 1:  # which may validate unequally often: without DDP
             ids = [device.index] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(
                 self.validated, device_ids=ids, gradient_as_bucket_view=True
@@ -159,8 +150,7 @@ class DistributedModel:
         return gather(norm).item()
 
     def zero_gradients(self) -> None:
-        """Zero DDP's gradients in place: they are views of its buckets, and dropping them makes a second
-        copy of all gradients. Drop others."""
+        """Drop the gradients; zero DDP's, which are views of its buckets and would be made a second time."""
         self.module.zero_grad(set_to_none=not isinstance(self.forward, DistributedDataParallel))
 
     @contextlib.contextmanager
@@ -173,8 +163,8 @@ class DistributedModel:
 
 
 def shard_blocks(module, ranks, device, compiled):
-    """Shard a GPT (whole, and alike on every rank) over all ranks, in place: parameters become DTensors on
-    the device, where no more than a block at a time has been whole. compiled: torch.compile each block."""
+    """Shard a GPT (alike on every rank) over all ranks, in place: its parameters become DTensors on the
+    device, where no more than a block at a time has been whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

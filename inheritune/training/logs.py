@@ -15,6 +15,7 @@ from inheritune.base.files import replacing
 from inheritune.training import cost
 from inheritune.training.device import peak_memory_mb
 from inheritune.training.settings import TrainSettings
+from model import GPTConfig
 
 # frozen: log columns and number format
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
@@ -35,9 +36,9 @@ class Recorder:
     Speeds are those since the last line. The first step of a process is left out: it compiles.
     """
 
-    def __init__(self, settings: TrainSettings, config, device: torch.device, world: int):
+    def __init__(self, settings: TrainSettings, config: GPTConfig, device: torch.device, world: int):
         self.settings, self.config, self.device, self.world = settings, config, device, world
-        self.lock = self.log = self.timing = self.sink = None
+        self.lock = None
         self.train_s = self.val_s = self.last_val_s = 0.0  # in this process, saving excluded
         self.since = None  # (step, train_s) after the first step, then at the last line
 
@@ -70,7 +71,7 @@ class Recorder:
         row: loss, lr, grad_norm, … of that step.
         """
         s = self.settings
-        if self.log is None or (step % s.log_interval and val_loss is None):
+        if self.lock is None or (step % s.log_interval and val_loss is None):
             return
         row = {"step": step, "tokens": step * s.batch_tokens, "val_loss": val_loss, **row}
         self.log.write(row)
@@ -94,16 +95,12 @@ class Recorder:
         if val_loss is not None:
             parts.append(f"val {val_loss:.4f}")
         parts.append(f"{row['tokens']:,} tokens")
-        if step_s:
+        if step_s:  # the time left: steps at the present speed, validations as long as the last
+            validations = -(-s.max_iters // s.eval_interval) - step // s.eval_interval
+            left = (s.max_iters - step) * step_s + validations * self.last_val_s
             shown = f"mfu {mfu:.1%}" if mfu else "mfu n/a"
-            parts += [f"{tokens_per_s:,.0f} tok/s", shown, f"eta {clock(self.time_left(step, step_s))}"]
+            parts += [f"{tokens_per_s:,.0f} tok/s", shown, f"eta {clock(left)}"]
         print(" | ".join(parts), flush=True)
-
-    def time_left(self, step: int, step_s: float) -> float:
-        """Seconds to the end: steps at the present speed, validations as long as the last."""
-        end, interval = self.settings.max_iters, self.settings.eval_interval
-        validations = -(-end // interval) - step // interval
-        return (end - step) * step_s + validations * self.last_val_s
 
 
 def clock(seconds: float) -> str:
@@ -123,18 +120,12 @@ class CsvLog:
         self.path, self.columns = path, columns
         rows = [r for r in read_rows(path, columns) if int(r["step"]) < before]
         with replacing(path, "w") as f:
-            writer = csv.DictWriter(f, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            f.writelines(",".join(values) + "\n" for values in (columns, *(r.values() for r in rows)))
 
     def write(self, row: dict) -> None:
         """Append a row {column: number or None}."""
-        line = io.StringIO()
-        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(
-            {k: show(row.get(k)) for k in self.columns}
-        )
         with open(self.path, "a", encoding="utf-8") as f:
-            f.write(line.getvalue())
+            f.write(",".join(show(row.get(k)) for k in self.columns) + "\n")
 
 
 def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
@@ -147,7 +138,7 @@ def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
         text = f.read()
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     rows = [r for r in reader if None not in r and None not in r.values()]
-    if columns is not None and text and reader.fieldnames != list(columns):
+    if columns and text and reader.fieldnames != list(columns):
         raise UserError(
             f"{path} has columns {reader.fieldnames}, not {list(columns)}; it is not this run's log"
         )
@@ -165,41 +156,31 @@ def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, fl
     try:
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-
-            # what a killed run wrote from `step` on is written again: purge_step hides it
-            writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=step)
-
-            def write(step, values):
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
-
-            return write
-        import wandb
+        else:
+            import wandb
     except ImportError:
         raise UserError(f"--log_to={kind} needs a package: pip install -r requirements-log.txt") from None
-    try:
-        run = wandb.init(
-            project="nanoInheritune",
-            name=os.path.basename(out_dir),
-            id=wandb_id(out_dir),
-            resume="allow",
-            config=dataclasses.asdict(settings),
-            dir=out_dir,
-        )
-    except wandb.Error as e:
-        said = str(e).strip().split("\n")[0]
-        raise UserError(
-            f"--log_to=wandb: W&B says: {said}; run `wandb login`, set WANDB_MODE=offline, or leave it out"
-        ) from None
-    return lambda step, values: run.log(values, step=step)
+    if kind == "tensorboard":
+        # what a killed run wrote from `step` on is written again: purge_step hides it
+        writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=step)
 
+        def write(step, values):
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
 
-def wandb_id(out_dir: str) -> str:
-    """The id of a run folder's W&B run, kept there so that a resumed run goes on in it."""
+        return write
+
+    # W&B: the run's id is kept in its folder, so that a resumed run goes on in it
     path = os.path.join(out_dir, "wandb_id")
     if not os.path.exists(path):
         with replacing(path, "w") as f:
             f.write(secrets.token_hex(4))
     with open(path, encoding="utf-8") as f:
-        return f.read().strip()
+        how = {"project": "nanoInheritune", "name": os.path.basename(out_dir), "id": f.read().strip()}
+    try:
+        run = wandb.init(**how, resume="allow", config=dataclasses.asdict(settings), dir=out_dir)
+    except wandb.Error as e:
+        fix = "run `wandb login`, set WANDB_MODE=offline, or leave it out"
+        raise UserError(f"--log_to=wandb: W&B says: {str(e).strip().splitlines()[0]}; {fix}") from None
+    return lambda step, values: run.log(values, step=step)

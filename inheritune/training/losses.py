@@ -1,29 +1,19 @@
-"""The loss over fixed tokens, behind validation, grow.py's comparison and score.py; and the loss of
-distillation."""
-
-from collections.abc import Callable
+"""The loss over fixed tokens (validation, grow.py's comparison, score.py), and the loss of distillation."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from inheritune.training import device as machine
+from inheritune.data.reader import ValData
 from inheritune.training.distributed import Ranks
 
 
 @torch.no_grad()
 def total_nats(
-    model: torch.nn.Module,
-    data,
-    ranks: Ranks,
-    device: torch.device,
-    dtype: torch.dtype,
-    title: str | None = None,
-    stop: Callable[[], bool] | None = None,
-    sharded: bool = False,
+    model, data, ranks: Ranks, device: torch.device, dtype: torch.dtype, title=None, stop=None, sharded=False
 ) -> float | None:
-    """The summed loss (nats) over all targets of `data`, the same number on every rank and for any number of
-    ranks.
+    """The summed loss (nats) over all targets of `data`, the same number on any number of ranks.
 
     data has `n_groups` and `batch(g)`, inputs and targets of group g (ValData, score.SplitWindows); ranks
     take turns with the groups. `stop()` is asked before each turn, equally often on every rank, and must
@@ -36,11 +26,10 @@ def total_nats(
     for g in tqdm(turns, desc=title, unit="batch", disable=title is None or not ranks.first):
         if stop is not None and stop():
             return None
-        # Ranks without work repeat the last group only with shards: FSDP needs equally many forward passes
-        # everywhere.
+        # ranks without work repeat the last group: FSDP needs the same number of forward passes everywhere
         if g < data.n_groups or sharded:
             idx, targets = data.batch(min(g, data.n_groups - 1))
-            with machine.autocast(device, dtype):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = model(to_device(idx, device), to_device(targets, device))
         if g < data.n_groups:
             nats[g] = loss.cpu().double() * targets.numel()
@@ -48,28 +37,16 @@ def total_nats(
 
 
 def mean_loss(
-    model: torch.nn.Module,
-    val,
-    ranks: Ranks,
-    device: torch.device,
-    dtype: torch.dtype,
-    stop=None,
-    sharded=False,
+    model, val: ValData, ranks: Ranks, device: torch.device, dtype: torch.dtype, stop=None, sharded=False
 ) -> float | None:
-    """Mean loss (nats/token) over the fixed validation tokens of `val` (a ValData), or None; see
-    `total_nats`."""
+    """Mean loss (nats/token) over the fixed validation tokens of `val`, or None; see `total_nats`."""
     nats = total_nats(model, val, ranks, device, dtype, stop=stop, sharded=sharded)
     return None if nats is None else nats / (val.n_windows * val.block_size)
 
 
 def distillation_loss(
-    logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    targets: torch.Tensor,
-    n_vocab: int,
-    alpha: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, n_vocab: int, alpha: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kl), fp32 scalars: alpha CE + (1 - alpha) T² KL(teacher ‖ student) (paper, App. D).
 
     logits, teacher_logits: (B, T, ≥ n_vocab); targets: (B, T) ids. CE is the mean over tokens, as in training
@@ -85,8 +62,6 @@ def distillation_loss(
     return alpha * ce + (1 - alpha) * temperature**2 * kl, ce, kl
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move token ids to the device; to a GPU without waiting for the copy."""
-    if device.type == "cuda":  # needs a GPU
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Token ids on the device; on a GPU without waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

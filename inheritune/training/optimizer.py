@@ -21,11 +21,12 @@ def make_optimizer(model: GPT, settings: TrainSettings, device: torch.device) ->
 
     The blocks' matrices decay; embeddings (and with them the tied head), LayerNorms and biases do not.
     """
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
-    rest = [p for n, p in model.named_parameters() if not (p.dim() == 2 and ".h." in n)]
+    parts = {True: [], False: []}  # a block's matrix or not: parameters
+    for name, p in model.named_parameters():
+        parts[p.dim() == 2 and ".h." in name].append(p)
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": parts[True], "weight_decay": settings.weight_decay},
+        {"params": parts[False], "weight_decay": 0.0},
     ]
     how = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
     how["fused"] = device.type in ("cpu", "cuda")  # one kernel, where torch has it
@@ -62,8 +63,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of the update that follows `step` updates: linear warm-up (not from 0), cosine, then
-    min_lr."""
+    """The rate of the update after `step` updates: linear warm-up (not from 0), cosine, then min_lr."""
     peak, low, warm = settings.learning_rate, settings.min_lr, settings.warmup_iters
     end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
     if step < warm:
@@ -74,10 +74,9 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 
 def snapshot(
-    model: GPT, optimizer: torch.optim.Optimizer, into: dict[str, torch.Tensor] | None
+    model: GPT, optimizer: torch.optim.Optimizer, into: dict | None
 ) -> dict[str, torch.Tensor] | None:
-    """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU, into
-    `into`.
+    """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU, to `into`.
 
     Reuses the tensors in `into` (allocating is slower than copying). With FSDP every rank must call, and
     tensors are gathered one at a time; a rank whose `into` is None keeps nothing.
@@ -98,51 +97,30 @@ def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
     return {f"{name}/{key}": value for name, p in named for key, value in optimizer.state[p].items()}
 
 
-def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer):
-    """Fill the optimizer of `model` from a checkpoint folder.
+def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Fill the optimizer of `model` from a checkpoint folder, whose file may hold no state at all.
 
     Raises UserError when the file is missing, damaged, or another model's.
     """
     path = os.path.join(folder, "optimizer.safetensors")
-    tensors = read_tensors(path)
-    parameters = dict(model.named_parameters())
-    names = {p: name for name, p in parameters.items()}
-
-    # the shapes that must be there, in the optimizer's own order of parameters
-    shapes, ordered = {}, []
-    for group in optimizer.param_groups:
-        keys = MUON if "ns_steps" in group else ADAMW
-        for p in group["params"]:
-            shapes |= {f"{names[p]}/{key}": () if key == "step" else p.shape for key in keys}
-            ordered.append(names[p])
-
-    state = {name: {} for name in ordered}
-    for full, tensor in tensors.items():
-        if shapes.get(full) != tensor.shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{path}: {full} {tuple(tensor.shape)} does not fit the model; it is another run's"
-            )
-        name, _, key = full.rpartition("/")
-        # a copy, because the optimizer keeps what it is given, and this is the mapped file
-        state[name][key] = distribute(tensor, parameters[name]) if tensor.dim() else tensor.clone()
-    lacking = next((full for full in shapes if tensors and full not in tensors), None)
-    if lacking:
-        raise UserError(f"{path} lacks {lacking}; it is damaged or another run's")
-    packed = {i: state[name] for i, name in enumerate(ordered) if state[name]}
-    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def read_tensors(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of an optimizer.safetensors, mapped."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("no regular file")
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: this checkpoint can start a run (--init_from) but not continue one"
-        ) from None
+        tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(
-            f"{path} is damaged ({e}); delete the folder to go on from the checkpoint before it"
+            f"{path} is missing or damaged ({e}); delete the folder to go on from the one before"
         ) from None
+
+    names, packed = {p: name for name, p in model.named_parameters()}, {}
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for i, (p, group) in enumerate(parameters if tensors else ()):
+        packed[i] = {}
+        for key in MUON if "ns_steps" in group else ADAMW:
+            name = f"{names[p]}/{key}"
+            tensor, shape = tensors.pop(name, None), () if key == "step" else p.shape
+            if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+                raise UserError(f"{path}: {name} is missing or does not fit the model; it is another run's")
+            # a copy, because the optimizer keeps what it is given, and this is the mapped file
+            packed[i][key] = distribute(tensor, p) if tensor.dim() else tensor.clone()
+    if tensors:
+        raise UserError(f"{path}: {next(iter(tensors))} does not fit the model; it is another run's")
+    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})

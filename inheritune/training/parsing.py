@@ -1,13 +1,12 @@
 """Reads settings from a config file and a command line: default < config file < command line.
 
 The calling form is nanoGPT's: `train.py [CONFIG.py] --key=value …`. A config file looks like Python but is
-data: assignments of literals and arithmetic on numbers. It is never executed; its lines become flags.
+data: assignments of literals and arithmetic on numbers. It is never executed.
 """
 
 import argparse
 import ast
 import dataclasses
-import functools
 import math
 import operator
 import os
@@ -16,6 +15,7 @@ import typing
 from typing import Any, Literal
 
 from inheritune.base.errors import Parser, UserError, nearest, raise_all
+from inheritune.training.settings import GrowSettings, ReplicateSettings
 
 ARITHMETIC = {
     ast.Add: operator.add,
@@ -24,6 +24,7 @@ ARITHMETIC = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.USub: operator.neg,
 }
 
 # nanoGPT's settings that have no namesake here, and what to write instead
@@ -40,33 +41,26 @@ NANOGPT = {
 }
 
 
-class Wrong(str):
-    """What a setting must be, in place of its value."""
-
-
-def parse(classes: tuple, argv: list[str] | None, description: str, others: dict | None = None) -> tuple:
+def parse(classes: tuple, argv: list[str] | None, description: str) -> tuple:
     """Read a command line into one instance of each dataclass of `classes`, and the set of keys given.
 
-    others: {script: dataclass} of settings that belong to another script: a key of those is refused by naming
-    the script. All problems are raised together, in one UserError.
+    All problems are raised together, in one UserError.
     """
     fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
-    parser = make_parser(fields, description)
-    typed = vars(parser.parse_args(argv))
+    typed = vars(make_parser(fields, description).parse_args(argv))
     config = typed.pop("config")
-
-    # the config file's lines as flags, which those of the command line override
     lines = read_config_file(config) if config else {}
-    problems = [
-        f"{config}:{line}: {key} is not a setting{hint(key, fields, others or {})}"
-        for key, (_, line) in lines.items()
-        if key not in fields
-    ]
-    flags = [f"--{key}={value}" for key, (value, _) in lines.items() if key in fields]
-    given = {k: v for k, v in (vars(parser.parse_args(flags)) | typed).items() if k in fields}
-    for key, value in given.items():
-        if isinstance(value, Wrong):
-            problems.append(f"{f'--{key}' if key in typed else f'{config}:{lines[key][1]}: {key}'} {value}")
+    found = {key: (f"{config}:{line}: {key}", str(value)) for key, (value, line) in lines.items()}
+    found |= {key: (f"--{key}", text) for key, text in typed.items()}
+
+    given, problems = {}, []
+    for key, (where, text) in found.items():
+        try:
+            if key not in fields:
+                raise ValueError(f"is not a setting{hint(key, fields)}")
+            given[key] = convert(fields[key], text)
+        except ValueError as e:
+            problems.append(f"{where} {e}")
     raise_all(problems)
     made = [c(**{k: v for k, v in given.items() if k in c.__dataclass_fields__}) for c in classes]
     return *made, frozenset(given)
@@ -74,51 +68,41 @@ def parse(classes: tuple, argv: list[str] | None, description: str, others: dict
 
 def make_parser(fields: dict, description: str) -> Parser:
     """The parser of these dataclass fields, each flag spelled with _ or -; what is not given is left out."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.HelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        instead=NANOGPT,
-    )
+    how = {"formatter_class": argparse.HelpFormatter, "argument_default": argparse.SUPPRESS}
+    parser = Parser(description=description, instead=NANOGPT, **how)
     parser.add_argument(
         "config", nargs="?", default=None, help="config file of key = value lines, read as data"
     )
     for f in fields.values():
-        base, _ = kind(f)
+        base, *_ = kinds(f)
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # both spellings, once each
+        how = {"nargs": "?", "const": "True"} if base is bool else {}
+        how["metavar"] = "|".join(typing.get_args(base)) or base.__name__
         default = "" if f.default is None else f" (default: {f.default})"
-        parser.add_argument(
-            *names,
-            dest=f.name,
-            type=functools.partial(convert, f),
-            metavar="|".join(typing.get_args(base)) or base.__name__,
-            nargs="?" if base is bool else None,
-            const="True" if base is bool else None,
-            help=f.metadata["help"].replace("%", "%%") + default,
-        )
+        parser.add_argument(*names, dest=f.name, help=f.metadata["help"].replace("%", "%%") + default, **how)
     return parser
 
 
-def kind(field: dataclasses.Field) -> tuple[Any, bool]:
-    """(base type or choices, may it be None) of a dataclass field."""
-    if isinstance(field.type, types.UnionType):
-        return next(t for t in typing.get_args(field.type) if t is not type(None)), True
-    return field.type, False
+def kinds(field: dataclasses.Field) -> tuple:
+    """(type or choices of a dataclass field, and NoneType where it may be None)."""
+    return typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
 
 
 def convert(field: dataclasses.Field, text: str) -> Any:
-    """The value of a flag's text, or a Wrong that says what it must be."""
-    base, optional = kind(field)
-    if optional and text.lower() in ("none", "auto"):
+    """The value of a setting's text. Raises ValueError that says what it must be."""
+    base, *none = kinds(field)
+    if none and text.lower() in ("none", "auto"):
         return None
-    if typing.get_origin(base) is Literal:
-        choices = typing.get_args(base)
-        return text if text in choices else Wrong(f"must be one of {', '.join(choices)}, not {text!r}")
     if base is str:
-        return os.path.expanduser(text) if field.metadata["path"] else text
+        return os.path.expanduser(text)
+    if typing.get_origin(base) is Literal:
+        if text not in typing.get_args(base):
+            raise ValueError(f"must be one of {', '.join(typing.get_args(base))}, not {text!r}")
+        return text
     if base is bool:
-        known = {"true": True, "1": True, "false": False, "0": False}
-        return known.get(text.lower(), Wrong(f"must be True or False, not {text!r}"))
+        if text.lower() not in ("true", "1", "false", "0"):
+            raise ValueError(f"must be True or False, not {text!r}")
+        return text.lower() in ("true", "1")
 
     # numbers
     try:
@@ -127,16 +111,18 @@ def convert(field: dataclasses.Field, text: str) -> Any:
     except (ValueError, OverflowError):
         usable = False
     if not usable:
-        return Wrong(f"must be {'a whole number' if base is int else 'a number'}, not {text!r}")
+        raise ValueError(f"must be {'a whole number' if base is int else 'a number'}, not {text!r}")
     low, high = field.metadata["low"], field.metadata["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        return Wrong(f"must be {bounds}, not {text}")
+        raise ValueError(
+            f"must be {f'at least {low}' if high is None else f'between {low} and {high}'}, not {text}"
+        )
     return value
 
 
-def hint(key: str, fields: dict, others: dict) -> str:
+def hint(key: str, fields: dict) -> str:
     """What else `key` may be: another script's setting, nanoGPT's, or a misspelled one of `fields`."""
+    others = {"grow.py": GrowSettings, "replicate.py": ReplicateSettings}
     scripts = [script for script, c in others.items() if key in c.__dataclass_fields__]
     if scripts:
         return f" but one of {' or '.join(scripts)}: run that with this file"
@@ -172,18 +158,13 @@ def read_config_file(path: str) -> dict[str, tuple[Any, int]]:
 
 def evaluate(node: ast.expr) -> Any:
     """The value of a literal, or of + - * / // % and unary minus on numbers; ValueError for anything else."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, (str, bool, int, float, type(None))):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str | bool | int | float | None):
         return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -number(node.operand)
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        return ARITHMETIC[type(node.op)](number(node.left), number(node.right))
-    raise ValueError("is not a literal or arithmetic on numbers")
-
-
-def number(node: ast.expr) -> int | float:
-    """`evaluate`, for an operand: only numbers up to 1e300 take part in arithmetic."""
-    value = evaluate(node)
-    if type(value) not in (int, float) or abs(value) > 1e300:
+    if not isinstance(node, ast.UnaryOp | ast.BinOp) or type(node.op) not in ARITHMETIC:
+        raise ValueError("is not a literal or arithmetic on numbers")
+    numbers = [
+        evaluate(n) for n in ([node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right])
+    ]
+    if any(type(n) not in (int, float) or abs(n) > 1e300 for n in numbers):
         raise ValueError("does arithmetic on something that is not a number of sane size")
-    return value
+    return ARITHMETIC[type(node.op)](*numbers)

@@ -1,11 +1,10 @@
-"""What a run is going to be, worked out and checked before anything is loaded: model, batch arithmetic, cost.
+"""What a run is going to be, worked out and checked before anything is loaded: model, batch, cost.
 
 `make_plan` finds everything that is wrong and says it at once; `describe` is what --dry_run prints.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, raise_all
@@ -47,70 +46,53 @@ def make_plan(settings: TrainSettings, given: frozenset[str], world: int) -> Pla
     given: the keys set explicitly; world: number of ranks. Raises one UserError with every problem found. A
     dry run may lack its data.
     """
-    plan = Plan(world)
-    steps = [
-        plan_resume(plan, settings),
-        plan_data(plan, settings),
-        check_settings(settings),
-        plan_model(plan, settings, given),
-        check_teacher(plan, settings),
-        plan_batch(plan, settings),
-    ]
-    raise_all([problem for step in steps for problem in problems_of(step)])
+    plan, problems = Plan(world), []
+    steps = plan_resume, plan_data, check_settings, plan_model, check_teacher, plan_batch
+    for step in steps:
+        try:
+            for problem in step(plan, settings, given):
+                problems.append(problem)
+        except UserError as e:  # the step ends here, planning goes on
+            problems.append(str(e))
+    raise_all(problems)
     return plan
 
 
-def problems_of(step: Iterable[str]) -> Iterator[str]:
-    """The problems that a step of planning yields; a UserError that it raises is its last."""
-    try:
-        yield from step
-    except UserError as e:
-        yield str(e)
-
-
-def plan_resume(plan, settings):
+def plan_resume(plan, settings, given):
     """Fill in resume_from, the newest whole checkpoint of out_dir, and the damaged ones after it."""
     out = settings.out_dir
     steps = checkpoint.list_steps(out)
-    begun = bool(steps) or bool(read_rows(os.path.join(out, "log.csv")))
     if settings.dry_run:
         return
     if os.path.exists(os.path.join(out, "config.json")):
         yield f"{out} is a checkpoint, not a run folder: choose another --out_dir"
-    elif settings.resume == "never" and begun:
+    elif settings.resume == "never" and (steps or read_rows(os.path.join(out, "log.csv"))):
         yield f"{out} already holds a run: continue it with --resume=auto, or choose another --out_dir"
     elif settings.resume == "must" and not steps:
         yield f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh"
     elif steps:
         plan.resume_from, plan.damaged = newest_whole(out, steps)
-        yield from changed_settings(plan.resume_from, settings)
+        now = comparable(dataclasses.asdict(settings))
+        defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
+        before = comparable(defaults | checkpoint.read_state(plan.resume_from)["settings"])
+        changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
+        if changed:
+            cure = "Restore them, or use another out_dir"
+            yield f"cannot continue {out} with other settings: {'; '.join(changed)}. {cure}"
 
 
 def newest_whole(out, steps):
     """(the newest checkpoint folder that a run can continue from, the damaged ones after it)."""
-    damaged, why = [], []
+    damaged = {}  # folder: why
     for step in reversed(steps):
         folder = os.path.join(out, step)
         try:
             checkpoint.examine(folder)
-            return folder, damaged
+            return folder, list(damaged)
         except UserError as e:
-            damaged.append(folder)
-            why.append(str(e))
-    raise UserError(f"{out} holds no whole checkpoint to continue ({why[0]}): restore one, or delete {out}")
-
-
-def changed_settings(folder, settings):
-    """A continued run must have the settings it began with, except for harmless ones."""
-    now = comparable(dataclasses.asdict(settings))
-    defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
-    before = comparable(defaults | checkpoint.read_state(folder)["settings"])
-    changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
-    if changed:
-        yield (
-            f"cannot continue {settings.out_dir} with other settings: {'; '.join(changed)}. Restore them, or "
-            "use another out_dir"
-        )
+            damaged[folder] = str(e)
+    why = next(iter(damaged.values()))
+    raise UserError(f"{out} holds no whole checkpoint to continue ({why}): restore one, or delete {out}")
 
 
 def comparable(settings: dict) -> dict:
@@ -121,7 +103,7 @@ def comparable(settings: dict) -> dict:
     return kept
 
 
-def plan_data(plan, settings):
+def plan_data(plan, settings, given):
     """Fill in tokenizer and train_tokens."""
     if os.path.isdir(settings.dataset) or not settings.dry_run:
         plan.tokenizer = read_meta(settings.dataset)["tokenizer"]
@@ -137,7 +119,7 @@ def part_tokens(settings: TrainSettings) -> int | None:
     return int(length * settings.data_end) - int(length * settings.data_start)
 
 
-def check_settings(settings):
+def check_settings(plan, settings, given):
     if settings.data_start >= settings.data_end:
         yield f"data_start {settings.data_start} is not below data_end {settings.data_end}"
     if settings.min_lr > settings.learning_rate:
@@ -148,37 +130,31 @@ def check_settings(settings):
 
 def plan_model(plan, settings, given):
     """Fill in config: that of the checkpoint to resume, of the settings, or of the model to start from."""
+    # a dry run takes the architecture from the settings when the model to start from is not there
+    name, scratch = settings.init_from, settings.init_from == "scratch"
+    there = os.path.isdir(name) or name in RELEASED
+    assumed = settings.dry_run and not there and {"n_head", "n_embd"} <= given
     if plan.resume_from:
         plan.config = dataclasses.replace(GPTConfig.from_folder(plan.resume_from), dropout=settings.dropout)
-        return
-    # a dry run takes the architecture from the settings when the model to start from is not there
-    there = os.path.isdir(settings.init_from) or settings.init_from in RELEASED
-    assumed = settings.dry_run and not there and {"n_head", "n_embd"} <= given
-    if settings.init_from == "scratch" or assumed:
+    elif name == "resume":
+        yield "init_from = resume is nanoGPT's: write resume = auto; the run in out_dir is continued"
+    elif scratch or assumed:
         if settings.n_embd % settings.n_head:
             yield f"n_embd {settings.n_embd} is not a multiple of n_head {settings.n_head}"
-        if settings.init_from == "scratch" and settings.inherit_layers is not None:
+        if scratch and settings.inherit_layers is not None:
             yield "inherit_layers needs a model to inherit from: set init_from"
-        depth = settings.inherit_layers if assumed and settings.inherit_layers else settings.n_layer
-        plan.config = dataclasses.replace(scratch_config(settings, plan.tokenizer), n_layer=depth)
-        return
-    if settings.init_from == "resume":
-        raise UserError(
-            "init_from = resume is nanoGPT's: write resume = auto; the run in out_dir is continued"
-        )
-    yield from plan_inherited(plan, settings, given, source_config(settings.init_from))
+        sizes = {key: getattr(settings, key) for key in (*ARCHITECTURE, "block_size", "dropout")}
+        if assumed and settings.inherit_layers:
+            sizes["n_layer"] = settings.inherit_layers
+        rows = pad_vocab(plan.tokenizer["n_vocab"])
+        plan.config = GPTConfig(**sizes, vocab_size=rows, **of_tokenizer(plan.tokenizer))
+    else:
+        yield from plan_inherited(plan, settings, given, source_config(name))
 
 
-def scratch_config(settings, tokenizer):
-    """The architecture that the settings ask for."""
-    names = (*ARCHITECTURE, "block_size", "dropout")
-    return GPTConfig(
-        **{name: getattr(settings, name) for name in names},
-        vocab_size=pad_vocab(tokenizer["n_vocab"]),
-        n_vocab=tokenizer["n_vocab"],
-        tokenizer=tokenizer["name"],
-        eot=tokenizer["eot"],
-    )
+def of_tokenizer(tokenizer):
+    """What a GPTConfig says of the tokenizer in a data folder's meta.json."""
+    return {"tokenizer": tokenizer["name"], "n_vocab": tokenizer["n_vocab"], "eot": tokenizer["eot"]}
 
 
 def source_config(init_from: str) -> GPTConfig:
@@ -193,58 +169,53 @@ def plan_inherited(plan, settings, given, source):
     """Fill in the config of a model that starts from a checkpoint with the config `source`: only depth, a
     shorter context and dropout may differ."""
     name, theirs = settings.init_from, plan.tokenizer
-    k = settings.inherit_layers or source.n_layer
-    config = dataclasses.replace(source, n_layer=k, dropout=settings.dropout)
-    if k > source.n_layer:
-        yield f"inherit_layers {k} is more than the {source.n_layer} blocks of {name}"
+    changes = {"n_layer": settings.inherit_layers or source.n_layer, "dropout": settings.dropout}
+    if changes["n_layer"] > source.n_layer:
+        yield f"inherit_layers {changes['n_layer']} is more than the {source.n_layer} blocks of {name}"
     for key in ARCHITECTURE:
-        asked, has = getattr(settings, key), getattr(config, key)
+        asked, has = getattr(settings, key), changes.get(key, getattr(source, key))
         if key in given and asked != has:
             yield f"{key} {asked} was asked for, but the model from {name} has {has}: leave it out"
     if "block_size" in given:
+        changes["block_size"] = settings.block_size
         if settings.block_size > source.block_size:
             yield f"block_size {settings.block_size} is above the {source.block_size} positions of {name}"
-        config = dataclasses.replace(config, block_size=settings.block_size)
 
     # a model that does not say what tokenizer it was trained with takes the data's
-    if source.tokenizer and source.tokenizer != theirs["name"]:
+    if source.tokenizer not in ("", theirs["name"]):
         yield (
             f"{settings.dataset} was tokenised with {theirs['name']!r}, but {name} was trained with "
             f"{source.tokenizer!r}: prepare the data with that one"
         )
     elif theirs["n_vocab"] > source.vocab_size:
         yield f"{settings.dataset} has {theirs['n_vocab']} ids, {name} only {source.vocab_size}"
-    if not source.tokenizer:
-        config = dataclasses.replace(
-            config, tokenizer=theirs["name"], n_vocab=theirs["n_vocab"], eot=theirs["eot"]
-        )
-    plan.config = config
+    elif not source.tokenizer:
+        changes |= of_tokenizer(theirs)
+    plan.config = dataclasses.replace(source, **changes)
 
 
-def check_teacher(plan, settings):
+def check_teacher(plan, settings, given):
+    """A teacher's vocabulary may be padded, as that of a model to start from."""
     if not settings.teacher or not plan.config:
         return
-    name, config = settings.teacher, plan.config
+    name, theirs, block_size = settings.teacher, plan.tokenizer, plan.config.block_size
     teacher = source_config(name)
-    if (teacher.n_vocab, teacher.tokenizer or config.tokenizer) != (config.n_vocab, config.tokenizer):
+    if teacher.tokenizer not in ("", theirs["name"]) or theirs["n_vocab"] > teacher.vocab_size:
         yield (
             f"teacher {name} has the {teacher.n_vocab} ids of {teacher.tokenizer!r}, the student the "
-            f"{config.n_vocab} of {config.tokenizer!r}: they must be the same vocabulary"
+            f"{theirs['n_vocab']} of {theirs['name']!r}: they must be the same vocabulary"
         )
-    elif teacher.block_size < config.block_size:
-        yield f"teacher {name} reads {teacher.block_size} tokens, the student {config.block_size}: too short"
+    elif teacher.block_size < block_size:
+        yield f"teacher {name} reads {teacher.block_size} tokens, the student {block_size}: too short"
 
 
-def plan_batch(plan, settings):
+def plan_batch(plan, settings, given):
     """Fill in sequences, micro_batch and accumulation."""
     if not plan.config:
         return
-    T = plan.config.block_size
-    if plan.train_tokens is not None and plan.train_tokens <= T:
-        yield (
-            f"this run's part of {settings.dataset} has {plan.train_tokens:,} tokens, fewer than "
-            "block_size + 1"
-        )
+    T, tokens = plan.config.block_size, plan.train_tokens
+    if tokens is not None and tokens <= T:
+        yield f"this run's part of {settings.dataset} has {tokens:,} tokens, fewer than block_size + 1"
     split = split_batch(settings.batch_tokens, T, settings.batch_size, plan.world)
     plan.sequences, plan.micro_batch, plan.accumulation = split
 
@@ -270,28 +241,26 @@ def split_batch(batch_tokens: int, block_size: int, batch_size: int, world: int)
 
 def describe(plan: Plan, settings: TrainSettings) -> str:
     """The text of --dry_run."""
-    c = plan.config
+    c, s = plan.config, settings
     n_params, flops_per_token = costs(c)
-    total_tokens = settings.max_iters * settings.batch_tokens
-    origin = settings.init_from
-    if settings.inherit_layers:
-        origin += f", its first {settings.inherit_layers} blocks"
-    data = f"{settings.dataset}: not prepared"
+    total_tokens = s.max_iters * s.batch_tokens
+    flops = flops_per_token * total_tokens
+    blocks = f", its first {s.inherit_layers} blocks" if s.inherit_layers else ""
+    data = "not prepared"
     if plan.train_tokens is not None:
-        epochs = total_tokens / plan.train_tokens
-        data = f"{settings.dataset}: {plan.train_tokens:,} tokens, {epochs:.2f} epochs"
+        data = f"{plan.train_tokens:,} tokens, {total_tokens / plan.train_tokens:.2f} epochs"
     lines = [
         f"model        {c.n_layer} blocks x {c.n_head} heads x {c.n_embd}, context {c.block_size}, "
         f"{c.vocab_size} ids",
         f"parameters   {n_params:,}",
-        f"starts from  {origin}",
-        f"batch        {settings.batch_tokens:,} tokens = {plan.micro_batch} sequences x {c.block_size} "
-        f"tokens x {plan.accumulation} accumulation x {plan.world} rank(s)",
-        f"training     {settings.max_iters:,} steps, {total_tokens:,} tokens",
-        f"data         {data}",
-        f"compute      {flops_per_token * total_tokens:.3g} FLOPs",
+        f"starts from  {s.init_from}{blocks}",
+        f"batch        {s.batch_tokens:,} tokens = {plan.micro_batch} sequences x {c.block_size} tokens x "
+        f"{plan.accumulation} accumulation x {plan.world} rank(s)",
+        f"training     {s.max_iters:,} steps, {total_tokens:,} tokens",
+        f"data         {s.dataset}: {data}",
+        f"compute      {flops:.3g} FLOPs",
     ]
-    return "\n".join(lines + describe_cost(plan, settings, flops_per_token * total_tokens))
+    return "\n".join(lines + describe_cost(plan, settings, flops))
 
 
 def describe_cost(plan, settings, flops):
@@ -308,19 +277,19 @@ def describe_cost(plan, settings, flops):
         f"               {parts[1]}",
         f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:",
     ]
-    memory = shared if settings.shard else whole
     for name, (peak, gigabytes) in PEAKS.items():
-        seconds = flops / (peak * 1e12 * ASSUMED_MFU)
-        cure = "lower batch_size"
-        if not settings.shard and shared < 0.9 * gigabytes:
-            cure = "shard=True, or lower batch_size"
-        fits = "" if memory < 0.9 * gigabytes else f"   does not fit {gigabytes} GB: {cure}"
-        lines.append(f"  {name:10} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{fits}")
+        seconds, room = flops / (peak * 1e12 * ASSUMED_MFU), 0.9 * gigabytes
+        cure = (
+            "shard=True, or lower batch_size" if shared < room and not settings.shard else "lower batch_size"
+        )
+        fits = (shared if settings.shard else whole) < room
+        note = "" if fits else f"   does not fit {gigabytes} GB: {cure}"
+        lines.append(f"  {name:10} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{note}")
     return lines
 
 
 def duration(seconds: float) -> str:
     """Seconds in the largest unit that leaves a number of at least 1."""
-    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 0))
-    unit, size = next((unit, size) for unit, size in units if seconds >= size)
-    return f"{seconds / (size or 1):.1f} {unit}"
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    unit = next((unit for unit, size in units.items() if seconds >= size), "s")
+    return f"{seconds / units.get(unit, 1):.1f} {unit}"

@@ -9,36 +9,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-def setting(default, help, low=None, high=None, path=False):
-    """A dataclass field with its line of help. low, high: the range of a number, both ends included; path: a
-    file or folder, in which ~ stands for the home folder."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "path": path})
-
-
-def path(default, help):
-    """`setting` for a path, or for a model, which may be a folder."""
-    return setting(default, help, path=True)
+def setting(default, help, low=None, high=None):
+    """A dataclass field with its line of help and, for a number, its range, both ends included."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
 class TrainSettings:
-    """What one run of train.py does."""
+    """What one run of train.py does. `sec.` and `app.` are the paper's."""
 
     # paths
-    out_dir: str = path("out", "run folder: checkpoints, log.csv, timing.csv")
-    dataset: str = path("data/openwebtext", "data folder with train and val bins")
+    out_dir: str = setting("out", "run folder: checkpoints, log.csv, timing.csv")
+    dataset: str = setting("data/openwebtext", "data folder with train and val bins")
     data_start: float = setting(0.0, "fraction of the training stream where this run's part begins", 0.0, 1.0)
     data_end: float = setting(1.0, "fraction of the training stream where this run's part ends", 0.0, 1.0)
 
     # model
-    init_from: str = path("scratch", "scratch, or a checkpoint, run folder or Hugging Face id to start from")
-    inherit_layers: int | None = setting(None, "keep only the first this many blocks of init_from", 1)
-    n_layer: int = setting(12, "transformer blocks", 1, 1000)  # the three sizes: paper sec. 3, Small
+    init_from: str = setting("scratch", "scratch, or what to start from: checkpoint, run folder or hub id")
+    inherit_layers: int | None = setting(None, "take only the first this many blocks of init_from", 1)
+    n_layer: int = setting(12, "transformer blocks", 1, 1000)  # the three sizes: sec. 3, Small
     n_head: int = setting(12, "attention heads", 1)
     n_embd: int = setting(768, "width C", 1)
-    block_size: int = setting(1024, "context length T in tokens", 1)  # paper sec. 3
-    bias: bool = setting(False, "biases in linear layers and LayerNorms")  # paper sec. 3
-    dropout: float = setting(0.0, "dropout probability", 0.0, 0.999)  # paper sec. 3
+    block_size: int = setting(1024, "context length T in tokens", 1)  # sec. 3
+    bias: bool = setting(False, "biases in linear layers and LayerNorms")  # sec. 3
+    dropout: float = setting(0.0, "dropout probability", 0.0, 0.999)  # sec. 3
     # the released model.py has it on; v2 of the paper names it, v4 does not
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention logits by (block number + 1)")
 
@@ -46,47 +40,46 @@ class TrainSettings:
     # the paper does not state Small's batch: half a million tokens, as GPT-3 small
     batch_tokens: int = setting(491_520, "tokens per optimizer step, whatever the number of ranks", 1)
     batch_size: int = setting(12, "upper limit of sequences per micro-batch on one rank", 1)
-    max_iters: int = setting(100_000, "optimizer steps", 1)  # paper sec. 3: T = 100K everywhere
-    stop_at_val_loss: float | None = setting(None, "stop when validation loss (nats/token) reaches this")
+    max_iters: int = setting(100_000, "optimizer steps", 1)  # sec. 3: T = 100K everywhere
+    stop_at_val_loss: float | None = setting(None, "stop once validation loss (nats/token) reaches this")
 
     # distillation
-    teacher: str = path("", "checkpoint, run folder or Hugging Face id to distil from (default: none)")
-    # paper app. D
+    teacher: str = setting("", "checkpoint, run folder or hub id to distil from (default: none)")
+    # app. D, and T from v2
     kd_alpha: float = setting(0.6, "loss = kd_alpha CE + (1 - kd_alpha) T^2 KL(teacher to student)", 0.0, 1.0)
-    kd_temperature: float = setting(1.0, "T, by which both sides' logits are divided in KL", 0.01)  # paper v2
+    kd_temperature: float = setting(1.0, "T, by which both sides' logits are divided in KL", 0.01)
 
     # optimisation
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon: for the blocks' matrices; the rest by AdamW"
+        "adamw", "muon: for the blocks' matrices; AdamW for the rest"
     )
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)  # not stated for Small: GPT-3 small's
-    min_lr: float = setting(1e-5, "learning rate from lr_decay_iters on", 0.0)  # paper sec. 3
-    warmup_iters: int = setting(2000, "steps of linear warm-up", 0)  # paper sec. 3
-    lr_decay_iters: int | None = setting(None, "step at which min_lr is reached (default: max_iters)", 0)
-    weight_decay: float = setting(
-        0.1, "decay of the blocks' matrices, and of nothing else", 0.0
-    )  # paper sec. 3
-    beta1: float = setting(0.9, "AdamW beta1", 0.0, 0.9999999)  # paper sec. 3
-    beta2: float = setting(0.95, "AdamW beta2", 0.0, 0.9999999)  # paper sec. 3
-    # paper sec. 3; the released scripts clip the sum over micro-batches, we clip the mean
+    min_lr: float = setting(1e-5, "learning rate from lr_decay_iters on", 0.0)  # sec. 3
+    warmup_iters: int = setting(2000, "steps of linear warm-up", 0)  # sec. 3
+    lr_decay_iters: int | None = setting(None, "step where the cosine reaches min_lr (default: max_iters)", 0)
+    # sec. 3: on linear layers only
+    weight_decay: float = setting(0.1, "decay of the blocks' matrices; embeddings and norms have none", 0.0)
+    beta1: float = setting(0.9, "AdamW beta1", 0.0, 0.9999999)  # sec. 3
+    beta2: float = setting(0.95, "AdamW beta2", 0.0, 0.9999999)  # sec. 3
+    # sec. 3; the released scripts clip the sum over micro-batches, we clip the mean
     grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0 does not clip", 0.0)
 
     # evaluation and checkpoints
     eval_interval: int = setting(1000, "steps between validations", 1)  # the released logs
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "also log there (requirements-log.txt)")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "where else (requirements-log.txt)")
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(
-        "never",
-        "continue the run in out_dir: never (one that is there is refused), auto (if there is one), must",
+        "never", "the run in out_dir: never refuses one, auto continues it if there is one, must or fails"
     )
 
     # machine
     seed: int = setting(1337, "seeds the initialisation, the data order and dropout", 0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(  # paper sec. 3: bf16
+    # sec. 3: bf16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "autocast type; auto is bfloat16 on a GPU that has it, else float32"
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
@@ -94,7 +87,7 @@ class TrainSettings:
         "none", "compute again for backward: cheap: norms and GELU; full: all but each block's input"
     )
     shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and moments")
-    threads: int | None = setting(None, "CPU threads; bits depend on it (default: torch's choice)", 1)
+    threads: int | None = setting(None, "CPU threads (default: torch's choice); bits depend on it", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
 
 
@@ -102,34 +95,36 @@ class TrainSettings:
 class GrowSettings:
     """What grow.py does around train.py: the Inheritune recipe (paper, Algorithm 1)."""
 
-    reference: str = path("", "checkpoint, run folder or Hugging Face id (default: out_dir/reference)")
-    reference_config: str = path("", "train.py config that trains the reference if need be")
-    k_start: int | None = setting(None, "blocks of the first round (default: half of the reference's)", 1)
+    reference: str = setting("", "checkpoint, run folder or hub id (default: out_dir/reference)")
+    reference_config: str = setting("", "train.py config of the reference, trained if need be")
+    k_start: int | None = setting(
+        None, "blocks of the first round (default: half the reference's)", 1
+    )  # sec. 4
     k_step: int = setting(2, "blocks added from round to round", 1)  # paper Algorithm 1
     growth: Literal["reinherit", "onto"] = setting(
-        "reinherit", "a further round takes all blocks from the reference, or adds to the trained model"
+        "reinherit", "a further round: all blocks anew, or the reference's next ones onto the trained model"
     )
-    control: bool = setting(True, "also train random-init controls: equal steps, and equal total compute")
+    control: bool = setting(
+        True, "train random-init controls too: for equal steps, for the pipeline's compute"
+    )
 
 
 @dataclass
 class ReplicateSettings:
     """What replicate.py does around train.py: arms × seeds, compared (experiments/arms.py lists the arms)."""
 
-    results: str = path("results/replicate", "folder for results.csv, table.md and the figures")
-    reference: str = path("", "checkpoint, run folder or Hugging Face id (default: one for each seed)")
-    reference_config: str = path("", "train.py config that trains each seed's reference")
-    arms: str = setting("all:1", "arms, each with its number of seeds: 'all:1 random:3'; later ones count")
+    results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
+    reference: str = setting("", "checkpoint, run folder or hub id (default: one for each seed)")
+    reference_config: str = setting("", "train.py config that trains each seed's reference")
+    arms: str = setting("all:1", "arms and their numbers of seeds: 'all:1 random:3'; later ones count")
     first_seed: int = setting(1, "seeds count up from this one", 0)
     layers: int | None = setting(None, "blocks of the small models (default: half of the reference's)", 1)
-    rounds_from: int | None = setting(
-        None, "first round of the arms that grow (default: layers - rounds_step)", 1
-    )
+    rounds_from: int | None = setting(None, "first round of growing arms (default: layers - rounds_step)", 1)
     rounds_step: int = setting(2, "blocks added from round to round in the arms that grow", 1)
-    seen: float = setting(1.0, "fraction of the stream that all arms but `unseen` train on", 0.01, 1.0)
-    final_tokens: int | None = setting(None, "tokens of the final losses (default: eval_tokens)", 1)
+    seen: float = setting(1.0, "fraction of the training stream for all arms but `unseen`", 0.01, 1.0)
+    final_tokens: int | None = setting(None, "tokens for final losses (default: eval_tokens)", 1)
     jobs: int | None = setting(None, "arms trained side by side (default: cores / threads; 1 on GPUs)", 1)
-    report: bool = setting(False, "train nothing: table and figures again, from results and out_dir")
+    report: bool = setting(False, "train nothing: table and figures from what results and out_dir hold")
 
 
 # Where and how a run is made, not what comes out: not part of an arm's identity (replicate.py).

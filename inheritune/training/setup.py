@@ -1,5 +1,4 @@
-"""Builds a run for train.py's loop: data, model, optimizer, run folder, and the state that is saved and
-restored."""
+"""Builds a run for train.py's loop: data, model, optimizer, run folder, and the state of a step."""
 
 import dataclasses
 import os
@@ -13,7 +12,7 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder
 from inheritune.base.signals import Request
 from inheritune.data.reader import TrainData, ValData
-from inheritune.training.device import compiles, pick_dtype
+from inheritune.training.device import pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import Recorder
 from inheritune.training.optimizer import load_optimizer, make_optimizer
@@ -110,11 +109,24 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect elsewhere
     seed_all(settings.seed)  # frozen: alike on all ranks, which start from the same weights
 
+    # data, model and teacher
     data = ranks.agree(lambda: open_data(settings, plan))
-    model, lineage = build_model(settings, plan, ranks, device)
-    teacher = load_teacher(settings, ranks, device)
+    folder = plan.resume_from
+    if not folder and settings.init_from != "scratch":
+        folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
+    module, lineage = ranks.agree(lambda: load_weights(plan, folder))
+    module.checkpoint_activations = settings.checkpoint_activations
+    model = DistributedModel(module, ranks, device, settings.compile, settings.shard)
+    teacher = None
+    if settings.teacher:
+        found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
+        teacher = ranks.agree(lambda: GPT.from_pretrained(found)).to(device).eval().requires_grad_(False)
+
+    # what is restored, and the run folder
     dtype = pick_dtype(settings.dtype, device)
-    optimizer, scaler, state = build_optimizer(settings, plan, ranks, model, dtype)
+    optimizer = make_optimizer(module, settings, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
     recorder = Recorder(settings, plan.config, device, ranks.world)
     ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.first else None)
 
@@ -128,17 +140,6 @@ def open_data(settings, plan):
     T = plan.config.block_size
     train = TrainData(settings.dataset, T, settings.seed, settings.data_start, settings.data_end)
     return Data(train, ValData(settings.dataset, T, settings.eval_tokens, settings.batch_size))
-
-
-def build_model(settings, plan, ranks, device):
-    """(DistributedModel, lineage): fresh weights, or those of the checkpoint to resume or to start from."""
-    folder = plan.resume_from
-    if not folder and settings.init_from != "scratch":
-        folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
-    module, lineage = ranks.agree(lambda: load_weights(plan, folder))
-    module.checkpoint_activations = settings.checkpoint_activations
-    compiled = compiles(settings.compile, device)
-    return DistributedModel(module, ranks, device, compiled, settings.shard), lineage
 
 
 def load_weights(plan, folder):
@@ -158,26 +159,10 @@ def load_weights(plan, folder):
     return module, lineage
 
 
-def load_teacher(settings, ranks, device):
-    """The model to distil from, on every rank, or None."""
-    if not settings.teacher:
-        return None
-    folder = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
-    return ranks.agree(lambda: GPT.from_pretrained(folder)).to(device).eval().requires_grad_(False)
-
-
-def build_optimizer(settings, plan, ranks, model, dtype):
-    """(optimizer, loss scaler for fp16, State), at the step to resume from if there is one."""
-    optimizer = make_optimizer(model.module, settings, model.device)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
-    if not plan.resume_from:
-        return optimizer, scaler, State()
-    state = ranks.agree(lambda: restore(plan.resume_from, model.module, optimizer, scaler))
-    return optimizer, scaler, state
-
-
 def restore(folder, module, optimizer, scaler):
-    """Fill optimizer and scaler from a checkpoint folder, and return its State."""
+    """The State of a checkpoint folder, which fills optimizer and scaler; that of step 0 without a folder."""
+    if folder is None:
+        return State()
     load_optimizer(folder, module, optimizer)
     saved = checkpoint.read_state(folder)
     try:
@@ -185,7 +170,7 @@ def restore(folder, module, optimizer, scaler):
             scaler.load_state_dict(saved["scaler"])
     except (KeyError, RuntimeError, TypeError) as e:
         raise UserError(
-            f"{folder}/state.json lacks {e}; delete the folder to go on from the one before it"
+            f"{folder}/state.json lacks {e}; delete the folder to go on from the one before"
         ) from None
     return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
 
@@ -199,9 +184,8 @@ def open_run_folder(settings, plan, state, recorder):
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out)
     if lock is None:
-        raise UserError(
-            f"another process is training in {out}: wait for it or stop it, or choose another --out_dir"
-        )
+        cure = "wait for it or stop it, or choose another --out_dir"
+        raise UserError(f"another process is training in {out}: {cure}")
     try:
         # damaged checkpoints are set aside, unless another run has mended them meanwhile
         for folder in plan.damaged:
@@ -210,16 +194,16 @@ def open_run_folder(settings, plan, state, recorder):
             except UserError as e:
                 print(f"{folder} is no whole checkpoint and is set aside: {e}")
                 checkpoint.set_aside(folder)
-        newest = checkpoint.list_steps(out)[-1:]
-        if newest != ([os.path.basename(plan.resume_from)] if plan.resume_from else []):
+        steps = checkpoint.list_steps(out)
+        if steps[-1:] != ([os.path.basename(plan.resume_from)] if plan.resume_from else []):
             raise UserError(f"another process has just trained in {out}: run the same command again to go on")
 
         # what a kill left: temporary files, links that were not moved yet, rows after the checkpoint
         checkpoint.sweep(out)
         if plan.resume_from:
-            checkpoint.link(os.path.join(out, "latest"), newest[0])
+            checkpoint.link(os.path.join(out, "latest"), steps[-1])
         best = checkpoint.step_name(state.best_step or 0)
-        if state.best_step is not None and best in checkpoint.list_steps(out):
+        if state.best_step is not None and best in steps:
             checkpoint.link(os.path.join(out, "best"), best)
         recorder.open(lock, state.step)
     except BaseException:

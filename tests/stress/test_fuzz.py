@@ -20,7 +20,7 @@ from inheritune.data import reader as data
 from inheritune.data.tokenizer import bytes_tokenizer, load_tokenizer
 from inheritune.training import planning as plan
 from inheritune.training.parsing import parse, read_config_file
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
+from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPTConfig
 
@@ -164,7 +164,7 @@ def parsers(tmp_path):
         plan.comparable(checkpoint.read_state(str(path.parent))["settings"])
 
     def open_line(line):
-        parse((TrainSettings,), line, "", others={"grow.py": GrowSettings, "replicate.py": ReplicateSettings})
+        parse((TrainSettings,), line, "")
 
     def open_tokenizer(path):
         load_tokenizer(path).encode("a text")

@@ -126,6 +126,21 @@ def test_unfit_teachers_are_refused_by_name(world, tmp_path, changes, message):
     assert message in shown and "unfit" in shown and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"vocab_size": 264, "n_vocab": 264}, {"vocab_size": 384}, {"tokenizer": "", "n_vocab": 320}],
+)
+def test_a_teacher_may_have_more_rows_than_the_tokenizer_has_ids(world, tmp_path, changes):
+    """... as a model to start from may, and a student too: KL is over the tokenizer's ids alone."""
+    data, plain, _ = world
+    write_checkpoint(tmp_path / "padded", **changes)
+    train.main(arguments(data, tmp_path / "run", teacher=tmp_path / "padded", max_iters=2))
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    more = {"teacher": plain, "init_from": tmp_path / "padded", "max_iters": 2}
+    train.main(arguments(data, tmp_path / "student", **more, **sizes))
+    assert len(rows(tmp_path / "student")) == 3
+
+
 @pytest.mark.parametrize("setting", ["kd_alpha=1.5", "kd_temperature=0", "teacher=/nowhere/else/x"])
 def test_wrong_settings(world, tmp_path, setting):
     name, _, value = setting.partition("=")

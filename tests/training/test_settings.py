@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import train
 from inheritune.base.errors import UserError
 from inheritune.training.parsing import parse
-from inheritune.training.settings import HARMLESS, GrowSettings, TrainSettings
+from inheritune.training.settings import HARMLESS, TrainSettings
 
 
 def read(*argv):
-    return parse((TrainSettings,), list(argv), "test", others={"grow.py": GrowSettings})
+    return parse((TrainSettings,), list(argv), "test")
 
 
 @pytest.fixture
