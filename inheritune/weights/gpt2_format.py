@@ -117,7 +117,7 @@ def check_architecture(path: str, c: dict) -> None:
 
 def find_tokenizer(folder: str) -> str:
     """The tokenizer of a folder whose config.json does not name it: "gpt2" for GPT-2's vocabulary or a
-    released GPT-2 in the hub's cache, "tokenizer.json" for another one in that file, "" when there is none.
+    released GPT-2 in the hub's cache, "tokenizer.json" for another one that load_tokenizer opens, "" when there is none.
     Raises UserError."""
     own, vocab = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
     if os.path.exists(own):
@@ -129,7 +129,7 @@ def find_tokenizer(folder: str) -> str:
         ordered = json.dumps(dict(sorted(ids.items(), key=lambda item: item[1])))  # as OpenAI's encoder.json
         if hashlib.sha256(ordered.encode()).hexdigest() == GPT2_VOCAB:
             return "gpt2"
-    if os.path.exists(own):
+    if os.path.exists(own) or (ids and os.path.exists(os.path.join(folder, "merges.txt"))):
         return "tokenizer.json"
     in_cache = os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(folder))))
     return "gpt2" if ids is None and GPT2_CACHE.fullmatch(in_cache) else ""
