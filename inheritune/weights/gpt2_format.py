@@ -117,8 +117,8 @@ def check_architecture(path: str, c: dict) -> None:
 
 def find_tokenizer(folder: str) -> str:
     """The tokenizer of a folder whose config.json does not name it: "gpt2" for GPT-2's vocabulary or a
-    released GPT-2 in the hub's cache, "tokenizer.json" for another one that load_tokenizer opens, "" when there is none.
-    Raises UserError."""
+    released GPT-2 in the hub's cache, "tokenizer.json" for another one that load_tokenizer opens, "" when there
+    is none. Raises UserError."""
     own, vocab = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
     if os.path.exists(own):
         model = read_json(own).get("model")
