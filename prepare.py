@@ -86,16 +86,16 @@ def describe(args) -> dict:
     paths = [source for source in args.sources if not is_url(source)]
     files = find_files(paths)
     check_tables(files, args.text_column)
-    return arguments | fingerprint(paths, files) | {"urls": urls}
+    return arguments | fingerprint(paths, files, args.split_on) | {"urls": urls}
 
 
 def open_sources(args):
     """(pieces from a position on, the split of each document) of the files and URLs given."""
     files = find_files([download(s, args.out) if is_url(s) else s for s in args.sources])
-    n = count_documents(files, args.text_column)
+    n = count_documents(files, args.text_column, args.split_on)
     if n == 1 and is_text(files[0].path):
         files, n = cut_in_two(files[0], args.val_fraction), 2
-    return functools.partial(read_files, files, args.text_column, ""), last_for_validation(
+    return functools.partial(read_files, files, args.text_column, args.split_on), last_for_validation(
         n, args.val_fraction
     )
 

@@ -44,7 +44,7 @@ def main(argv=None):
         raise UserError(f"--max_tokens {args.max_tokens} leaves nothing to train on; it must exceed {shard}")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, args.text_column)
+        source = open_files(args.data_files, args.text_column, args.split_on)
     else:
         which = {"name": args.name, "revision": args.revision}
         source = open_hub(args.dataset, True, args.text_column, DOCUMENTS.get(args.name), **which)

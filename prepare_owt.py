@@ -73,7 +73,7 @@ def main(argv=None):
     check_shared_flags(args)
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, args.text_column)
+        source = open_files(args.data_files, args.text_column, args.split_on)
     else:
         source = load(args.dataset, args.revision, args.text_column)
     n = source.documents()

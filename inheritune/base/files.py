@@ -81,7 +81,7 @@ def read_json(path: str | os.PathLike) -> dict:
     if (size := os.path.getsize(path)) > MAX_JSON:
         raise UserError(f"{path} has {size:,} bytes, too many for one of ours (at most {MAX_JSON:,})")
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # others put a byte order mark before it
             value = json.load(f)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); it is damaged or not ours: make it again") from None

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -165,6 +166,10 @@ class Tokens:
             lengths.append(count)
         self.ends = np.cumsum(lengths, dtype=np.int64)
         self.open = functools.lru_cache(MAX_OPEN)(functools.partial(open, mode="rb", buffering=0))
+        if "splits" not in meta and split == "val" and len(self):
+            highest = self.read(0, min(len(self), 1 << 20)).max()
+            if highest < self.tokenizer["n_vocab"] // 8:
+                warn_of_vocabulary(folder, int(highest))
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -212,6 +217,11 @@ def read_meta(folder: str) -> dict:
     if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, "progress.json")):
             raise UserError(f"{folder} is unfinished: run its preparation to the end")
+        if os.path.exists(os.path.join(folder, "meta.pkl")):
+            raise UserError(
+                f"{folder} has a vocabulary of its own in meta.pkl, a pickle, which is not opened: prepare "
+                "its text again, for example: python prepare.py input.txt --tokenizer bytes --out data/input"
+            )
         return {"tokenizer": GPT2, "dtype": "uint16"}
     meta = read_json(path)
     tokenizer = meta.get("tokenizer")
@@ -225,6 +235,15 @@ def read_meta(folder: str) -> dict:
     ):
         raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")
     return meta
+
+
+@functools.cache  # once a process
+def warn_of_vocabulary(folder: str, highest: int) -> None:
+    print(
+        f"warning: {folder} has no meta.json and is read as GPT-2's 50,257 ids, but the highest in val is "
+        f"{highest}: was another vocabulary used?",
+        file=sys.stderr,
+    )
 
 
 def shards_of(folder: str, split: str, meta: dict) -> list[dict]:

@@ -57,12 +57,16 @@ class Source(NamedTuple):
 def add_shared_flags(parser) -> None:
     """The flags of all three commands."""
     parser.add_argument("--text_column", default="text", help="where a table keeps the text")
+    help = "text that parts the documents of a text file, such as '<|endoftext|>'"
+    parser.add_argument("--split_on", default="", metavar="TEXT", help=help + UNSET)
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="threads that tokenise")
 
 
 def check_shared_flags(args) -> None:
     if args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc} must be at least 1")
+    if args.split_on and not (getattr(args, "sources", None) or getattr(args, "data_files", None)):
+        raise UserError("--split_on parts the documents of text files: name some, or leave it out")
 
 
 def add_corpus_flags(parser, out: str, dataset: str) -> None:
@@ -82,12 +86,13 @@ def add_corpus_flags(parser, out: str, dataset: str) -> None:
 # Files
 
 
-def open_files(paths: list[str], column: str) -> Source:
+def open_files(paths: list[str], column: str, split_on: str = "") -> Source:
     """Files, folders and patterns as a Source."""
     files = find_files(paths)
     check_tables(files, column)
-    documents = functools.partial(count_documents, files, column)
-    return Source(fingerprint(paths, files), documents, functools.partial(read_files, files, column, ""))
+    documents = functools.partial(count_documents, files, column, split_on)
+    pieces = functools.partial(read_files, files, column, split_on)
+    return Source(fingerprint(paths, files, split_on), documents, pieces)
 
 
 def find_files(paths: list[str]) -> list[File]:
@@ -155,7 +160,7 @@ def walk(folder: str, skip: tuple = ()) -> Iterator[str]:
         yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
 
 
-def fingerprint(paths: list[str], files: list[File]) -> dict:
+def fingerprint(paths: list[str], files: list[File], split_on: str = "") -> dict:
     """What tells this input from another, for meta.json: how it was named, and its files' names, sizes, times
     of change and sampled content."""
     listing, total = [], 0
@@ -164,7 +169,8 @@ def fingerprint(paths: list[str], files: list[File]) -> dict:
         listing.append([path, stat.st_size, stat.st_mtime_ns, sampled(path, stat.st_size)])
         total += stat.st_size
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return {"sources": list(paths), "files": len(files), "bytes": total, "listing_sha256": digest}
+    found = {"sources": list(paths), "files": len(files), "bytes": total, "listing_sha256": digest}
+    return found | {"split_on": split_on} if split_on else found
 
 
 def sampled(path: str, size: int) -> str:

@@ -105,6 +105,7 @@ class Tokenizer:
     name: str
     n_vocab: int
     eot: int  # the id that ends a text
+    end_of_text: str = END_OF_TEXT  # how its token is written
     sha256: str | None = None  # of a Hugging Face tokenizer's vocabulary
     files: dict[str, bytes] = {}  # noqa: RUF012  (what a data folder keeps of it)
 
@@ -221,7 +222,7 @@ def from_tiktoken(name: str) -> TikToken:
 
     try:
         return TikToken(tiktoken.get_encoding(name))
-    except (requests.RequestException, OSError, ValueError) as e:
+    except (requests.RequestException, OSError, ValueError, AssertionError) as e:  # the last: sizes differ
         raise UserError(
             f"tiktoken could not fetch the {name} vocabulary ({type(e).__name__}); without a network, set "
             "TIKTOKEN_CACHE_DIR to a filled cache or give --tokenizer the path of a tokenizer.json"
@@ -243,6 +244,7 @@ class HuggingFace(Tokenizer):
         self.tokenizer.no_padding()
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.eot = find_end_of_text(folder, self.tokenizer)
+        self.end_of_text = self.tokenizer.id_to_token(self.eot)
         digest = vocabulary_sha256(self.tokenizer, self.eot)
         if (digest, self.eot, self.encode(PROBE)) == (GPT2_VOCABULARY, 50256, PROBE_IDS):
             self.name, self.n_vocab = "gpt2", 50257  # a token that somebody added occurs in no text
@@ -250,7 +252,7 @@ class HuggingFace(Tokenizer):
         self.name, self.sha256 = TOKENIZER_FILE, digest
         self.n_vocab = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         config = read_optional(folder, CONFIG_FILE) or {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config["eos_token"] = self.tokenizer.id_to_token(self.eot)
+        config["eos_token"] = self.end_of_text
         self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), CONFIG_FILE: as_json(config)}
 
     def encode_batch(self, texts):

@@ -45,13 +45,13 @@ def write_tokens(
 
     `stream_of(i)` names the stream of document number i. Returns the meta.json.
     """
-    batches = batched(pieces(writer.at), stream_of, writer.documents)
+    batches = batched(pieces(writer.at), stream_of, writer.documents, writer.tokenizer.end_of_text)
     work = functools.partial(encode_batch, writer.tokenizer, writer.dtype)
     bar = tqdm(initial=writer.tokens, unit="tok", unit_scale=True, desc=writer.out, dynamic_ncols=True)
     recorded = time.monotonic()
     with ThreadPoolExecutor(threads) as pool, bar:
-        for encoded, at, documents, done in in_order(pool, work, batches, 2 * threads):
-            writer.append(encoded, at, documents)
+        for encoded, at, documents, spelled, done in in_order(pool, work, batches, 2 * threads):
+            writer.append(encoded, at, documents, spelled)
             if done:  # what the text so far came to gives the total, and with it the remaining time
                 bar.total = min(writer.max_tokens, round(writer.tokens / done))
             bar.update(writer.tokens - bar.n)
@@ -63,22 +63,25 @@ def write_tokens(
     return writer.finish()
 
 
-def batched(pieces: Iterable[Piece], stream_of: Callable[[int], str], documents: int) -> Iterator[tuple]:
-    """Yield ([(stream, text, ends), …], position after, documents ended, share done) of about BATCH
-    characters.
+def batched(
+    pieces: Iterable[Piece], stream_of: Callable[[int], str], documents: int, end_of_text: str
+) -> Iterator[tuple]:
+    """Yield ([(stream, text, ends), …], position after, documents ended, how often `end_of_text` is spelled
+    out, share done) of about BATCH characters.
 
     `documents` is how many documents ended before the first piece.
     """
-    batch, size = [], 0
+    batch, size, spelled = [], 0, 0
     for piece in pieces:
         batch.append((stream_of(documents), piece.text, piece.end))
         documents += piece.end
+        spelled += piece.text.count(end_of_text)
         size += len(piece.text) + 20  # so that a million empty documents are no single batch
         if size >= BATCH:
-            yield batch, piece.at, documents, piece.done
-            batch, size = [], 0
+            yield batch, piece.at, documents, spelled, piece.done
+            batch, size, spelled = [], 0, 0
     if batch:
-        yield batch, piece.at, documents, piece.done
+        yield batch, piece.at, documents, spelled, piece.done
 
 
 def encode_batch(tokenizer: Tokenizer, dtype: np.dtype, batch: list) -> dict[str, tuple]:
@@ -139,6 +142,7 @@ class BinWriter:
         }  # as in meta.json: with a sha256 once a file is complete
         self.files = {}  # {stream: the open file of its last shard}
         self.at, self.documents, self.tokens = [0, 0], 0, 0  # where reading goes on; how much came before
+        self.spelled = 0  # times that the text so far holds end-of-text, spelled out
         self.lock, self.absent, self.opened = None, [], False
 
     def open(self) -> bool:
@@ -176,7 +180,8 @@ class BinWriter:
 
     def _resume(self, progress):
         """Go on from a record: cut each unfinished file back to it, and forget what was written after it."""
-        self.at, self.documents, self.shards = progress["at"], progress["documents"], progress["streams"]
+        self.at, self.documents = progress["at"], progress["documents"]
+        self.spelled, self.shards = progress["spelled"], progress["streams"]
         for stream, shards in self.shards.items():
             for shard, name in zip(shards, self.names[stream], strict=False):
                 path, size = self._path(name), shard["tokens"] * self.dtype.itemsize
@@ -194,7 +199,7 @@ class BinWriter:
         if self.tokens:
             print(f"{self.out}: going on after {self.tokens:,} tokens", file=sys.stderr)
 
-    def append(self, encoded: dict[str, tuple], at: list, documents: int) -> None:
+    def append(self, encoded: dict[str, tuple], at: list, documents: int, spelled: int) -> None:
         """Write a batch, {stream: (ids, documents ended, bytes of text)}; reading goes on at `at` after it,
         where `documents` have ended."""
         for stream, (ids, ended, n_bytes) in encoded.items():
@@ -214,6 +219,7 @@ class BinWriter:
                 if shard["tokens"] == self.shard_tokens:
                     self._complete(stream)
         self.at, self.documents = at, documents
+        self.spelled += spelled
 
     def record(self) -> None:
         """Put what was appended on disk, and then a note of it into progress.json."""
@@ -221,7 +227,7 @@ class BinWriter:
             file.flush()
             os.fsync(file.fileno())
         progress = {"tokenizer": self.tokenizer.describe(), "made": self.made, "at": self.at}
-        progress |= {"documents": self.documents, "streams": self.shards}
+        progress |= {"documents": self.documents, "spelled": self.spelled, "streams": self.shards}
         write_json(self._path("progress.json"), progress)
 
     def finish(self) -> dict:
@@ -248,6 +254,12 @@ class BinWriter:
         write_json(self._path("meta.json"), meta)
         clear(self.out, keep=file_sizes(meta))
         print(f"{self.out}: {summary(splits)}")
+        if self.spelled:
+            marker = self.tokenizer.end_of_text
+            print(
+                f"note: the text holds {marker} {self.spelled:,} times, which is ordinary text here; in text "
+                f"files where it parts documents, --split_on '{marker}' makes it do so"
+            )
         return meta
 
     def __enter__(self):
@@ -307,6 +319,10 @@ def check_finished(out, made, tokenizer):
         raise UserError(f"{out}/meta.json was not written by this script; choose another --out") from None
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
+            if key == "listing_sha256":
+                raise UserError(
+                    f"{out} is finished, but its input has changed; choose another --out or delete it"
+                )
             was = f"{key} {old.get(key)!r}, not {new.get(key)!r}"
             raise UserError(f"{out} is finished, but with {was}; choose another --out or delete it")
     for name, size in sizes.items():

@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, raise_all
-from inheritune.data.reader import GPT2, Tokens, read_meta
+from inheritune.data.reader import GPT2, Tokens, check_tokenizer, read_meta
+from inheritune.data.tokenizer import TOKENIZER_FILE
 from inheritune.training.cost import PEAKS, costs, training_memory
 from inheritune.training.logs import read_rows
 from inheritune.training.settings import HARMLESS, TrainSettings
@@ -189,6 +190,8 @@ def plan_inherited(plan, settings, given, source):
         )
     elif theirs["n_vocab"] > source.vocab_size:
         yield f"{settings.dataset} has {theirs['n_vocab']} ids, {name} only {source.vocab_size}"
+    elif source.tokenizer == TOKENIZER_FILE:
+        check_tokenizer(settings.dataset, checkpoint.find(name, weights=False), source)
     elif not source.tokenizer:
         changes |= of_tokenizer(theirs)
     plan.config = dataclasses.replace(source, **changes)

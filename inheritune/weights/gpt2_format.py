@@ -116,7 +116,8 @@ def find_tokenizer(folder: str) -> str:
         model = read_json(own).get("model")
         return "gpt2" if isinstance(model, dict) and is_gpt2(model.get("vocab")) else "tokenizer.json"
     if os.path.exists(vocab):
-        return "gpt2" if is_gpt2(read_json(vocab)) else ""
+        merges = os.path.exists(os.path.join(folder, "merges.txt"))
+        return "gpt2" if is_gpt2(read_json(vocab)) else "tokenizer.json" if merges else ""
     return "gpt2" if GPT2_CACHE.search(os.path.abspath(folder)) else ""
 
 
