@@ -1,5 +1,4 @@
-"""Turn text into the token files that train.py reads: your own files and URLs, or the English in every
-Python.
+"""Turn text into the token files that train.py reads: your files and URLs, or the English in every Python.
 
     python prepare.py                                   # 2.4 MB of documentation as bytes -> data/pydocs
     python prepare.py book.txt notes/ --out data/mine   # your text in GPT-2's vocabulary
@@ -13,28 +12,15 @@ import hashlib
 import os
 import platform
 import urllib.parse
+from argparse import Namespace
 
 from tqdm import tqdm
 
 from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.base.files import replacing
+from inheritune.data import sources
 from inheritune.data.formats import TABLES, TEXT, cut_in_two, is_text
-from inheritune.data.sources import (
-    UNSET,
-    add_shared_flags,
-    by_hash,
-    check_known,
-    check_shared_flags,
-    check_tables,
-    count_documents,
-    find_files,
-    fingerprint,
-    held_out,
-    python_documentation,
-    python_sources,
-    read_files,
-    read_texts,
-)
+from inheritune.data.sources import UNSET
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import BinWriter, write_tokens
 
@@ -45,7 +31,7 @@ CORPORA = {  # --corpus: (where it goes, what it is)
 }
 
 
-def parse(argv):
+def parse(argv: list[str] | None) -> Namespace:
     """The command line's arguments, checked."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     help = (
@@ -58,14 +44,13 @@ def parse(argv):
     parser.add_argument("--corpus", choices=CORPORA, default="docs", help=help)
     help = "bytes, a tiktoken name, or the path of a tokenizer.json or of a folder that holds one"
     parser.add_argument("--tokenizer", help=help + " (default: gpt2; without PATH bytes)" + UNSET)
-    parser.add_argument(
-        "--out", help="folder to write (default without PATH: data/pydocs, or data/python)" + UNSET
-    )
+    help = "folder to write (default without PATH: data/pydocs, or data/python)"
+    parser.add_argument("--out", help=help + UNSET)
     help = "share of the documents, from the end, for validation; of the bytes if there is one text file only"
     parser.add_argument("--val_fraction", type=float, default=0.1, help=help)
-    add_shared_flags(parser)
+    sources.add_shared_flags(parser)
     args = parser.parse_args(argv)
-    check_shared_flags(args)
+    sources.check_shared_flags(args, args.sources)
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if args.sources and not args.out:
@@ -77,40 +62,39 @@ def parse(argv):
     return args
 
 
-def describe(args) -> dict:
+def describe(args: Namespace) -> dict:
     """What tells the input of this run from another, for meta.json, without fetching anything."""
     arguments = {"val_fraction": args.val_fraction, "text_column": args.text_column}
     if not args.sources:
         return arguments | {"sources": f"{CORPORA[args.corpus][1]} Python {platform.python_version()}"}
     urls = [shown(check_url(source)) for source in args.sources if is_url(source)]
     paths = [source for source in args.sources if not is_url(source)]
-    files = find_files(paths)
-    check_tables(files, args.text_column)
-    return arguments | fingerprint(paths, files, args.split_on) | {"urls": urls}
+    found = sources.open_files(paths, args.text_column, args.split_on)
+    return arguments | found.arguments | {"urls": urls}
 
 
-def open_sources(args):
+def open_sources(args: Namespace) -> tuple:
     """(pieces from a position on, the split of each document) of the files and URLs given."""
-    files = find_files([download(s, args.out) if is_url(s) else s for s in args.sources])
-    n = count_documents(files, args.text_column, args.split_on)
+    files = sources.find_files([download(s, args.out) if is_url(s) else s for s in args.sources])
+    n = sources.count_documents(files, args.text_column, args.split_on)
     if n == 1 and is_text(files[0].path):
-        files, n = cut_in_two(files[0], args.val_fraction), 2
-    return functools.partial(read_files, files, args.text_column, args.split_on), last_for_validation(
-        n, args.val_fraction
-    )
+        files, n = cut_in_two(files[0].path, args.val_fraction), 2
+    pieces = functools.partial(sources.read_files, files, args.text_column, args.split_on)
+    return pieces, last_for_validation(n, args.val_fraction)
 
 
-def open_corpus(args):
+def open_corpus(args: Namespace) -> tuple:
     """The same of an embedded corpus."""
-    documents = python_documentation()
+    documents = sources.python_documentation()
     if args.corpus == "docs":
-        texts = by_hash(documents)
+        texts = sources.by_hash(documents)
         split_of = last_for_validation(len(texts), args.val_fraction)
     else:  # a module's documentation and its source have one name, and so one split
-        documents = sorted(documents + python_sources(), key=lambda d: hashlib.sha256(d[0].encode()).digest())
+        documents += sources.python_sources()
+        documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
         texts = [text for _, text in documents]
-        split_of = ["val" if held_out(name) else "train" for name, _ in documents]
-    return functools.partial(read_texts, texts), split_of
+        split_of = ["val" if sources.held_out(name) else "train" for name, _ in documents]
+    return functools.partial(sources.read_texts, texts), split_of
 
 
 def last_for_validation(n: int, val_fraction: float) -> list[str]:
@@ -129,14 +113,13 @@ def is_url(source: str) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Give `url` back if we would fetch it. What it carries besides host and path is neither shown nor
-    stored."""
+    """Give `url` back if we would fetch it."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" or not parts.hostname:
         raise UserError(f"{shown(url)}: only https:// URLs are fetched; download it yourself, give the file")
     if parts.username or parts.password:
         raise UserError(f"{shown(url)}: a URL with a password is not fetched; download it yourself")
-    check_known(parts.path)
+    sources.check_known(parts.path)
     return url
 
 
@@ -159,12 +142,9 @@ def download(url: str, out: str) -> str:
     if os.path.exists(path):
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    bar = tqdm(desc=name, unit="B", unit_scale=True)
     try:
-        with (
-            requests.get(url, stream=True, timeout=30) as response,
-            replacing(path) as f,
-            tqdm(desc=name, unit="B") as bar,
-        ):
+        with requests.get(url, stream=True, timeout=30) as response, replacing(path) as f, bar:
             if not response.ok or not response.url.startswith("https://"):
                 answer = f"status {response.status_code}" if not response.ok else "a redirect away from https"
                 raise UserError(f"{shown(url)} answered with {answer}; check the address")

@@ -13,7 +13,7 @@ import itertools
 import sys
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.sources import add_corpus_flags, check_shared_flags, open_files, open_hub
+from inheritune.data.sources import open_files, open_hub, parse_corpus
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import BinWriter, write_tokens
 
@@ -27,16 +27,10 @@ DOCUMENTS = {
 def main(argv=None):
     """Command line: FineWeb-Edu, from the hub or from local files, into a data folder of shards."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_corpus_flags(parser, out="data/fineweb-edu", dataset="HuggingFaceFW/fineweb-edu")
-    parser.add_argument(
-        "--name", default="sample-10BT", help="which part of it: sample-10BT, sample-100BT, ..."
-    )
-    parser.add_argument(
-        "--shard_tokens", type=int, default=100_000_000, help="tokens in each file but the last"
-    )
+    parser.add_argument("--name", default="sample-10BT", help="which part: sample-10BT, sample-100BT, ...")
+    parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in each file but the last")
     parser.add_argument("--max_tokens", type=int, default=0, help="stop after so many tokens; 0: at the end")
-    args = parser.parse_args(argv)
-    check_shared_flags(args)
+    args = parse_corpus(parser, argv, out="data/fineweb-edu", dataset="HuggingFaceFW/fineweb-edu")
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens} must be at least 1")
     if args.max_tokens and args.max_tokens <= args.shard_tokens:

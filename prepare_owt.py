@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.sources import Source, add_corpus_flags, check_shared_flags, open_files, open_hub
+from inheritune.data.sources import Source, open_files, open_hub, parse_corpus
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import BinWriter, write_tokens
 
@@ -68,9 +68,7 @@ def compare(meta: dict) -> None:
 def main(argv=None):
     """Command line: OpenWebText, from the hub or from local files, into a data folder."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_corpus_flags(parser, out="data/openwebtext", dataset=DATASET)
-    args = parser.parse_args(argv)
-    check_shared_flags(args)
+    args = parse_corpus(parser, argv, out="data/openwebtext", dataset=DATASET)
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
         source = open_files(args.data_files, args.text_column, args.split_on)
@@ -84,11 +82,8 @@ def main(argv=None):
     with BinWriter(args.out, "prepare_owt.py", arguments, tokenizer) as writer:
         if writer.open():
             held_out = validation_documents(n)
-            compare(
-                write_tokens(
-                    writer, source.pieces, lambda i: "val" if held_out[i] else "train", args.num_proc
-                )
-            )
+            split_of = lambda i: "val" if held_out[i] else "train"  # noqa: E731
+            compare(write_tokens(writer, source.pieces, split_of, args.num_proc))
 
 
 if __name__ == "__main__":

@@ -452,7 +452,7 @@ WRONG = [
     (LOCAL, "good.jsonl good.jsonl --out o", "good.jsonl is given twice"),
     (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with"),
     (LOCAL, "body.parquet --out o", "no column 'text' among body, n"),
-    (LOCAL, "body.parquet --out o --text_column n", "column 'n' holds int64, not text"),
+    (LOCAL, "body.parquet --out o --text_column n", "'n' holds a int, not text"),
     (LOCAL, "none --out o", "none holds no .txt"),
     (LOCAL, "one.jsonl --out o", "1 documents cannot be parted"),
     (LOCAL, "empty.txt --out o", "too short"),

@@ -147,17 +147,15 @@ class Tokens:
         meta = read_meta(folder)
         self.folder, self.split, self.tokenizer = folder, split, meta["tokenizer"]
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        self.paths, lengths = [], []
-        for shard in shards_of(folder, split, meta):
-            path = os.path.join(folder, shard["file"])
-            size, item = file_size(path), self.dtype.itemsize
-            count = shard.get("tokens", size // item)
+        self.paths, lengths, item = [], [], self.dtype.itemsize
+        for name, count in shards_of(folder, split, meta):
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                raise UserError(f"{path} is missing or not a regular file; prepare the data again")
+            size = os.path.getsize(path)
+            said = "no whole number of tokens" if count is None else f"but meta.json says {count:,} tokens"
+            count = size // item if count is None else count
             if size != count * item:
-                said = (
-                    f"but meta.json says {count:,} tokens"
-                    if "tokens" in shard
-                    else "no whole number of tokens"
-                )
                 raise UserError(
                     f"{path} has {size:,} bytes, {said} of {item} bytes: it was cut off or replaced; "
                     "prepare the data again"
@@ -167,9 +165,9 @@ class Tokens:
         self.ends = np.cumsum(lengths, dtype=np.int64)
         self.open = functools.lru_cache(MAX_OPEN)(functools.partial(open, mode="rb", buffering=0))
         if "splits" not in meta and split == "val" and len(self):
-            highest = self.read(0, min(len(self), 1 << 20)).max()
+            highest = int(self.read(0, min(len(self), 1 << 20)).max())
             if highest < self.tokenizer["n_vocab"] // 8:
-                warn_of_vocabulary(folder, int(highest))
+                warn_of_vocabulary(folder, highest)
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -224,17 +222,39 @@ def read_meta(folder: str) -> dict:
             )
         return {"tokenizer": GPT2, "dtype": "uint16"}
     meta = read_json(path)
-    tokenizer = meta.get("tokenizer")
-    if (
-        meta.get("dtype") not in ("uint16", "uint32")
-        or not isinstance(tokenizer, dict)
-        or not isinstance(tokenizer.get("name"), str)
-        or not all(type(tokenizer.get(k)) is int for k in ("n_vocab", "eot"))
-        or not 0 <= tokenizer["eot"] < tokenizer["n_vocab"] <= MAX_VOCAB
-        or not isinstance(meta.get("splits", {}), dict)
-    ):
+    try:
+        tokenizer = meta["tokenizer"]
+        usable = (
+            meta["dtype"] in ("uint16", "uint32")
+            and isinstance(meta.get("splits", {}), dict)
+            and isinstance(tokenizer["name"], str)
+            and all(type(tokenizer[key]) is int for key in ("n_vocab", "eot"))
+            and 0 <= tokenizer["eot"] < tokenizer["n_vocab"] <= MAX_VOCAB
+        )
+    except (KeyError, TypeError):
+        usable = False
+    if not usable:
         raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")
     return meta
+
+
+def shards_of(folder: str, split: str, meta: dict) -> list[tuple[str, int | None]]:
+    """The shards of a split, in order: [(file name, tokens, or None where meta.json does not say)]."""
+    if "splits" not in meta:
+        names = sorted(n for n in os.listdir(folder) if re.fullmatch(rf"{split}(_\d+)?\.bin", n))
+        if not names:
+            raise UserError(f"{folder} has no {split}.bin and no meta.json: prepare the data first, or again")
+        return [(name, None) for name in names]
+    try:
+        shards = [(shard["file"], shard["tokens"]) for shard in meta["splits"][split]["shards"]]
+    except (KeyError, TypeError):
+        message = f"{folder}/meta.json has no usable list of {split} shards; prepare the data again"
+        raise UserError(message) from None
+    for name, count in shards:
+        if not isinstance(name, str) or os.path.basename(name) != name or type(count) is not int or count < 0:
+            s = {"file": name, "tokens": count}
+            raise UserError(f"{folder}/meta.json has an unusable shard entry {s!r}; prepare the data again")
+    return shards
 
 
 @functools.cache  # once a process
@@ -246,45 +266,16 @@ def warn_of_vocabulary(folder: str, highest: int) -> None:
     )
 
 
-def shards_of(folder: str, split: str, meta: dict) -> list[dict]:
-    """The shards of a split, in order: [{"file": name, "tokens": count}], counts only where meta.json has
-    them."""
-    if "splits" not in meta:
-        names = sorted(n for n in os.listdir(folder) if re.fullmatch(rf"{split}(_\d+)?\.bin", n))
-        if not names:
-            raise UserError(f"{folder} has no {split}.bin and no meta.json: prepare the data first, or again")
-        return [{"file": name} for name in names]
-    try:
-        shards = [{"file": s["file"], "tokens": s["tokens"]} for s in meta["splits"][split]["shards"]]
-    except (KeyError, TypeError):
-        message = f"{folder}/meta.json has no usable list of {split} shards; prepare the data again"
-        raise UserError(message) from None
-    for s in shards:
-        name, count = s["file"], s["tokens"]
-        if not isinstance(name, str) or os.path.basename(name) != name or type(count) is not int or count < 0:
-            raise UserError(f"{folder}/meta.json has an unusable shard entry {s!r}; prepare the data again")
-    return shards
-
-
-def file_size(path: str) -> int:
-    """Bytes of a bin. Raises UserError when it is not a regular file."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is missing or not a regular file; prepare the data again")
-    return os.path.getsize(path)
-
-
-def tokenizer_of(model_folder: str, config) -> dict:
-    """The entry that the tokenizer of a checkpoint would have in a meta.json: `name`, `n_vocab` and, of a
-    Hugging Face one, `sha256`. `config` has `tokenizer` and `n_vocab`, as in the checkpoint's config.json."""
-    if config.tokenizer == TOKENIZER_FILE:
-        return load_tokenizer(TOKENIZER_FILE, model_folder).describe()
-    return {"name": config.tokenizer, "n_vocab": config.n_vocab}
-
-
 def check_tokenizer(folder: str, model_folder: str, config) -> None:
-    """Raise UserError unless a data folder's tokenizer is that of the model in `model_folder` (with this
-    config), which may have more rows than the tokenizer has ids: padded, or enlarged by others."""
-    theirs, ours = read_meta(folder)["tokenizer"], tokenizer_of(model_folder, config)
+    """Raise UserError unless a data folder's tokenizer is that of the model in `model_folder`.
+
+    `config` is the model's config.json (`tokenizer`, `n_vocab`, `vocab_size`); it may have more rows than the
+    tokenizer has ids: padded, or enlarged by others.
+    """
+    theirs = read_meta(folder)["tokenizer"]
+    ours = {"name": config.tokenizer, "n_vocab": config.n_vocab}
+    if config.tokenizer == TOKENIZER_FILE:
+        ours = load_tokenizer(TOKENIZER_FILE, model_folder).describe()
     name = ours["name"] or theirs["name"]  # a model that does not say can only be asked how many ids it has
     if theirs["name"] != name:
         raise UserError(

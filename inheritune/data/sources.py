@@ -7,6 +7,7 @@ not start again.
 
 import ast
 import collections
+import contextlib
 import functools
 import glob
 import hashlib
@@ -17,6 +18,7 @@ import sys
 import sysconfig
 import tokenize
 import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,10 +27,11 @@ from inheritune.data.formats import (
     TABLES,
     TEXT,
     File,
+    check_column,
     first_line,
     is_known,
     is_text,
-    kind_of,
+    open_parquet,
     read_table,
     read_text,
     rows_of,
@@ -54,7 +57,7 @@ class Source(NamedTuple):
     pieces: Callable[[list], Iterator[Piece]]  # from a position on
 
 
-def add_shared_flags(parser) -> None:
+def add_shared_flags(parser: ArgumentParser) -> None:
     """The flags of all three commands."""
     parser.add_argument("--text_column", default="text", help="where a table keeps the text")
     help = "text that parts the documents of a text file, such as '<|endoftext|>'"
@@ -62,31 +65,33 @@ def add_shared_flags(parser) -> None:
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="threads that tokenise")
 
 
-def check_shared_flags(args) -> None:
+def check_shared_flags(args: Namespace, paths: list[str] | None) -> None:
     if args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc} must be at least 1")
-    if args.split_on and not (getattr(args, "sources", None) or getattr(args, "data_files", None)):
+    if args.split_on and not paths:
         raise UserError("--split_on parts the documents of text files: name some, or leave it out")
 
 
-def add_corpus_flags(parser, out: str, dataset: str) -> None:
-    """The flags of a command that prepares a known corpus, from the hub or from files."""
+def parse_corpus(parser: ArgumentParser, argv: list[str] | None, out: str, dataset: str) -> Namespace:
+    """The arguments, checked, of a command that prepares a known corpus, from the hub or from files."""
     parser.add_argument("--out", default=out, help="folder to write")
-    parser.add_argument(
-        "--dataset", default=dataset, help="hub dataset, or a local folder in the hub's layout"
-    )
+    help = "hub dataset, or a local folder in the hub's layout"
+    parser.add_argument("--dataset", default=dataset, help=help)
     parser.add_argument("--revision", default="main", help="its branch or commit")
     help = "a tiktoken name, bytes, or the path of a tokenizer.json or of a folder that holds one"
     parser.add_argument("--tokenizer", default="gpt2", help=help)
     help = "read these instead of the hub: .parquet, .jsonl[.gz|.zst], .txt, folders or glob patterns"
     parser.add_argument("--data_files", nargs="+", metavar="PATH", help=help + UNSET)
     add_shared_flags(parser)
+    args = parser.parse_args(argv)
+    check_shared_flags(args, args.data_files)
+    return args
 
 
 # Files
 
 
-def open_files(paths: list[str], column: str, split_on: str = "") -> Source:
+def open_files(paths: list[str], column: str, split_on: str) -> Source:
     """Files, folders and patterns as a Source."""
     files = find_files(paths)
     check_tables(files, column)
@@ -104,43 +109,33 @@ def find_files(paths: list[str]) -> list[File]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            names = known_files(path)
+            names, what = known_files(path), "holds no " + ", ".join(TEXT + TABLES)
         elif os.path.lexists(path) and not os.path.isfile(path):
-            raise UserError(
-                f"{path} is a pipe or a device, which cannot be read twice; save it to a file first"
-            )
+            what = "is a pipe or a device, which cannot be read twice"
+            raise UserError(f"{path} {what}; save it to a file first")
         else:
-            names = (
-                [path]
-                if os.path.isfile(path)
-                else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-            )
+            matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+            names, what = [name for name in matches if os.path.isfile(name)], "does not exist"
         if not names:
-            what = "holds no " + ", ".join(TEXT + TABLES) if os.path.isdir(path) else "does not exist"
             raise UserError(f"{path} {what}; give text files, .jsonl[.gz|.zst], .parquet or folders of them")
         found += names
     if twice := [name for name, n in collections.Counter(found).items() if n > 1]:
         raise UserError(f"{twice[0]} is given twice; name each file once")
     for name in found:
         check_known(name)
-    return [
-        File(name, 0, os.path.getsize(name) if kind_of(name) == (".txt", None) else None) for name in found
-    ]
+    return [File(name) for name in found]
 
 
 def check_known(path: str) -> None:
     """Raise UserError unless files of this name are read."""
     if not is_known(path):
-        kinds = ", ".join(TEXT + TABLES)
-        raise UserError(
-            f"{path}: only {kinds} are read, also as .gz or .zst; if it is plain text, rename it to .txt"
-        )
+        kinds = ", ".join(TEXT + TABLES) + " are read, also as .gz or .zst"
+        raise UserError(f"{path}: only {kinds}; if it is plain text, rename it to .txt")
 
 
 def known_files(folder: str) -> list[str]:
     """The files under `folder` that are read; stderr says how many there are besides."""
-    others = collections.Counter()
-    found = []
+    found, others = [], collections.Counter()
     for path in walk(folder):
         suffix = os.path.splitext(path)[1].lower()
         if suffix and is_known(path):
@@ -149,7 +144,7 @@ def known_files(folder: str) -> list[str]:
             others[suffix or "without a suffix"] += 1
     if others:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items()))
-        print(f"{folder}: {sum(others.values())} files left out ({kinds})", file=sys.stderr)
+        print(f"{folder}: {others.total()} files left out ({kinds})", file=sys.stderr)
     return found
 
 
@@ -162,25 +157,19 @@ def walk(folder: str, skip: tuple = ()) -> Iterator[str]:
 
 def fingerprint(paths: list[str], files: list[File], split_on: str = "") -> dict:
     """What tells this input from another, for meta.json: how it was named, and its files' names, sizes, times
-    of change and sampled content."""
+    of change and sampled content (16 blocks of 4 kB, evenly spaced over a file)."""
     listing, total = [], 0
-    for path in (file.path for file in files):
-        stat = os.stat(path)
-        listing.append([path, stat.st_size, stat.st_mtime_ns, sampled(path, stat.st_size)])
+    for file in files:
+        stat, digest = os.stat(file.path), hashlib.sha256()
+        with open(file.path, "rb") as f:
+            for i in range(16):
+                f.seek(stat.st_size * i // 16)
+                digest.update(f.read(4096))
+        listing.append([file.path, stat.st_size, stat.st_mtime_ns, digest.hexdigest()])
         total += stat.st_size
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     found = {"sources": list(paths), "files": len(files), "bytes": total, "listing_sha256": digest}
     return found | {"split_on": split_on} if split_on else found
-
-
-def sampled(path: str, size: int) -> str:
-    """sha256 of 16 blocks of 4 kB, evenly spaced over a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        for i in range(16):
-            f.seek(size * i // 16)
-            digest.update(f.read(4096))
-    return digest.hexdigest()
 
 
 def check_tables(files: list[File], column: str) -> None:
@@ -194,12 +183,12 @@ def count_documents(files: list[File], column: str, split_on: str = "") -> int:
     """How many documents there are, by the cheapest pass that can tell."""
     total = 0
     for file in files:
-        if not is_text(file.path):
-            total += sum(1 for _ in rows_of(file.path, column, sys.maxsize))
-        elif split_on:
-            total += sum(end for _, end, _, _ in read_text(file, 0, split_on))
+        if is_text(file.path):
+            total += sum(ends for _, ends, *_ in read_text(file, 0, split_on)) if split_on else 1
+        elif file.path.lower().endswith(".parquet"):
+            total += open_parquet(file.path, column).metadata.num_rows
         else:
-            total += 1
+            total += sum(1 for _ in rows_of(file.path, column))
     return total
 
 
@@ -211,20 +200,18 @@ def read_files(files: list[File], column: str, split_on: str, at: list = (0, 0))
     UserError naming file and place for anything broken: compressed data, JSON, UTF-8, a missing column, a
     value that is no text.
     """
-    sizes = [os.path.getsize(file.path) if file.stop is None else file.stop - file.start for file in files]
-    total, before = sum(sizes) or 1, 0
-    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-        if number >= at[0]:
-            start = at[1] if number == at[0] else 0
-            if is_text(file.path):
-                pieces = read_text(file, start, split_on)
-            else:
-                pieces = read_table(file.path, column, start)
-            for text, end, item, share in pieces:
-                # A finished text file is left behind; a table is left by reading on to its end.
-                place = [number + 1, 0] if item is None else [number, item]
-                yield Piece(text, end, place, (before + share * size) / total)
-        before += size
+    sizes = [os.path.getsize(file.path) for file in files]
+    for number in range(at[0], len(files)):
+        file, start = files[number], at[1] if number == at[0] else 0
+        before, total = sum(sizes[:number]), sum(sizes) or 1
+        if is_text(file.path):
+            pieces = read_text(file, start, split_on)
+        else:
+            pieces = read_table(file.path, column, start)
+        for text, end, item, share in pieces:
+            # A finished text file is left behind; a table is left by reading on to its end.
+            place = [number + 1, 0] if item is None else [number, item]
+            yield Piece(text, end, place, (before + share * sizes[number]) / total)
 
 
 # The Hugging Face hub
@@ -249,36 +236,33 @@ def open_hub(dataset: str, streaming: bool, column: str, documents: float | None
             f"{dataset} could not be loaded ({first_line(e)}); check the network, point HF_HOME at a filled "
             "cache, or give local files with --data_files"
         ) from e
-    if found.column_names and column not in found.column_names:
-        names = ", ".join(found.column_names)
-        raise UserError(f"{dataset}: no column {column!r} among {names}; choose with --text_column")
+    if found.column_names:
+        check_column(column, found.column_names, dataset)
     n = documents if streaming else len(found)
     pieces = functools.partial(read_hub, found.select_columns([column]), column, n)
     return Source({"dataset": dataset} | which, lambda: n, pieces)
 
 
 def read_hub(dataset, column: str, n: float | None, at: list = (0, 0)) -> Iterator[Piece]:
-    """Yield a `Piece` for each row of a hub dataset, mapped or streaming, from row `at[1]` on; there are
-    about `n`."""
+    """Yield a `Piece` for each of about `n` rows of a hub dataset, mapped or streamed, from `at[1]` on."""
     row = at[1]
-    batches = dataset.skip(row).iter(256)
+    rows = iter(dataset.skip(row))
     while True:
         try:
-            batch = next(batches, None)
+            found = next(rows, None)
         except Exception as e:
             raise UserError(f"reading from the hub failed ({first_line(e)}); run again to go on") from e
-        if batch is None:
+        if found is None:
             return
-        for text in batch[column]:
-            row += 1
-            text = text_of({column: text}, column, f"row {row} of the dataset")
-            yield Piece(text, True, [0, row], n and min(1.0, row / n))
+        row += 1
+        text = text_of(found, column, f"row {row} of the dataset")
+        yield Piece(text, True, [0, row], n and min(1.0, row / n))
 
 
 # The embedded corpus
 
 
-def python_documentation():
+def python_documentation() -> list[tuple[str, str]]:
     """[(name, text)] of the English that this Python carries: no network, and the same on every run.
 
     The topics of `pydoc`'s help, and for each module of the standard library (tests left out) its docstrings,
@@ -290,70 +274,22 @@ def python_documentation():
     except ImportError:  # some distributions split it off
         topics = {}
     texts = [(f"help on {topic}", text) for topic, text in sorted(topics.items())]
-
     seen = set()
-    for module, path in standard_library():
-        if entries := list(docstrings(path, module, seen)):
+    for module, code in standard_library():
+        if entries := list(docstrings(code, module, seen)):
             texts.append((module, "\n\n".join(entries) + "\n"))
     if not texts:
         raise UserError(f"this Python ({sys.executable}) came without its sources; give a PATH to text")
     return texts
 
 
-def python_sources():
-    """[(module name, text)] of the standard library's own source files, tests left out.
-
-    Generated tables are left out too: the build's own variables (_sysconfigdata…), and files of whose lines
-    more than half begin with a number or a string, as encodings' character maps do.
-    """
-    texts = []
-    for module, path in standard_library():
-        try:
-            with tokenize.open(path) as f:  # in the encoding that the file declares
-                text = f.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        lines = [line for line in text.splitlines() if line.strip()]
-        literals = sum(LITERAL.match(line) is not None for line in lines)
-        if lines and literals <= len(lines) / 2 and not module.startswith("_sysconfigdata"):
-            texts.append((module, text))
-    return texts
-
-
-def standard_library():
-    """Yield (module name, path) of the standard library's files without its tests, always in one order."""
-    folder = sysconfig.get_path("stdlib")
-    skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
-    for path in walk(folder, skip):
-        if path.endswith(".py"):
-            yield (
-                os.path.relpath(path, folder)[: -len(".py")].replace(os.sep, ".").removesuffix(".__init__"),
-                path,
-            )
-
-
-def by_hash(texts):
-    """The texts of [(name, text)] in the order of their own hashes, so that the last tenth resembles the
-    rest."""
-    return sorted((text for _, text in texts), key=lambda text: hashlib.sha256(text.encode()).digest())
-
-
-def held_out(name):
-    """Whether a document of this name is for validation: one name in ten, the same in every version of
-    Python."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
-
-
-def docstrings(path, name, seen):
-    """Yield name and docstring of a module and all that it defines; `seen` is a set of docstrings to leave
-    out."""
-    with open(path, "rb") as f, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in old modules
-        try:
-            tree = ast.parse(f.read())
-        except (SyntaxError, ValueError):  # a template, or another encoding
-            return
-    todo = [(tree, name)]
+def docstrings(code: str, name: str, seen: set[str]) -> Iterator[str]:
+    """Yield name and docstring of a module and all that it defines, `seen` ones left out."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # old escapes in old modules
+            todo = [(ast.parse(code), name)]
+    except (SyntaxError, ValueError):  # a template
+        return
     while todo:
         node, name = todo.pop(0)
         text = (ast.get_docstring(node) or "").strip()
@@ -364,7 +300,44 @@ def docstrings(path, name, seen):
         todo[:0] = [(child, f"{name}.{child.name}") for child in node.body if isinstance(child, defs)]
 
 
-def read_texts(texts, at=(0, 0)):
+def python_sources() -> list[tuple[str, str]]:
+    """[(module name, text)] of the standard library's own source files, tests left out.
+
+    Generated tables are left out too: the build's own variables (_sysconfigdata…), and files of whose lines
+    more than half begin with a number or a string, as encodings' character maps do.
+    """
+    texts = []
+    for module, code in standard_library():
+        lines = [line for line in code.splitlines() if line.strip()]
+        literals = sum(LITERAL.match(line) is not None for line in lines)
+        if lines and literals <= len(lines) / 2 and not module.startswith("_sysconfigdata"):
+            texts.append((module, code))
+    return texts
+
+
+def standard_library() -> Iterator[tuple[str, str]]:
+    """Yield (module name, text) of the standard library's files without its tests, always in one order."""
+    folder = sysconfig.get_path("stdlib")
+    skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
+    for path in walk(folder, skip):
+        module, suffix = os.path.splitext(os.path.relpath(path, folder).replace(os.sep, "."))
+        if suffix == ".py":
+            # in the encoding that the file declares; templates are left out
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as f:
+                yield module.removesuffix(".__init__"), f.read()
+
+
+def by_hash(documents: list[tuple[str, str]]) -> list[str]:
+    """The texts of [(name, text)] in the order of their hashes, so that the last tenth resembles the rest."""
+    return sorted((text for _, text in documents), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def held_out(name: str) -> bool:
+    """Whether a document of this name is for validation: one in ten, the same in every version of Python."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
+
+
+def read_texts(texts: list[str], at: list = (0, 0)) -> Iterator[Piece]:
     """Yield a `Piece` for each of a list of documents, from number `at[1]` on."""
     for i in range(at[1], len(texts)):
         yield Piece(texts[i], True, [0, i + 1], (i + 1) / len(texts))

@@ -24,36 +24,22 @@ from inheritune.base.files import read_json
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a Hugging Face tokenizer
 CONFIG_FILE = "tokenizer_config.json"
-MODEL_FILES = (
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "chat_template.jinja",
-)
 HF_FILES = (
-    *(TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json", *MODEL_FILES),
+    *(TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "generation_config.json", "chat_template.jinja", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "vocab.txt"),
 )
 MAX_BYTES = 256 << 20  # of a tokenizer.json: five times the largest public one
-PART = (
-    1 << 17
-)  # characters of a text that tiktoken gets at a time: its regular expressions overflow on more blanks
+PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
 # Before a blank that follows a letter or digit all of tiktoken's vocabularies begin a new word: there the
 # tokens of the parts are the tokens of the whole. The end of a match is the last such place.
 CUT = re.compile(r"(?s).*[^\W_](?=[ \n])")
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_FILES = {
-    "vocab.json": (
-        f"{GPT2_URL}/encoder.json",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-    "merges.txt": (
-        f"{GPT2_URL}/vocab.bpe",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
+    "vocab.json": (f"{URL}/encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "merges.txt": (f"{URL}/vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
 # What tells GPT-2's tokenizer: `vocabulary_sha256`, and the ids of a text in which other rules would show.
 GPT2_VOCABULARY = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"
@@ -63,23 +49,22 @@ PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 
 
 def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
     """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a Hugging Face
-    tokenizer.json or of a model folder that holds one.
+    tokenizer.json or of a folder that holds one.
 
-    With `folder`, a data or checkpoint folder: tokenizer files found in it decide, whatever `spec` says;
-    `spec` is then what meta.json or config.json in it says. Raises UserError when there is no such tokenizer,
-    it cannot be fetched, or its files are damaged.
+    With `folder`, a data or checkpoint folder, `spec` is what its meta.json or config.json says, and
+    tokenizer files in it come before a tiktoken name.
     """
-
     if spec == "bytes":
         return Bytes()
     if folder and has_tokenizer(folder):
         return HuggingFace(folder)
-    if spec in tiktoken.list_encoding_names():
+    known = tiktoken.list_encoding_names()
+    if spec in known:
         return from_tiktoken(spec)
     path = os.path.join(folder or "", spec)
     if spec.endswith(".json") or os.path.isdir(path):
         return HuggingFace(path)
-    known = ["bytes", *sorted(tiktoken.list_encoding_names())]
+    known = ["bytes", *sorted(known)]
     raise UserError(
         f"no tokenizer {spec!r}{nearest(spec, known)}; choose {', '.join(known)} or the path of a "
         "tokenizer.json or of a folder that holds one"
@@ -118,13 +103,19 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of `ids`, perhaps with half a character at either end; end-of-text is spelled
-        out."""
+        """The UTF-8 bytes of `ids`, perhaps with half a character at an end; end-of-text is spelled out."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
+
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """`ids` as a list. Raises UserError unless all are in the vocabulary."""
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
+            raise UserError(f"token ids {min(ids)} to {max(ids)} exceed the vocabulary of {self.n_vocab}")
+        return ids
 
     def describe(self) -> dict:
         """The `tokenizer` entry of a meta.json."""
@@ -149,15 +140,11 @@ class TextStream:
     def add(self, token: int) -> str:
         """The text that `token` adds; '' while its last character is incomplete."""
         self.ids.append(token)
-        text = self.decode(self.ids)
-        return "" if text.endswith("\ufffd") else self._give(text)
+        return "" if self.decode(self.ids).endswith("\ufffd") else self.end()
 
     def end(self) -> str:
         """What is left: characters that stayed incomplete, as U+FFFD."""
-        return self._give(self.decode(self.ids))
-
-    def _give(self, text):
-        new = text[len(self.shown) :]
+        new = self.decode(self.ids)[len(self.shown) :]
         self.ids = self.ids[-self.CONTEXT :]
         self.shown = self.decode(self.ids)
         return new
@@ -172,31 +159,19 @@ class Bytes(Tokenizer):
         return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
 
     def decode_bytes(self, ids):
-        pieces = []
-        for i in ids:
-            if not 0 <= i <= self.eot:
-                raise UserError(f"token id {i} is not in the bytes vocabulary (0 to {self.eot})")
-            pieces.append(END_OF_TEXT.encode() if i == self.eot else bytes((i,)))
-        return b"".join(pieces)
+        return b"".join(END_OF_TEXT.encode() if i == self.eot else bytes((i,)) for i in self.known(ids))
 
 
 class TikToken(Tokenizer):
     """Byte-pair encoding by a tiktoken.Encoding."""
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: tiktoken.Encoding):
         self.encoding, self.name = encoding, encoding.name
         self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
-    def encode_batch(self, texts):
-        return [self._encode(text) for text in texts]  # the ids of `encode_ordinary`, without Python lists
-
-    def _encode(self, text):
-        if len(text) > PART:
-            return np.concatenate([self._encode(part) for part in cut(text)])
-        try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            return self._encode(utf8(text).decode())
+    def encode_batch(self, texts):  # the ids of `encode_ordinary`, without Python lists
+        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
+        return [np.concatenate([encode(part) for part in cut(utf8(text).decode())]) for text in texts]
 
     def decode_bytes(self, ids):
         try:
@@ -206,14 +181,14 @@ class TikToken(Tokenizer):
 
 
 def cut(text: str) -> Iterator[str]:
-    """Yield the parts of a long text, each of at most PART characters."""
+    """Yield the parts of a text, each of at most PART characters."""
     start = 0
-    while start < len(text):
-        stop = start + PART
-        place = CUT.match(text, start, stop) if stop < len(text) else None
-        stop = place.end() if place else stop
+    while len(text) - start > PART:
+        place = CUT.match(text, start, start + PART)
+        stop = place.end() if place else start + PART
         yield text[start:stop]
         start = stop
+    yield text[start:]
 
 
 def from_tiktoken(name: str) -> TikToken:
@@ -230,8 +205,7 @@ def from_tiktoken(name: str) -> TikToken:
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer of the `tokenizers` package: ids equal those of transformers' fast tokenizer without
-    special tokens.
+    """A tokenizer of the `tokenizers` package: ids as of transformers' fast tokenizer without special tokens.
 
     Where vocabulary, merges and rules are GPT-2's, its name is `gpt2`; else `tokenizer.json`, and `sha256`
     identifies its vocabulary, however the file is laid out.
@@ -245,7 +219,7 @@ class HuggingFace(Tokenizer):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.eot = find_end_of_text(folder, self.tokenizer)
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
-        digest = vocabulary_sha256(self.tokenizer, self.eot)
+        digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
         if (digest, self.eot, self.encode(PROBE)) == (GPT2_VOCABULARY, 50256, PROBE_IDS):
             self.name, self.n_vocab = "gpt2", 50257  # a token that somebody added occurs in no text
             return
@@ -263,48 +237,40 @@ class HuggingFace(Tokenizer):
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids):
-        ids = list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
-            raise UserError(
-                f"a token id is not in the vocabulary of {self.n_vocab}: {min(ids)} to {max(ids)}"
-            )
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode(self.known(ids), skip_special_tokens=False)
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
 
 
-def open_tokenizer(path: str):
-    """The tokenizers.Tokenizer of a tokenizer.json, or of a folder with one or with GPT-2's vocab.json and
-    merges.txt."""
-
+def open_tokenizer(path: str) -> tokenizers.Tokenizer:
+    """That of a tokenizer.json, or of a folder with one or with GPT-2's vocab.json and merges.txt."""
     file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
     vocab, merges = (os.path.join(path, name) for name in ("vocab.json", "merges.txt"))
-    try:
-        if os.path.exists(file):
-            if not os.path.isfile(file) or os.path.getsize(file) > MAX_BYTES:
-                raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
-            return tokenizers.Tokenizer.from_file(file)
-        if os.path.isfile(vocab) and os.path.isfile(merges):
-            prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
-            tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-            tokenizer.decoder = decoders.ByteLevel()
-            return tokenizer
-    except UserError:
-        raise
-    except Exception as e:  # the package has no class of its own
-        reason = str(e).splitlines()[0]
+    from_file = os.path.exists(file)
+    if from_file and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_BYTES):
+        raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
+    if not from_file and not (os.path.isfile(vocab) and os.path.isfile(merges)):
         raise UserError(
-            f"{path}: not a tokenizer of the tokenizers package ({reason:.150}); fetch it again"
+            f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
+            "save_pretrained writes one"
+        )
+    try:
+        if from_file:
+            return tokenizers.Tokenizer.from_file(file)
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+    except Exception as e:  # the package has no class of its own
+        why = str(e).splitlines()[0][:150]
+        raise UserError(
+            f"{path}: not a tokenizer of the tokenizers package ({why}); fetch it again"
         ) from None
-    raise UserError(
-        f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
-        "save_pretrained writes one"
-    )
+    prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
-def find_end_of_text(folder: str, tokenizer) -> int:
+def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int:
     """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json."""
     token = (read_optional(folder, CONFIG_FILE) or {}).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
@@ -326,15 +292,14 @@ def read_optional(folder: str, name: str) -> dict | None:
     return read_json(path) if os.path.exists(path) else None
 
 
-def vocabulary_sha256(tokenizer, eot: int) -> str:
-    """sha256 of the tokens in the order of their ids, `eot` and added ones left out, and of the merges."""
+def vocabulary_sha256(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> str:
+    """sha256 of the tokens in the order of their ids, but end-of-text and added ones, and of the merges."""
     content = json.loads(tokenizer.to_str())
-    added = {token["content"] for token in content["added_tokens"]} | {tokenizer.id_to_token(eot)}
+    added = {token["content"] for token in content["added_tokens"]} | {end_of_text}
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     tokens = [token for token in sorted(vocab, key=vocab.get) if token not in added]
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])
-    ]
+    merges = content["model"].get("merges", [])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest()
 
 
@@ -373,9 +338,9 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
 def byte_letters() -> list[str]:
     """The characters by which GPT-2's files call the 256 bytes: printable ones themselves, the others U+0100
     and on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in range(256)]
+    letters = set(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if chr(byte) in letters else chr(next(others)) for byte in range(256)]
 
 
 def bytes_tokenizer() -> bytes:
@@ -391,7 +356,6 @@ def bytes_tokenizer() -> bytes:
 @functools.cache  # a process asks the network once, and its checkpoints do not depend on when it answers
 def gpt2_files() -> dict[str, bytes]:
     """vocab.json and merges.txt of `gpt2`, or {} after a line on stderr where they cannot be had."""
-
     try:
         from_tiktoken("gpt2")
         return {name: tiktoken.load.read_file_cached(*source) for name, source in GPT2_FILES.items()}

@@ -36,24 +36,21 @@ OURS = r"(train|val)(_\d{6})?\.bin(\.partial)?|\.?(meta|progress|tokenizer|token
 
 
 def write_tokens(
-    writer: "BinWriter",
-    pieces: Callable[[list], Iterator[Piece]],
-    stream_of: Callable[[int], str],
-    threads: int,
+    writer: "BinWriter", pieces: Callable[[list], Iterator[Piece]], stream_of: Callable, threads: int
 ) -> dict:
     """Tokenise the text of `pieces(at)`, from where the opened `writer` stands, and finish its folder.
 
     `stream_of(i)` names the stream of document number i. Returns the meta.json.
     """
-    batches = batched(pieces(writer.at), stream_of, writer.documents, writer.tokenizer.end_of_text)
+    batches = batched(pieces(writer.at), stream_of, writer.documents)
     work = functools.partial(encode_batch, writer.tokenizer, writer.dtype)
     bar = tqdm(initial=writer.tokens, unit="tok", unit_scale=True, desc=writer.out, dynamic_ncols=True)
     recorded = time.monotonic()
     with ThreadPoolExecutor(threads) as pool, bar:
-        for encoded, at, documents, spelled, done in in_order(pool, work, batches, 2 * threads):
-            writer.append(encoded, at, documents, spelled)
-            if done:  # what the text so far came to gives the total, and with it the remaining time
-                bar.total = min(writer.max_tokens, round(writer.tokens / done))
+        for encoded, documents, piece in in_order(pool, work, batches, 2 * threads):
+            writer.append(encoded, piece.at, documents)
+            if piece.done:  # what the text so far came to gives the total, and with it the remaining time
+                bar.total = min(writer.max_tokens, round(writer.tokens / piece.done))
             bar.update(writer.tokens - bar.n)
             if writer.tokens >= writer.max_tokens:
                 break
@@ -63,43 +60,38 @@ def write_tokens(
     return writer.finish()
 
 
-def batched(
-    pieces: Iterable[Piece], stream_of: Callable[[int], str], documents: int, end_of_text: str
-) -> Iterator[tuple]:
-    """Yield ([(stream, text, ends), …], position after, documents ended, how often `end_of_text` is spelled
-    out, share done) of about BATCH characters.
+def batched(pieces: Iterable[Piece], stream_of: Callable, documents: int) -> Iterator[tuple]:
+    """Yield ([(stream, text, ends), …], documents ended after it, its last piece) of about BATCH characters.
 
     `documents` is how many documents ended before the first piece.
     """
-    batch, size, spelled = [], 0, 0
+    batch, size = [], 0
     for piece in pieces:
         batch.append((stream_of(documents), piece.text, piece.end))
         documents += piece.end
-        spelled += piece.text.count(end_of_text)
         size += len(piece.text) + 20  # so that a million empty documents are no single batch
         if size >= BATCH:
-            yield batch, piece.at, documents, spelled, piece.done
-            batch, size, spelled = [], 0, 0
+            yield batch, documents, piece
+            batch, size = [], 0
     if batch:
-        yield batch, piece.at, documents, spelled, piece.done
+        yield batch, documents, piece
 
 
 def encode_batch(tokenizer: Tokenizer, dtype: np.dtype, batch: list) -> dict[str, tuple]:
-    """{stream: (ids, documents ended, bytes of text)} of a batch, with an end-of-text id after each
-    document."""
+    """{stream: (ids, [documents ended, bytes of text, times that end-of-text is spelled out in it])} of a
+    batch, with an end-of-text id after each document."""
     eot = np.array([tokenizer.eot], dtype)
-    encoded = {}
+    encoded = {stream: ([], np.zeros(3, int)) for stream, _, _ in batch}
     arrays = tokenizer.encode_batch([text for _, text, _ in batch])
     for (stream, text, ends), ids in zip(batch, arrays, strict=True):
-        parts, documents, n_bytes = encoded.get(stream, ([], 0, 0))
+        parts, counts = encoded[stream]
         parts += [ids.astype(dtype), eot] if ends else [ids.astype(dtype)]
-        encoded[stream] = parts, documents + ends, n_bytes + len(utf8(text))
-    return {stream: (np.concatenate(parts), *counts) for stream, (parts, *counts) in encoded.items()}
+        counts += ends, len(utf8(text)), text.count(tokenizer.end_of_text)
+    return {stream: (np.concatenate(parts), counts.tolist()) for stream, (parts, counts) in encoded.items()}
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable, items: Iterable[tuple], ahead: int) -> Iterator[tuple]:
-    """Yield (work(first), *rest) of each (first, *rest) in input order, with at most `ahead` of them under
-    way."""
+    """Yield (work(first), *rest) of each (first, *rest) in input order, at most `ahead` of them under way."""
     waiting = collections.deque()
     for first, *rest in items:
         waiting.append((pool.submit(work, first), rest))
@@ -132,18 +124,16 @@ class BinWriter:
         self.shard_tokens, self.max_tokens = shard_tokens, max_tokens
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
         packages = ("numpy", "tiktoken", *(["tokenizers"] if tokenizer.sha256 else []))
-        versions = {"python": platform.python_version()} | {
-            p: importlib.metadata.version(p) for p in packages
-        }
+        versions = {"python": platform.python_version()}
+        versions |= {package: importlib.metadata.version(package) for package in packages}
         self.made = {"script": script, "arguments": arguments, "versions": versions}
         self.names = {stream: iter(names) for stream, names in streams.items()}
-        self.shards = {
-            stream: [] for stream in streams
-        }  # as in meta.json: with a sha256 once a file is complete
+        # as in meta.json: with a sha256 once a file is complete
+        self.shards = {stream: [] for stream in streams}
         self.files = {}  # {stream: the open file of its last shard}
         self.at, self.documents, self.tokens = [0, 0], 0, 0  # where reading goes on; how much came before
         self.spelled = 0  # times that the text so far holds end-of-text, spelled out
-        self.lock, self.absent, self.opened = None, [], False
+        self.lock, self.new, self.opened = None, not os.path.exists(out), False
 
     def open(self) -> bool:
         """Take the folder and go on from its progress.json; False when it is finished with these arguments.
@@ -153,10 +143,6 @@ class BinWriter:
         """
         if os.path.exists(self.out) and not os.path.isdir(self.out):
             raise UserError(f"{self.out} is a file; --out names a folder")
-        folder = os.path.abspath(self.out)
-        while not os.path.lexists(folder):
-            self.absent.append(folder)
-            folder = os.path.dirname(folder)
         os.makedirs(self.out, exist_ok=True)
         self.lock = lock_folder(self.out)
         if self.lock is None:
@@ -164,9 +150,8 @@ class BinWriter:
         if os.path.exists(self._path("meta.json")):
             check_finished(self.out, self.made, self.tokenizer.describe())
             return False
-        progress_file = self._path("progress.json")
-        if os.path.exists(progress_file):
-            progress = read_json(progress_file)
+        if os.path.exists(self._path("progress.json")):
+            progress = read_json(self._path("progress.json"))
             if progress.get("made") == self.made and progress.get("tokenizer") == self.tokenizer.describe():
                 self._resume(progress)
             else:
@@ -186,23 +171,23 @@ class BinWriter:
             for shard, name in zip(shards, self.names[stream], strict=False):
                 path, size = self._path(name), shard["tokens"] * self.dtype.itemsize
                 self.tokens += shard["tokens"]
-                partial = path + ".partial"
                 complete = "sha256" in shard
+                found = path if complete else path + ".partial"
                 if not complete and os.path.exists(path):  # completed between the record and the kill
-                    os.replace(path, partial)
-                found = path if complete else partial
+                    os.replace(path, found)
                 if not os.path.exists(found) or os.path.getsize(found) < size:
                     raise UserError(f"{path} is missing or too short; delete {self.out} and run again")
                 if not complete:
-                    os.truncate(partial, size)
-                    self.files[stream] = open(partial, "ab")  # noqa: SIM115 (closed by `_complete`)
+                    os.truncate(found, size)
+                    self.files[stream] = open(found, "ab")  # noqa: SIM115 (closed by `_complete`)
         if self.tokens:
             print(f"{self.out}: going on after {self.tokens:,} tokens", file=sys.stderr)
 
-    def append(self, encoded: dict[str, tuple], at: list, documents: int, spelled: int) -> None:
-        """Write a batch, {stream: (ids, documents ended, bytes of text)}; reading goes on at `at` after it,
-        where `documents` have ended."""
-        for stream, (ids, ended, n_bytes) in encoded.items():
+    def append(self, encoded: dict[str, tuple], at: list, documents: int) -> None:
+        """Write a batch, as `encode_batch` gives it; reading goes on at `at` after it, where `documents` have
+        ended."""
+        for stream, (ids, (ended, n_bytes, spelled)) in encoded.items():
+            self.spelled += spelled
             if len(ids) > self.max_tokens - self.tokens:
                 ids = ids[: self.max_tokens - self.tokens]
                 ended, n_bytes = self._measure(ids)
@@ -219,7 +204,6 @@ class BinWriter:
                 if shard["tokens"] == self.shard_tokens:
                     self._complete(stream)
         self.at, self.documents = at, documents
-        self.spelled += spelled
 
     def record(self) -> None:
         """Put what was appended on disk, and then a note of it into progress.json."""
@@ -233,16 +217,13 @@ class BinWriter:
     def finish(self) -> dict:
         """Write meta.json, which makes the folder a finished one, remove what only an unfinished one needs,
         and return it. Raises UserError, and leaves the folder unfinished, when a split got no token."""
-        self.record()
         for stream in list(self.files):
             self._complete(stream)
         self.record()
-        splits = {}
-        for split in ("train", "val"):
-            splits[split] = totals(
-                [s for shards in self.shards.values() for s in shards if s["file"].startswith(split)]
-            )
-            if not splits[split]["shards"]:
+        shards = [shard for shards in self.shards.values() for shard in shards]
+        splits = {split: totals([s for s in shards if s["file"].startswith(split)]) for split in TRAIN_VAL}
+        for split, content in splits.items():
+            if not content["shards"]:
                 raise UserError(
                     f"{self.out}: no text is left for {split}; give more text, or ask for smaller shards"
                 )
@@ -273,9 +254,9 @@ class BinWriter:
             kept = os.path.isdir(downloads) and os.listdir(downloads)
             if failed and self.opened and self.at == [0, 0] and not kept:
                 clear(self.out)
-                with contextlib.suppress(OSError):  # somebody put something into them
-                    for folder in self.absent:  # the innermost first
-                        os.rmdir(folder)
+                if self.new:
+                    with contextlib.suppress(OSError):  # somebody put something into it
+                        os.rmdir(self.out)
         finally:
             if self.lock is not None:
                 os.close(self.lock)
@@ -293,10 +274,9 @@ class BinWriter:
 
     def _complete(self, stream):
         """Give a stream's open file its final name and note its sha256."""
-        file = self.files.pop(stream)
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with self.files.pop(stream) as file:
+            file.flush()
+            os.fsync(file.fileno())
         path = self._path(self.shards[stream][-1]["file"])
         os.replace(path + ".partial", path)
         sync_folder(self.out)
@@ -308,7 +288,7 @@ class BinWriter:
         return len(ids) - len(text), len(self.tokenizer.decode_bytes(text.tolist()))
 
 
-def check_finished(out, made, tokenizer):
+def check_finished(out: str, made: dict, tokenizer: dict) -> None:
     """Say that `out` is finished. Raises UserError when it has lost a file or was made in another way."""
     meta = read_json(os.path.join(out, "meta.json"))
     new = {"script": made["script"], "tokenizer": tokenizer} | made["arguments"]
@@ -319,12 +299,9 @@ def check_finished(out, made, tokenizer):
         raise UserError(f"{out}/meta.json was not written by this script; choose another --out") from None
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
-            if key == "listing_sha256":
-                raise UserError(
-                    f"{out} is finished, but its input has changed; choose another --out or delete it"
-                )
-            was = f"{key} {old.get(key)!r}, not {new.get(key)!r}"
-            raise UserError(f"{out} is finished, but with {was}; choose another --out or delete it")
+            was = f"with {key} {old.get(key)!r}, not {new.get(key)!r}"
+            was = "its input has changed" if key == "listing_sha256" else was
+            raise UserError(f"{out} is finished, but {was}; choose another --out or delete it")
     for name, size in sizes.items():
         path = os.path.join(out, name)
         if not os.path.exists(path) or os.path.getsize(path) != size:
@@ -333,13 +310,13 @@ def check_finished(out, made, tokenizer):
     print(f"{out} is already finished: {said}")
 
 
-def file_sizes(meta):
+def file_sizes(meta: dict) -> dict[str, int]:
     """{file: bytes} of the bins that a meta.json lists."""
-    shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
+    shards = [shard for split in TRAIN_VAL for shard in meta["splits"][split]["shards"]]
     return {shard["file"]: shard["tokens"] * np.dtype(meta["dtype"]).itemsize for shard in shards}
 
 
-def clear(out, keep=None):
+def clear(out: str, keep: Iterable[str] = ()) -> None:
     """Remove what these scripts put into a folder, and nothing else; of a finished folder all but the bins
     `keep`, meta.json and the tokenizer."""
     kept = {*keep, "meta.json", TOKENIZER_FILE, CONFIG_FILE} if keep else ()
@@ -350,13 +327,12 @@ def clear(out, keep=None):
             os.unlink(os.path.join(out, name))
 
 
-def totals(shards):
+def totals(shards: list[dict]) -> dict:
     """A split's entry in meta.json."""
-    return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")} | {
-        "shards": shards
-    }
+    counts = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
+    return counts | {"shards": shards}
 
 
-def summary(splits):
+def summary(splits: dict) -> str:
     parts = (f"{name} {s['tokens']:,} tokens in {s['documents']:,} documents" for name, s in splits.items())
     return ", ".join(parts)
