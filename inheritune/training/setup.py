@@ -136,8 +136,9 @@ def build_model(settings, plan, ranks, device):
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     module, lineage = ranks.agree(lambda: load_weights(plan, folder))
-    module.checkpoint_activations = settings.checkpoint_activations
     compiled = compiles(settings.compile, device)
+    if not (compiled and settings.checkpoint_activations == "cheap"):  # which a compiler does by itself
+        module.checkpoint_activations = settings.checkpoint_activations
     return DistributedModel(module, ranks, device, compiled, settings.shard), lineage
 
 
