@@ -51,7 +51,8 @@ class Ranks:
             dist.destroy_process_group()
             raise
         except (Exception, KeyboardInterrupt) as e:
-            said = describe(e) or "".join(traceback.format_exception(e)).rstrip()
+            known = isinstance(e, (UserError, OSError))
+            said = describe(e) if known else "".join(traceback.format_exception(e)).rstrip()
             interrupted = isinstance(e, KeyboardInterrupt)
             sys.stdout.flush()
             name = f"{os.path.basename(sys.argv[0])}: rank {self.rank}"
@@ -107,13 +108,6 @@ class Ranks:
         tensor = tensor.to(device)
         dist.all_reduce(tensor)
         return tensor.cpu()
-
-
-def describe(e: BaseException) -> str | None:
-    """The line for an error that a user can fix."""
-    if isinstance(e, OSError):
-        return describe_os_error(e)
-    return str(e) if isinstance(e, UserError) else None
 
 
 class DistributedModel:

@@ -115,7 +115,9 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     module, lineage = ranks.agree(lambda: load_weights(plan, folder))
-    module.checkpoint_activations = settings.checkpoint_activations
+    compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    if not (compiled and settings.checkpoint_activations == "cheap"):  # which a compiler does by itself
+        module.checkpoint_activations = settings.checkpoint_activations
     model = DistributedModel(module, ranks, device, settings.compile, settings.shard)
     teacher = None
     if settings.teacher:

@@ -135,7 +135,11 @@ def test_any_number_of_ranks_goes_on_from_any_other(one, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "change", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"teacher": True}, {"compile": True}]
+    "change",
+    [
+        *({"dtype": "bfloat16"}, {"dtype": "float16"}, {"teacher": True}, {"compile": True}),
+        *({"checkpoint_activations": "cheap"}, {"checkpoint_activations": "full", "compile": True}),
+    ],
 )
 def test_shards_do_what_ddp_does(data, tmp_path, change):
     if "teacher" in change:
