@@ -54,8 +54,9 @@ def check(args: argparse.Namespace) -> None:
         onto = "--onto needs --layers K, the new depth"
         raise UserError(onto if args.onto else "give --layers K or --blocks LIST")
     if args.onto and how(args) != Recipe(seed=args.seed):
-        flags = "--recipe, --parts, --layernorms and --released_slice"
-        raise UserError(f"--onto takes whole blocks: leave out {flags}")
+        raise UserError(
+            "--onto takes whole blocks: leave out --recipe, --parts, --layernorms, --released_slice"
+        )
     if (args.layers == "auto") != (args.data is not None):
         raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
     if args.layers == "auto" and args.recipe in ("stack", "half_width"):
@@ -75,8 +76,8 @@ def parse_blocks(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         found = match and range(int(match[1]), int(match[2] or match[1]) + 1)
         if not found:
-            problem = f"{part!r} is not a number or a range; write them like 0-11,23"
-            raise UserError(f"--blocks {text!r}: {problem}")
+            what = f"{part!r} is not a number or a range"
+            raise UserError(f"--blocks {text!r}: {what}; write them like 0-11,23")
         blocks += found
     return blocks
 
@@ -90,9 +91,8 @@ def check_other(args: argparse.Namespace, folder: str) -> None:
         "--released_slice": args.released_slice,
         f"--recipe {args.recipe}": args.recipe in ("half_width", "random"),
     }
-    given = [flag for flag, is_given in flags.items() if is_given]
-    if given:
-        raise UserError(f"{folder} is no GPT-2: only whole blocks can be taken of it: leave out {given[0]}")
+    if given := next((flag for flag, is_given in flags.items() if is_given), None):
+        raise UserError(f"{folder} is no GPT-2: only whole blocks can be taken of it: leave out {given}")
 
 
 @one_line

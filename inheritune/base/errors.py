@@ -1,9 +1,7 @@
-"""How commands report errors: one line on stderr that names the problem and the fix, and a non-zero exit
-status.
+"""How commands report errors: one line on stderr that names the problem and the fix, and a non-zero status.
 
 Whatever a user can get wrong raises `UserError`; `one_line` wraps each command's `main` and prints that line.
-Bugs keep their traceback: only UserError, OSError (a full disk, a missing permission), Ctrl-C and SIGTERM are
-caught.
+OSError (a full disk, a missing permission), Ctrl-C and SIGTERM are caught too; bugs keep their traceback.
 """
 
 import argparse
@@ -72,8 +70,7 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
 
 
 def place() -> tuple[int, int, int]:
-    """(rank, world, local rank) of this process among those that torchrun started, from its environment
-    variables; (0, 1, 0) where WORLD_SIZE is not above 1."""
+    """(rank, world, local rank) among the processes that torchrun started; (0, 1, 0) without torchrun."""
     rank, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     try:
         if int(world or 1) in (0, 1):
@@ -104,9 +101,7 @@ def raise_all(problems: Sequence[str]) -> None:
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag.
-
-    instead: {nanoGPT's name of a flag: what to write instead}.
-    """
+    instead: {nanoGPT's name of a flag: what to write instead}."""
 
     def __init__(self, instead: dict[str, str] | None = None, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)

@@ -1,5 +1,4 @@
-"""Writing files so that a kill, a full disk or a power cut leaves the old file or the new one, never half of
-one."""
+"""Files written so that a kill, a full disk or a power cut leaves the old one or the new, never a half."""
 
 import contextlib
 import hashlib
@@ -20,11 +19,8 @@ MAX_JSON = 50_000_000  # bytes; our largest, an index of weights and a list of s
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file beside `path`; at the end it replaces `path` in one rename.
-
-    The data is on disk before the rename, and the rename is on disk before this returns. After an exception
-    the temporary file is gone and `path` is unchanged.
-    """
+    """Opens a temporary file beside `path`; at the end, on disk, it replaces `path` in one rename, which is
+    on disk when this returns. After an exception the temporary file is gone and `path` is unchanged."""
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
     temporary = os.path.join(folder, f".{os.path.basename(path)}.tmp")
@@ -51,11 +47,8 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def lock_folder(folder: str | os.PathLike) -> int | None:
-    """A file descriptor that locks `folder`, or None if another process holds the lock.
-
-    The lock lasts until the descriptor is closed, or until the process ends, even by SIGKILL. Renaming the
-    folder does not release it.
-    """
+    """A file descriptor that locks `folder`, or None if another process holds the lock. It lasts until the
+    descriptor is closed, or the process ends, even by SIGKILL; also when the folder is renamed."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,8 +67,7 @@ def write_json(path: str | os.PathLike, value) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file; UserError if the file is missing, too large, not JSON, or holds no
-    object."""
+    """The object in a JSON file; UserError if the file is missing, too large, not JSON, or holds none."""
     if not os.path.isfile(path):  # opening a named pipe would wait for ever
         raise UserError(f"{path} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
     if (size := os.path.getsize(path)) > MAX_JSON:

@@ -51,8 +51,7 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
 
 
 def read_card(folder: str | None) -> tuple[dict, dict, dict]:
-    """(metadata, the model's facts, its reference's facts) of a folder's card; each {} where there is none
-    that can be read."""
+    """(metadata, the model's facts, its reference's facts) of a folder's card; {} for what is not there."""
     from huggingface_hub import ModelCard
 
     path = pathlib.Path(folder or "", CARD)

@@ -53,14 +53,13 @@ def find(name: str, prefer: str = "best", weights: bool = True) -> str:
             return os.path.join(name, os.path.basename(os.path.realpath(linked)))
         if steps := list_steps(name):
             return os.path.join(name, steps[-1])
-        missing = "neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
-        raise UserError(f"{name} is {missing}")
-    if os.path.isfile(name) and name.endswith(".pt"):
-        fix = f"nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
-        raise UserError(f"{name} is a pickle; {fix}")
+        what = "neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
+    elif name.endswith(".pt"):
+        what = f"a pickle; nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
+    else:
+        what = "a file; a checkpoint is a folder with config.json and model.safetensors"
     if os.path.exists(name):
-        wanted = "a checkpoint is a folder with config.json and model.safetensors"
-        raise UserError(f"{name} is a file; {wanted}")
+        raise UserError(f"{name} is {what}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise UserError(f"no folder {name!r} here")
     return download(name, weights)
@@ -101,18 +100,17 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(
-    run: str, tensors: dict, config: dict, state: dict, lineage: dict, tokenizer_files: dict[str, bytes]
-) -> None:
+def save(run: str, tensors: dict, config: dict, state: dict, lineage: dict, files: dict) -> None:
     """Write `run/step_…` (the step is state["step"]) and point `latest` at it.
 
     tensors: {"parameter name": tensor} of a model with the configuration `config`, and {"parameter name/state
-    name": tensor} of its optimizer; state: what state.json holds besides the environment. Raises OSError.
+    name": tensor} of its optimizer; state: what state.json holds besides the environment; files: the
+    tokenizer's, {name: bytes}. Raises OSError.
     """
     name = step_name(state["step"])
     moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
     with new_folder(os.path.join(run, name)) as temporary:
-        write_model(temporary, arrange(tensors, config), config_json(config), tokenizer_files)
+        write_model(temporary, arrange(tensors, config), config_json(config), files)
         write_tensors(os.path.join(temporary, OPTIMIZER), moments)
         write_json(os.path.join(temporary, STATE), state | environment())
         write_json(os.path.join(temporary, LINEAGE), lineage)
@@ -168,8 +166,7 @@ def follow(path: str) -> str:
 
 
 def examine(folder: str) -> None:
-    """Raise UserError unless a checkpoint folder looks fit to continue a run: files, headers, sizes and
-    shapes."""
+    """Raise UserError unless a checkpoint folder looks fit to continue a run: files, headers and shapes."""
     open_model(folder)
     read_state(folder)
     read_json(os.path.join(folder, LINEAGE))
@@ -277,8 +274,8 @@ def environment() -> dict:
     """Versions, git revision and hardware, for state.json; asked once per process, as the working tree may
     change while the code runs."""
     here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = "unknown"

@@ -64,12 +64,9 @@ def read_config(folder: str) -> dict:
         raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
     if not isinstance(tokenizer, str) or type(bias) is not bool:
         raise UserError(f"{path}: tokenizer must be a name and bias true or false")
-    return {
+    sizes = {key: c[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return sizes | {
         "block_size": c["n_positions"],
-        "vocab_size": c["vocab_size"],
-        "n_layer": c["n_layer"],
-        "n_head": c["n_head"],
-        "n_embd": c["n_embd"],
         "dropout": 0.0,
         "bias": bias or has_biases(folder),
         "scale_attn_by_inverse_layer_idx": bool(c.get("scale_attn_by_inverse_layer_idx", False)),
@@ -170,8 +167,7 @@ def config_json(config: dict) -> dict:
 def read_weights(folder: str) -> dict[str, Lazy]:
     """The state dict of a checkpoint folder, Lazy and in the file's dtype: only headers are read here.
 
-    Names without the `transformer.` prefix are accepted; causal-mask buffers and the copy of the tied head
-    are left out.
+    Names without the `transformer.` prefix are accepted; causal masks and the tied head's copy are left out.
     """
     tensors = {}
     for key, tensor in stored_tensors(folder):
@@ -183,8 +179,8 @@ def read_weights(folder: str) -> dict[str, Lazy]:
     if head is not None and wte is not None:
         same = head.shape == wte.shape and len(wte.shape) == 2
         if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
-            problem = "lm_head.weight differs from wte.weight; untied heads are not implemented"
-            raise UserError(f"{folder}: {problem}")
+            what = "lm_head.weight differs from wte.weight; untied heads are not implemented"
+            raise UserError(f"{folder}: {what}")
         del tensors["lm_head.weight"]
     return tensors
 
@@ -224,7 +220,7 @@ def check_weights(weights: Mapping, config: dict, source: str) -> None:
     wanted = shapes(config)
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
     wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
-    found = {n: tuple(weights[n].shape) for n in wanted if n in weights}
+    found = {n: tuple(t.shape) for n, t in weights.items() if n in wanted}
     wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""

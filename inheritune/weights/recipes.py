@@ -155,8 +155,7 @@ def choose_blocks(recipe: str, n_layer: int, k: int) -> list[int]:
 
 
 def inherit(state: Mapping, config: dict, blocks: list[int]) -> tuple[dict, dict]:
-    """(state, config) of the model with these blocks, perhaps repeated, of the given one (paper, Algorithm
-    1)."""
+    """(state, config) of the model with these blocks of the given one, repeats allowed (paper, Alg. 1)."""
     check_blocks(blocks, config["n_layer"])
     new = assemble(state, [(state, i) for i in blocks], config["scale_attn_by_inverse_layer_idx"])
     return new, config | {"n_layer": len(blocks)}
@@ -205,8 +204,7 @@ def assemble(base: Mapping, blocks: list[tuple[Mapping, int]], scaled: bool, pre
 
 
 def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> Lazy:
-    """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first third of the columns, times
-    `factor`."""
+    """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first C columns, times `factor`."""
 
     def scaled(values):
         q, k, v = values.double().tensor_split(3, dim=-1)

@@ -24,13 +24,10 @@ MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 
 
 class Lazy:
-    """A tensor that is read or computed row by row: `lazy[a:b]` is the torch.Tensor of rows a to b.
-
-    Functions that take these take torch tensors as well: both have `shape`, `dtype` and `[a:b]`.
-    """
+    """A tensor that is read or computed row by row: `lazy[a:b]` is rows(a, b), the torch.Tensor of rows a to
+    b. Functions that take these take torch tensors as well: both have `shape`, `dtype` and `[a:b]`."""
 
     def __init__(self, shape: tuple, dtype: torch.dtype, rows: Callable[[int, int], torch.Tensor]):
-        """rows(a, b) gives rows a to b, (b - a, *shape[1:]) of dtype."""
         self.shape, self.dtype, self.rows = tuple(shape), dtype, rows
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
@@ -86,8 +83,7 @@ def stored(file, name: str, entry: dict, start: int) -> Lazy:
         tensor = torch.empty((b - a, *shape[1:]), dtype=dtype)
         file.seek(begin + a * row)
         if file.readinto(raw(tensor)) != tensor.nbytes:
-            problem = "it was whole a moment ago; do not change it meanwhile"
-            raise UserError(f"{file.name} ends within {name:.80}: {problem}")
+            raise UserError(f"{file.name} ends within {name:.80}: do not change it while it is read")
         return check_finite(tensor, name, file.name)
 
     return Lazy(shape, dtype, rows)
