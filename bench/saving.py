@@ -76,16 +76,11 @@ def main():
         copied = sum(t.nbytes for t in run.saver.copies.values()) / 1e6
     finally:
         shutil.rmtree(folder)
-    name = "checkpoint save, GPT-2 124M"
-    row = harness.row
+    name, row = "checkpoint save, GPT-2 124M", harness.row
+    blocked = times["blocked"] / times["plain"]
     harness.report(
         [
-            row(
-                f"{name}: training blocked, of a synchronous save",
-                times["blocked"] / times["plain"],
-                "ratio",
-                BAR,
-            ),
+            row(f"{name}: training blocked, of a synchronous save", blocked, "ratio", BAR),
             row(f"{name}: the same for a run's first save", first / times["plain"], "ratio"),
             row(f"{name}: synchronous", times["plain"], "s"),
             row(f"{name}: blocked", times["blocked"], "s"),

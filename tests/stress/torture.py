@@ -272,7 +272,7 @@ class Replicate(Processes):
 
 
 class Prepare(Processes):
-    """prepare.py with two processes."""
+    """prepare.py with two threads."""
 
     script = "prepare"
 
