@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
@@ -50,8 +51,9 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
         name = os.path.basename(main.__globals__["__file__"])
         first = True
 
-        # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt
-        before = signal.signal(signal.SIGTERM, terminate)
+        # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt (Python: in the main thread only)
+        handled = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, terminate) if handled else None
         try:
             first = not ranks or place()[0] == 0
             return main(argv)
@@ -63,7 +65,8 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
                 print(f"\n{name}: {stopped}", file=sys.stderr)
             raise SystemExit(128 + stopped.signal) from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if handled:
+                signal.signal(signal.SIGTERM, before)
         raise SystemExit(message if first else 1)
 
     return wrapped

@@ -7,6 +7,7 @@ lost.
 
 import signal
 import subprocess
+import threading
 
 from inheritune.base.errors import Stopped
 
@@ -24,7 +25,8 @@ class Request:
 
     def __enter__(self):
         self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()  # Python has handlers nowhere else
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             if signal.getsignal(number) != signal.SIG_IGN:  # shells let background jobs ignore SIGINT
                 self.before[number] = signal.signal(number, self.handle)
         return self

@@ -68,8 +68,9 @@ def find(name: str, prefer: str = "best", weights: bool = True) -> str:
 def download(name: str, weights: bool) -> str:
     """Fetch a Hugging Face model (an id such as gpt2-large) and return the local folder of its files."""
     import huggingface_hub as hub
+    from huggingface_hub.utils import logging
 
-    hub.utils.logging.set_verbosity_error()  # what goes wrong is said once, below
+    logging.set_verbosity_error()  # what goes wrong is said once, below
     wanted = HUB_FILES + " *.safetensors *.safetensors.index.json" * weights
     try:
         folder = hub.snapshot_download(name, allow_patterns=wanted.split())
