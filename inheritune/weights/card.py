@@ -55,9 +55,10 @@ def read_card(folder: str | None) -> tuple[dict, dict, dict]:
     from huggingface_hub import ModelCard
 
     path = pathlib.Path(folder or "", CARD)
+    if not folder or not path.is_file():
+        return {}, {}, {}
     try:
-        text = path.read_text("utf-8") if folder and path.is_file() else ""
-        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
         facts = dict(data.get("inheritune", {}))
         return data, facts, dict(facts.pop("reference", {}))
     except Exception:  # somebody else's file: treat all of it as: says nothing
