@@ -18,8 +18,17 @@ from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 
 
+# nanoGPT's flags
+NANOGPT = {
+    "start": "write --prompt",
+    "out_dir": "write --ckpt; it takes the folder of a run",
+    "init_from": "write --ckpt FOLDER, or --ckpt gpt2",
+    "compile": "leave it out",
+}
+
+
 def make_parser() -> Parser:
-    parser = Parser(description="Sample text from a checkpoint.")
+    parser = Parser(description="Sample text from a checkpoint.", instead=NANOGPT)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
     add("--prompt", default="", help="text to continue; FILE:path reads it from a file")

@@ -83,6 +83,16 @@ def test_a_person_writes_a_path_with_a_tilde(monkeypatch, tmp_path):
     grow, _ = parse((GrowSettings,), argv[-2:], "")
     assert grow.reference == str(tmp_path / "ref") and grow.reference_config == str(tmp_path / "ref.py")
 
+    # commands with flags of their own: --out ~/x the shell expands, --out=~/x nobody else does
+    args = inherit.make_parser().parse_args(["--ckpt=~/ref", "--layers=2", "--out=~/small"])
+    assert (args.ckpt, args.out) == (str(tmp_path / "ref"), str(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("flag", sample.NANOGPT)
+def test_a_person_samples_with_nanogpts_flags(flag):
+    said = refusal(sample.main, ["--ckpt=x", f"--{flag}=y"])
+    assert said == f"sample.py: --{flag} is nanoGPT's: {sample.NANOGPT[flag]}"
+
 
 # Checkpoints
 

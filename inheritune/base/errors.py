@@ -103,8 +103,11 @@ def raise_all(problems: Sequence[str]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag.
-    instead: {nanoGPT's name of a flag: what to write instead}."""
+    """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag, and
+    expands the ~ of --flag=~/path, which shells leave as it is.
+
+    instead: {nanoGPT's name of a flag: what to write instead}.
+    """
 
     def __init__(self, instead: dict[str, str] | None = None, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
@@ -112,6 +115,8 @@ class Parser(argparse.ArgumentParser):
         self.instead = instead or {}
 
     def parse_args(self, args=None, namespace=None):
+        pairs = [a.partition("=") for a in (sys.argv[1:] if args is None else args)]
+        args = [flag + sign + (os.path.expanduser(v) if v.startswith("~/") else v) for flag, sign, v in pairs]
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
