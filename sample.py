@@ -17,7 +17,6 @@ from inheritune.training.device import pick, pick_dtype
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 
-
 # nanoGPT's flags
 NANOGPT = {
     "start": "write --prompt",
