@@ -1,33 +1,36 @@
 # make demo      the whole recipe on a laptop: data, reference, inherit, train, grow, controls, a sample
-# make test      ruff and the tests that take seconds
+# make test      ruff and the tests that take seconds; make test TORCH=2.9.1: with that torch, in .venv-2.9.1
 # make test-all  the same with coverage, and the tests that take minutes
 # make torture   a quarter of an hour of kills, full disks and damaged files, with a tally
 # make mutants   mutmut changes the code: do the tests notice? Hours; a part: make mutants MUTANTS='model.*'
 # make bench     speed and memory as ratios, into results/bench.csv (some 25 minutes, on an otherwise idle machine)
 
 PYTHON ?= python3
-BIN := .venv/bin
+TESTED := $(shell sed -n 's/^torch.*tested: \([0-9.]*\).*/\1/p' requirements.txt)
+TORCH ?= $(TESTED)
+VENV := .venv$(if $(filter-out $(TESTED),$(TORCH)),-$(TORCH))
+BIN := $(VENV)/bin
 
 .PHONY: demo test test-all lint torture mutants bench clean
 
 # One folder for everything installed; a changed requirements file installs again.
-.venv/installed: requirements.txt
+$(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "make: python3 has no venv module: install it first (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt torch==$(TORCH)
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	PATH=$(CURDIR)/$(BIN):$$PATH bash runs/demo.sh
 
-lint: .venv/installed-dev
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
@@ -43,17 +46,17 @@ test-all: lint
 	@echo "not counted:"; grep -rn "# needs \(a GPU\|the hub\|an extra package\)" *.py inheritune
 	$(BIN)/python -m pytest -m slow
 
-torture: .venv/installed-dev
+torture: $(VENV)/installed-dev
 	$(BIN)/python -m tests.stress.torture --seconds 900
 
-mutants: .venv/installed-dev
+mutants: $(VENV)/installed-dev
 	$(BIN)/mutmut run $(MUTANTS)
 
-bench: .venv/installed-dev
+bench: $(VENV)/installed-dev
 	$(BIN)/python bench/step.py small
 	$(BIN)/python bench/step.py gpt2
 	for name in sampling preparation inheriting loading saving memory; do $(BIN)/python bench/$$name.py || exit 1; done
 	@echo; $(BIN)/python bench/harness.py
 
 clean:
-	rm -rf .venv mutants
+	rm -rf .venv .venv-* mutants
