@@ -23,7 +23,7 @@ from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.device import pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
-from inheritune.training.losses import distillation_loss, mean_loss, to_device
+from inheritune.training.losses import mean_loss, to_device
 from inheritune.training.optimizer import learning_rate, snapshot
 from inheritune.training.parsing import parse
 from inheritune.training.planning import describe, make_plan
@@ -84,7 +84,7 @@ def train_step(run: Run) -> None:
             seed_all(s.seed, state.step, m, ranks.rank)  # frozen: the seeds of dropout
         with model.gradients_of(last=m == plan.accumulation - 1):
             with torch.autocast(model.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                losses = distilled(run, x, y) if run.teacher else (model.forward(x, y),)
+                losses = run.teacher(model.forward, x, y) if run.teacher else (model.forward(x, y),)
             run.scaler.scale(losses[0] / plan.accumulation).backward()
         sums[1:] += torch.stack(losses).detach()
     run.scaler.unscale_(run.optimizer)
@@ -113,14 +113,6 @@ def train_step(run: Run) -> None:
         )
     if asked:
         stop(run)
-
-
-def distilled(run, x, y):
-    """(loss, CE, KL) of one micro-batch against the teacher."""
-    with torch.no_grad():
-        teacher_logits = run.teacher(x)
-    s, n_vocab = run.settings, run.plan.tokenizer["n_vocab"]  # either model may have more rows
-    return distillation_loss(run.model.forward(x), teacher_logits, y, n_vocab, s.kd_alpha, s.kd_temperature)
 
 
 def validate(run: Run) -> float:

@@ -1,12 +1,14 @@
 """The loss over fixed tokens (validation, grow.py's comparison, score.py), and the loss of distillation."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from inheritune.data.reader import ValData
 from inheritune.training.distributed import Ranks
+from inheritune.training.settings import TrainSettings
+from model import GPT, pad_vocab
 
 
 @torch.no_grad()
@@ -44,6 +46,29 @@ def mean_loss(
     return None if nats is None else nats / (val.n_windows * val.block_size)
 
 
+class Teacher:
+    """A frozen GPT to distil from, in the dtype that autocast computes in; compiled where the student is."""
+
+    def __init__(
+        self, model: GPT, settings: TrainSettings, n_vocab: int, device, dtype: torch.dtype, compiled: bool
+    ):
+        # autocast makes 16-bit copies of these at every call; to keep the copies alone gives the same logits
+        for layer in (m for m in model.modules() if isinstance(m, nn.Linear) and dtype != torch.float32):
+            for name, p in layer.named_parameters():
+                setattr(layer, name, nn.Parameter(p.to(dtype)))
+        self.model, self.loss = model.to(device).eval().requires_grad_(False), distillation_loss
+        if compiled:  # the loss too: as one kernel it holds no fp32 copies of the logits
+            self.model = torch.compile(model, dynamic=False)
+            self.loss = torch.compile(distillation_loss, dynamic=False)
+        self.how = n_vocab, settings.kd_alpha, settings.kd_temperature
+
+    def __call__(self, student, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, CE, KL) of the student on ids idx (B, T); see `distillation_loss`."""
+        with torch.no_grad():
+            logits = self.model(idx)
+        return self.loss(student(idx), logits, targets, *self.how)
+
+
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, targets: Tensor, n_vocab: int, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +85,24 @@ def distillation_loss(
     # batchmean: the sum over ids, the mean over tokens
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return alpha * ce + (1 - alpha) * temperature**2 * kl, ce, kl
+
+
+class PaddedHead(nn.Linear):
+    """The head of a vocabulary such as GPT-2's 50,257, in the product of 50,304 rows that tensor cores want.
+
+    The last columns are cut off before anything looks at them, and the weight itself stays as it is: loss,
+    gradients and what is saved are those of the plain head.
+    """
+
+    def forward(self, x):
+        V = self.out_features
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, pad_vocab(V) - V)))[..., :V]
+
+
+def pad_head(model: GPT) -> None:
+    """Make the model's head a PaddedHead, in place, where that makes a difference."""
+    if model.config.vocab_size % 64:
+        model.lm_head.__class__ = PaddedHead
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from inheritune.data.reader import TrainData, ValData
 from inheritune.training.device import pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import Recorder
+from inheritune.training.losses import Teacher, pad_head
 from inheritune.training.optimizer import load_optimizer, make_optimizer
 from inheritune.training.planning import Plan
 from inheritune.training.settings import TrainSettings
@@ -85,7 +86,7 @@ class Run:
     plan: Plan
     ranks: Ranks
     model: DistributedModel
-    teacher: GPT | None  # in eval mode, for distillation
+    teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype  # of autocast
@@ -118,14 +119,19 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
     if not (compiled and settings.checkpoint_activations == "cheap"):  # which a compiler does by itself
         module.checkpoint_activations = settings.checkpoint_activations
+    padded = compiled or device.type == "cuda"
+    if padded:
+        pad_head(module)
     model = DistributedModel(module, ranks, device, settings.compile, settings.shard)
-    teacher = None
+    teacher, dtype = None, pick_dtype(settings.dtype, device)
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
-        teacher = ranks.agree(lambda: GPT.from_pretrained(found)).to(device).eval().requires_grad_(False)
+        theirs, n_vocab = ranks.agree(lambda: GPT.from_pretrained(found)), plan.tokenizer["n_vocab"]
+        if padded:
+            pad_head(theirs)
+        teacher = Teacher(theirs, settings, n_vocab, device, dtype, compiled)
 
     # what is restored, and the run folder
-    dtype = pick_dtype(settings.dtype, device)
     optimizer = make_optimizer(module, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))

@@ -1,14 +1,29 @@
 """Distillation: the loss against numpy, and what a teacher does to a run. python -m pytest
 tests/test_distill.py"""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import train
-from inheritune.training.losses import distillation_loss
+from inheritune.training.losses import Teacher, distillation_loss
+from inheritune.training.settings import TrainSettings
 from model import GPT
-from tests.tiny import arguments, column, contents, refusal, rows, write_checkpoint, write_data
+from tests.tiny import (
+    ROOT,
+    arguments,
+    column,
+    contents,
+    refusal,
+    rows,
+    tiny_model,
+    write_checkpoint,
+    write_data,
+)
 
 
 def reference_loss(logits, teacher, targets, n_vocab, alpha, temperature):
@@ -93,6 +108,62 @@ def test_the_teacher_is_not_trained(world):
     train.main(arguments(data, folder / "again", teacher=teacher))
     after = GPT.from_pretrained(teacher).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_teachers_16_bit_matrices_give_the_logits_of_autocast():
+    idx = torch.arange(8)[None]
+    for bias in (True, False):
+        model, cpu = tiny_model(bias=bias), torch.device("cpu")
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            before = model(idx)
+            teacher = Teacher(model, TrainSettings(), 257, cpu, torch.bfloat16, compiled=False).model
+            assert torch.equal(teacher(idx), before)
+        kept = {
+            p.dtype for name, p in teacher.named_parameters() if name.endswith(("c_fc.weight", "head.weight"))
+        }
+        assert kept == {torch.bfloat16} and teacher.transformer.wte.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_compiled_run_distils_alike(world):
+    """Teacher and loss are compiled with the student, and both heads are padded."""
+    data, _, folder = world
+    write_checkpoint(folder / "odd", n_layer=3, vocab_size=257)
+    how = {"teacher": folder / "odd", "init_from": folder / "odd", "inherit_layers": 2, "dtype": "bfloat16"}
+    how |= dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    for compiled in (True, False):
+        train.main(arguments(data, folder / f"compiled-{compiled}", **how, compile=compiled))
+    for name in ("loss", "ce", "kl", "val_loss"):
+        a, b = (column(folder / f"compiled-{compiled}", name) for compiled in (True, False))
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
+MEMORY = """
+import sys, torch
+from inheritune.training.losses import distillation_loss
+from bench.harness import memory_mb
+loss = torch.compile(distillation_loss, dynamic=False) if sys.argv[1] == "compiled" else distillation_loss
+for _ in range(2):  # the first one compiles
+    logits, teacher = (torch.randn(1, 256, 50304) for _ in range(2))
+    targets = torch.zeros(1, 256, dtype=torch.long)
+    logits.requires_grad_()
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak begins here
+    before = memory_mb("VmRSS")
+    loss(logits, teacher, targets, 50257, 0.6, 1.0)[0].backward()
+print((memory_mb() - before) / (logits.nbytes / 1e6))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+def test_a_compiled_loss_adds_two_copies_of_the_logits_not_six():
+    added = {}
+    for how in ("compiled", "eager"):
+        environment = os.environ | {"PYTHONPATH": ROOT, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+        command = [sys.executable, "-c", MEMORY, how]
+        added[how] = float(subprocess.check_output(command, env=environment, cwd=ROOT, text=True))
+    assert added["compiled"] < 2.2 and added["eager"] > 5.5
 
 
 def test_a_distilled_run_continues_exactly(world, monkeypatch):

@@ -1,10 +1,22 @@
-"""The loss over fixed tokens: who computes what, and when it stops. pytest tests/training/test_losses.py"""
+"""The loss over fixed tokens: who computes what, and when it stops; the padded head.
 
+pytest tests/training/test_losses.py
+"""
+
+import copy
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
+from inheritune.base.files import read_json
+from inheritune.training import setup
 from inheritune.training.distributed import Ranks
-from inheritune.training.losses import total_nats
+from inheritune.training.losses import pad_head, total_nats
+from tests.tiny import arguments, column, tiny_model, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -68,3 +80,73 @@ def test_it_ends_between_groups_when_asked():
     model = Model()
     assert total_nats(model, Groups(), Ranks(), CPU, torch.float32, stop=lambda: len(model.seen) == 2) is None
     assert model.seen == [0, 1] and not model.training
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of what matrix products return."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        if op is torch.ops.aten.mm.default:
+            self.shapes.add(tuple(out.shape))
+        return out
+
+    def __enter__(self):
+        self.shapes = set()
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_padded_head_multiplies_64s_and_gives_what_the_plain_one_does(half):
+    """Logits, loss, gradients (of 257 rows, like the weight) and generated ids."""
+    plain = tiny_model(vocab_size=257)
+    padded = copy.deepcopy(plain)
+    pad_head(padded)
+    idx, targets = torch.randint(257, (2, 2, 8)).unbind(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        torch.testing.assert_close(padded(idx), plain(idx))
+        for model in (plain, padded):
+            with Products() as products:
+                logits = model(idx)
+                assert logits.shape == (2, 8, 257)
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
+            assert ((16, 257) in products.shapes) == (model is plain)
+            assert ((16, 320) in products.shapes) == (model is padded)
+        assert padded(idx, targets).item() == pytest.approx(plain(idx, targets).item(), rel=1e-6)
+    for (name, p), q in zip(plain.named_parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=2e-2 if half else 1e-5, atol=1e-5, msg=name)
+    one, two = (torch.stack(list(m.generate(idx, 9, temperature=0))) for m in (plain, padded))
+    assert torch.equal(one, two)
+
+
+def test_only_odd_vocabularies_are_padded():
+    model = tiny_model(vocab_size=320)
+    pad_head(model)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_a_run_goes_on_padded_or_not_and_writes_the_rows_it_was_given(data, tmp_path, monkeypatch):
+    """A run that is compiled (in name: it pads) for four steps, plain for four, compiled again, is the plain
+    one."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    padded = []
+    monkeypatch.setattr(setup, "pad_head", lambda model: padded.append(pad_head(model)))
+    write_checkpoint(tmp_path / "odd", vocab_size=257)
+    how = {"init_from": tmp_path / "odd", "inherit_layers": 2, "lr_decay_iters": 12, "keep_last": 9}
+    how |= dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    train.main(arguments(data, tmp_path / "plain", **how))
+    assert not padded
+    for steps, compiled in ((4, True), (8, False), (12, True)):
+        part = {"max_iters": steps, "compile": compiled, "resume": "auto"}
+        train.main(arguments(data, tmp_path / "mixed", **how | part))
+    assert len(padded) == 2
+    for name in ("loss", "grad_norm", "val_loss"):
+        a, b = (column(tmp_path / run, name) for run in ("plain", "mixed"))
+        np.testing.assert_allclose(b, a, rtol=1e-5)
+    assert read_json(tmp_path / "mixed/latest/config.json")["vocab_size"] == 257
+    for name in ("model", "optimizer"):
+        a, b = (load_file(tmp_path / run / f"latest/{name}.safetensors") for run in ("plain", "mixed"))
+        assert {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=key)
+    assert b["transformer.wte.weight/exp_avg"].shape == (257, 16)
