@@ -1,6 +1,6 @@
-"""Turn text into the token files that train.py reads: your files and URLs, or the English in every Python.
+"""Turn text into the token files that train.py reads: your files and URLs, or the text in every Python.
 
-    python prepare.py                                   # 2.4 MB of documentation as bytes -> data/pydocs
+    python prepare.py                                   # the text inside Python, 12 MB as bytes -> data/python
     python prepare.py book.txt notes/ --out data/mine   # your text in GPT-2's vocabulary
 
 Kill a run anywhere and start it again: it goes on, and the result is the same to the last bit
@@ -26,8 +26,8 @@ from inheritune.data.writer import BinWriter, write_tokens
 
 MAX_DOWNLOAD = 20 << 30  # bytes of one URL
 CORPORA = {  # --corpus: (where it goes, what it is)
-    "docs": ("data/pydocs", "the documentation inside"),
     "python": ("data/python", "the documentation and the source files of"),
+    "docs": ("data/pydocs", "the documentation inside"),
 }
 
 
@@ -40,11 +40,11 @@ def parse(argv: list[str] | None) -> Namespace:
         f"{MAX_DOWNLOAD >> 30} GiB each. Without any: --corpus"
     )
     parser.add_argument("sources", nargs="*", metavar="PATH|URL", help=help + UNSET)
-    help = "without PATH: docs, the documentation in this Python, or python, its source files too"
-    parser.add_argument("--corpus", choices=CORPORA, default="docs", help=help)
+    help = "without PATH: python, documentation and source files in this Python, or docs, the former alone"
+    parser.add_argument("--corpus", choices=CORPORA, help=help + " (default: python)" + UNSET)
     help = "bytes, a tiktoken name, or the path of a tokenizer.json or of a folder that holds one"
     parser.add_argument("--tokenizer", help=help + " (default: gpt2; without PATH bytes)" + UNSET)
-    help = "folder to write (default without PATH: data/pydocs, or data/python)"
+    help = "folder to write (default without PATH: data/python, or data/pydocs)"
     parser.add_argument("--out", help=help + UNSET)
     help = "share of the documents, from the end, for validation; of the bytes if there is one text file only"
     parser.add_argument("--val_fraction", type=float, default=0.1, help=help)
@@ -55,8 +55,9 @@ def parse(argv: list[str] | None) -> Namespace:
         raise UserError(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if args.sources and not args.out:
         raise UserError("say where to write with --out, for example --out data/mine")
-    if args.sources and args.corpus != "docs":
+    if args.sources and args.corpus:
         raise UserError("--corpus says what to take without a PATH: leave one of the two out")
+    args.corpus = args.corpus or "python"
     args.out = args.out or CORPORA[args.corpus][0]
     args.tokenizer = args.tokenizer or ("gpt2" if args.sources else "bytes")
     return args

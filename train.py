@@ -1,6 +1,6 @@
 """Train a GPT: from scratch, from a checkpoint, or from the first blocks of one.
 
-    python train.py config/demo_reference.py --seed=2
+    python train.py config/replicate_mini_reference.py --seed=2
     torchrun --nproc_per_node=8 train.py config/inheritune_gpt2_large.py
 
 `setup` (inheritune/training/setup.py) builds everything a run needs, `fit` is the loop. A step's state is

@@ -9,7 +9,7 @@ seen = 0.5  # of the data, by all arms but `unseen`
 results = "results/replicate_smoke"
 
 out_dir = "out/replicate_smoke"
-dataset = "data/pydocs"
+dataset = "data/python"
 batch_tokens = 16 * 32
 batch_size = 16
 max_iters = 60

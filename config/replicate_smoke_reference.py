@@ -1,5 +1,5 @@
 # The reference of config/replicate_smoke.py.
-dataset = "data/pydocs"
+dataset = "data/python"
 n_layer = 8
 n_head = 4
 n_embd = 32

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# The whole method on a laptop: no GPU, no network, some minutes on two cores. `make demo` runs it in its own environment.
+# The method on a laptop: no GPU, no network, five minutes on two cores. `make demo` runs it in its own environment.
 #   bash runs/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Data: the documentation that every CPython carries, as bytes, into data/pydocs/{train,val}.bin. Seconds.
+# Data: the documentation and the source files that every CPython carries, as bytes, into data/python/{train,val}.bin.
 python prepare.py
 
-# The method: trains a reference of 8 blocks, inherits 4 of them, trains, compares, and grows by 2 until the reference's
-# loss is reached; then the controls from random init. After an interruption run it again: finished parts are skipped.
+# The method: inherits 4 of the 8 blocks of a trained reference, trains, compares, and grows by 2 until the reference's
+# loss is reached; then random init for as many steps. After an interruption run it again: finished parts are skipped.
 python grow.py config/demo.py
 
-echo
-echo "A sample from the grown model:"
-python sample.py --ckpt out/demo/final --max_new_tokens 300
+for model in results/mini/reference out/demo/final; do
+  echo
+  echo "A sample from $model:"
+  python sample.py --ckpt "$model" --max_new_tokens 300
+done
 echo
 echo "The picture: out/demo/loss.png"

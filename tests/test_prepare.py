@@ -194,9 +194,9 @@ def test_fineweb_shards(tmp_path, texts, small_batches):
 # prepare.py
 
 
-def test_embedded_corpus(tmp_path, monkeypatch, capsys):
+def test_embedded_documentation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    prepare.main([])
+    prepare.main(["--corpus=docs"])
     meta = check_meta(tmp_path / "data" / "pydocs")
     splits = meta["splits"]
     total = splits["train"]["bytes"] + splits["val"]["bytes"]
@@ -206,13 +206,13 @@ def test_embedded_corpus(tmp_path, monkeypatch, capsys):
     n_train = splits["train"]["documents"]
     assert text == "\0".join([*english()[:n_train], ""]).encode(), "another look finds the same"
     capsys.readouterr()
-    prepare.main([])
+    prepare.main(["--corpus=docs"])
     assert "already finished" in capsys.readouterr().out
 
 
 def test_the_python_corpus_holds_the_sources_and_holds_out_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare.main(["--corpus", "python"])
+    prepare.main([])
     meta = check_meta(tmp_path / "data/python")
     code, documentation = dict(sources.python_sources()), dict(sources.python_documentation())
     assert {"argparse", "json.decoder", "antigravity"} <= code.keys()
