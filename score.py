@@ -51,8 +51,8 @@ class SplitWindows:
         self.n_windows, self.rest = divmod(len(tokens) - 1, block_size)
         self.n_groups = -(-self.n_windows // group) + (self.rest > 0)
 
-    def batch(self, g: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of group g: (≤ group, block_size) int64, or (1, rest) for the last window."""
+    def batch(self, g: int) -> Tensor:
+        """Windows of group g: (≤ group, block_size + 1) int32, or (1, rest + 1) for the last one."""
         numbers = range(g * self.group, min((g + 1) * self.group, self.n_windows))
         if numbers:
             return self.tokens.windows(numbers, self.block_size)

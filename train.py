@@ -74,12 +74,11 @@ def train_step(run: Run) -> None:
 
     # gradients, micro-batch by micro-batch
     model.forward.train()
-    idx, targets = next(run.data.batches)  # (micro_batch · accumulation, T)
+    windows = next(run.data.batches)  # (micro_batch · accumulation, T + 1)
     # asked to stop, loss, with a teacher CE, KL
     sums = torch.zeros(4 if run.teacher else 2, device=model.device)
     for m in range(plan.accumulation):
-        rows = slice(m * plan.micro_batch, (m + 1) * plan.micro_batch)
-        x, y = to_device(idx[rows], model.device), to_device(targets[rows], model.device)
+        x, y = to_device(windows[m * plan.micro_batch : (m + 1) * plan.micro_batch], model.device)
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)  # frozen: the seeds of dropout
         with model.gradients_of(last=m == plan.accumulation - 1):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from inheritune.data.reader import TrainData
+from inheritune.training.losses import to_device
 from inheritune.training.optimizer import make_optimizer
 from inheritune.training.settings import TrainSettings
 from model import GPT, GPTConfig
@@ -54,7 +55,7 @@ def make_works(folder):
     readers = {size: TrainData(folder, size[1], seed=1) for size in SIZES}
     calls = iter(range(10**9))
     works = {size: lambda size=size: readers[size].batch(next(calls) * size[0], size[0]) for size in SIZES}
-    x, y = works[SIZES[0]]()
+    x, y = to_device(works[SIZES[0]](), torch.device("cpu"))
 
     def step():
         model(x, y).backward()

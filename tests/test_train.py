@@ -25,6 +25,7 @@ from inheritune.data.reader import TrainData
 from inheritune.training import cost, logs, planning
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
+from inheritune.training.losses import to_device
 from inheritune.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
 from inheritune.training.parsing import parse
 from inheritune.training.planning import split_batch
@@ -155,7 +156,7 @@ def test_twenty_steps_have_the_losses_of_a_plain_script(data, tmp_path):
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.01
     windows = TrainData(data, 8, 1337)
-    losses = [trainer.step(*windows.batch(step * 128, 128)) for step in range(20)]
+    losses = [trainer.step(*to_device(windows.batch(step * 128, 128), CPU)) for step in range(20)]
     assert losses[-1] < losses[0] - 1
     np.testing.assert_allclose(column(tmp_path / "a", "loss"), losses, rtol=1e-5)
 
@@ -186,7 +187,7 @@ def test_losses_are_those_of_an_independent_loop(plain, data):
         ][step]
         for group in optimizer.param_groups:
             group.update(lr=lr, betas=(0.9, 0.95))
-        x, y = windows.batch(step * 8, 8)
+        x, y = to_device(windows.batch(step * 8, 8), CPU)
         loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
         loss.backward()
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for _, p in named]))

@@ -96,13 +96,12 @@ class TrainData:
                 f"{block_size + 1}: use a smaller block_size or more data"
             )
 
-    def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> tuple:
-        """Inputs and targets (count/world, block_size) int64: every world-th of `count` samples, from `rank`
-        on."""
+    def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> torch.Tensor:
+        """Windows (count/world, block_size + 1) int32: every world-th of `count` samples, from `rank` on."""
         samples = first_sample + np.arange(rank, count, world)
         return self.tokens.windows(order(samples, self.n_windows, self.seed), self.block_size, self.first)
 
-    def batches(self, step: int, count: int, rank: int = 0, world: int = 1) -> Iterator[tuple]:
+    def batches(self, step: int, count: int, rank: int = 0, world: int = 1) -> Iterator[torch.Tensor]:
         """Yield `batch` for every step from `step` on; a thread reads the next step's meanwhile."""
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self.batch, step * count, count, rank, world)
@@ -130,8 +129,8 @@ class ValData:
             )
         self.n_groups = -(-self.n_windows // group)
 
-    def batch(self, g: int) -> tuple:
-        """Inputs and targets (≤ group, block_size) int64 of group g."""
+    def batch(self, g: int) -> torch.Tensor:
+        """Windows (≤ group, block_size + 1) int32 of group g."""
         numbers = range(g * self.group, min((g + 1) * self.group, self.n_windows))
         return self.tokens.windows(numbers, self.block_size)
 
@@ -190,10 +189,9 @@ class Tokens:
             shard += 1
         return out
 
-    def windows(self, numbers, block_size: int, first: int = 0) -> tuple:
-        """Inputs and targets, both (B, block_size) int64, of the windows with these numbers; window 0 begins
-        at token `first`. Raises UserError for an id above the tokenizer's: the wrong tokenizer or a damaged
-        bin."""
+    def windows(self, numbers, block_size: int, first: int = 0) -> torch.Tensor:
+        """The windows with these numbers, (B, block_size + 1) int32; window 0 begins at token `first`. Raises
+        UserError for an id above the tokenizer's: the wrong tokenizer or a damaged bin."""
         out = np.stack([self.read(first + int(i) * block_size, block_size + 1) for i in numbers])
         if out.max() >= self.tokenizer["n_vocab"]:
             name, n_vocab = self.tokenizer["name"], self.tokenizer["n_vocab"]
@@ -201,8 +199,7 @@ class Tokens:
                 f"{self.folder}: {self.split} holds id {out.max()}, above the {n_vocab} ids of its tokenizer "
                 f"{name!r}: the bin is damaged or its meta.json is another's"
             )
-        out = torch.from_numpy(out)
-        return out[:, :-1], out[:, 1:]
+        return torch.from_numpy(out.astype(np.int32))
 
 
 def read_meta(folder: str) -> dict:

@@ -58,8 +58,8 @@ def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int
             "lower --sequences or --length, or take --split train"
         )
     starts = np.sort(np.random.default_rng(seed).choice(places, size=sequences, replace=False))
-    pairs = [tokens.windows([0], length, first=int(start)) for start in starts]
-    return tuple(torch.cat(side) for side in zip(*pairs, strict=True))
+    windows = torch.cat([tokens.windows([0], length, first=int(start)) for start in starts]).long()
+    return windows[:, :-1], windows[:, 1:]
 
 
 def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, skip_sequences: int) -> dict:

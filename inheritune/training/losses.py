@@ -17,8 +17,8 @@ def total_nats(
 ) -> float | None:
     """The summed loss (nats) over all targets of `data`, the same number on any number of ranks.
 
-    data has `n_groups` and `batch(g)`, inputs and targets of group g (ValData, score.SplitWindows); ranks
-    take turns with the groups. `stop()` is asked before each turn, equally often on every rank, and must
+    data has `n_groups` and `batch(g)`, the windows of group g (ValData, score.SplitWindows); ranks take
+    turns with the groups. `stop()` is asked before each turn, equally often on every rank, and must
     answer alike on all: True ends the work, and the result is None. A title shows a progress bar on rank 0.
     Leaves the model in eval mode.
     """
@@ -30,9 +30,9 @@ def total_nats(
             return None
         # ranks without work repeat the last group: FSDP needs the same number of forward passes everywhere
         if g < data.n_groups or sharded:
-            idx, targets = data.batch(min(g, data.n_groups - 1))
+            idx, targets = to_device(data.batch(min(g, data.n_groups - 1)), device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model(to_device(idx, device), to_device(targets, device))
+                loss = model(idx, targets)
         if g < data.n_groups:
             nats[g] = loss.cpu().double() * targets.numel()
     return ranks.sum(nats, device).sum().item()
@@ -105,6 +105,9 @@ def pad_head(model: GPT) -> None:
         model.lm_head.__class__ = PaddedHead
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Token ids on the device; on a GPU without waiting for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) int64 on the device, of windows (B, T+1): one copy, which a GPU makes without
+    anybody waiting for it, and contiguous tensors."""
+    on_gpu = device.type == "cuda"
+    windows = (windows.pin_memory() if on_gpu else windows).to(device, non_blocking=on_gpu)
+    return windows[:, :-1].long(), windows[:, 1:].long()

@@ -43,7 +43,7 @@ class Data:
 
     train: TrainData
     val: ValData
-    batches: Iterator | None = None  # (inputs, targets) of this rank, step after step
+    batches: Iterator | None = None  # this rank's windows, step after step
 
 
 @dataclass

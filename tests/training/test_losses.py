@@ -15,7 +15,7 @@ import train
 from inheritune.base.files import read_json
 from inheritune.training import setup
 from inheritune.training.distributed import Ranks
-from inheritune.training.losses import pad_head, total_nats
+from inheritune.training.losses import pad_head, to_device, total_nats
 from tests.tiny import arguments, column, tiny_model, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ class Groups:
     n_groups = 4
 
     def batch(self, g):
-        return torch.full((1, 2), g), torch.full((1, 2), g)
+        return torch.full((1, 3), g)
 
 
 class Model(torch.nn.Module):
@@ -150,3 +150,20 @@ def test_a_run_goes_on_padded_or_not_and_writes_the_rows_it_was_given(data, tmp_
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=key)
     assert b["transformer.wte.weight/exp_avg"].shape == (257, 16)
+
+
+def test_a_batch_is_copied_once_and_cut_on_the_device(monkeypatch):
+    """Slices before the copy would not be contiguous, and torch waits for a copy of those, pinned or not."""
+    seen, to = [], torch.Tensor.to
+
+    def copied(tensor, device, non_blocking=False):
+        seen.append((device.type, non_blocking, tensor.dtype, tuple(tensor.shape), tensor.is_contiguous()))
+        return to(tensor, CPU)
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append("pinned") or tensor)
+    windows = torch.arange(60, dtype=torch.int32).view(6, 10)
+    x, y = to_device(windows[2:4], torch.device("cuda"))
+    assert seen == ["pinned", ("cuda", True, torch.int32, (2, 10), True)]
+    assert x.tolist() == windows[2:4, :-1].tolist() and y.tolist() == windows[2:4, 1:].tolist()
+    assert all(t.dtype == torch.int64 and t.is_contiguous() for t in (x, y))
