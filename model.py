@@ -161,8 +161,17 @@ class GPT(nn.Module):
         """
         folder = find(name_or_folder)
         weights, config = open_model(folder)
-        model = cls(GPTConfig(**config))
+        model = cls.empty(GPTConfig(**config))
         fill(dict(model.named_parameters()), weights, folder)
+        return model
+
+    @classmethod
+    def empty(cls, config: GPTConfig) -> "GPT":
+        """A model whose weights are to be filled in: random ones take half a minute in XL's size."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        model.lm_head.weight = model.transformer.wte.weight  # to_empty has untied them
         return model
 
     def num_params(self) -> int:
@@ -244,7 +253,8 @@ class GPT(nn.Module):
             token = next_token(logits, temperature, top_k, top_p, generator)
             token = torch.where(done, eot, token)
             done |= token == eot
-            idx = torch.cat((idx, token[:, None].to(idx.device)), dim=1)
+            # next_token has waited for the device: not another time
+            idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
             yield token
             if done.all():
                 return

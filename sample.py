@@ -39,7 +39,7 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=1337, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    said = "of the weights; auto: bfloat16 on GPUs that have it (on CPUs faster for one sample, not many)"
+    said = "of the weights; auto: 16 bits on GPUs (bfloat16 on CPUs: faster for one sample, not many)"
     add("--dtype", default="auto", choices=dtypes, help=said)
     add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
     return parser

@@ -73,7 +73,6 @@ def train_step(run: Run) -> None:
         group["lr"] = lr
 
     # gradients, micro-batch by micro-batch
-    model.forward.train()
     windows = next(run.data.batches)  # (micro_batch · accumulation, T + 1)
     # asked to stop, loss, with a teacher CE, KL
     sums = torch.zeros(4 if run.teacher else 2, device=model.device)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inheritune.weights import gpt2_format
 from model import CHUNKED_LOSS, GPT, GPTConfig, next_token, pad_vocab
-from tests.tiny import gpt2, tiny_config, tiny_model
+from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
 
 SHAPES = {
     "one head, odd context": dict(n_layer=2, n_head=1, n_embd=7, block_size=7, vocab_size=101, n_vocab=101),
@@ -198,6 +198,16 @@ def test_the_head_is_tied_and_the_state_dict_holds_no_buffers():
     assert not list(model.buffers())
     assert set(model.state_dict()) == {n for n, _ in model.named_parameters()} | {"lm_head.weight"}
     assert model.num_params() == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_is_read_is_not_drawn_first(tmp_path):
+    """(Random weights take half a minute in XL's size, on every rank.) Its head is tied all the same."""
+    written = write_checkpoint(tmp_path / "a", bias=False)
+    before = torch.get_rng_state()
+    model = GPT.from_pretrained(str(tmp_path / "a"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.lm_head.weight is model.transformer.wte.weight and model.training
+    assert same_weights(model, written) and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_config_is_gpt2_unless_it_says_otherwise():

@@ -273,6 +273,22 @@ def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path
         assert a == b
 
 
+def test_the_model_goes_back_to_training_after_validations_only(data, tmp_path, monkeypatch):
+    """... of which XL has 700 to walk over: not in every step."""
+    modes, step, set_mode = [], train.train_step, GPT.train
+    monkeypatch.setattr(GPT, "train", lambda model, mode=True: modes.append(mode) or set_mode(model, mode))
+    monkeypatch.setattr(train, "train_step", lambda run: modes.append(run.model.module.training) or step(run))
+    train.main(arguments(data, tmp_path / "a", max_iters=4, eval_interval=2))
+    assert modes == [False, True, True, True] * 2 + [False, True]
+
+
+def test_a_model_to_start_from_is_not_drawn_first(plain, data, tmp_path):
+    make_run(data, tmp_path / "a", init_from=plain)
+    state = torch.get_rng_state()
+    seed_all(1337)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_times_are_those_that_passed(data, tmp_path):
     began = time.perf_counter()
     train.main(arguments(data, tmp_path / "a"))

@@ -37,10 +37,14 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype that autocast uses; float32 means no autocast."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, name)
+    """The torch dtype that autocast uses; float32 means no autocast. GPUs before Ampere only emulate bfloat16
+    (slower than float32): float16 there."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -149,9 +149,10 @@ class DistributedModel:
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[torch.nn.Module]:
-        """What validation calls. FSDP keeps embeddings and head gathered after a forward pass, for a backward
-        pass that does not come here: they are sharded again."""
+        """What validation calls, in eval mode or not; back to training at the end. FSDP keeps embeddings and
+        head gathered after a forward pass, for a backward pass that does not come: they are sharded again."""
         yield self.validated
+        self.forward.train()  # walks over all modules: not in every step
         if self.sharded:
             self.module.reshard()
 

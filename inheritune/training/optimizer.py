@@ -78,16 +78,19 @@ def snapshot(
 ) -> dict[str, torch.Tensor] | None:
     """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU, to `into`.
 
-    Reuses the tensors in `into` (allocating is slower than copying). With FSDP every rank must call, and
-    tensors are gathered one at a time; a rank whose `into` is None keeps nothing.
+    Reuses the tensors in `into` (allocating is slower than copying), which are pinned for a GPU. With FSDP
+    every rank must call, and tensors are gathered one at a time; a rank whose `into` is None keeps nothing.
     """
     tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
     for name, tensor in tensors.items():
         tensor = gather(tensor.detach())
-        if into is not None and name in into:
-            into[name].copy_(tensor)
-        elif into is not None:
-            into[name] = tensor.to("cpu", copy=True)
+        if into is None:
+            continue
+        if name not in into:
+            into[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        into[name].copy_(tensor, non_blocking=tensor.is_cuda)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # needs a GPU
     return into
 
 

@@ -80,7 +80,8 @@ class TrainSettings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     # sec. 3: bf16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "autocast type; auto is bfloat16 on a GPU that has it, else float32"
+        "auto",
+        "autocast type; auto is bfloat16 on a GPU that has it, else float16 there and float32 elsewhere",
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
     checkpoint_activations: Literal["none", "cheap", "full"] = setting(

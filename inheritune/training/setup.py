@@ -152,9 +152,9 @@ def open_data(settings, plan):
 
 def load_weights(plan, folder):
     """(GPT, lineage) of the plan's config: fresh, or a checkpoint folder's first blocks and positions."""
-    module = GPT(plan.config)
     if folder is None:
-        return module, {}
+        return GPT(plan.config), {}
+    module = GPT.empty(plan.config)
     weights, source = open_model(folder)
     lineage = checkpoint.read_lineage(folder)
     if not plan.resume_from:

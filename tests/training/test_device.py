@@ -7,6 +7,9 @@ import ast
 import glob
 import os
 
+import pytest
+import torch
+
 from inheritune.training import device
 from tests.tiny import ROOT
 
@@ -18,6 +21,19 @@ def test_torch_is_told_to_use_huge_pages_unless_the_user_says_otherwise(monkeypa
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     device.pick("cpu")
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+@pytest.mark.parametrize(
+    "kind, native, dtype",
+    [("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("cpu", True, torch.float32)],
+)
+def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, kind, native, dtype):
+    """A T4 and a V100 say that they support it, and emulate it."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    assert device.pick_dtype("auto", torch.device(kind)) == dtype
+    assert device.pick_dtype("bfloat16", torch.device(kind)) == torch.bfloat16
 
 
 def test_no_float64_is_made_on_a_device():
