@@ -1,5 +1,5 @@
-"""The estimate of training's memory (inheritune/training/cost.py) against what two steps take on the CPU,
-within 10 %.
+"""The estimate of training's memory (inheritune/training/cost.py) against what four steps take on the CPU,
+within 10 %: alone and on two ranks, with and without a teacher.
 
     python bench/memory.py
 
@@ -7,41 +7,67 @@ glibc is told to give freed tensors back to the system: the holes that it otherw
 estimated.
 """
 
+import dataclasses
+import itertools
 import os
+import socket
 import tempfile
 
 import harness  # first: it finds the other files
 from step import OURS, Contender, make_data
 
 from inheritune.training.cost import training_memory
-from model import GPTConfig
+from inheritune.weights.gpt2_format import arrange, config_json, write_model
+from model import GPT, GPTConfig
 
 SHAPES = {
-    "6 x 384, T 256, micro-batch 8": {
+    "6 x 384, T 256, micro-batch 4": {
         **{"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
-        **{"batch_size": 8, "batch_tokens": 2048},
+        **{"batch_size": 4, "batch_tokens": 2048},
     },
-    "12 x 768, T 512, micro-batch 2, accumulated": {
+    "12 x 768, T 512, micro-batch 2": {
         **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512},
         **{"batch_size": 2, "batch_tokens": 2048},
     },
-    "12 x 768, T 512, micro-batch 8": {
-        **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512},
-        **{"batch_size": 8, "batch_tokens": 4096},
-    },
 }
+TEACHER = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, bias=False)
+STEPS = 4  # the optimizer's state is there from the second on, and DDP's final buckets
 
 
-def measure(sizes, how, folder):
-    """(measured, estimated) memory of a step, in MB."""
-    contender = Contender(sizes, how, folder)
-    contender.seconds()
-    contender.seconds()  # the second finds the optimizer's state there
-    contender.close()
+def measure(sizes, how, folder, ranks, teacher):
+    """Memory of the fullest rank after some steps, in MB."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": s.getsockname()[1]}
+    sizes = sizes | {"teacher": teacher, "out_dir": os.path.join(tempfile.mkdtemp(dir=folder), "out")}
+    contenders = []
+    for rank in range(ranks):
+        env = {key: str(value) for key, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        contenders.append(Contender(sizes, how, folder, env=env))
+    for _ in range(STEPS):
+        for contender in contenders:
+            contender.start()
+        for contender in contenders:
+            contender.answer()
+    for contender in contenders:
+        contender.close()
+    return max(contender.memory for contender in contenders)
+
+
+def estimate(sizes, how, ranks, teacher):
+    """The same as the formula has it."""
     config = GPTConfig(bias=False, **{k: v for k, v in sizes.items() if not k.startswith("batch")})
-    accumulation = sizes["batch_tokens"] // (sizes["batch_size"] * config.block_size)
-    terms = training_memory(config, sizes["batch_size"], accumulation, half=False, checkpoint_activations=how)
-    return contender.memory, sum(terms.values()) / 1e6
+    accumulation = sizes["batch_tokens"] // (sizes["batch_size"] * config.block_size * ranks)
+    more = {"checkpoint_activations": how, "ranks": ranks, "teacher": TEACHER if teacher else None}
+    return sum(training_memory(config, sizes["batch_size"], accumulation, half=False, **more).values()) / 1e6
+
+
+def write_teacher(folder):
+    """A checkpoint of the teacher, with random weights."""
+    os.mkdir(folder)
+    state = arrange(dict(GPT(TEACHER).named_parameters()), dataclasses.asdict(TEACHER))
+    write_model(folder, state, config_json(dataclasses.asdict(TEACHER)), {})
+    return folder
 
 
 def main():
@@ -50,14 +76,17 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_data(folder)
-        for shape, sizes in SHAPES.items():
-            for how in OURS:
-                measured, estimated = measure(sizes, how, folder)
-                name = f"training memory, {shape}, {how}"
-                rows.append(harness.row(f"{name}: measured", measured, "MB"))
-                rows.append(harness.row(f"{name}: estimated", estimated, "MB"))
-                rows.append(harness.row(f"{name}: off by", abs(estimated / measured - 1), "ratio", "<= 0.1"))
-                harness.show(rows[-3:])
+        there = write_teacher(os.path.join(folder, "teacher"))
+        for (shape, sizes), ranks, teacher, how in itertools.product(
+            SHAPES.items(), (1, 2), ("", there), OURS
+        ):
+            measured = measure(sizes, how, folder, ranks, teacher)
+            estimated = estimate(sizes, how, ranks, teacher)
+            name = f"training memory, {shape}, {ranks} rank(s){', teacher' * bool(teacher)}, {how}"
+            rows.append(harness.row(f"{name}: measured", measured, "MB"))
+            rows.append(harness.row(f"{name}: estimated", estimated, "MB"))
+            rows.append(harness.row(f"{name}: off by", abs(estimated / measured - 1), "ratio", "<= 0.1"))
+            harness.show(rows[-3:])
     harness.report(rows)
 
 

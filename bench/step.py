@@ -47,16 +47,22 @@ def make_data(folder, tokens=1_000_000):
 
 class Contender:
     """A process that makes steps of a model with these sizes on demand: `seconds("step")`, or "evaluate",
-    returns how long one took; `memory` is then the peak so far in MB."""
+    returns how long one took; `memory` is then the peak so far in MB. env: further environment variables."""
 
-    def __init__(self, sizes, name, folder, root=harness.ROOT):
+    def __init__(self, sizes, name, folder, root=harness.ROOT, env=None):
         arguments = [json.dumps(sizes), name, folder, root]
         command = [sys.executable, os.path.abspath(__file__), "--contender", *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=root, **pipes)
+        self.process = subprocess.Popen(command, cwd=root, env=os.environ | (env or {}), **pipes)
 
     def seconds(self, what="step"):
+        self.start(what)
+        return self.answer()
+
+    def start(self, what="step"):
         print(what, file=self.process.stdin, flush=True)
+
+    def answer(self):
         answer = json.loads(self.process.stdout.readline())
         self.memory = answer["memory"]
         return answer["seconds"]
@@ -99,9 +105,9 @@ def contend(sizes, name, folder, root):
     before = harness.memory_mb("VmRSS")
     train_step, tokens = train.train_step, sizes["batch_size"] * sizes["block_size"]
     train.train_step = lambda run: serve(step=lambda: train_step(run), evaluate=lambda: train.validate(run))
-    settings = {"batch_tokens": tokens, "eval_tokens": tokens, "bias": False, "warmup_iters": 0} | sizes
+    settings = {"batch_tokens": tokens, "eval_tokens": tokens, "bias": False, "warmup_iters": 0}
     settings |= {"dataset": folder, "out_dir": os.path.join(folder, f"out-{os.getpid()}"), "device": "cpu"}
-    settings |= {"learning_rate": 1e-3, "min_lr": 1e-3}
+    settings |= {"learning_rate": 1e-3, "min_lr": 1e-3} | sizes
     if name != "default":
         settings["checkpoint_activations"] = name
     train.main([f"--{key}={value}" for key, value in settings.items()])

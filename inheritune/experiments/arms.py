@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, nearest
-from inheritune.training.cost import costs
+from inheritune.training.cost import flops_per_token
 from inheritune.training.parsing import parse
 from inheritune.training.planning import ARCHITECTURE, make_plan
 from inheritune.training.settings import MACHINE, TrainSettings
@@ -44,9 +44,8 @@ class Stage:
 
     @property
     def flops_per_step(self) -> float:
-        """Of the student and, a third of training's, of the teacher's forward passes."""
-        per_token = costs(self.config)[1] + (costs(self.teacher)[1] / 3 if self.teacher else 0)
-        return per_token * self.flags["batch_tokens"]
+        """Of the student's training and the teacher's forward passes."""
+        return flops_per_token(self.config, self.teacher) * self.flags["batch_tokens"]
 
     @property
     def flops(self) -> float:

@@ -3,25 +3,46 @@
 Nothing here makes a model; bench/memory.py compares the memory with real steps.
 """
 
+import re
+
 import torch
 
 from model import CHUNKED_LOSS, LOSS_ROWS, GPTConfig
 
-# Dense bf16 tensor-core peaks in TFLOP/s and memory in GB, from the makers' data sheets.
+# Dense bf16 tensor-core peaks (fp32 sums; V100, T4: fp16) in TFLOP/s and memory in GB, from the makers' data
+# sheets. A card is the first one all of whose words are in its name, where only FORMS may stand besides.
 PEAKS = {
+    "GB300": (2500, 288),
+    "B300": (2250, 288),
+    "GB200": (2500, 186),
     "B200": (2250, 180),
+    "H200 NVL": (835, 141),
     "H200": (989, 141),
-    "H100 PCIe": (756, 80),
+    "GH200": (989, 96),
     "H100 NVL": (835, 94),
+    "H100 PCIe": (756, 80),
     "H100": (989, 80),
-    "A100": (312, 40),
+    "A100 80GB": (312, 80),
+    "A100 40GB": (312, 40),
+    "RTX PRO 6000 Blackwell": (504, 96),
+    "RTX 6000 Ada": (364, 48),
+    "RTX A6000": (155, 48),
     "L40S": (362, 48),
+    "L40": (181, 48),
+    "L4": (121, 24),
+    "A40": (150, 48),
+    "A30": (165, 24),
+    "A10G": (70, 24),
     "A10": (125, 24),
+    "RTX 5090": (209, 32),
     "RTX 4090": (165, 24),
     "RTX 3090": (71, 24),
     "V100": (125, 32),
     "T4": (65, 16),
 }
+FORMS = re.compile(
+    r"NVIDIA|Tesla|GeForce|Generation|Server|Workstation|Edition|SXM\d*|PCIE?|AC|HBM\d\w*|\d+GB", re.I
+)
 
 
 def costs(config: GPTConfig) -> tuple[int, int]:
@@ -36,6 +57,11 @@ def costs(config: GPTConfig) -> tuple[int, int]:
     return n_params, 6 * (head + L * 12 * C * C) + 12 * L * C * T
 
 
+def flops_per_token(config: GPTConfig, teacher: GPTConfig | None = None) -> float:
+    """Of training, and of a teacher's forward passes: a third of what training it would take."""
+    return costs(config)[1] + (costs(teacher)[1] / 3 if teacher else 0)
+
+
 def block_params(config: GPTConfig) -> int:
     """Parameters of one transformer block."""
     C = config.n_embd
@@ -45,11 +71,20 @@ def block_params(config: GPTConfig) -> int:
 
 
 def training_memory(
-    config: GPTConfig, micro_batch: int, accumulation: int, half, shards=1, checkpoint_activations="none"
+    config: GPTConfig,
+    micro_batch: int,
+    accumulation: int,
+    half: bool,
+    shards: int = 1,
+    checkpoint_activations: str = "none",
+    compiled: bool = False,
+    teacher: GPTConfig | None = None,
+    ranks: int = 1,
 ) -> dict[str, float]:
     """Bytes by name on one device at the fullest moment of a step, the allocator's overhead not counted.
 
-    half: whether autocast computes in 16 bits; shards: over how many ranks the model is sharded.
+    half: whether autocast computes in 16 bits; shards: over how many ranks the model is sharded; ranks: over
+    how many DDP trains it.
     """
     n_params, _ = costs(config)
     rows = micro_batch * config.block_size
@@ -65,20 +100,21 @@ def training_memory(
     # The loss: activations and logits, and gradients if there was a backward pass before.
     kept, again = activation_bytes(config.n_layer, half, checkpoint_activations)
     tokens = rows * config.n_embd
-    earlier = gathered + (gradients if accumulation > 1 else 0)
+    earlier = gathered + (gradients if accumulation > 1 or ranks > 1 else 0)  # DDP keeps them in its buckets
     loss = {
         "weights": weights,
         "moments": moments,
         "gradients": earlier,
         "activations": tokens * kept,
-        "logits": logits_memory(rows, config, half),
+        "logits": logits_memory(rows, config, half, compiled, teacher is not None),
     }
     # The last block's backward pass: what it computes again, and the head's gradient.
     block = loss | {"gradients": earlier + embedding, "activations": tokens * (kept + again), "logits": 0}
     # The end: all gradients, and the tied embedding's from the head, from the look-up, and their sum.
     copies = (3 if accumulation > 1 else 2) * embedding
     end = loss | {"gradients": gathered + gradients + copies, "activations": 0, "logits": 0}
-    return max(loss, block, end, key=lambda terms: sum(terms.values()))
+    terms = max(loss, block, end, key=lambda terms: sum(terms.values()))
+    return terms | {"teacher": teacher_memory(teacher, half)} if teacher else terms
 
 
 def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> tuple[int, int]:
@@ -93,24 +129,47 @@ def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> t
     return n_layer * everything, 0
 
 
-def logits_memory(rows: int, config: GPTConfig, half: bool) -> int:
-    """Bytes of the logits of `rows` tokens and what the loss makes of them."""
-    if half or not CHUNKED_LOSS:  # all the logits: their log-softmax and two gradients, in fp32
-        return rows * config.vocab_size * 3 * 4
-    # a chunk of logits, its gradient, and the head's, which the forward pass computes already
-    return min(rows, LOSS_ROWS) * config.vocab_size * 2 * 4 + 4 * config.vocab_size * config.n_embd
+def logits_memory(rows: int, config: GPTConfig, half: bool, compiled: bool, teacher: bool) -> int:
+    """Bytes of the logits of `rows` tokens, the teacher's among them, and what the loss makes of them."""
+    if (
+        teacher
+    ):  # compiled: both sides' logits, and gradients in fp32 and in their dtype; else six more in fp32
+        each = (10 if half else 16) if compiled else (28 if half else 32)
+    elif compiled:  # logits and gradient
+        each = 4 if half else 8
+    elif half or not CHUNKED_LOSS:  # in fp32, the log-softmax of all logits and two gradients
+        each = 12
+    else:  # a chunk of logits, its gradient, and the head's, which the forward pass computes already
+        return min(rows, LOSS_ROWS) * config.vocab_size * 2 * 4 + 4 * config.vocab_size * config.n_embd
+    return rows * config.vocab_size * each
 
 
-def mfu(tokens_per_s: float, config: GPTConfig, device: torch.device, world: int) -> float | None:
-    """Model FLOPs utilisation of a speed over all `world` devices; None where their peak is not known."""
+def teacher_memory(teacher: GPTConfig, half: bool) -> int:
+    """Bytes of a teacher's weights: in 16 bits its matrices, and the head then has a copy of its own."""
+    n_params, _ = costs(teacher)
+    return 2 * n_params + 4 * teacher.vocab_size * teacher.n_embd if half else 4 * n_params
+
+
+def mfu(tokens_per_s: float, per_token: float, device: torch.device, world: int) -> float | None:
+    """Model FLOPs utilisation of a speed over all `world` devices, with `per_token` FLOPs a token; None where
+    their peak is not known."""
     peak = peak_flops(device)
-    return tokens_per_s * costs(config)[1] / (peak * world) if peak else None
+    return tokens_per_s * per_token / (peak * world) if peak else None
 
 
 def peak_flops(device: torch.device) -> float | None:
     """bf16 peak in FLOP/s of a CUDA device that the table knows, else None (a guess would make MFU a lie)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)  # needs a GPU
-    peaks = (peak for k, (peak, _) in PEAKS.items() if all(word in name for word in k.split()))  # needs a GPU
-    return next((peak * 1e12 for peak in peaks), None)  # needs a GPU
+    card = find_card(torch.cuda.get_device_name(device))  # needs a GPU
+    return PEAKS[card][0] * 1e12 if card else None  # needs a GPU
+
+
+def find_card(name: str) -> str | None:
+    """The key of PEAKS for a device's name, word for word: an A10G is no A10, a laptop's RTX 4090 is none."""
+    words = set(re.split(r"[ -]", name))
+    for card in PEAKS:
+        own = set(card.split())
+        if own <= words and all(FORMS.fullmatch(word) for word in words - own):
+            return card
+    return None

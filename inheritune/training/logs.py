@@ -15,7 +15,6 @@ from inheritune.base.files import replacing
 from inheritune.training import cost
 from inheritune.training.device import peak_memory_mb
 from inheritune.training.settings import TrainSettings
-from model import GPTConfig
 
 # frozen: log columns and number format
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
@@ -36,8 +35,8 @@ class Recorder:
     Speeds are those since the last line. The first step of a process is left out: it compiles.
     """
 
-    def __init__(self, settings: TrainSettings, config: GPTConfig, device: torch.device, world: int):
-        self.settings, self.config, self.device, self.world = settings, config, device, world
+    def __init__(self, settings: TrainSettings, per_token: float, device: torch.device, world: int):
+        self.settings, self.per_token, self.device, self.world = settings, per_token, device, world  # FLOPs
         self.lock = None
         self.train_s = self.val_s = self.last_val_s = 0.0  # in this process, saving excluded
         self.since = None  # (step, train_s) after the first step, then at the last line
@@ -80,7 +79,7 @@ class Recorder:
         before, began = self.since or (step, 0.0)
         step_s = (self.train_s - began) / (step - before) if step > before else None
         tokens_per_s = s.batch_tokens / step_s if step_s else None  # over all ranks
-        mfu = cost.mfu(tokens_per_s, self.config, self.device, self.world) if step_s else None
+        mfu = cost.mfu(tokens_per_s, self.per_token, self.device, self.world) if step_s else None
         if self.since:
             self.since = step, self.train_s
         times = {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_mb": peak_memory_mb(self.device)}

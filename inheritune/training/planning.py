@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import GPT2, Tokens, check_tokenizer, read_meta
 from inheritune.data.tokenizer import TOKENIZER_FILE
-from inheritune.training.cost import PEAKS, costs, training_memory
+from inheritune.training.cost import PEAKS, costs, flops_per_token, training_memory
 from inheritune.training.logs import read_rows
 from inheritune.training.settings import HARMLESS, TrainSettings
 from inheritune.weights import checkpoint
@@ -32,6 +32,7 @@ class Plan:
 
     world: int  # ranks
     config: GPTConfig | None = None  # of the model that will be trained
+    teacher: GPTConfig | None = None
     resume_from: str | None = None  # the checkpoint folder that this run continues
     damaged: list[str] = field(default_factory=list)  # newer ones that cannot be continued
     tokenizer: dict = field(default_factory=lambda: GPT2)  # of the data: name, n_vocab, eot
@@ -198,7 +199,7 @@ def plan_inherited(plan, settings, given, source):
 
 
 def check_teacher(plan, settings, given):
-    """A teacher's vocabulary may be padded, as that of a model to start from."""
+    """Fill in teacher. Its vocabulary may be padded, as that of a model to start from."""
     if not settings.teacher or not plan.config:
         return
     name, theirs, block_size = settings.teacher, plan.tokenizer, plan.config.block_size
@@ -210,6 +211,7 @@ def check_teacher(plan, settings, given):
         )
     elif teacher.block_size < block_size:
         yield f"teacher {name} reads {teacher.block_size} tokens, the student {block_size}: too short"
+    plan.teacher = teacher
 
 
 def plan_batch(plan, settings, given):
@@ -245,9 +247,9 @@ def split_batch(batch_tokens: int, block_size: int, batch_size: int, world: int)
 def describe(plan: Plan, settings: TrainSettings) -> str:
     """The text of --dry_run."""
     c, s = plan.config, settings
-    n_params, flops_per_token = costs(c)
+    n_params, _ = costs(c)
     total_tokens = s.max_iters * s.batch_tokens
-    flops = flops_per_token * total_tokens
+    flops = flops_per_token(c, plan.teacher) * total_tokens
     blocks = f", its first {s.inherit_layers} blocks" if s.inherit_layers else ""
     data = "not prepared"
     if plan.train_tokens is not None:
@@ -261,7 +263,7 @@ def describe(plan: Plan, settings: TrainSettings) -> str:
         f"{plan.accumulation} accumulation x {plan.world} rank(s)",
         f"training     {s.max_iters:,} steps, {total_tokens:,} tokens",
         f"data         {s.dataset}: {data}",
-        f"compute      {flops:.3g} FLOPs",
+        f"compute      {flops:.3g} FLOPs{', the teacher among them' if plan.teacher else ''}",
     ]
     return "\n".join(lines + describe_cost(plan, settings, flops))
 
@@ -269,8 +271,7 @@ def describe(plan: Plan, settings: TrainSettings) -> str:
 def describe_cost(plan, settings, flops):
     """Lines on memory, on one GPU and in shards, and on the time that each kind of GPU takes."""
     world = plan.world if plan.world > 1 else 8
-    how = (plan.config, plan.micro_batch, plan.accumulation, settings.dtype != "float32")
-    terms = [training_memory(*how, n, settings.checkpoint_activations) for n in (1, world)]
+    terms = [run_memory(plan, settings, shards) for shards in (1, world)]
     whole, shared = (sum(t.values()) / 1e9 for t in terms)
     parts = [", ".join(f"{name} {size / 1e9:.1f}" for name, size in t.items()) for t in terms]
     lines = [
@@ -287,8 +288,24 @@ def describe_cost(plan, settings, flops):
         )
         fits = (shared if settings.shard else whole) < room
         note = "" if fits else f"   does not fit {gigabytes} GB: {cure}"
-        lines.append(f"  {name:10} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{note}")
+        lines.append(f"  {name:22} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{note}")
     return lines
+
+
+def run_memory(plan: Plan, settings: TrainSettings, shards: int) -> dict[str, float]:
+    """cost.training_memory of a planned run; on a GPU unless the settings say otherwise."""
+    s, cpu = settings, settings.device == "cpu"
+    return training_memory(
+        plan.config,
+        plan.micro_batch,
+        plan.accumulation,
+        half=not (s.dtype == "float32" or (s.dtype == "auto" and cpu)),
+        shards=shards,
+        checkpoint_activations=s.checkpoint_activations,
+        compiled=not cpu if s.compile is None else s.compile,
+        teacher=plan.teacher,
+        ranks=plan.world if shards == 1 else 1,
+    )
 
 
 def duration(seconds: float) -> str:

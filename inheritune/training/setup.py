@@ -12,6 +12,7 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder
 from inheritune.base.signals import Request
 from inheritune.data.reader import TrainData, ValData
+from inheritune.training.cost import flops_per_token
 from inheritune.training.device import pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import Recorder
@@ -135,7 +136,7 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
     optimizer = make_optimizer(module, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
-    recorder = Recorder(settings, plan.config, device, ranks.world)
+    recorder = Recorder(settings, flops_per_token(plan.config, plan.teacher), device, ranks.world)
     ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.first else None)
 
     data.batches = data.train.batches(state.step, plan.sequences, ranks.rank, ranks.world)

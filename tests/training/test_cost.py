@@ -1,6 +1,7 @@
 """What training costs, by formula. python -m pytest tests/training/test_cost.py"""
 
 import os
+import re
 
 import pytest
 import torch
@@ -28,19 +29,50 @@ def test_flops_against_a_hand_count(bias):
 
 
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
-    config, device = tiny_config(), torch.device("cpu")
-    assert cost.mfu(1000.0, config, device, 2) is None
+    device = torch.device("cpu")
+    assert cost.mfu(1000.0, 3e6, device, 2) is None
     monkeypatch.setattr(cost, "peak_flops", lambda device: 1e12)
-    assert cost.mfu(1000.0, config, device, 2) == pytest.approx(1000 * costs(config)[1] / 2e12)
+    assert cost.mfu(1000.0, 3e6, device, 2) == pytest.approx(1000 * 3e6 / 2e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        *(("NVIDIA A10", "A10"), ("NVIDIA A10G", "A10G"), ("NVIDIA A100-SXM4-40GB", "A100 40GB")),
+        *(("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA A100 80GB PCIe", "A100 80GB")),
+        *(("NVIDIA A100-PCIE-40GB", "A100 40GB"), ("NVIDIA H100 80GB HBM3", "H100")),
+        *(("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA H200", "H200")),
+        *(("NVIDIA GH200 480GB", "GH200"), ("NVIDIA B200", "B200"), ("NVIDIA B300 SXM6 AC", "B300")),
+        *(("NVIDIA L4", "L4"), ("NVIDIA L40", "L40"), ("NVIDIA L40S", "L40S"), ("NVIDIA A40", "A40")),
+        *(("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada")),
+        *(("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 5090", "RTX 5090")),
+        *(("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None)),
+        *(("Tesla V100-SXM2-32GB", "V100"), ("Tesla T4", "T4"), ("NVIDIA T400", None)),
+        *(("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA A800-SXM4-80GB", None)),
+    ],
+)
+def test_cards_are_told_apart_by_whole_words(name, card):
+    assert cost.find_card(name) == card
+
+
+def test_every_card_is_found_by_its_own_name():
+    assert [cost.find_card(f"NVIDIA {card}") for card in cost.PEAKS] == list(cost.PEAKS)
+
+
+def test_a_teachers_forward_pass_is_a_third_of_its_training():
+    student, teacher = tiny_config(), tiny_config(n_layer=12)
+    assert cost.flops_per_token(student) == costs(student)[1]
+    assert cost.flops_per_token(student, teacher) == costs(student)[1] + costs(teacher)[1] / 3
 
 
 def total(*arguments, **named):
     return sum(training_memory(*arguments, **named).values())
 
 
-def test_the_estimate_of_memory_counts_what_there_is():
+def test_the_estimate_of_memory_counts_what_there_is(monkeypatch):
     """By hand, for sizes that make one part or another the largest. bench/memory.py holds it against real
     steps."""
+    monkeypatch.setattr(cost, "CHUNKED_LOSS", True)
     c = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=64, bias=False)
     n, rows, embedding = GPT(c).num_params(), 64 * 5, 4 * 1000 * 32
     none, cheap, full = (2 * rows * 32 * size for size in (64, 40, 4))
@@ -61,6 +93,39 @@ def test_the_estimate_of_memory_counts_what_there_is():
     block = 4 * (12 * 32 * 32 + 2 * 32)
     gathered = 2 * (embedding + 2 * block)
     assert total(c, 5, 2, half=False, shards=4) == 4 * n + gathered + none + logits
+
+
+def test_the_estimate_counts_what_is_compiled_the_teacher_and_ranks():
+    c = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=64, bias=False)
+    t = tiny_config(n_layer=5, n_embd=48, vocab_size=1008, block_size=64, bias=False)
+    n, m, logits = GPT(c).num_params(), GPT(t).num_params(), 64 * 5 * 1000
+    kept, kept16 = (2 * 64 * 5 * 32 * size for size in (64, 8 + 14 * 2))
+    assert total(c, 5, 1, half=False, compiled=True) == 12 * n + kept + 8 * logits, "all logits, no chunks"
+    assert total(c, 5, 1, half=True, compiled=True) == 14 * n + kept16 + 4 * logits
+    assert total(c, 5, 1, half=False, ranks=2) == total(c, 5, 2, half=False)
+    for half, compiled, each in (
+        *((False, False, 32), (True, False, 28)),
+        *((False, True, 16), (True, True, 10)),
+    ):
+        terms = training_memory(c, 5, 1, half=half, compiled=compiled, teacher=t)
+        assert terms["logits"] == each * logits
+        assert terms["teacher"] == (2 * m + 4 * 1008 * 48 if half else 4 * m)
+
+
+def test_a_dry_run_counts_the_teacher(capsys):
+    """In FLOPs, and so in time, and in memory; and a CPU's step is neither in 16 bits nor compiled."""
+    said = {}
+    for more in ([], ["--teacher=gpt2-xl"], ["--device=cpu"], ["--device=cpu", "--compile=True"]):
+        train.main(["--init_from=gpt2", "--batch_tokens=12288", "--max_iters=10", "--dry_run", *more])
+        out = capsys.readouterr().out
+        flops = float(re.search(r"compute +(\S+) FLOPs", out)[1])
+        said[" ".join(more)] = flops, float(re.search(r"logits (\S+?)[,\n]", out)[1])
+        assert ("teacher 3." in out) == ("--teacher=gpt2-xl" in more)
+    assert said["--teacher=gpt2-xl"][0] > 4 * said[""][0]
+    rows = 12288 * 50257 / 1e9
+    chunk = 12 * rows if not cost.CHUNKED_LOSS else 0.4
+    found = [logits for _, logits in said.values()]
+    assert found == pytest.approx([4 * rows, 10 * rows, chunk, 8 * rows], abs=0.06)
 
 
 def test_the_terms_of_memory_have_names():
@@ -84,5 +149,5 @@ def test_gpt2_xl_fits_eight_cards_of_40_gb_in_shards(capsys, monkeypatch):
         train.main([os.path.join(ROOT, "config/train_gpt2_xl.py"), "--dry_run", *more])
         said[more[0]] = capsys.readouterr().out
         assert "GB on each of 8 with shard=True" in said[more[0]]
-    assert "does not fit" not in next(line for line in said["--shard"].splitlines() if "A100" in line)
+    assert "does not fit" not in next(line for line in said["--shard"].splitlines() if "A100 40GB" in line)
     assert "does not fit 40 GB: shard=True, or lower batch_size" in said["--batch_size=4"]
