@@ -1,4 +1,4 @@
-"""The estimate of training's memory (inheritune/training/cost.py) against what four steps take on the CPU,
+"""The estimate of training's memory (inheritune/training/cost.py) against what three steps take on the CPU,
 within 10 %: alone and on two ranks, with and without a teacher.
 
     python bench/memory.py
@@ -25,13 +25,13 @@ SHAPES = {
         **{"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
         **{"batch_size": 4, "batch_tokens": 2048},
     },
-    "12 x 768, T 512, micro-batch 2": {
-        **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512},
-        **{"batch_size": 2, "batch_tokens": 2048},
+    "12 x 768, T 256, micro-batch 2": {
+        **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256},
+        **{"batch_size": 2, "batch_tokens": 1024},
     },
 }
-TEACHER = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, bias=False)
-STEPS = 4  # the optimizer's state is there from the second on, and DDP's final buckets
+TEACHER = GPTConfig(n_layer=8, n_head=12, n_embd=768, block_size=256, bias=False)
+STEPS = 3  # the optimizer's state is there from the second on, and DDP's final buckets
 
 
 def measure(sizes, how, folder, ranks, teacher):

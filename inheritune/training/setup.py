@@ -118,8 +118,7 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     module, lineage = ranks.agree(lambda: load_weights(plan, folder))
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    if not (compiled and settings.checkpoint_activations == "cheap"):  # which a compiler does by itself
-        module.checkpoint_activations = settings.checkpoint_activations
+    module.checkpoint_activations = settings.checkpoint_activations
     padded = compiled or device.type == "cuda"
     if padded:
         pad_head(module)

@@ -112,6 +112,31 @@ def test_the_estimate_counts_what_is_compiled_the_teacher_and_ranks():
         assert terms["teacher"] == (2 * m + 4 * 1008 * 48 if half else 4 * m)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["none", "cheap", "full"])
+def test_a_compiled_step_keeps_what_the_estimate_says(how):
+    """For the backward pass: activations, and the logits."""
+    c = tiny_config(n_layer=3, n_embd=64, block_size=128, vocab_size=320, bias=False)
+    model, rows = GPT(c), 2 * 128
+    model.checkpoint_activations = how
+    parameters, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    idx = torch.randint(257, (2, 128))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.compile(model, dynamic=False)(idx, idx)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    logits = 4 * rows * 320
+    blocks = cost.activation_bytes(3, half=False, checkpoint_activations=how)[0] * rows * 64
+    assert found - logits == pytest.approx(blocks, rel=0.05, abs=12 * rows * 64), (
+        "and ln_f's input and output"
+    )
+
+
 def test_a_dry_run_counts_the_teacher(capsys):
     """In FLOPs, and so in time, and in memory; and a CPU's step is neither in 16 bits nor compiled."""
     said = {}

@@ -139,6 +139,7 @@ def test_any_number_of_ranks_goes_on_from_any_other(one, data, tmp_path):
     [
         *({"dtype": "bfloat16"}, {"dtype": "float16"}, {"teacher": True}, {"compile": True}),
         *({"checkpoint_activations": "cheap"}, {"checkpoint_activations": "full", "compile": True}),
+        {"checkpoint_activations": "cheap", "compile": True},
     ],
 )
 def test_shards_do_what_ddp_does(data, tmp_path, change):
