@@ -1,7 +1,7 @@
 """Turn text into the token files that train.py reads: your files and URLs, or the text in every Python.
 
-    python prepare.py                                   # the text inside Python, 12 MB as bytes -> data/python
-    python prepare.py book.txt notes/ --out data/mine   # your text in GPT-2's vocabulary
+    python prepare.py                                  # the text inside Python, 12 MB as bytes -> data/python
+    python prepare.py book.txt notes/ --out data/mine  # your text in GPT-2's vocabulary
 
 Kill a run anywhere and start it again: it goes on, and the result is the same to the last bit
 (inheritune/data/writer.py says how).
