@@ -90,15 +90,18 @@ def training_memory(
     rows = micro_batch * config.block_size
     embedding = 4 * config.vocab_size * config.n_embd
 
-    # Always there. Autocast's 16-bit copies of the weights are whole, and stay for the backward pass. Shards:
-    # embedding, head and two blocks (one ahead of its turn) are gathered, as weights and as gradients.
+    # Always there. Autocast's 16-bit copies of the weights stay for the backward pass. Shards: embedding and
+    # two blocks (one ahead of its turn) are gathered, as weights in 16 bits, as gradients in fp32; and only
+    # blocks are compiled.
     gathered = embedding + 2 * 4 * block_params(config) if shards > 1 else 0
-    weights = 4 * n_params / shards + (2 * n_params if half else 0) + gathered
+    copies = (gathered / 2 if half else gathered) if shards > 1 else (2 * n_params if half else 0)
+    weights = 4 * n_params / shards + copies
     moments = 8 * n_params / shards  # AdamW's two
     gradients = 4 * n_params / shards
 
     # The loss: activations and logits, and gradients if there was a backward pass before.
-    kept, again = activation_bytes(config.n_layer, half, checkpoint_activations)
+    fused = compiled and (teacher is not None or shards == 1)  # the loss
+    kept, again = activation_bytes(config.n_layer, half, checkpoint_activations, half and shards > 1)
     tokens = rows * config.n_embd
     earlier = gathered + (gradients if accumulation > 1 or ranks > 1 else 0)  # DDP keeps them in its buckets
     loss = {
@@ -106,36 +109,40 @@ def training_memory(
         "moments": moments,
         "gradients": earlier,
         "activations": tokens * kept,
-        "logits": logits_memory(rows, config, half, compiled, teacher is not None),
+        "logits": logits_memory(rows, config, half, fused, teacher is not None),
     }
     # The last block's backward pass: what it computes again, and the head's gradient.
     block = loss | {"gradients": earlier + embedding, "activations": tokens * (kept + again), "logits": 0}
     # The end: all gradients, and the tied embedding's from the head, from the look-up, and their sum.
-    copies = (3 if accumulation > 1 else 2) * embedding
-    end = loss | {"gradients": gathered + gradients + copies, "activations": 0, "logits": 0}
+    parts = (3 if accumulation > 1 else 2) * embedding
+    end = loss | {"gradients": gathered + gradients + parts, "activations": 0, "logits": 0}
     terms = max(loss, block, end, key=lambda terms: sum(terms.values()))
     return terms | {"teacher": teacher_memory(teacher, half)} if teacher else terms
 
 
-def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str) -> tuple[int, int]:
-    """Bytes per token and channel: kept for the backward pass by all blocks, computed again there by one."""
-    act = 2 if half else 4  # bytes of what matrix products take and return; the residual stream is fp32
+def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str, narrow=False) -> tuple[int, int]:
+    """Bytes per token and channel: kept for the backward pass by all blocks, computed again there by one.
+
+    narrow: whether the residual stream is in 16 bits too, as in shards; autocast leaves it in fp32.
+    """
+    act, x = (
+        2 if half else 4,
+        2 if narrow else 4,
+    )  # bytes of what matrix products take and return; of the stream
     # the inputs of both norms; and in act: the norms' outputs, q k v, attention, c_fc, GELU
-    everything = 2 * 4 + act * (2 + 3 + 1 + 4 + 4)
+    everything = 2 * x + act * (2 + 3 + 1 + 4 + 4)
     if checkpoint_activations == "full":  # a block's input is kept
-        return n_layer * 4, everything
+        return n_layer * x, everything
     if checkpoint_activations == "cheap":  # a block's input; q k v, attention, attn.c_proj, c_fc
-        return n_layer * (4 + act * (3 + 1 + 1 + 4)), 4 + act * (2 + 4)
+        return n_layer * (x + act * (3 + 1 + 1 + 4)), x + act * (2 + 4)
     return n_layer * everything, 0
 
 
-def logits_memory(rows: int, config: GPTConfig, half: bool, compiled: bool, teacher: bool) -> int:
+def logits_memory(rows: int, config: GPTConfig, half: bool, fused: bool, teacher: bool) -> int:
     """Bytes of the logits of `rows` tokens, the teacher's among them, and what the loss makes of them."""
-    if (
-        teacher
-    ):  # compiled: both sides' logits, and gradients in fp32 and in their dtype; else six more in fp32
-        each = (10 if half else 16) if compiled else (28 if half else 32)
-    elif compiled:  # logits and gradient
+    if teacher:  # both sides' logits and, fused, gradients in fp32 and in their dtype; else six fp32 copies
+        each = (10 if half else 16) if fused else (28 if half else 32)
+    elif fused:  # logits and gradient
         each = 4 if half else 8
     elif half or not CHUNKED_LOSS:  # in fp32, the log-softmax of all logits and two gradients
         each = 12

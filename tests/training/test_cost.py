@@ -93,6 +93,10 @@ def test_the_estimate_of_memory_counts_what_there_is(monkeypatch):
     block = 4 * (12 * 32 * 32 + 2 * 32)
     gathered = 2 * (embedding + 2 * block)
     assert total(c, 5, 2, half=False, shards=4) == 4 * n + gathered + none + logits
+    narrow, gathered = 2 * rows * 32 * (2 + 14) * 2, 1.5 * (embedding + 2 * block)
+    for compiled in (False, True):  # blocks alone
+        found = total(c, 5, 2, half=True, shards=4, compiled=compiled)
+        assert found == 4 * n + gathered + narrow + rows * 1000 * 12
 
 
 def test_the_estimate_counts_what_is_compiled_the_teacher_and_ranks():
