@@ -4,6 +4,7 @@
 # make torture   a quarter of an hour of kills, full disks and damaged files, with a tally
 # make mutants   mutmut changes the code: do the tests notice? Hours; a part: make mutants MUTANTS='model.*'
 # make bench     speed and memory as ratios, into results/bench.csv (some 25 minutes, on an otherwise idle machine)
+# make gpu       what only a GPU can show, into results/gpu.md: half an hour; make gpu PYTHON=python3 installs nothing
 
 PYTHON ?= python3
 TESTED := $(shell sed -n 's/^torch.*tested: \([0-9.]*\).*/\1/p' requirements.txt)
@@ -11,7 +12,7 @@ TORCH ?= $(TESTED)
 VENV := .venv$(if $(filter-out $(TESTED),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint torture mutants bench clean
+.PHONY: demo test test-all lint torture mutants bench gpu clean
 
 # One folder for everything installed; a changed requirements file installs again.
 $(VENV)/installed: requirements.txt
@@ -57,6 +58,11 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python bench/step.py gpt2
 	for name in sampling preparation inheriting loading saving memory; do $(BIN)/python bench/$$name.py || exit 1; done
 	@echo; $(BIN)/python bench/harness.py
+
+# A Python that is named is taken as it is: it has the torch that knows the card.
+NAMED := $(filter-out file,$(origin PYTHON))
+gpu: $(if $(NAMED),,$(VENV)/installed)
+	$(if $(NAMED),$(PYTHON),$(BIN)/python) bench/gpu.py $(STEPS)
 
 clean:
 	rm -rf .venv .venv-* mutants

@@ -38,6 +38,15 @@ def interleaved(works, rounds=5, prepare=None):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def events(work):
+    """{name: how often} of all that torch and CUDA do in work()."""
+    from torch.profiler import profile
+
+    with profile() as seen:
+        work()
+    return {e.key: e.count for e in seen.key_averages()}
+
+
 def memory_mb(key="VmHWM"):
     """The most memory (VmHWM) this process has had resident since it began, or has now (VmRSS), in MB. Linux
     only.
@@ -76,11 +85,11 @@ def row(name, value, unit, bar=""):
     return dict(zip(COLUMNS, (today, cpu_name(), name, f"{value:.4g}", unit, bar, verdict), strict=True))
 
 
-def read():
-    """The rows of results/bench.csv."""
-    if not os.path.exists(CSV):
+def read(path=CSV):
+    """The rows of a CSV file, by default results/bench.csv."""
+    if not os.path.exists(path):
         return []
-    with open(CSV, newline="") as f:
+    with open(path, newline="") as f:
         return list(csv.DictReader(f))
 
 
@@ -91,13 +100,13 @@ def show(rows):
         print(f"{r['name']:{wide}}  {r['value']:>9} {r['unit']:12} {r['bar']:>9}  {r['verdict']}")
 
 
-def report(rows):
-    """Print rows, and put them into results/bench.csv in place of those of the same names."""
+def report(rows, path=CSV):
+    """Print rows, and put them into a CSV file in place of those of the same names."""
     show(rows)
     new = {r["name"]: r for r in rows}
-    kept = [new.pop(r["name"], r) for r in read()]
-    with open(CSV, "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+    kept = [new.pop(r["name"], r) for r in read(path)]
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *new.values()])
 

@@ -12,12 +12,14 @@ attention.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import harness
 import numpy as np
@@ -47,7 +49,9 @@ def make_data(folder, tokens=1_000_000):
 
 class Contender:
     """A process that makes steps of a model with these sizes on demand: `seconds("step")`, or "evaluate",
-    returns how long one took; `memory` is then the peak so far in MB. env: further environment variables."""
+    returns how long one took; `memory` is then the peak so far in MB. env: further environment variables.
+    `sizes` may hold more of train.py's settings; with a device among them, the plain step is nanoGPT's for
+    GPUs, and memory is that device's."""
 
     def __init__(self, sizes, name, folder, root=harness.ROOT, env=None):
         arguments = [json.dumps(sizes), name, folder, root]
@@ -55,16 +59,19 @@ class Contender:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=root, env=os.environ | (env or {}), **pipes)
 
-    def seconds(self, what="step"):
-        self.start(what)
+    def seconds(self, what="step", times=1):
+        self.start(what, times)
         return self.answer()
 
-    def start(self, what="step"):
-        print(what, file=self.process.stdin, flush=True)
+    def start(self, what="step", times=1):
+        print(what, times, file=self.process.stdin, flush=True)
 
     def answer(self):
-        answer = json.loads(self.process.stdout.readline())
-        self.memory = answer["memory"]
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process that makes steps ended with status {self.process.wait()}")
+        answer = json.loads(line)
+        self.memory, self.found = answer["memory"], answer["found"]
         return answer["seconds"]
 
     def close(self):
@@ -77,16 +84,32 @@ def contend(sizes, name, folder, root):
     answers = os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr
     sys.path.insert(0, root)
-    import torch._dynamo  # noqa: F401 (as the first step would)
+    import torch._dynamo
 
     import model
     import train
 
+    on_gpu, before = sizes.get("device") == "cuda", 0
+    path, T = os.path.join(folder, "train.bin"), sizes["block_size"]
+
+    def memory():
+        return torch.cuda.max_memory_allocated() / 1e6 if on_gpu else harness.memory_mb() - before
+
+    def repeat(work, times):
+        for _ in range(times):
+            found = work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return found
+
     def serve(**works):
         for line in sys.stdin:
-            spent = harness.seconds(works[line.strip()])
-            memory = harness.memory_mb() - before
-            print(json.dumps({"seconds": spent, "memory": memory}), file=answers, flush=True)
+            what, times = line.split()
+            began = time.perf_counter()
+            found = repeat(works[what], int(times))
+            spent = (time.perf_counter() - began) / int(times)
+            answer = {"seconds": spent, "memory": memory(), "found": found}
+            print(json.dumps(answer), file=answers, flush=True)
         sys.exit()
 
     if name in ("plain", "transformers"):
@@ -97,14 +120,31 @@ def contend(sizes, name, folder, root):
 
             transformers.GPT2LMHeadModel  # noqa: B018 (imports it)
         before = harness.memory_mb("VmRSS")
-        config = model.GPTConfig(bias=False, **{k: v for k, v in sizes.items() if k != "batch_size"})
+        fields = {field.name for field in dataclasses.fields(model.GPTConfig)}
+        config = model.GPTConfig(bias=False, **{k: v for k, v in sizes.items() if k in fields})
+        if "device" in sizes:
+            accumulation = sizes["batch_tokens"] // (sizes["batch_size"] * T)
+            batch = path, sizes["batch_size"], accumulation
+            serve(step=reference.nanogpt_step(config, *batch, sizes["device"], sizes["compile"]))
         trainer = (reference.plain if name == "plain" else reference.hugging_face)(config)
-        batch = os.path.join(folder, "train.bin"), sizes["batch_size"], sizes["block_size"]
-        serve(step=lambda: trainer.step(*reference.random_batch(*batch)))
+        serve(step=lambda: trainer.step(*reference.random_batch(path, sizes["batch_size"], T)))
 
     before = harness.memory_mb("VmRSS")
-    train_step, tokens = train.train_step, sizes["batch_size"] * sizes["block_size"]
-    train.train_step = lambda run: serve(step=lambda: train_step(run), evaluate=lambda: train.validate(run))
+    train_step, setup, tokens = train.train_step, train.setup, sizes["batch_size"] * T
+
+    def timed_setup(*args):
+        began = time.perf_counter()
+        run = setup(*args)
+        run.took = time.perf_counter() - began
+        return run
+
+    def answer(run):
+        works = {"step": lambda: train_step(run), "evaluate": lambda: train.validate(run)}
+        works |= {"save": lambda: train.save(run), "settle": lambda: train.settle(run)}
+        works |= {"setup": lambda: run.took, "events": lambda: harness.events(lambda: train_step(run))}
+        serve(**works)
+
+    train.setup, train.train_step = timed_setup, answer
     settings = {"batch_tokens": tokens, "eval_tokens": tokens, "bias": False, "warmup_iters": 0}
     settings |= {"dataset": folder, "out_dir": os.path.join(folder, f"out-{os.getpid()}"), "device": "cpu"}
     settings |= {"learning_rate": 1e-3, "min_lr": 1e-3} | sizes

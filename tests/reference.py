@@ -60,7 +60,8 @@ class PlainGPT(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def forward(self, idx, targets):
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](torch.arange(idx.size(1)))
+        pos = torch.arange(idx.size(1), device=idx.device)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](pos)
         for block in self.transformer["h"]:
             x = block(x)
         logits = self.lm_head(self.transformer["ln_f"](x))
@@ -71,12 +72,12 @@ class PlainTrainer:
     """`step(idx, targets)` trains one micro-batch (B, T) int64 each, `batch()` draws one from a bin, in a
     plain way."""
 
-    def __init__(self, model, loss, lr=1e-3):
+    def __init__(self, model, loss, lr=1e-3, fused=None):
         self.model, self.loss = model, loss
         decayed = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]  # as ours
         rest = [p for n, p in model.named_parameters() if p.dim() != 2 or ".h." not in n]
         groups = [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
 
     def step(self, idx, targets):
         loss = self.loss(self.model, idx, targets)
@@ -90,6 +91,37 @@ class PlainTrainer:
 def plain(config):
     """The nanoGPT-style trainer for a GPTConfig."""
     return PlainTrainer(PlainGPT(config), lambda model, idx, targets: model(idx, targets))
+
+
+def nanogpt_step(config, path, micro_batch, accumulation, device, compiled):
+    """nanoGPT's step on a GPU, as a function without arguments: in 16 bits by autocast, with fused AdamW;
+    the next micro-batch is copied from pinned memory while this one is computed."""
+    on_gpu = device == "cuda"
+    dtype = torch.bfloat16 if not on_gpu or torch.cuda.is_bf16_supported() else torch.float16
+    torch.set_float32_matmul_precision("high")
+    model = PlainGPT(config).to(device)
+    optimizer = PlainTrainer(model, None, fused=True).optimizer
+    forward = torch.compile(model) if compiled else model
+
+    def batch():
+        tensors = random_batch(path, micro_batch, config.block_size)
+        if on_gpu:
+            return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        return tensors
+
+    ahead = [batch()]
+
+    def step():
+        for _ in range(accumulation):
+            with torch.autocast(device, dtype):
+                loss = forward(*ahead.pop()) / accumulation
+            ahead.append(batch())
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def hugging_face(config):

@@ -1,0 +1,254 @@
+"""What only a GPU can show, in half an hour on one card: numbers, graphs, speed, memory, recovery.
+
+    make gpu                          # make gpu PYTHON=python3: with a torch that is installed already
+    python bench/gpu.py losses xl     # these steps alone; the rows of the others stay
+    python bench/gpu.py --toy OUT     # every step at toy size on the CPU, with its results in OUT
+
+Each step is a process with a time limit; when it ends, its rows are in results/gpu.md and gpu.csv. Nothing is
+fetched: the data are this repository's own text, as bytes, and random ids.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import gpu_runs  # first: it finds the other files
+import torch
+from gpu_runs import Place, command, dry_run, flags, measured, random_model, train, train_command, waits
+from harness import ROOT, events, read, report, row, seconds
+
+from inheritune.training.cost import costs, peak_flops
+from inheritune.training.device import pick, pick_dtype
+from model import GPT, GPTConfig
+
+LIMIT = 1800  # seconds for all steps
+PEAK = "matrix product, 8192 x 8192 x 8192, bf16"
+
+
+def peak(p):
+    """The card's matrix products, which training is measured by."""
+    device, n = pick(p.device), 256 if p.toy else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def products():
+        for _ in range(5):
+            c = a @ b
+        return c[0, 0].item()  # waits for all
+
+    rate = 10 * n**3 / statistics.median(seconds(products) for _ in range(9))
+    yield row(PEAK, rate / 1e12, "TFLOP/s")
+    if sheet := peak_flops(device):
+        yield row("of the data sheet's", 100 * rate / sheet, "%", ">= 50")
+    native = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    agrees = (pick_dtype("auto", device) == torch.bfloat16) == native
+    yield row("--dtype=auto is bfloat16 where the card computes in it, and only there", agrees, "", ">= 1")
+
+
+def losses(p):
+    """The same training on the CPU and on the GPU."""
+    cases = {"float32": {}, "muon": {"optimizer": "muon"}, "distillation": {"teacher": p.path("float32-cpu")}}
+    cases = {name: {"dtype": "float32"} | change for name, change in cases.items()}
+    on_cpu = {n: train(p, f"{n}-cpu", **how | {"device": "cpu"})[0] for n, how in cases.items()}
+    yield row("learned", on_cpu["float32"][0] - on_cpu["float32"][-1], "nats", ">= 0.1")
+    cases |= {"bfloat16": {"dtype": "bfloat16"}, "float16": {"dtype": "float16"}}
+    with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as pool:
+        found = {name: pool.submit(train, p, name, **change) for name, change in cases.items()}
+    for name in cases:
+        there, here = on_cpu.get(name, on_cpu["float32"]), found[name].result()[0]
+        first, last = ("<= 0.001", "<= 0.02") if name in on_cpu else ("<= 0.005", "<= 0.05")
+        yield row(f"{name}: off the CPU's at first", abs(here[0] - there[0]), "nats", first)
+        yield row(f"{name}: off the CPU's at last", abs(here[-1] - there[-1]), "nats", last)
+
+
+def graphs(p):
+    """The compiled graphs of trainings with validations; DDP and FSDP2, over NCCL, in a world of one."""
+    T = p.sizes("gpt2")["block_size"]
+    how = p.sizes("gpt2") | {"dataset": p.path("ids"), "batch_tokens": 16 * T, "eval_tokens": 18 * T}
+    how |= {"scale_attn_by_inverse_layer_idx": True, "compile": True, "max_iters": 30, "eval_interval": 15}
+    kinds = {"one process": ("counted", 4), "DDP": ("counted,alone", 30), "FSDP2": ("counted,alone", 8)}
+    for kind, (patches, most) in kinds.items():
+        curve, timing, counts = train(p, f"graphs-{kind}", patches, shard=kind == "FSDP2", **how)
+        for key, count in counts.items():
+            yield row(f"{kind}: {key}", count, "", f"<= {most if key == 'graphs' else 0}")
+        if kind == "one process":
+            one, its = curve, timing
+        yield row(f"{kind}: loss off one process's", abs(curve[-1] - one[-1]), "nats", "<= 0.02")
+        for key, bar in {"tokens_per_s": ">= 0.9", "memory_mb": "<= 1.1"}.items():
+            yield row(f"{kind}: {key} / one process's", timing[key] / its[key], "ratio", p.speed(bar))
+
+
+def training(p, shape):
+    """train.py's step against nanoGPT's, the card and --dry_run."""
+    sizes, T = p.sizes(shape), p.sizes(shape)["block_size"]
+    how = sizes | {"device": p.device, "compile": not p.toy or shape == "gpt2"}
+    if shape == "large18":  # as config/inheritune_gpt2_large.py: of a model with 50,257 rows
+        how |= {"init_from": random_model(p, "large", 50257), "inherit_layers": sizes["n_layer"]}
+    for micro in (8, 4, 2, 1):
+        how |= {"batch_size": micro, "batch_tokens": 4 * micro * T, "eval_tokens": (2 * micro + 1) * T}
+        if (estimate := dry_run(p, **how)) < 0.85 * p.memory:
+            break
+    ours = measured(p, **how, save=shape == "gpt2")
+    n_params, flops_per_token = costs(GPTConfig(**sizes, bias=False))
+    share = 100 * flops_per_token * how["batch_tokens"] / ours["step"] / p.peak
+    yield row(f"step of 4 micro-batches of {micro}", 1000 * ours["step"], "ms")
+    yield row("tokens a second", how["batch_tokens"] / ours["step"], "")
+    yield row("share of the matrix product's speed", share, "%", p.speed(f">= {45 if shape == 'xl' else 50}"))
+    yield row("memory", ours["memory"], "GB")
+    yield row("memory off --dry_run's", abs(ours["memory"] / estimate - 1), "ratio", p.speed("<= 0.15"))
+    yield row("seconds to build the run", ours["setup"], "s")
+    yield row("seconds to the end of the first step", ours["first"], "s")
+    yield row("copies from unpinned memory, a step", ours["pageable"], "", "<= 0")
+    yield row("waits for the GPU, a step", ours["waits"], "", "<= 4")
+    if shape == "gpt2":
+        yield row("copy for a checkpoint", 12e-9 * n_params / ours["save"], "GB/s", p.speed(">= 8"))
+    plain = measured(p, "plain", **how)
+    yield row("step / nanoGPT's", ours["step"] / plain["step"], "ratio", p.speed("<= 1.02"))
+    yield row("memory / nanoGPT's", ours["memory"] / plain["memory"], "ratio", p.speed("<= 1.02"))
+
+
+def variants(p):
+    """GPT-2 with more to compute or less to keep, against the plain training."""
+    how = p.sizes("gpt2") | {"device": p.device, "compile": not p.toy, "batch_size": 8}
+    how |= {"batch_tokens": 16 * how["block_size"], "eval_tokens": how["block_size"]}
+    plain = measured(p, **how)["step"]
+    cases = {kind: ({"checkpoint_activations": kind}, 1.45) for kind in ("cheap", "full")}
+    cases |= {"muon": ({"optimizer": "muon"}, 1.3), "teacher": ({"teacher": random_model(p, "gpt2")}, 1.7)}
+    for name, (change, slower) in cases.items():
+        estimate, found = dry_run(p, **how, **change), measured(p, **how, **change)
+        yield row(f"{name}: step / plain", found["step"] / plain, "ratio", p.speed(f"<= {slower}"))
+        yield row(f"{name}: memory", found["memory"], "GB")
+        off = abs(found["memory"] / estimate - 1)
+        yield row(f"{name}: memory off --dry_run's", off, "ratio", p.speed("<= 0.15"))
+
+
+def two(p):
+    """Two ranks on one card, over gloo; then one of them runs out of memory."""
+    alone, device = train(p, "one")[0], "cpu" if p.toy else "cuda:0"
+    both = train(p, "two", "gloo", 2, device=device, batch_size=4)[0]
+    yield row("loss off one rank's", abs(both[-1] - alone[-1]), "nats", "<= 0.02")
+    argv, began = train_command(p, "oom", "gloo,oom", 2, device=device), time.perf_counter()
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    spent = time.perf_counter() - began
+    said = done.returncode != 0 and "rank 1" in done.stderr and "allocate" in done.stderr
+    yield row("out of memory on rank 1: all ranks end after", spent, "s", "<= 120")
+    yield row("out of memory on rank 1: it says so", said, "", ">= 1")
+
+
+def resume(p):
+    """Save, kill, resume, score."""
+    how = {"max_iters": 300, "eval_interval": 100, "eval_tokens": 10**9, "resume": "auto"}
+    whole = train(p, "whole", **how)[0]
+    killed = subprocess.Popen([sys.executable, *train_command(p, "killed", **how)], cwd=ROOT)
+    while killed.poll() is None and not os.path.exists(p.path("killed", "step_00000100")):
+        time.sleep(0.01)
+    killed.kill()
+    yield row("killed while it trained", killed.wait() == -signal.SIGKILL, "", ">= 1")
+    resumed, scores = train(p, "killed", **how)[0], p.path("scores.json")
+    yield row("loss off that of a run without a kill", abs(resumed[-1] - whole[-1]), "nats", "<= 0.02")
+    paths = {"ckpt": p.path("killed/latest"), "data": p.path("bytes"), "out": scores}
+    command("score.py", *flags(**paths, device=p.device))
+    with open(scores) as f:
+        scored = json.load(f)["loss"]["loss"]
+    yield row("loss by score.py off train.py's", abs(scored - resumed[-1]), "nats", "<= 0.02")
+
+
+def sampling(p):
+    """GPT-2's tokens, one row at a time and sixteen."""
+    device, speed = pick(p.device), {}
+    model = GPT.from_pretrained(random_model(p, "gpt2")).eval().to(device, pick_dtype("auto", device))
+    model.config = dataclasses.replace(model.config, eot=-1)  # rows do not end
+
+    def draw(rows, tokens=48):
+        idx = torch.zeros(rows, 8, dtype=torch.long, device=device)
+        return list(model.generate(idx, tokens, top_k=50))
+
+    for rows in (1, 16):
+        draw(rows)
+        speed[rows] = 48 * rows / seconds(lambda rows=rows: draw(rows))
+        waited = waits(events(lambda rows=rows: draw(rows, 16))) / 16
+        yield row(f"batch {rows}: tokens a second", speed[rows], "")
+        yield row(f"batch {rows}: waits for the GPU, a token", waited, "", "<= 1.2")
+    yield row("batch 16 / batch 1", speed[16] / speed[1], "ratio", p.speed(">= 8"))
+
+
+def analysis(p):
+    """analyze.py on the GPU against the CPU."""
+    found, how = {}, {"ckpt": random_model(p, "gpt2"), "data": p.path("ids"), "sequences": 4}
+    for name, device in {"CPU": "cpu", "GPU": p.device}.items():
+        out, began = p.path(f"analysis-{name}"), time.perf_counter()
+        command("analyze.py", *flags(**how, device=device, out=out, skip_sequences=2))
+        yield row(f"seconds on the {name}", time.perf_counter() - began, "s")
+        with open(os.path.join(out, "analysis.json")) as f:
+            found[name] = json.load(f)
+    for key in ("max_rank", "avg_mass", "loss_without"):
+        here, there = (statistics.mean(found[name]["layers"][key]) for name in ("GPU", "CPU"))
+        yield row(f"{key} off the CPU's", abs(here / there - 1), "ratio", "<= 0.01")
+
+
+def demo(p):
+    """The recipe of `make demo`, and a sample from its model."""
+    out = p.path("demo")
+    how = {"max_iters": 20, "eval_interval": 10, "control": False} if p.toy else {}
+    how |= {"dataset": p.path("bytes"), "out_dir": out, "device": p.device}
+    command("grow.py", "config/demo.py", *flags(**how))
+    with open(os.path.join(out, "results.json")) as f:
+        for run in json.load(f)["runs"]:
+            yield row(f"{run['arm']}, {run['n_layer']} blocks", run["val_loss"], "nats", p.speed("<= 3"))
+    text = command("sample.py", f"--ckpt={out}/final", "--max_new_tokens=200", f"--device={p.device}")
+    yield row("a sample's characters", len(text), "", ">= 50")
+
+
+STEPS = dict(peak=60, losses=240, graphs=240, gpt2=180, large18=240, medium=240, large=300, xl=360)  # seconds
+STEPS |= dict(variants=300, two=150, resume=150, sampling=60, analysis=120, demo=400)
+VITAL = ("peak", "losses")  # without these the others mean nothing
+
+
+def answer(name, place):
+    """Print the rows of a step, and nothing else, to standard output."""
+    rows, p = os.fdopen(os.dup(1), "w"), Place(**place)
+    os.dup2(2, 1)
+    for found in training(p, name) if name in gpu_runs.SHAPES else globals()[name](p):
+        print(json.dumps(found), file=rows, flush=True)
+
+
+def main():
+    """Run the steps in order."""
+    parser = argparse.ArgumentParser(description="Measure what only a GPU can show.")
+    parser.add_argument("steps", nargs="*", help=f"{', '.join(STEPS)}; default: all")
+    parser.add_argument("--toy", metavar="OUT", help="on the CPU; the results go into this folder")
+    args = parser.parse_args()
+    assert set(args.steps) <= set(STEPS), f"the steps are {', '.join(STEPS)}"
+    os.environ.setdefault(*("OMP_NUM_THREADS", "1") if args.toy else ("CUDA_VISIBLE_DEVICES", "0"))
+    facts, memory = gpu_runs.machine()
+    if not (memory or args.toy):
+        sys.exit(f"gpu.py: torch {facts['torch']} sees no CUDA GPU: nothing to measure here")
+    out, began, missed = args.toy or os.path.join(ROOT, "results"), time.perf_counter(), []
+    os.makedirs(out, exist_ok=True)
+    table = os.path.join(out, "gpu.csv")
+    os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        p = Place(folder, "cpu" if args.toy else "cuda", memory or math.inf)
+        gpu_runs.make_data(p)
+        for name in args.steps or STEPS:
+            print(f"\n{name}", flush=True)
+            p.peak = next((1e12 * float(r["value"]) for r in read(table) if PEAK in r["name"]), math.nan)
+            limit = 600 if p.toy else min(STEPS[name], max(0, LIMIT - (time.perf_counter() - began)))
+            rows = gpu_runs.run_step(__file__, name, p, limit)
+            report([r | facts for r in rows], table)
+            missed = gpu_runs.write_report(os.path.join(out, "gpu.md"), read(table), facts)
+            if name in VITAL and any(r["verdict"] not in ("", "reached") for r in rows):
+                sys.exit(f"gpu.py: {name} is not as it should be, and the rest would mean nothing")
+    sys.exit(f"gpu.py: {len(missed)} rows are not as they should be: {out}/gpu.md" if missed else 0)
+
+
+if __name__ == "__main__":
+    answer(sys.argv[2], json.loads(sys.argv[3])) if sys.argv[1:2] == ["--step"] else main()

@@ -1,0 +1,218 @@
+"""What bench/gpu.py is made of: trainings, measured steps, steps with a time limit, data, and the report."""
+
+import contextlib
+import dataclasses
+import glob
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+from harness import ROOT, read, row
+from step import Contender
+
+import model
+from inheritune.weights import gpt2_format
+
+SHAPES = {"gpt2": (12, 12, 768), "large18": (18, 20, 1280), "medium": (24, 16, 1024)}
+SHAPES |= {"large": (36, 20, 1280), "xl": (48, 25, 1600)}  # layers, heads, width
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8, "batch_tokens": 4096}
+SMALL |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 60, "eval_interval": 20}
+SMALL |= {"eval_tokens": 18 * 256, "log_interval": 5}  # the last group of validation windows is not full
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "batch_tokens": 256}
+TINY |= {"eval_tokens": 18 * 32, "threads": 1}
+
+
+@dataclasses.dataclass
+class Place:
+    """Where steps run. The folder holds the data folders `bytes` and `ids`, and what the steps make."""
+
+    folder: str
+    device: str
+    memory: float  # GB of the card
+    peak: float = math.nan  # FLOP/s of a matrix product, once measured
+
+    @property
+    def toy(self):
+        return self.device == "cpu"
+
+    def speed(self, bar):
+        """A bar for speed or memory: none for toys."""
+        return "" if self.toy else bar
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def sizes(self, shape):
+        layers, heads, width = (2, 2, 32) if self.toy else SHAPES[shape]
+        T = 16 if self.toy else 1024
+        return {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": T}
+
+
+def command(*argv):
+    """Run a Python script; its output. When it fails, raises RuntimeError with the last line that it said."""
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"{argv[0]} failed").splitlines()[-1])
+    return done.stdout
+
+
+def flags(**settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def train_command(p, out, patches="", ranks=1, **changes):
+    """Arguments for Python: train the small model on bytes, into `out`, with patches (bench/patched.py)."""
+    settings = SMALL | (TINY if p.toy else {}) | {"dataset": p.path("bytes"), "device": p.device} | changes
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    script = ["bench/patched.py", patches] if patches else ["train.py"]
+    return [*(several if ranks > 1 else []), *script, *flags(**settings | {"out_dir": p.path(out)})]
+
+
+def train(p, out, *args, **changes):
+    """Train; (validation losses, the last line of timing.csv, what the patch `counted` says)."""
+    said = command(*train_command(p, out, *args, **changes)).strip().splitlines()[-1]
+    timing = {k: float(v) for k, v in read(p.path(out, "timing.csv"))[-1].items() if v}
+    losses = [float(r["val_loss"]) for r in read(p.path(out, "log.csv")) if r["val_loss"]]
+    return losses, timing, json.loads(said) if said.startswith("{") else None
+
+
+def random_model(p, shape, vocab_size=50304):
+    """A checkpoint folder with random weights, for the ids."""
+    folder = p.path(f"{shape}-{vocab_size}")
+    if not os.path.exists(folder):
+        config = model.GPTConfig(**p.sizes(shape), vocab_size=vocab_size, bias=False, tokenizer="r50k_base")
+        values = dataclasses.asdict(config)
+        state = gpt2_format.arrange(dict(model.GPT(config).named_parameters()), values)
+        os.mkdir(folder)
+        gpt2_format.write_model(folder, state, gpt2_format.config_json(values), {})
+    return folder
+
+
+def dry_run(p, **settings):
+    """GB of training, as `train.py --dry_run` estimates them."""
+    said = command("train.py", "--dry_run", f"--dataset={p.path('ids')}", *flags(**settings))
+    return float(re.search(r"about ([\d.]+) GB per GPU", said)[1]) or 0.01  # toys
+
+
+def measured(p, kind="default", save=False, **settings):
+    """What a training, or nanoGPT's ("plain"), takes: seconds to the end of the `first` step, for `setup`, of
+    a later `step`, to copy for a checkpoint (`save`); `memory` in GB; `waits` for the GPU, and copies to it
+    from memory that is not pinned (`pageable`)."""
+    began = time.perf_counter()
+    contender = Contender(settings, kind, p.path("ids"))
+    contender.seconds()
+    found = {"first": time.perf_counter() - began}
+    contender.seconds("step", 2)
+    found["step"] = statistics.median(contender.seconds("step", 4) for _ in range(5))
+    found["memory"] = contender.memory / 1e3
+    if kind != "plain":
+        contender.seconds("setup")
+        found["setup"] = contender.found
+        contender.seconds("events")
+        found["waits"] = waits(contender.found)
+        found["pageable"] = sum(n for event, n in contender.found.items() if "Pageable -> Device" in event)
+    for _ in range(2 if save else 0):  # the first makes room for the copy
+        found["save"] = contender.seconds("save")
+        contender.seconds("settle")
+        contender.seconds()
+    contender.close()
+    return found
+
+
+def waits(events):
+    return sum(events.get(f"cuda{what}Synchronize", 0) for what in ("Stream", "Event"))
+
+
+def run_step(script, name, p, limit):
+    """The rows of a step, made by `script --step NAME PLACE`, which is ended with its children after `limit`
+    seconds; the last row says how long it took, or why it failed."""
+    began, output = time.perf_counter(), p.path(f"{name}.txt")
+    argv = [sys.executable, script, "--step", name, json.dumps(dataclasses.asdict(p))]
+    with open(output, "w") as log:
+        process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
+
+    def end(number):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    timer = threading.Timer(limit, end, [signal.SIGTERM])
+    timer.start()
+    try:
+        rows = [json.loads(line) for line in process.stdout]
+        status, spent = process.wait(), time.perf_counter() - began
+    finally:
+        timer.cancel()
+        if process.poll() != 0:
+            end(signal.SIGTERM)
+            time.sleep(5)  # torchrun ends its ranks when it is asked to end, and cannot when it is killed
+            end(signal.SIGKILL)
+    rows.append(row("the step took", spent, "s"))
+    if status:
+        with open(output) as f:
+            said = (f.read().strip() or f"status {status}").splitlines()[-1]
+        rows[-1]["verdict"] = f"failed: not done after {limit:.0f} s" if spent > limit else f"failed: {said}"
+    return [r | {"name": f"{name}: {r['name']}"} for r in rows]
+
+
+def machine():
+    """({card, driver, torch, commit}, the card's memory in GB: 0 without one)."""
+    code = "import torch; c = torch.cuda; p = c.is_available() and c.get_device_properties(0); "
+    code += "print(torch.__version__, p and p.name or 'none', p and p.total_memory or 0, sep='|')"
+    version, card, memory = command("-c", code).strip().split("|")
+    facts = {"card": card, "driver": "unknown", "torch": version, "commit": "unknown"}
+    asked = {"driver": "nvidia-smi --query-gpu=driver_version --format=csv,noheader"}
+    asked |= {"commit": "git describe --always --dirty"}
+    for key, line in asked.items():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            facts[key] = subprocess.check_output(line.split(), cwd=ROOT, text=True).split("\n")[0]
+    return facts, int(memory) / 1e9
+
+
+def make_data(p):
+    """Data folders: `bytes`, this repository's Python; `ids`, random, of a tokenizer that nobody opens."""
+    text = b""
+    for path in sorted(
+        path for d in ("", "inheritune/*/", "tests/**/") for path in glob.glob(f"{ROOT}/{d}*.py")
+    ):
+        with open(path, "rb") as f:
+            text += f.read()
+    ids = np.random.default_rng(1).integers(0, 50257, 500_000 if p.toy else 20_000_000)
+    kinds = {"bytes": (np.frombuffer(text, np.uint8), {"name": "bytes", "n_vocab": 257, "eot": 256})}
+    kinds["ids"] = ids, {"name": "r50k_base", "n_vocab": 50257, "eot": 50256}
+    for name, (ids, tokenizer) in kinds.items():
+        os.mkdir(p.path(name))
+        held_out = len(ids) // 50
+        for split, part in {"train": ids[held_out:], "val": ids[:held_out]}.items():
+            part.astype("<u2").tofile(p.path(name, f"{split}.bin"))
+        with open(p.path(name, "meta.json"), "w") as f:
+            json.dump({"tokenizer": tokenizer, "dtype": "uint16"}, f)
+
+
+def write_report(path, rows, facts):
+    """gpu.md: the rows of this card, torch and commit. Returns those that are not as they should be."""
+    rows = [r for r in rows if all(r[key] == value for key, value in facts.items())]
+    missed = [r for r in rows if r["verdict"] not in ("", "reached")]
+    about = ", ".join(f"{key} {value}" for key, value in facts.items())
+    lines = [
+        f"# One GPU: {facts['card']}",
+        "",
+        f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.",
+        "",
+    ]
+    lines += [f"{len(missed)} of {len(rows)} rows are not as they should be.", ""]
+    lines += ["| measured | value | bar | |", "|---|--:|--:|---|"]
+    lines += [f"| {r['name']} | {r['value']} {r['unit']} | {r['bar']} | {r['verdict']} |" for r in rows]
+    with open(path, "w") as f:
+        f.write("\n".join(lines) + "\n")
+    return missed
