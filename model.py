@@ -217,7 +217,7 @@ class GPT(nn.Module):
         # Not in nanoGPT: in fp32 the loss and its gradient are computed LOSS_ROWS rows at a time: the logits
         # never exist all at once. torch's function for it rounds the loss to 16 bits under autocast, and
         # breaks a compiled graph.
-        plain = torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
         if plain or x.dtype != torch.float32 or not CHUNKED_LOSS:
             return F.cross_entropy(self.lm_head(x).flatten(0, 1).float(), targets.flatten())
         how = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS, acc_policy="compact")

@@ -81,7 +81,7 @@ def train_step(run: Run) -> None:
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)  # frozen: the seeds of dropout
         with model.gradients_of(last=m == plan.accumulation - 1):
-            with torch.autocast(model.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            with torch.autocast(model.device.type, model.autocast, enabled=model.autocast != torch.float32):
                 losses = run.teacher(model.forward, x, y) if run.teacher else (model.forward(x, y),)
             run.scaler.scale(losses[0] / plan.accumulation).backward()
         sums[1:] += torch.stack(losses).detach()
@@ -115,13 +115,13 @@ def train_step(run: Run) -> None:
 
 def validate(run: Run) -> float:
     """The loss (nats/token) over the validation tokens. Stops the run if a rank is asked to, meanwhile."""
-    began, device = time.perf_counter(), run.model.device
+    began, model, device = time.perf_counter(), run.model, run.model.device
 
     def asked():  # of any rank
         return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
-    with run.model.validating() as module:
-        loss = mean_loss(module, run.data.val, run.ranks, device, run.dtype, asked, run.model.sharded)
+    with model.validating() as module:
+        loss = mean_loss(module, run.data.val, run.ranks, device, model.autocast, asked, model.sharded)
     run.recorder.validated(time.perf_counter() - began)
     if loss is None:
         stop(run)

@@ -119,9 +119,10 @@ def measure(settings: TrainSettings, config: GPTConfig, folder: str) -> float:
     device, ranks = machine.pick(settings.device), Ranks()
     torch.set_float32_matmul_precision("high")
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
-    model = DistributedModel(GPT.from_pretrained(folder), ranks, device, settings.compile, shard=False)
-    loss = mean_loss(model.validated, val, ranks, device, machine.pick_dtype(settings.dtype, device))
-    del model
+    dtype, module = machine.pick_dtype(settings.dtype, device), GPT.from_pretrained(folder)
+    model = DistributedModel(module, ranks, device, dtype, settings.compile, shard=False)
+    loss = mean_loss(model.validated, val, ranks, device, dtype)
+    del model, module
     release(device)
     return loss
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from inheritune.base.errors import Stopped, UserError, describe
-from model import GPT
+from model import GPT, CausalSelfAttention
 
+BUCKETS = 12  # of DDP in large models, about: a compiled model is cut into a graph for each
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
 
@@ -113,23 +114,27 @@ class Ranks:
 class DistributedModel:
     """A GPT that all ranks train: whole on each rank (DDP), or in shards (FSDP2). Nothing else asks which.
 
-    Ranks must call a sharded model equally often: every call gathers parameters. compile None: on CUDA only.
+    Ranks must call a sharded model equally often: every call gathers parameters. dtype: what it computes in;
+    callers run it under autocast to `autocast` (fp32: none). compile None: on CUDA only.
     """
 
-    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, compile: bool | None, shard: bool):
+    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, dtype: torch.dtype, compile, shard):
         self.module, self.device = module, device  # the unwrapped model: this is what gets saved
         self.sharded = shard and ranks.world > 1
+        self.autocast = torch.float32 if self.sharded else dtype
         compiled = device.type == "cuda" if compile is None else compile
         if self.sharded:
-            shard_blocks(module, ranks, device, compiled)
+            shard_blocks(module, ranks, device, dtype, compiled)
             self.forward = self.validated = module
             return
         module.to(device)
-        self.forward = self.validated = torch.compile(module) if compiled else module
+        # static shapes: a smaller last group of a validation would make the graphs after it dynamic
+        self.forward = self.validated = torch.compile(module, dynamic=False) if compiled else module
         if ranks.world > 1:  # which may validate unequally often: without DDP
-            ids = [device.index] if device.type == "cuda" else None
+            ids, mb = [device.index] if device.type == "cuda" else None, 4 * module.num_params() / 2**20
+            bucket = mb / BUCKETS if mb > 25 * BUCKETS else None  # torch's own 25 MB
             self.forward = DistributedDataParallel(
-                self.validated, device_ids=ids, gradient_as_bucket_view=True
+                self.validated, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket
             )
 
     def gradients_of(self, last: bool) -> contextlib.AbstractContextManager:
@@ -157,18 +162,36 @@ class DistributedModel:
             self.module.reshard()
 
 
-def shard_blocks(module, ranks, device, compiled):
+def shard_blocks(module, ranks, device, dtype, compiled):
     """Shard a GPT (alike on every rank) over all ranks, in place: its parameters become DTensors on the
-    device, where no more than a block at a time has been whole."""
+    device, where no more than a block at a time has been whole.
+
+    Parameters are gathered, and the model computes, in `dtype`: autocast would gather fp32 and then make
+    16-bit copies. Gradients are summed in fp32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.world,))
+    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
+    scale = module.transformer.h[0].attn.scale
     for block in module.transformer.h:
+        if compiled and module.config.scale_attn_by_inverse_layer_idx:
+            block.attn.register_buffer("factor", torch.tensor(block.attn.scale / scale), persistent=False)
+            block.attn.scale, block.attn.__class__ = scale, EvenAttention
         if compiled:
-            block.compile()
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)  # embeddings, the tied head, the last LayerNorm
+            block.compile(dynamic=False)
+        fully_shard(block, **how)
+    fully_shard(module, **how)  # embeddings, the tied head, the last LayerNorm
+
+
+class EvenAttention(CausalSelfAttention):
+    """Attention whose own part of the scale is a tensor. Numbers are constants for the compiler: it would
+    compile each block anew, up to its limit of eight, and leave the others to Python."""
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return q * self.factor, k, v
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -60,11 +60,12 @@ class Teacher:
         if compiled:  # the loss too: as one kernel it holds no fp32 copies of the logits
             self.model = torch.compile(model, dynamic=False)
             self.loss = torch.compile(distillation_loss, dynamic=False)
-        self.how = n_vocab, settings.kd_alpha, settings.kd_temperature
+        self.dtype, self.how = dtype, (n_vocab, settings.kd_alpha, settings.kd_temperature)
 
     def __call__(self, student, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE, KL) of the student on ids idx (B, T); see `distillation_loss`."""
-        with torch.no_grad():
+        autocast = torch.autocast(idx.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.no_grad(), autocast:  # a sharded student needs none
             logits = self.model(idx)
         return self.loss(student(idx), logits, targets, *self.how)
 

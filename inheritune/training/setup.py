@@ -90,7 +90,6 @@ class Run:
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    dtype: torch.dtype  # of autocast
     data: Data
     state: State
     recorder: Recorder
@@ -122,8 +121,9 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
     padded = compiled or device.type == "cuda"
     if padded:
         pad_head(module)
-    model = DistributedModel(module, ranks, device, settings.compile, settings.shard)
-    teacher, dtype = None, pick_dtype(settings.dtype, device)
+    dtype = pick_dtype(settings.dtype, device)
+    model = DistributedModel(module, ranks, device, dtype, settings.compile, settings.shard)
+    teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
         theirs, n_vocab = ranks.agree(lambda: GPT.from_pretrained(found)), plan.tokenizer["n_vocab"]
@@ -140,7 +140,7 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
 
     data.batches = data.train.batches(state.step, plan.sequences, ranks.rank, ranks.world)
     saver = Saver(lineage, step=state.step if plan.resume_from else None)
-    return Run(settings, plan, ranks, model, teacher, optimizer, scaler, dtype, data, state, recorder, saver)
+    return Run(settings, plan, ranks, model, teacher, optimizer, scaler, data, state, recorder, saver)
 
 
 def open_data(settings, plan):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train
 from inheritune.weights import checkpoint
 from tests.tiny import ROOT, arguments, column, contents, write_checkpoint
+from tests.training.test_distributed import two_ranks
 
 # gradients are clipped, accumulated, and of a width that 4 ranks cannot share evenly
 LIKE = {"grad_clip": 0.5, "batch_size": 1, "n_embd": 18, "keep_last": 9}
@@ -49,15 +50,17 @@ def together(world, *runs):
     return done.stdout + done.stderr
 
 
-def alike(a, b, atol=1e-5):
-    """The logs, weights and moments of two run folders agree."""
+def alike(a, b, half=False):
+    """The logs, weights and moments of two run folders agree; in 16 bits, where shards round the residual
+    stream too, less."""
+    atol, of_weights = (5e-3, 2e-2) if half else (1e-5, 1e-5)
     for name in ("loss", "val_loss", "grad_norm"):
         np.testing.assert_allclose(column(a, name), column(b, name), rtol=0, atol=atol)
     for name in ("model", "optimizer"):
         one, two = (load_file(os.path.join(x, "latest", f"{name}.safetensors")) for x in (a, b))
         assert one.keys() == two.keys()
         for key in one:
-            np.testing.assert_allclose(one[key], two[key], rtol=0, atol=atol, err_msg=key)
+            np.testing.assert_allclose(one[key], two[key], rtol=0, atol=of_weights, err_msg=key)
 
 
 def cut(run, out, step):
@@ -147,7 +150,32 @@ def test_shards_do_what_ddp_does(data, tmp_path, change):
         write_checkpoint(tmp_path / "teacher", seed=5, bias=False)
         change = {"teacher": tmp_path / "teacher"}
     together(2, *(arguments(data, tmp_path / f"{s}", **LIKE | change, shard=s) for s in (True, False)))
-    alike(tmp_path / "True", tmp_path / "False", atol=2e-3 if "dtype" in change else 1e-5)
+    alike(tmp_path / "True", tmp_path / "False", half="dtype" in change)
+
+
+@pytest.mark.slow
+def test_weights_travel_in_16_bits_and_gradients_in_32(data, tmp_path):
+    code = """
+    import torch.distributed as dist
+    sent = {}
+    def noting(kind, call):
+        def noted(output, input, *rest, **how):
+            sent.setdefault(kind, set()).add(input.dtype)
+            return call(output, input, *rest, **how)
+        return noted
+    for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"):
+        if hasattr(dist, name):  # torch 2.13 has renamed them
+            setattr(dist, name, noting(name.split("_")[0], getattr(dist, name)))
+    def checked(run):
+        sent.clear()
+        step(run)
+        assert sent == {"all": {torch.bfloat16}, "reduce": {torch.float32}}, sent
+        assert {p.dtype for p in run.model.module.parameters()} == {torch.float32}
+    train.train_step = checked
+    """
+    argv = arguments(data, tmp_path / "a", **LIKE, dtype="bfloat16", shard=True)
+    done = two_ranks(tmp_path, argv, code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -156,7 +184,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_so_on_all(data, tmp_path, 
     """... and the loss scale falls on all."""
     runs = (arguments(data, tmp_path / f"{s}", **LIKE, dtype=dtype, shard=s) for s in (True, False))
     together(2, *((argv, {"poison": 5}) for argv in runs))
-    alike(tmp_path / "True", tmp_path / "False", atol=2e-3 if dtype == "float16" else 1e-5)
+    alike(tmp_path / "True", tmp_path / "False", half=dtype == "float16")
     states = [checkpoint.read_state(str(tmp_path / s / "latest")) for s in ("True", "False")]
     assert (
         states[0]["bad_steps"] == states[1]["bad_steps"] == 1 and states[0]["scaler"] == states[1]["scaler"]

@@ -1,0 +1,100 @@
+"""What the compiler is given: whole static graphs, few of them, none anew after the first step.
+
+pytest tests/training/test_compile.py        (-m slow for inductor, shards and DDP's buckets)
+"""
+
+import functools
+import itertools
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from inheritune.training import distributed
+from inheritune.training.distributed import DistributedModel, Ranks
+from model import GPT, GPTConfig
+from tests.tiny import arguments, column
+from tests.training.test_distributed import two_ranks
+
+# validation comes first, in groups of 4 windows and a last one of 3; two micro-batches of 4 a step
+STEPS = {"max_iters": 4, "eval_interval": 2, "eval_tokens": 8 * 27, "lr_decay_iters": 12}
+
+
+def symbols(graph):
+    """How many sizes in a graph are no numbers but symbols, which may change from call to call."""
+    return sum(isinstance(node.meta.get("example_value"), torch.SymInt) for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, backend):
+    """fullgraph raises where the compiler would go back to Python."""
+    found, counts, step = [], [], train.train_step
+
+    def noting(graph, inputs):
+        found.append(symbols(graph))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiling = functools.partial(torch.compile, backend=noting, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(train, "train_step", lambda run: step(run) or counts.append(len(found)))
+    torch._dynamo.reset()
+    train.main(arguments(data, tmp_path / "compiled", **STEPS, compile=True))
+    assert found == [0, 0, 0], "two validation groups, the step; no symbols"
+    assert counts == [3] * 4, "nothing is compiled after step 1"
+    train.main(arguments(data, tmp_path / "plain", **STEPS))
+    for name in ("loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(
+            column(tmp_path / "compiled", name), column(tmp_path / "plain", name), rtol=1e-5
+        )
+
+
+@pytest.mark.slow
+def test_one_graph_serves_all_blocks_of_a_sharded_model(data, tmp_path):
+    """... also where each has a scale of its own. The compiler's limit is eight graphs of the same code."""
+    code = """
+    import functools, torch._dynamo
+    from tests.training.test_compile import symbols
+    graphs = []
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    backend = lambda graph, inputs: graphs.append(symbols(graph)) or graph
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    def checked(run):
+        step(run)
+        assert graphs == [0, 0, 0], graphs
+    train.train_step = checked
+    """
+    how = STEPS | {"n_layer": 12, "scale_attn_by_inverse_layer_idx": True, "shard": True}
+    done = two_ranks(tmp_path, arguments(data, tmp_path / "a", **how, compile=True), code)
+    assert done.returncode == 0, done.stderr
+    train.main(arguments(data, tmp_path / "plain", **how))
+    for name in ("loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(column(tmp_path / "a", name), column(tmp_path / "plain", name), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_ddp_cuts_a_large_model_into_a_dozen_graphs(monkeypatch):
+    """Torch's own buckets of 25 MB would make it 33."""
+    found = []
+    ddp = functools.partial(distributed.DistributedDataParallel, init_sync=False)  # it has no weights
+    monkeypatch.setattr(distributed, "DistributedDataParallel", ddp)
+    noting = functools.partial(
+        torch.compile, backend=lambda graph, inputs: found.append(symbols(graph)) or graph
+    )
+    monkeypatch.setattr(torch, "compile", noting)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
+    try:
+        meta, ranks = torch.device("meta"), Ranks()
+        ranks.world = 2
+        with meta:
+            module = GPT(GPTConfig(n_layer=8, n_head=16, n_embd=2048, block_size=8))
+            idx = torch.zeros(2, 8, dtype=torch.int64)
+        DistributedModel(module, ranks, meta, torch.float32, True, False).forward(idx, idx)
+    finally:
+        dist.destroy_process_group()
+    assert 6 <= len(found) <= distributed.BUCKETS + 1
