@@ -7,5 +7,6 @@
 # The clone and its data and out folders must be on storage that all machines see. Two minutes before the time is up
 # Slurm sends SIGTERM (--signal): train.py saves a checkpoint and ends. Not tried on a cluster.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # for --max-restarts: each torchrun counts its own
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint="$head:29500" \
   --rdzv_id="$SLURM_JOB_ID" --shutdown-timeout=100 train.py "$@" --resume=auto

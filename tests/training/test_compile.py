@@ -4,8 +4,6 @@ pytest tests/training/test_compile.py        (-m slow for inductor, shards and D
 """
 
 import functools
-import itertools
-import os
 import socket
 
 import numpy as np

@@ -5,6 +5,7 @@ pytest tests/training/test_distributed.py
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -97,3 +98,56 @@ def test_ddp_keeps_its_gradients_in_its_buckets(data, tmp_path):
     """
     done = two_ranks(tmp_path, arguments(data, tmp_path / "out", batch_size=1, max_iters=4), code)
     assert done.returncode == 0, done.stderr
+
+
+def two_agents(tmp_path, argv, share):
+    """The exit statuses and errors of two torchruns with a rank each, as on two machines, in which a rank of
+    either is killed once."""
+    code = """
+    def dying(run):
+        agent = os.environ["AGENT"]
+        if run.state.step == {"0": 5, "1": 9}[agent] and not os.path.exists(agent):
+            open(agent, "w").close()
+            os.kill(os.getpid(), 9)
+        step(run)
+    train.train_step = dying
+    """
+    (tmp_path / "driver.py").write_text(DRIVER.format(code=textwrap.dedent(code)))
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    how = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--monitor-interval=0.2", "--rdzv_id=x"]
+    how += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--local-addr=localhost", "driver.py"]
+    env = os.environ | {"PYTHONPATH": ROOT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "01"[not share]}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *how, *argv],
+            cwd=tmp_path,
+            env=env | {"AGENT": str(agent)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for agent in (0, 1)
+    ]
+    try:
+        said = [agent.communicate(timeout=200)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return [agent.returncode for agent in agents], "".join(said)
+
+
+@pytest.mark.slow
+def test_two_agents_restart_after_either_has_lost_a_rank(data, tmp_path):
+    argv = arguments(data, tmp_path / "out", keep_last=9, resume="auto")
+    statuses, said = two_agents(tmp_path, argv, share=False)
+    assert statuses == [0, 0], said
+    assert os.path.exists(tmp_path / "0") and os.path.exists(tmp_path / "1")
+    assert two_ranks(tmp_path, arguments(data, tmp_path / "whole", keep_last=9)).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_agents_that_could_not_restart_are_told_before_they_begin(data, tmp_path):
+    """They count restarts each for itself: their ranks would wait for each other under different names."""
+    statuses, said = two_agents(tmp_path, arguments(data, tmp_path / "out"), share=True)
+    assert all(statuses) and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun" in said

@@ -163,9 +163,10 @@ def test_weights_travel_in_16_bits_and_gradients_in_32(data, tmp_path):
             sent.setdefault(kind, set()).add(input.dtype)
             return call(output, input, *rest, **how)
         return noted
-    for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"):
-        if hasattr(dist, name):  # torch 2.13 has renamed them
-            setattr(dist, name, noting(name.split("_")[0], getattr(dist, name)))
+    for name in ("all_gather_{}", "reduce_scatter_{}"):
+        new, old = name.format("single"), name.format("tensor").replace("gather", "gather_into")
+        name = new if hasattr(dist, new) else old  # before torch 2.13
+        setattr(dist, name, noting(name.split("_")[0], getattr(dist, name)))
     def checked(run):
         sent.clear()
         step(run)
