@@ -2,17 +2,16 @@
 reference = "results/mini/reference"  # 8 blocks, trained for half an hour on the same text
 k_start = 4  # half of them, as the paper starts
 k_step = 2
-recipe = "ends"
 
 out_dir = "out/demo"
 dataset = "data/python"
 batch_tokens = 32 * 128
 batch_size = 32
-max_iters = 300
-eval_interval = 50
+max_iters = 160
+eval_interval = 40
 eval_tokens = 65_536
 
 optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 4e-4
-warmup_iters = 30
+warmup_iters = 20

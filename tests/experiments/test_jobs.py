@@ -75,7 +75,7 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
 def test_a_reference_is_measured_compiled_where_training_is(tmp_path, monkeypatch):
     folder, data = str(tmp_path / "ckpt"), write_data(tmp_path / "data")
     config, compiled = write_checkpoint(folder).config, []
-    monkeypatch.setattr(jobs.torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(jobs.torch, "compile", lambda model, **how: compiled.append(model) or model)
     for setting in (None, False, True):
         settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu", compile=setting)
         jobs.measure(settings, config, folder)
