@@ -3,7 +3,16 @@
 # An arm may have settings of its own: random@max_iters=500 (inheritune/experiments/arms.py).
 reference_config = "config/replicate_mini_reference.py"  # one reference for each seed
 arms = (
-    "all:3 unseen:0 middle:1 attn:1 mlp:1 attn_mlp:1 rounds:1 onto:1 inheritune_scaled:1 reference_scaled:1"
+    "all:3 unseen:0 middle:1 attn:1 mlp:1 attn_mlp:1 rounds:1 onto:1 inheritune_scaled:1 reference_scaled:1 "
+    "random@max_iters=500:1 random@max_iters=1000:3 "
+    "inheritune@max_iters=500:1 inheritune@max_iters=1000:3 "
+    "ends@max_iters=500:1 ends@max_iters=1000:3 "
+    "random@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
+    "random@max_iters=1000@optimizer=muon@learning_rate=1.6e-2@min_lr=1.6e-3:1 "
+    "inheritune@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
+    "inheritune@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
+    "ends@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
+    "ends@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3"
 )
 layers = 4  # half of the reference's 8 blocks
 rounds_from = 2
