@@ -67,16 +67,17 @@ class Ranks:
             raise UserError(
                 f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: use torchrun, or unset it"
             )
-        store, rank, world = next(dist.rendezvous("env://"))
         # torchrun's own store outlives a restart, and with it the addresses of dead ranks: another name for
         # each attempt, which the torchruns of several machines would count differently
         env = os.environ
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            if env["GROUP_WORLD_SIZE"] != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
-                raise UserError(
-                    "--max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
-                    "environment of torchrun, and --rdzv_backend=c10d"
-                )
+        shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if shared and env["GROUP_WORLD_SIZE"] != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            raise UserError(
+                "--max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                "environment of torchrun, and --rdzv_backend=c10d"
+            )
+        store, rank, world = next(dist.rendezvous("env://"))
+        if shared:
             store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
         on_gpu = torch.cuda.is_available() and str(device).split(":")[0] in ("auto", "cuda")
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
