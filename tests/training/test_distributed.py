@@ -104,8 +104,11 @@ def test_ddp_keeps_its_gradients_in_its_buckets(data, tmp_path):
 
 def two_agents(tmp_path, argv):
     """The exit statuses and errors of two torchruns with a rank each, as on two machines, in which a rank of
-    either is killed once."""
+    either is killed once. The other then waits until its torchrun ends it, as in NCCL: that restart is not
+    counted."""
     code = """
+    import signal, time
+    os._exit = lambda status: signal.signal(signal.SIGTERM, signal.SIG_DFL) and time.sleep(99)
     def dying(run):
         agent = os.environ["AGENT"]
         if run.state.step == {"0": 5, "1": 9}[agent] and not os.path.exists(agent):
