@@ -93,7 +93,7 @@ def training(p, shape):
     if shape == "large18":  # as config/inheritune_gpt2_large.py: of a model with 50,257 rows
         how |= {"init_from": random_model(p, "large", 50257), "inherit_layers": sizes["n_layer"]}
     for micro in (8, 4, 2, 1):
-        how |= {"batch_size": micro, "batch_tokens": 4 * micro * T, "eval_tokens": (2 * micro + 1) * T}
+        how |= {"batch_size": micro, "batch_tokens": 4 * micro * T, "eval_tokens": micro * T}
         if (estimate := dry_run(p, **how)) < 0.85 * p.memory:
             break
     ours = measured(p, **how, save=shape == "gpt2")
@@ -137,9 +137,8 @@ def two(p):
     yield row("loss off one rank's", abs(both[-1] - alone[-1]), "nats", "<= 0.02")
     argv, began = train_command(p, "oom", "gloo,oom", 2, device=device), time.perf_counter()
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
-    spent = time.perf_counter() - began
     said = done.returncode != 0 and "rank 1" in done.stderr and "allocate" in done.stderr
-    yield row("out of memory on rank 1: all ranks end after", spent, "s", "<= 120")
+    yield row("out of memory on rank 1: all ranks end after", time.perf_counter() - began, "s", "<= 120")
     yield row("out of memory on rank 1: it says so", said, "", ">= 1")
 
 
@@ -152,12 +151,11 @@ def resume(p):
         time.sleep(0.01)
     killed.kill()
     yield row("killed while it trained", killed.wait() == -signal.SIGKILL, "", ">= 1")
-    resumed, scores = train(p, "killed", **how)[0], p.path("scores.json")
+    resumed = train(p, "killed", **how)[0]
     yield row("loss off that of a run without a kill", abs(resumed[-1] - whole[-1]), "nats", "<= 0.02")
-    paths = {"ckpt": p.path("killed/latest"), "data": p.path("bytes"), "out": scores}
+    paths = {"ckpt": p.path("killed/latest"), "data": p.path("bytes"), "out": p.path("scores.json")}
     command("score.py", *flags(**paths, device=p.device))
-    with open(scores) as f:
-        scored = json.load(f)["loss"]["loss"]
+    scored = p.json("scores.json")["loss"]["loss"]
     yield row("loss by score.py off train.py's", abs(scored - resumed[-1]), "nats", "<= 0.02")
 
 
@@ -184,11 +182,10 @@ def analysis(p):
     """analyze.py on the GPU against the CPU."""
     found, how = {}, {"ckpt": random_model(p, "gpt2"), "data": p.path("ids"), "sequences": 4}
     for name, device in {"CPU": "cpu", "GPU": p.device}.items():
-        out, began = p.path(f"analysis-{name}"), time.perf_counter()
-        command("analyze.py", *flags(**how, device=device, out=out, skip_sequences=2))
+        began = time.perf_counter()
+        command("analyze.py", *flags(**how, device=device, out=p.path(name), skip_sequences=2))
         yield row(f"seconds on the {name}", time.perf_counter() - began, "s")
-        with open(os.path.join(out, "analysis.json")) as f:
-            found[name] = json.load(f)
+        found[name] = p.json(name, "analysis.json")
     for key in ("max_rank", "avg_mass", "loss_without"):
         here, there = (statistics.mean(found[name]["layers"][key]) for name in ("GPU", "CPU"))
         yield row(f"{key} off the CPU's", abs(here / there - 1), "ratio", "<= 0.01")
@@ -196,19 +193,17 @@ def analysis(p):
 
 def demo(p):
     """The recipe of `make demo`, and a sample from its model."""
-    out = p.path("demo")
     how = {"max_iters": 20, "eval_interval": 10, "control": False} if p.toy else {}
-    how |= {"dataset": p.path("bytes"), "out_dir": out, "device": p.device}
+    how |= {"dataset": p.path("bytes"), "out_dir": p.path("demo"), "device": p.device}
     command("grow.py", "config/demo.py", *flags(**how))
-    with open(os.path.join(out, "results.json")) as f:
-        for run in json.load(f)["runs"]:
-            yield row(f"{run['arm']}, {run['n_layer']} blocks", run["val_loss"], "nats", p.speed("<= 3"))
-    text = command("sample.py", f"--ckpt={out}/final", "--max_new_tokens=200", f"--device={p.device}")
+    for run in p.json("demo", "results.json")["runs"]:
+        yield row(f"{run['arm']}, {run['n_layer']} blocks", run["val_loss"], "nats", p.speed("<= 3"))
+    text = command("sample.py", *flags(ckpt=p.path("demo/final"), max_new_tokens=200, device=p.device))
     yield row("a sample's characters", len(text), "", ">= 50")
 
 
-STEPS = dict(peak=60, losses=240, graphs=240, gpt2=180, large18=240, medium=240, large=300, xl=360)  # seconds
-STEPS |= dict(variants=300, two=150, resume=150, sampling=60, analysis=120, demo=400)
+STEPS = dict(peak=60, losses=300, graphs=300, gpt2=180, large18=240, xl=420, two=150, resume=200)  # seconds
+STEPS |= dict(sampling=60, analysis=120, variants=300, large=300, medium=240, demo=400)
 VITAL = ("peak", "losses")  # without these the others mean nothing
 
 
@@ -223,16 +218,17 @@ def answer(name, place):
 def main():
     """Run the steps in order."""
     parser = argparse.ArgumentParser(description="Measure what only a GPU can show.")
-    parser.add_argument("steps", nargs="*", help=f"{', '.join(STEPS)}; default: all")
+    parser.add_argument("steps", nargs="*", help="default: all, in their order")
     parser.add_argument("--toy", metavar="OUT", help="on the CPU; the results go into this folder")
     args = parser.parse_args()
-    assert set(args.steps) <= set(STEPS), f"the steps are {', '.join(STEPS)}"
-    os.environ.setdefault(*("OMP_NUM_THREADS", "1") if args.toy else ("CUDA_VISIBLE_DEVICES", "0"))
+    if unknown := set(args.steps) - set(STEPS):
+        parser.error(f"no step {', '.join(unknown)}: there are {', '.join(STEPS)}")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if args.toy else {}
     facts, memory = gpu_runs.machine()
     if not (memory or args.toy):
         sys.exit(f"gpu.py: torch {facts['torch']} sees no CUDA GPU: nothing to measure here")
     out, began, missed = args.toy or os.path.join(ROOT, "results"), time.perf_counter(), []
-    os.makedirs(out, exist_ok=True)
     table = os.path.join(out, "gpu.csv")
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

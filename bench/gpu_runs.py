@@ -24,7 +24,7 @@ from inheritune.weights import gpt2_format
 SHAPES = {"gpt2": (12, 12, 768), "large18": (18, 20, 1280), "medium": (24, 16, 1024)}
 SHAPES |= {"large": (36, 20, 1280), "xl": (48, 25, 1600)}  # layers, heads, width
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8, "batch_tokens": 4096}
-SMALL |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 60, "eval_interval": 20}
+SMALL |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 40, "eval_interval": 20}
 SMALL |= {"eval_tokens": 18 * 256, "log_interval": 5}  # the last group of validation windows is not full
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "batch_tokens": 256}
 TINY |= {"eval_tokens": 18 * 32, "threads": 1}
@@ -49,6 +49,10 @@ class Place:
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
+
+    def json(self, *names):
+        with open(self.path(*names)) as f:
+            return json.load(f)
 
     def sizes(self, shape):
         layers, heads, width = (2, 2, 32) if self.toy else SHAPES[shape]
@@ -137,10 +141,9 @@ def run_step(script, name, p, limit):
     seconds; the last row says how long it took, or why it failed."""
     began, output = time.perf_counter(), p.path(f"{name}.txt")
     argv = [sys.executable, script, "--step", name, json.dumps(dataclasses.asdict(p))]
+    how = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
     with open(output, "w") as log:
-        process = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-        )
+        process = subprocess.Popen(argv, stderr=log, **how)
 
     def end(number):
         with contextlib.suppress(ProcessLookupError):
@@ -160,8 +163,10 @@ def run_step(script, name, p, limit):
     rows.append(row("the step took", spent, "s"))
     if status:
         with open(output) as f:
-            said = (f.read().strip() or f"status {status}").splitlines()[-1]
-        rows[-1]["verdict"] = f"failed: not done after {limit:.0f} s" if spent > limit else f"failed: {said}"
+            said = (f.read().strip() or f"status {status}").splitlines()[-40:]
+        print(*said, sep="\n", file=sys.stderr)
+        why = f"not done after {limit:.0f} s" if spent > limit else said[-1].replace("|", "/")
+        rows[-1]["verdict"] = f"failed: {why}"
     return [r | {"name": f"{name}: {r['name']}"} for r in rows]
 
 
@@ -204,12 +209,8 @@ def write_report(path, rows, facts):
     rows = [r for r in rows if all(r[key] == value for key, value in facts.items())]
     missed = [r for r in rows if r["verdict"] not in ("", "reached")]
     about = ", ".join(f"{key} {value}" for key, value in facts.items())
-    lines = [
-        f"# One GPU: {facts['card']}",
-        "",
-        f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.",
-        "",
-    ]
+    lines = [f"# One GPU: {facts['card']}", ""]
+    lines += [f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.", ""]
     lines += [f"{len(missed)} of {len(rows)} rows are not as they should be.", ""]
     lines += ["| measured | value | bar | |", "|---|--:|--:|---|"]
     lines += [f"| {r['name']} | {r['value']} {r['unit']} | {r['bar']} | {r['verdict']} |" for r in rows]

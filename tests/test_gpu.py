@@ -13,7 +13,7 @@ import pytest
 from tests.tiny import ROOT, arguments
 
 LACKING = ("datasets", "pyarrow", "requests", "pandas", "zstandard")
-STEPS = "peak losses graphs gpt2 large18 medium large xl variants two resume sampling analysis demo"
+STEPS = "peak losses graphs gpt2 large18 xl two resume sampling analysis variants large medium demo"
 
 
 def run(tmp_path, *argv):
