@@ -121,7 +121,8 @@ def table(found: dict) -> str:
             f"loss of the whole model on {found['loss_sequences']} of the windows: {found['loss']:.4f}"
         )
     lines.append(
-        f"inherit --layers auto would take {found['suggestion']['layers']}: {found['suggestion']['reason']}"
+        f"inherit.py --layers auto takes blocks {', '.join(map(str, found['suggestion']['blocks']))}: "
+        f"{found['suggestion']['reason']}"
     )
     return "\n".join(lines)
 

@@ -28,8 +28,11 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
     add("--out", required=True, help="folder to create")
-    add("--layers", help="how many blocks, or auto: as many as are not lazy (needs --data)")
-    add("--data", help="data folder on whose validation split --layers auto looks at the attention")
+    add(
+        "--layers",
+        help="how many blocks, or auto: the half that changes most (needs --data)",
+    )
+    add("--data", help="data folder on whose validation split --layers auto measures the blocks")
     add("--blocks", help="keep these blocks instead, e.g. 0-11,23")
     add("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
     add("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
@@ -59,8 +62,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if (args.layers == "auto") != (args.data is not None):
         raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
-    if args.layers == "auto" and args.recipe in ("stack", "half_width"):
-        raise UserError(f"{args.recipe} leaves nothing to choose: leave out --layers auto")
+    if args.layers == "auto" and (args.recipe != "first" or args.onto):
+        raise UserError("--layers auto chooses the blocks: leave out --recipe and --onto")
     if args.layers not in (None, "auto") and not (args.layers.isdecimal() and int(args.layers)):
         raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
 
@@ -101,13 +104,14 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     check(args)
     folder = checkpoint.find(args.ckpt)
-    if args.layers == "auto":
-        layers, reason = choose_for(folder, args.data)
-        print(f"{layers} blocks: {reason}", flush=True)
-        notes = {"layers_auto": reason}
-    else:
-        layers, notes = int(args.layers) if args.layers else None, {}
     blocks = parse_blocks(args.blocks) if args.blocks else None
+    layers, notes = None, {}
+    if args.layers == "auto":
+        blocks, reason = choose_for(folder, args.data)
+        print(f"blocks {', '.join(map(str, blocks))}: {reason}", flush=True)
+        notes = {"layers_auto": reason}
+    elif args.layers:
+        layers = int(args.layers)
     if is_other(folder):
         check_other(args, folder)
         made = cut_model(folder, args.out, lambda n: blocks or choose_blocks(args.recipe, n, layers), **notes)

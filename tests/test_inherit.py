@@ -76,6 +76,17 @@ def test_block_1_is_not_block_10():
     }
 
 
+def test_parts_of_named_blocks(reference, tmp_path):
+    folder, model = reference
+    inherit.main(["--ckpt", folder, "--blocks", "3,1", "--parts", "attn", "--out", str(tmp_path / "sub")])
+    small = GPT.from_pretrained(str(tmp_path / "sub"))
+    for mine, number in zip(small.transformer.h, (3, 1), strict=True):
+        theirs = model.transformer.h[number]
+        assert torch.equal(mine.attn.c_attn.weight, theirs.attn.c_attn.weight)
+        assert not torch.equal(mine.mlp.c_fc.weight, theirs.mlp.c_fc.weight)
+    assert checkpoint.read_lineage(str(tmp_path / "sub"))["parts"] == "attn"
+
+
 @pytest.mark.parametrize("how", [["--layers", "4"], ["--blocks", "0-3"]])
 def test_all_blocks_are_the_reference_exactly(reference, tmp_path, how):
     folder, model = reference
@@ -263,43 +274,25 @@ def test_parse_blocks(text, blocks):
             parse_blocks(text)
 
 
-def attend_to_the_first(model, blocks):
-    """Make all heads of these blocks look at position 0 alone."""
-    c = model.config
-    with torch.no_grad():
-        model.transformer.wpe.weight[0, 0] = 100  # which position 0 is known by, also behind a LayerNorm
-        for i in blocks:
-            h = model.transformer.h[i]
-            h.ln_1.weight.fill_(1)
-            h.attn.c_attn.weight[: 2 * c.n_embd] = 0
-            h.attn.c_attn.bias[: c.n_embd] = 10  # every query is the same
-            h.attn.c_attn.weight[c.n_embd : 2 * c.n_embd, 0] = 10
-
-
-@pytest.mark.parametrize(
-    "lazy, k, why", [((2, 3), 2, "all 2 layers"), ((1,), 2, "half of 4"), ((1, 3), 3, "all 1 ")]
-)
-def test_layers_auto_takes_what_is_not_lazy(tmp_path, capsys, lazy, k, why):
+def test_layers_auto_takes_the_blocks_that_change_most(tmp_path, capsys):
     model = tiny_model(n_layer=4, block_size=100)
-    attend_to_the_first(model, lazy)
+    with torch.no_grad():
+        for i in (0, 2):  # these hardly change what passes through them
+            for linear in (model.transformer.h[i].attn.c_proj, model.transformer.h[i].mlp.c_proj):
+                linear.weight.mul_(1e-3)
+                linear.bias.zero_()
     (tmp_path / "ref").mkdir()
     write_model(tmp_path / "ref", model)
     data = write_data(tmp_path / "data", val=600)
-    flags = [
-        "--ckpt",
-        str(tmp_path / "ref"),
-        "--layers",
-        "auto",
-        "--data",
-        data,
-        "--out",
-        str(tmp_path / "small"),
-    ]
-    inherit.main(flags)
-    assert GPTConfig.from_folder(tmp_path / "small").n_layer == k
+    out = str(tmp_path / "small")
+    inherit.main(["--ckpt", str(tmp_path / "ref"), "--layers", "auto", "--data", data, "--out", out])
+    small = GPT.from_pretrained(out)
+    assert len(small.transformer.h) == 2
+    for mine, source in zip(small.transformer.h, (1, 3), strict=True):
+        assert torch.equal(mine.attn.c_attn.weight, model.transformer.h[source].attn.c_attn.weight)
     with open(tmp_path / "small/lineage.json") as f:
         reason = json.load(f)["layers_auto"]
-    assert why in reason and f"{k} blocks: {reason}" in capsys.readouterr().out
+    assert f"blocks 1, 3: {reason}" in capsys.readouterr().out
 
 
 def test_layers_auto_refusals(reference, tmp_path):
@@ -309,7 +302,8 @@ def test_layers_auto_refusals(reference, tmp_path):
     assert "--layers auto and --data FOLDER go together" in answer("--layers", "auto")
     assert "--layers auto and --data FOLDER go together" in answer("--layers", "2", "--data", "x")
     assert "no data folder 'x'" in answer("--layers", "auto", "--data", "x")
-    assert "nothing to choose" in answer("--layers", "auto", "--data", "x", "--recipe", "half_width")
+    for flags in (("--recipe", "half_width"), ("--recipe", "last"), ("--onto", reference[0])):
+        assert "auto chooses the blocks" in answer("--layers", "auto", "--data", "x", *flags)
     assert not (tmp_path / "small").exists()
 
 

@@ -59,7 +59,7 @@ def make_checkpoint(
     """Make a new checkpoint folder `out` out of the checkpoint folder `source`; says in a text what it is.
 
     With `blocks` it has those blocks; with `onto`, a checkpoint folder, that model's blocks and then the
-    source's up to `layers`; otherwise `layers` blocks by the Recipe that `how` has the fields of.
+    source's up to `layers`; otherwise `layers` blocks by the recipe. how: fields of a Recipe.
     `tokenizer_files` are for a source that has none. notes: kept in lineage.json.
     """
     weights, config = open_model(source)
@@ -68,13 +68,10 @@ def make_checkpoint(
         small, small_config = open_model(onto)
         state, new_config = grow_onto(small, small_config, weights, config, layers)
         lineage = new_lineage(source, list(range(layers)), onto, small_config["n_layer"], **notes)
-    elif blocks:
-        state, new_config = inherit(weights, config, blocks)
-        lineage = new_lineage(source, blocks)
     else:
-        how = Recipe(**how)
-        state, new_config, blocks = initialise(weights, config, new_model, layers or config["n_layer"], how)
-        lineage = new_lineage(source, blocks, **vars(how), **notes)
+        made = initialise(weights, config, new_model, layers or config["n_layer"], Recipe(**how), blocks)
+        state, new_config, blocks = made
+        lineage = new_lineage(source, blocks, **how, **notes)
     theirs = read_json(os.path.join(source, CONFIG))
     content = config_json(new_config) | {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
     size = write_inherited(source, out, state, content, tokenizer_files, lineage)
@@ -96,13 +93,13 @@ def write_inherited(source: str, out: str, state: Mapping, config: dict, files: 
     return f"{sum(math.prod(t.shape) for t in state.values()):,} values"
 
 
-def initialise(state: Mapping, config: dict, new_model: Model, k: int, how: Recipe) -> tuple:
-    """(state, config, blocks) of a new model with k blocks made out of the given one. What is not taken of it
-    is random. blocks: the source block of each new one, [] for random."""
+def initialise(state: Mapping, config: dict, new_model: Model, k: int, how: Recipe, blocks=None) -> tuple:
+    """(state, config, blocks) of a model with k blocks, or with these `blocks`, made out of the given one.
+    What is not taken of it is random. blocks: the source block of each new one, [] for random."""
     if how.recipe == "random":
         small = config | {"n_layer": k}
         return random_state(small, new_model, how.seed), small, []
-    blocks = choose_blocks(how.recipe, config["n_layer"], k)
+    blocks = blocks or choose_blocks(how.recipe, config["n_layer"], k)
     state, small = inherit(state, config, blocks)
     if how.recipe == "half_width":
         state, small = halve(state, small)

@@ -155,20 +155,17 @@ def test_skip_losses_are_those_of_models_without_the_block():
 
 
 @pytest.mark.parametrize(
-    "ranks, k",
+    "influence, blocks, most",
     [
-        ([5, 8, 3, 1, 1], 3),
-        ([5, 8, 3, 1.5, 1, 1.9], 3),
-        ([5, 1, 1, 6, 1], 4),  # a lone lazy layer in front does not count
-        ([5, 8, 3, 2], 2),  # the last one is not lazy: half
-        ([4, 3, 2.5, 2, 2], 2),
-        ([1, 1, 1], 1),
-        ([7], 1),
+        ([0.9, 0.1, 0.2, 0.3], [0, 3], "more than 0.200"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], [3, 4], "more than 0.300"),
+        ([0.2, 0.2, 0.2, 0.2], [0, 1], "0.200"),  # as deep as any other: the first ones
+        ([0.7], [0], "of 1 blocks"),
     ],
 )
-def test_choice_of_layers(ranks, k):
-    chosen, reason = attention_metrics.choose_layers(ranks)
-    assert chosen == k and ("half" in reason) == (ranks[-1] >= 2)
+def test_choice_of_blocks(influence, blocks, most):
+    chosen, reason = attention_metrics.choose_by_influence(influence)
+    assert chosen == blocks and most in reason
 
 
 def test_groups():
