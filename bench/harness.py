@@ -5,16 +5,17 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
+
+import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 CSV = os.path.join(ROOT, "results", "bench.csv")
-COLUMNS = ("date", "cpu", "name", "value", "unit", "bar", "verdict")
+COLUMNS = ("date", "cpu", "name", "value", "least", "most", "unit", "bar", "verdict")
 
 
 def seconds(work):
@@ -25,8 +26,9 @@ def seconds(work):
 
 
 def interleaved(works, rounds=5, prepare=None):
-    """{name: median seconds} of {name: function}: each once to warm up, then `rounds` times in turn, so that
-    whatever else the machine does falls on all of them. `prepare(name)` runs before each, untimed."""
+    """{name: array of seconds (rounds,)} of {name: function}: each once to warm up, then `rounds` times in
+    turn, so that whatever else the machine does falls on all of them. `prepare(name)` runs before each,
+    untimed."""
     times = {name: [] for name in works}
     for r in range(rounds + 1):
         for name, work in works.items():
@@ -35,7 +37,7 @@ def interleaved(works, rounds=5, prepare=None):
             spent = seconds(work)
             if r:
                 times[name].append(spent)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: np.array(t) for name, t in times.items()}
 
 
 def events(work):
@@ -75,14 +77,19 @@ def cpu_name():
 
 
 def row(name, value, unit, bar=""):
-    """One result; bar is "<= 0.88", ">= 2" or "" for a number that is only told."""
-    verdict = ""
+    """One result: a number, or an array with one of each round, whose median counts, with its minimum and
+    maximum; bar is "<= 0.88", ">= 2" or "" for a number that is only told."""
+    values, verdict = np.atleast_1d(value), ""
+    value, least, most = (f"{measure(values):.4g}" for measure in (np.median, np.min, np.max))
+    if len(values) == 1:
+        least = most = ""
     if bar:
         sign, limit = bar.split()
-        reached = value <= float(limit) if sign == "<=" else value >= float(limit)
+        reached = float(value) <= float(limit) if sign == "<=" else float(value) >= float(limit)
         verdict = "reached" if reached else "not reached"
     today = datetime.date.today().isoformat()
-    return dict(zip(COLUMNS, (today, cpu_name(), name, f"{value:.4g}", unit, bar, verdict), strict=True))
+    found = (today, cpu_name(), name, value, least, most, unit, bar, verdict)
+    return dict(zip(COLUMNS, found, strict=True))
 
 
 def read(path=CSV):
@@ -97,14 +104,15 @@ def show(rows):
     """Print rows as a table."""
     wide = max(len(r["name"]) for r in rows)
     for r in rows:
-        print(f"{r['name']:{wide}}  {r['value']:>9} {r['unit']:12} {r['bar']:>9}  {r['verdict']}")
+        spread = f"{r['least']} to {r['most']}" if r["least"] else ""
+        print(f"{r['name']:{wide}}  {r['value']:>9} {r['unit']:9} {spread:20} {r['bar']:>9}  {r['verdict']}")
 
 
 def report(rows, path=CSV):
-    """Print rows, and put them into a CSV file in place of those of the same names."""
+    """Print rows, and put them into a CSV file in place of those of the same name and processor."""
     show(rows)
-    new = {r["name"]: r for r in rows}
-    kept = [new.pop(r["name"], r) for r in read(path)]
+    new = {(r["cpu"], r["name"]): r for r in rows}
+    kept = [new.pop((r["cpu"], r["name"]), r) for r in read(path)]
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -113,11 +121,12 @@ def report(rows, path=CSV):
 
 def markdown(rows):
     """Print those of the rows that have a bar as the table in results/speed.md."""
-    print("| measured | value | bar | |\n|---|--:|--:|---|")
+    print("| measured | median | least to most | bar | |\n|---|--:|--:|--:|---|")
     for r in rows:
         if r["bar"]:
             unit = r["unit"].replace("ratio", "")
-            print(f"| {r['name']} | {r['value']} {unit} | {r['bar']} | {r['verdict']} |")
+            spread = f"{r['least']} to {r['most']}" if r["least"] else ""
+            print(f"| {r['name']} | {r['value']} {unit} | {spread} | {r['bar']} | {r['verdict']} |")
 
 
 if __name__ == "__main__":

@@ -48,16 +48,19 @@ def counted():
 
 
 def alone():
+    """Training as a rank of a world of one."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     train.place = lambda: (0, One(1), 0)
 
 
 def gloo():
+    """Ranks that meet with gloo, also on GPUs."""
     join = dist.init_process_group
     dist.init_process_group = lambda backend, **how: join("gloo", **how)
 
 
 def oom():
+    """Training that runs out of memory in a step."""
     step = train.train_step
 
     def fail(run):

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -77,7 +76,7 @@ def write_parquet(path, documents, megabytes):
 
 
 def speed(documents, folder):
-    """Rows of tokens/s and their ratios: medians of ROUNDS after one to warm up, in turn."""
+    """Rows of tokens/s and their ratios: ROUNDS after one to warm up, in turn."""
     large, small = (os.path.join(folder, f"{name}.parquet") for name in ("large", "small"))
     write_parquet(large, documents, 150)
     write_parquet(small, documents, 40)
@@ -87,7 +86,7 @@ def speed(documents, folder):
         with tempfile.TemporaryDirectory(dir=folder) as cache:
             mapped = in_own_process("preparation.py", small, cache)
         rates.append({"ours": ours(large, folder), "bare": bare(texts), **mapped})
-    rate = {name: statistics.median(r[name] for r in rates[1:]) for name in rates[0]}
+    rate = {name: np.array([r[name] for r in rates[1:]]) for name in rates[0]}
     ratio = {name: rate["ours"] / rate[name] for name in rate}
     return [
         row("preparation, 2 threads, whole run", rate["ours"] / 1e6, "Mtokens/s"),
@@ -138,6 +137,7 @@ def map_and_concatenate(source, out):
     mapping = time.perf_counter() - began
 
     def write(name, batches):
+        """Put the ids of all batches into a bin, one behind the other."""
         bins = np.memmap(os.path.join(out, name), np.uint16, "w+", shape=(total,))
         at = 0
         for batch in batches:

@@ -6,7 +6,6 @@ python bench/saving.py        # on an otherwise idle machine; two minutes, 4.5 G
 
 import os
 import shutil
-import statistics
 import tempfile
 
 import harness  # first: it finds the other files
@@ -70,7 +69,7 @@ def main():
         works = {"blocked": lambda: train.save(run), "plain": lambda: plainly(run)}
         times = harness.interleaved(works, prepare=prepare)
         prepare("")
-        alone = statistics.median(harness.seconds(lambda: train.train_step(run)) for _ in range(7))
+        alone = np.median([harness.seconds(lambda: train.train_step(run)) for _ in range(7)])
         beside = steps_while_writing(run)
         train.settle(run)
         copied = sum(t.nbytes for t in run.saver.copies.values()) / 1e6
@@ -81,12 +80,12 @@ def main():
     harness.report(
         [
             row(f"{name}: training blocked, of a synchronous save", blocked, "ratio", BAR),
-            row(f"{name}: the same for a run's first save", first / times["plain"], "ratio"),
+            row(f"{name}: the same for a run's first save", first / np.median(times["plain"]), "ratio"),
             row(f"{name}: synchronous", times["plain"], "s"),
             row(f"{name}: blocked", times["blocked"], "s"),
             row(f"{name}: memory of the copy", copied, "MB"),
             row(f"{name}: until written, beside steps", sum(beside), "s"),
-            row(f"{name}: a step meanwhile, of one alone", statistics.mean(beside) / alone, "ratio"),
+            row(f"{name}: a step meanwhile, of one alone", np.array(beside) / alone, "ratio"),
         ]
     )
 

@@ -103,6 +103,7 @@ def contend(sizes, name, folder, root):
         return found
 
     def serve(**works):
+        """Do what each line on stdin names, so many times; answer with a line of JSON."""
         for line in sys.stdin:
             what, times = line.split()
             began = time.perf_counter()
@@ -154,7 +155,7 @@ def contend(sizes, name, folder, root):
 
 
 def measure(contenders, prepare=lambda: None):
-    """({name: [seconds of each round]}, {name: MB}): two steps each for memory and to warm up, then in
+    """({name: seconds (ROUNDS,)}, {name: MB}): two steps each for memory and to warm up, then in
     turn."""
     memory = {}
     for name, contender in contenders.items():
@@ -166,7 +167,7 @@ def measure(contenders, prepare=lambda: None):
         prepare()
         for name, contender in contenders.items():
             times[name].append(contender.seconds())
-    return times, memory
+    return {name: np.array(t) for name, t in times.items()}, memory
 
 
 def matrix_peak():
@@ -185,12 +186,8 @@ def against(shape, other, folder):
     times, memory = measure(contenders)
     rows = []
     for name, bars in {"none": ("<= 1.03", ""), "cheap": ("", "<= 1.05"), "full": ("", "")}.items():
-        shares = [a / b for a, b in zip(times[name], times["other"], strict=True)]
-        label = f"step {shape}, {name}: time / other"
         rows += [
-            row(label, statistics.median(shares), "ratio", bars[0]),
-            row(f"{label}, least", min(shares), "ratio"),
-            row(f"{label}, most", max(shares), "ratio"),
+            row(f"step {shape}, {name}: time / other", times[name] / times["other"], "ratio", bars[0]),
             row(f"step {shape}, {name}: memory / other", memory[name] / memory["other"], "ratio", bars[1]),
         ]
     harness.show(rows)
@@ -206,13 +203,12 @@ def main(shape, folder):
     sizes, bars, gemm = SHAPES[shape], BARS[shape], []
     names = [*OURS, "plain", *(["transformers"] if shape == "small" else [])]
     contenders = {name: Contender(SHAPES[shape], name, folder) for name in names}
-    times, memory = measure(contenders, prepare=lambda: gemm.append(matrix_peak()))
-    evaluation = statistics.median(contenders["none"].seconds("evaluate") for _ in range(ROUNDS))
+    time, memory = measure(contenders, prepare=lambda: gemm.append(matrix_peak()))
+    evaluation = np.array([contenders["none"].seconds("evaluate") for _ in range(ROUNDS)])
     for contender in contenders.values():
         contender.close()
 
-    time = {name: statistics.median(t) for name, t in times.items()}
-    peak = statistics.median(gemm)
+    peak = np.array(gemm)
     config = GPTConfig(bias=False, **{k: v for k, v in sizes.items() if k != "batch_size"})
     share = 100 * costs(config)[1] * sizes["batch_size"] * config.block_size / peak
     rows = [row(f"step {shape}: time", time["none"], "s")]
