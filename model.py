@@ -1,7 +1,8 @@
 """GPT-2 in one file: the model, its initialisation, its loss, and sampling with a key-value cache.
 
-Reads like nanoGPT's model.py; what differs says why. Parameter names are those of Hugging Face's
-GPT2LMHeadModel (`transformer.h.0.attn.c_attn.weight` …), so checkpoints need no renaming.
+Reads like nanoGPT's model.py; what differs says why. The optimizer and the FLOPs live in inheritune/training,
+checks of a config in weights/gpt2_format.py. Parameter names are those of Hugging Face's GPT2LMHeadModel
+(`transformer.h.0.attn.c_attn.weight` …), so checkpoints need no renaming.
 """
 
 import math
@@ -18,8 +19,8 @@ from inheritune.base.errors import UserError
 from inheritune.weights.checkpoint import find
 from inheritune.weights.gpt2_format import fill, open_model, read_config
 
-LOSS_ROWS = 512  # rows of logits that exist at a time while the fp32 loss is computed
-CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # else (torch before 2.13) they exist all at once
+LOSS_ROWS = 512  # rows of logits in one chunk of the fp32 loss
+CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
 GREEDY = 1e-6  # temperatures below this take the likeliest id: fp32 logits divided by them could overflow
 
 
@@ -78,7 +79,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # with a cache, T > 1 happens only when it was empty, and a single query may look at every key
+        # T > 1: the cache, if any, was empty (GPT.hidden checks); a single query attends to every key
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1, scale=self.scale
         )  # (B, nh, T, hs)
@@ -86,8 +87,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def probabilities(self, x):
-        """Attention matrices (B, nh, T, T) of x (B, T, C), which `forward` never stores; for analyze.py:
-        no cache, no dropout."""
+        """Attention matrices (B, nh, T, T) of x (B, T, C), without cache or dropout, for analyze.py."""
         q, k, _ = self.heads(x)
         future = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
         return (q @ k.mT * self.scale).masked_fill(future, -math.inf).softmax(dim=-1)
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), and 1/sqrt(2 n_layer) of that where a block adds to the residual stream."""
+        """GPT-2's: std 0.02, divided by sqrt(2 n_layer) in layers that write to the residual stream."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -162,12 +162,12 @@ class GPT(nn.Module):
         folder = find(name_or_folder)
         weights, config = open_model(folder)
         model = cls.empty(GPTConfig(**config))
-        fill(dict(model.named_parameters()), weights, folder)
+        fill(dict(model.named_parameters()), weights, folder)  # transposes what Hugging Face keeps transposed
         return model
 
     @classmethod
     def empty(cls, config: GPTConfig) -> "GPT":
-        """A model whose weights are to be filled in: random ones take half a minute in XL's size."""
+        """A model with unset weights, to be filled: random init of XL takes half a minute."""
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
@@ -184,8 +184,8 @@ class GPT(nn.Module):
         return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
 
     def run_block(self, block, x):
-        """block(x). For the backward pass it keeps everything ("none"), matrix products and attention
-        ("cheap", which computes norms and GELU again), or x alone ("full")."""
+        """block(x). To save memory the backward pass computes again: nothing ("none"), norms and GELU
+        ("cheap": see keep_products), or the block from x on ("full")."""
         if self.checkpoint_activations == "none" or not torch.is_grad_enabled():
             return block(x)
         if self.checkpoint_activations == "full":
@@ -196,12 +196,14 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """Final hidden states (B, T, C) of ids idx (B, T); with a cache, idx follows the ids read so far.
 
-        Raises ValueError when the context would outgrow block_size.
+        Raises ValueError when the context would outgrow block_size, or for T > 1 after other ids.
         """
         start = 0 if cache is None else cache.length
         T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size {self.config.block_size}")
+        if start and T > 1:
+            raise ValueError("a cache that holds tokens takes one more at a time")
         x = self.embed(idx, start)
         for block in self.transformer.h:
             x = self.run_block(block, x) if cache is None else block(x, cache)
@@ -214,26 +216,24 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        # Not in nanoGPT: in fp32 the loss and its gradient are computed LOSS_ROWS rows at a time: the logits
-        # never exist all at once. torch's function for it rounds the loss to 16 bits under autocast, and
-        # breaks a compiled graph.
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if plain or x.dtype != torch.float32 or not CHUNKED_LOSS:
+        # Not in nanoGPT: torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows, to save
+        # memory. Under autocast that function rounds the loss to 16 bits, and it breaks a compiled graph.
+        whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        if whole or x.dtype != torch.float32 or not CHUNKED_LOSS:
             return F.cross_entropy(self.lm_head(x).flatten(0, 1).float(), targets.flatten())
         how = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS, acc_policy="compact")
         return F.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), options=how)
 
     @torch.inference_mode()
     def generate(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, cached=True
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
     ) -> Iterator[torch.Tensor]:
         """Continue each row of ids idx (B, T), T ≥ 1; yield the next ids (B,), on the CPU, step after step.
 
         temperature 0 takes the likeliest id; top_k and top_p (0 < p ≤ 1) narrow the choice; `generator` is on
-        the CPU. A row that has reached end-of-text yields that id from then on, and generation ends when all
-        rows have. When block_size is full the last block_size/2 tokens are read again: learned positions
-        leave no way to slide the cache. `cached=False` recomputes the context for each token and yields the
-        same ids.
+        the CPU. A row repeats end-of-text once it has drawn it; generation ends when every row has. When the
+        context is full, the last block_size/2 tokens are read anew: learned positions forbid sliding the
+        cache.
         """
         block_size, eot = self.config.block_size, self.config.eot
         wte = self.transformer.wte.weight
@@ -244,16 +244,16 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:
                 idx, cache = idx[:, -max(1, block_size // 2) :], None
-            if cache is not None:
-                x = self.hidden(idx[:, -1:], cache)
-            else:
-                cache = KVCache(self.config, idx.size(0), room, wte.device, wte.dtype) if cached else None
+            if cache is None:
+                cache = KVCache(self.config, idx.size(0), room, wte.device, wte.dtype)
                 x = self.hidden(idx, cache)
+            else:
+                x = self.hidden(idx[:, -1:], cache)
             logits = self.lm_head(x[:, -1]).float()[:, : self.config.n_vocab]  # (B, n_vocab)
             token = next_token(logits, temperature, top_k, top_p, generator)
             token = torch.where(done, eot, token)
             done |= token == eot
-            # next_token has waited for the device: not another time
+            # next_token has waited for the device: this copy need not
             idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
             yield token
             if done.all():
@@ -263,15 +263,15 @@ class GPT(nn.Module):
 def keep_products(ctx, op, *args, **kwargs):
     """The policy of "cheap": keep what matrix products and attention return, compute everything else again.
 
-    Not kept: the product that ends a block (4C → C), which nothing in the block needs; and attention with
-    dropout, because a block must draw all of its random numbers again or none.
+    It drops the last product (4C → C), which the block's backward pass does not use, and attention with
+    dropout: a block must draw all of its random numbers again or none.
     """
     aten = torch.ops.aten
     if op in (aten.mm.default, aten.addmm.default):
         n_in, n_out = args[-1].shape
         keep = n_in <= n_out
     else:
-        dropout = any(isinstance(a, float) and a > 0 for a in args)
+        dropout = any(isinstance(a, float) and a > 0 for a in args)  # dropout_p; other floats come by name
         keep = "scaled_dot_product" in op.name() and not dropout
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -283,10 +283,10 @@ class KVCache:
         shape = (config.n_layer, B, config.n_head, room, config.n_embd // config.n_head)
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, nh, room, hs)
         self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens read; GPT.hidden moves it on after the last block
+        self.length = 0  # tokens read; GPT.hidden adds to it after the last block
 
     def append(self, layer, k, v):
-        """Store k, v (B, nh, T, hs) of a block after the earlier ones; return all (B, nh, length+T, hs)."""
+        """Append a block's k, v (B, nh, T, hs); return all that it has (B, nh, length+T, hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -296,10 +296,10 @@ class KVCache:
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one id per row of logits (B, V), returned as (B,) int64 on the CPU. temperature 0 is argmax.
 
-    Raises UserError when the logits are not finite.
+    Raises UserError when the largest logit is not finite.
     """
     if temperature < GREEDY:
-        best, token = logits.max(dim=-1)  # not-a-number counts as the largest
+        best, token = logits.max(dim=-1)  # NaN counts as the largest
         token = torch.where(best.isfinite(), token, -1).cpu()
     else:
         logits = logits / temperature
@@ -309,14 +309,14 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         probs = logits.softmax(dim=-1)
         if top_p is not None and top_p < 1:
             ordered, ids = probs.sort(dim=-1, descending=True)
-            before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier ids: the likeliest always stays
+            before = ordered.cumsum(dim=-1) - ordered  # mass of likelier ids; 0 for the first, so it stays
             probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-        # on the CPU: the same draws on every device, and Apple GPUs have no float64; torch.multinomial, as in
-        # nanoGPT, would draw a random number for each id
-        below = probs.cpu().double().cumsum(dim=-1)  # (B, V)
-        point = torch.rand(len(probs), 1, generator=generator).double() * below[:, -1:]
-        token = torch.searchsorted(below, point, right=True)[:, 0]  # right: never an id of probability 0
-        token = torch.where(below[:, -1].isfinite(), token, -1)
+        # The CPU draws the same on every device, and has float64, unlike Apple GPUs: fp32 sums of 50,000 ids
+        # are too coarse. nanoGPT's torch.multinomial draws a random number for each id.
+        cdf = probs.cpu().double().cumsum(dim=-1)  # (B, V); ends at what top_p left of 1
+        u = torch.rand(len(probs), 1, generator=generator).double() * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True)[:, 0]  # right: never an id of probability 0
+        token = torch.where(cdf[:, -1].isfinite(), token, -1)
     if (token < 0).any():
         raise UserError("the model's weights, or its activations in this dtype, are not finite")
     return token

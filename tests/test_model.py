@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inheritune.weights import gpt2_format
-from model import CHUNKED_LOSS, GPT, GPTConfig, next_token, pad_vocab
+from model import CHUNKED_LOSS, GPT, GPTConfig, KVCache, next_token, pad_vocab
 from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
 
 SHAPES = {
@@ -247,12 +247,35 @@ def generate(model, idx, count, seed=0, **how):
     ids=["greedy", "t1", "k", "p"],
 )
 def test_cached_ids_are_the_uncached_ones_also_beyond_block_size(how, block_size):
-    model = tiny_model(block_size=block_size)
+    model = tiny_model(block_size=block_size, eot=300)  # nothing ends a text
     for T in (1, block_size, 2 * block_size + 1):
         idx = torch.randint(257, (3, T))
-        assert torch.equal(
-            generate(model, idx, 30, cached=True, **how), generate(model, idx, 30, cached=False, **how)
-        )
+        assert torch.equal(generate(model, idx, 30, **how), generate_uncached(model, idx, 30, **how))
+
+
+@torch.no_grad()
+def generate_uncached(model, idx, count, **how):
+    """The whole context read again for every token; half of it dropped when it is full."""
+    generator, ids = torch.Generator().manual_seed(0), []
+    context = idx[:, -model.config.block_size :]
+    for _ in range(count):
+        if context.size(1) > model.config.block_size:
+            context = context[:, -max(1, model.config.block_size // 2) :]
+        logits = model(context)[:, -1, : model.config.n_vocab]
+        ids.append(next_token(logits, generator=generator, **how))
+        context = torch.cat((context, ids[-1][:, None]), dim=1)
+    return torch.stack(ids, dim=1)
+
+
+def test_a_cache_that_holds_tokens_takes_one_at_a_time():
+    model = tiny_model(block_size=8)
+    cache = KVCache(model.config, 1, 8, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        model.hidden(torch.zeros(1, 3, dtype=torch.long), cache)
+        with pytest.raises(ValueError, match="one more at a time"):
+            model.hidden(torch.zeros(1, 2, dtype=torch.long), cache)
+        model.hidden(torch.zeros(1, 1, dtype=torch.long), cache)
+    assert cache.length == 4
 
 
 def test_the_cache_spares_reading_what_was_read(monkeypatch):
