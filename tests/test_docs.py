@@ -54,3 +54,30 @@ def test_readme_names_every_module_and_is_short():
     names = [p.name for p in root.glob("*.py")] + [p.stem for p in root.glob("inheritune/*/*.py")]
     assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
     assert len(text.splitlines()) < 200
+
+
+def rows(text):
+    """The cells of every row of the Markdown tables in a text."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_readmes_results_are_those_of_the_table():
+    """Every loss is the best over learning rates in results/mini/table.md; every difference stands there too."""
+    text = pathlib.Path(ROOT, "README.md").read_text("utf-8")
+    found = pathlib.Path(ROOT, "results/mini/table.md").read_text("utf-8")
+    titles, _, *table = rows(found)
+    losses = {}  # (arm, blocks, optimizer, steps): losses with their errors
+    for row in (dict(zip(titles, r, strict=False)) for r in table):
+        arm, *changes = row["arm"].removeprefix("– ").split(", ")
+        if all(re.match(r"lr |min_lr |\d+ steps|Muon", change) for change in changes):
+            key = (arm, row["blocks"], "Muon" in changes, row["steps"])
+            losses.setdefault(key, []).append(row["validation loss"])
+    section = re.search(r"## A real result\n.*?(?=\n## )", text, re.DOTALL)[0]
+    (_, *steps), _, *shown = rows(section)
+    for name, *cells in shown:
+        arm, blocks, *muon = name.split(", ")
+        for step, cell in zip(steps, cells, strict=False):
+            of_arm = losses.get((arm, blocks.removesuffix(" blocks"), bool(muon), step.removesuffix(" steps")))
+            assert cell == (min(of_arm) if of_arm else ""), (name, step)
+    for number in re.findall(r"[+−-]0\.\d{4}", section):
+        assert number.replace("−", "-") in found, number
