@@ -58,11 +58,12 @@ def test_readme_names_every_module_and_is_short():
 
 def rows(text):
     """The cells of every row of the Markdown tables in a text."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_readmes_results_are_those_of_the_table():
-    """Every loss is the best over learning rates in results/mini/table.md; every difference stands there too."""
+    """Losses are the best over learning rates in results/mini/table.md; differences stand there too."""
     text = pathlib.Path(ROOT, "README.md").read_text("utf-8")
     found = pathlib.Path(ROOT, "results/mini/table.md").read_text("utf-8")
     titles, _, *table = rows(found)
@@ -77,7 +78,8 @@ def test_readmes_results_are_those_of_the_table():
     for name, *cells in shown:
         arm, blocks, *muon = name.split(", ")
         for step, cell in zip(steps, cells, strict=False):
-            of_arm = losses.get((arm, blocks.removesuffix(" blocks"), bool(muon), step.removesuffix(" steps")))
+            key = (arm, blocks.removesuffix(" blocks"), bool(muon), step.removesuffix(" steps"))
+            of_arm = losses.get(key)
             assert cell == (min(of_arm) if of_arm else ""), (name, step)
     for number in re.findall(r"[+−-]0\.\d{4}", section):
         assert number.replace("−", "-") in found, number
