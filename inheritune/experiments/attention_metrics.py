@@ -122,14 +122,18 @@ def look(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None):
             steps = walk(model, part)
             _, x = next(steps)  # (B, T, C)
             norms[0] += x.norm(dim=-1).cpu().double().sum()
+            waiting = []  # attention matrices of some layers: few at a time would leave cores idle
             for i, (A, after) in enumerate(steps):
-                # attention matrices, some at a time
-                pieces = [
-                    measures(piece, taus, eta) for piece in A.flatten(0, 1).split(max(1, ELEMENTS // (T * T)))
-                ]
-                for name in pieces[0]:
-                    values = torch.cat([piece[name] for piece in pieces]).view(len(part), c.n_head)
-                    heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())[i] += values.sum(0) / N
+                waiting.append(A)
+                if i + 1 == c.n_layer or (len(waiting) + 1) * A.numel() > ELEMENTS:
+                    many = torch.stack(waiting) if waiting[1:] else A[None]  # (layers, B, nh, T, T)
+                    some = many.flatten(0, 2).split(max(1, ELEMENTS // (T * T)))
+                    pieces = [measures(piece, taus, eta) for piece in some]
+                    for name in pieces[0]:
+                        values = torch.cat([piece[name] for piece in pieces]).view(*many.shape[:3])
+                        sums = heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())
+                        sums[i + 1 - len(many) : i + 1] += values.sum(1) / N
+                    waiting = []
                 # the residual stream
                 before, x = x, after
                 influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
