@@ -7,10 +7,16 @@ arms = (
     "random@max_iters=500:1 random@max_iters=1000:3 "
     "inheritune@max_iters=500:1 inheritune@max_iters=1000:3 "
     "ends@max_iters=500:1 ends@max_iters=1000:3 "
+    # which blocks, learning rate, batch and distillation at the compute of 1,000 steps: one seed
+    "last@max_iters=1000:1 alternate@max_iters=1000:1 first_plus_last@max_iters=1000:1 "
+    "inheritune@max_iters=1000@learning_rate=3e-3@min_lr=3e-4:1 "
+    "inheritune@max_iters=1000@learning_rate=1.2e-2@min_lr=1.2e-3:1 "
+    "inheritune@max_iters=2000@batch_tokens=2048@batch_size=16:1 kd_inherit@max_iters=600:1 "
     "random@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
     "random@max_iters=1000@optimizer=muon@learning_rate=1.6e-2@min_lr=1.6e-3:1 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
+    "inheritune@max_iters=1000@optimizer=muon@learning_rate=1.6e-2@min_lr=1.6e-3:1 "
     "ends@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
     "ends@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3"
 )
