@@ -69,9 +69,9 @@ def make_checkpoint(
         state, new_config = grow_onto(small, small_config, weights, config, layers)
         lineage = new_lineage(source, list(range(layers)), onto, small_config["n_layer"], **notes)
     else:
-        made = initialise(weights, config, new_model, layers or config["n_layer"], Recipe(**how), blocks)
-        state, new_config, blocks = made
-        lineage = new_lineage(source, blocks, **how, **notes)
+        recipe, k = Recipe(**how), layers or config["n_layer"]
+        state, new_config, blocks = initialise(weights, config, new_model, k, recipe, blocks)
+        lineage = new_lineage(source, blocks, **vars(recipe), **notes)
     theirs = read_json(os.path.join(source, CONFIG))
     content = config_json(new_config) | {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
     size = write_inherited(source, out, state, content, tokenizer_files, lineage)
