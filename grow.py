@@ -43,8 +43,6 @@ def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -
     k = grow.k_start or config.n_layer // 2
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
-    if grow.growth == "onto" and grow.recipe != "first":
-        problems.append("growth=onto goes on from the reference's first blocks: leave out recipe")
     raise_all(problems)
     if "block_size" in given:
         config = dataclasses.replace(config, block_size=min(settings.block_size, config.block_size))
@@ -94,17 +92,12 @@ def rounds(c: Common, grow: GrowSettings, reference: str, target: float):
     k, previous = c.k, None
     while True:
         stage = Stage(c.of(f"inheritune_{k:02}", ""), dataclasses.replace(c.config, n_layer=k), c.flags)
-        start = {"ckpt": reference, "layers": k}
         if previous and grow.growth == "onto":
-            start["onto"] = checkpoint.find(previous, prefer="latest")
-        else:
-            start["recipe"] = grow.recipe
-        if start.get("recipe") == "first":  # train.py does it alone
+            start = {"ckpt": reference, "layers": k, "onto": checkpoint.find(previous, prefer="latest")}
+            stage = dataclasses.replace(stage, start=start, start_folder=c.of(f"start_{k:02}", ""))
+        else:  # train.py does it alone
             flags = c.flags | {"init_from": reference, "inherit_layers": k}
             stage = dataclasses.replace(stage, flags=flags)
-        else:
-            folder = c.of(f"start_{k:02}", "")
-            stage = dataclasses.replace(stage, start=start, start_folder=folder)
         train(stage)
         row = row_of("inheritune", stage.run, c.folder)
         yield row

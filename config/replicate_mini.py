@@ -3,22 +3,30 @@
 # An arm may have settings of its own: random@max_iters=500 (inheritune/experiments/arms.py).
 reference_config = "config/replicate_mini_reference.py"  # one reference for each seed
 arms = (
-    "all:3 unseen:0 middle:1 attn:1 mlp:1 attn_mlp:1 rounds:1 onto:1 inheritune_scaled:1 reference_scaled:1 "
-    "random@max_iters=500:1 random@max_iters=1000:3 "
-    "inheritune@max_iters=500:1 inheritune@max_iters=1000:3 "
-    "ends@max_iters=500:1 ends@max_iters=1000:3 "
-    # which blocks, learning rate, batch and distillation at the compute of 1,000 steps: one seed
-    "last@max_iters=1000:1 alternate@max_iters=1000:1 first_plus_last@max_iters=1000:1 "
-    "inheritune@max_iters=1000@learning_rate=3e-3@min_lr=3e-4:1 "
-    "inheritune@max_iters=1000@learning_rate=1.2e-2@min_lr=1.2e-3:1 "
-    "inheritune@max_iters=2000@batch_tokens=2048@batch_size=16:1 kd_inherit@max_iters=600:1 "
+    "random:3 random@max_iters=500:3 random@max_iters=1000:3 random_2x:1 random_matched:1 "
+    "inheritune:3 inheritune@max_iters=500:3 inheritune@max_iters=1000:3 inheritune@max_iters=4000:1 "
+    # the other methods, for half of the reference's steps
+    "released_slice@max_iters=1000:3 half_width@max_iters=1000:3 stacking@max_iters=1000:3 "
+    "hybrid@max_iters=1000:3 last@max_iters=1000:3 alternate@max_iters=1000:3 "
+    "first_plus_last@max_iters=1000:3 ends@max_iters=1000:3 ends@max_iters=500:1 kd@max_iters=1000:3 "
+    "kd_inherit@max_iters=600:3 kd_ends@max_iters=600:1 middle@max_iters=1000:1 attn@max_iters=1000:1 "
+    "mlp@max_iters=1000:1 attn_mlp@max_iters=1000:1 onto@max_iters=667:1 "
+    "reference_scaled:1 inheritune_scaled@max_iters=1000:1 "
+    # Muon
+    "reference@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
+    "random@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
     "random@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
     "random@max_iters=1000@optimizer=muon@learning_rate=1.6e-2@min_lr=1.6e-3:1 "
+    "inheritune@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=1.6e-2@min_lr=1.6e-3:1 "
-    "ends@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
-    "ends@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3"
+    "ends@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
+    # the search for more than the first k blocks: learning rate, warm-up, batch
+    "inheritune@max_iters=1000@learning_rate=3e-3@min_lr=3e-4:1 "
+    "inheritune@max_iters=1000@learning_rate=1.2e-2@min_lr=1.2e-3:1 "
+    "inheritune@max_iters=1000@warmup_iters=20:1 "
+    "inheritune@max_iters=2000@batch_tokens=2048@batch_size=16:1"
 )
 layers = 4  # half of the reference's 8 blocks
 rounds_from = 2

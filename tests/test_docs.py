@@ -70,7 +70,7 @@ def test_readmes_results_are_those_of_the_table():
     losses = {}  # (arm, blocks, optimizer, steps): losses with their errors
     for row in (dict(zip(titles, r, strict=False)) for r in table):
         arm, *changes = row["arm"].removeprefix("– ").split(", ")
-        if all(re.match(r"lr |min_lr |\d+ steps|Muon", change) for change in changes):
+        if all(re.match(r"lr |[\d,]+ steps|twice the steps|Muon", change) for change in changes):
             key = (arm, row["blocks"], "Muon" in changes, row["steps"])
             losses.setdefault(key, []).append(row["validation loss"])
     section = re.search(r"## A real result\n.*?(?=\n## )", text, re.DOTALL)[0]

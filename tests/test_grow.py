@@ -165,20 +165,6 @@ def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
         assert (start[name][:] == source[name][:]).all(), name
 
 
-def test_rounds_of_both_ends(tmp_path, monkeypatch):
-    recipe, out = write_recipe(tmp_path, control=False, recipe="ends", k_start=2, k_step=1)
-    monkeypatch.setattr(Request, "call", in_process)
-    monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
-    grow.main([recipe])
-    reference = gpt2_format.read_weights(checkpoint.find(f"{out}/reference", prefer="latest"))
-    for k, blocks in ((2, [0, 3]), (3, [0, 1, 3])):
-        start = gpt2_format.read_weights(f"{out}/start_{k:02}")
-        for new, old in enumerate(blocks):
-            name = "transformer.h.{}.attn.c_attn.weight"
-            assert (start[name.format(new)][:] == reference[name.format(old)][:]).all()
-        assert results(out)["runs"][k - 1]["n_layer"] == k
-
-
 def test_reference_without_known_compute_has_no_matched_control(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, reference_config="")
     write_checkpoint(tmp_path / "given", n_layer=3)
@@ -202,7 +188,6 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         (["--n_layer=3"], "n_layer is decided by the recipe"),
         (["--reference_config="], "there is no reference"),
         (["--reference_config=nowhere.py"], "no config file 'nowhere.py'"),
-        (["--growth=onto", "--recipe=ends"], "growth=onto goes on from the reference's first blocks"),
         (["--growth=sideways"], "must be one of reinherit, onto"),
         (["--k_stop=3"], "did you mean --k_step"),
     ],

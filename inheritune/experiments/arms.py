@@ -239,14 +239,20 @@ def find_arm(name: str) -> Arm:
         c = dataclasses.replace(c, flags=c.flags | changed, reference_flags=reference_flags, kd=kd)
         return ARMS[base].stages(c, arm)
 
-    label = ", ".join([ARMS[base].label, *(say(key, value) for key, value in changed.items())])
+    # a setting of the machine changes no number, and min_lr goes with the learning rate
+    told = {key: value for key, value in changed.items() if key not in MACHINE}
+    if "learning_rate" in told:
+        told.pop("min_lr", None)
+    label = ", ".join([ARMS[base].label, *(say(key, value) for key, value in told.items())])
     return dataclasses.replace(ARMS[base], label=label, stages=stages)
 
 
 def say(key, value) -> str:
     """A changed setting as labels have it."""
     if key == "max_iters":
-        return f"{value} steps"
+        return f"{value:,} steps"
+    if key == "batch_tokens":
+        return f"{value:,} tokens a step"
     if key == "learning_rate":
         return f"lr {value:g}"
     return OPTIMIZERS[value] if key == "optimizer" else f"{key} {value}"

@@ -23,6 +23,7 @@ BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
 COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
+LONGER = {"random_2x": "random", "random_matched": "random"}  # the same for more steps
 STYLES = {"adamw": "-", "muon": "--"}
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
@@ -176,7 +177,8 @@ def budgets(arms: dict) -> dict:
         if set(changed) <= {"max_iters", "optimizer", *SCHEDULE} and base != "reference":
             optimizer, steps = changed.get("optimizer"), changed.get("max_iters")
             best = best_variant(arms, base, optimizer, steps)
-            found.setdefault((base, optimizer), {})[arms[best][0]["steps"]] = best
+            key = (LONGER.get(base, base), optimizer)
+            found.setdefault(key, {})[arms[best][0]["steps"]] = best
     return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
 
 

@@ -102,9 +102,6 @@ class GrowSettings:
         None, "blocks of the first round (default: half the reference's)", 1
     )  # sec. 4
     k_step: int = setting(2, "blocks added from round to round", 1)  # paper Algorithm 1
-    recipe: Literal["first", "ends"] = setting(
-        "first", "which blocks a round takes: the first k, or the first and the last half of k"
-    )
     growth: Literal["reinherit", "onto"] = setting(
         "reinherit", "a further round: all blocks anew, or the reference's next ones onto the trained model"
     )
