@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, find_arm, split_name
-from inheritune.experiments.tables import SCHEDULE, best_variant, by_arm, mean_and_error, mean_loss
+from inheritune.experiments.tables import SCHEDULE, best_variant, by_arm, mean_and_error, mean_loss, order
 
 # Okabe and Ito's palette: told apart by colour-blind readers too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
@@ -149,14 +149,14 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> No
 
 
 def compute_panels(arms: dict, drawn: dict) -> dict:
-    """{optimizer: arms to show}: reference, random init, Inheritune and `ends`, of several learning rates the
-    best, and the best other arm that starts from the reference where it ends below these two."""
+    """{optimizer: arms to show}: reference, random init, Inheritune and `ends`, of several learning rates
+    `order`'s first, and the best other arm that starts from the reference where it ends below these two."""
     panels = {}
     for optimizer in dict.fromkeys(split_name(arm)[1].get("optimizer") for arm in arms):
         bases = ("reference", "random", "inheritune", "ends")
         shown = [best_variant(arms, base, optimizer) for base in bases]
         recipes = [arm for arm in arms if drawn[arm] and is_recipe(arm, optimizer)]
-        shown.append(min(recipes, key=lambda arm: mean_loss(arms[arm]), default=None))
+        shown.append(min(recipes, key=lambda arm: order(arms[arm]), default=None))
         if recipes or optimizer is None:
             panels[optimizer] = list(dict.fromkeys(arm for arm in shown if arm and drawn[arm]))
     return panels

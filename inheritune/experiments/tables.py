@@ -26,7 +26,7 @@ NOTES = (
     "(three seeds: 4.3).",
     "Differences are paired by seed; below zero is better. They are taken from the reference of the same "
     "optimizer, and from random init and plain Inheritune of the same optimizer and steps; of several "
-    "learning rates the best.",
+    "learning rates the one with most seeds, then the best.",
     "FLOPs and layer-steps (steps × blocks) count all stages of an arm and a teacher's forward passes; those "
     "'with reference' add the reference's own training where an arm starts or learns from it.",
     "'Reaches the reference' is the first validation at or below its final loss, earlier stages counted.",
@@ -75,8 +75,8 @@ def mean_loss(rows: list[dict]) -> float:
 
 
 def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> str | None:
-    """The arm with the lowest mean loss of `base` under this optimizer for these steps (None: the
-    experiment's own), whatever the learning rate and its schedule; None when there is none."""
+    """The arm of `base` under this optimizer for these steps (None: the experiment's own) that counts,
+    whatever the learning rate and its schedule: `order`'s first. None when there is none."""
     wanted = {"optimizer": optimizer, "max_iters": steps}
     found = []
     for arm in arms:
@@ -84,7 +84,13 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> str | Non
         others = {key: value for key, value in changed.items() if key not in SCHEDULE}
         if name == base and dict.fromkeys(wanted) | others == wanted:
             found.append(arm)
-    return min(found, key=lambda arm: mean_loss(arms[arm]), default=None)
+    return min(found, key=lambda arm: order(arms[arm]), default=None)
+
+
+def order(rows: list[dict]) -> tuple:
+    """Sort key: the arm with most seeds first (means over different seeds cannot be compared), then the one
+    with the lowest mean loss."""
+    return -len(rows), mean_loss(rows)
 
 
 def less(arms: dict, arm: str, base: str, any_length=False) -> str:

@@ -30,7 +30,12 @@ def test_figures_of_a_given_reference_alone(tmp_path):
 
 def test_the_best_recipe_is_shown_beside_the_usual_ones():
     """Each under its optimizer; an arm that starts from nothing is no recipe, however good."""
-    rows = [*ROWS, *rows_of("kd_ends", [1.8, 1.9]), *rows_of("random_2x", [1.0]), *rows_of("kd", [1.9, 2.0])]
+    rows = [
+        *ROWS,
+        *rows_of("kd_ends", [1.8, 1.9, 2.0]),
+        *rows_of("random_2x", [1.0]),
+        *rows_of("kd", [1.9, 2.0]),
+    ]
     arms = tables.by_arm(rows)
     drawn = {arm: [([0.0], [1.0])] for arm in arms}
     assert plots.compute_panels(arms, drawn) == {
