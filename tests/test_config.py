@@ -44,7 +44,7 @@ def test_dry_run(name, capsys, monkeypatch):
         assert int(found.replace(",", "")) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("train_", "inheritune_"))])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("train_", "inheritune_gpt2"))])
 def test_paper_configs_divide_over_the_gpus_they_name(name):
     settings, _ = parse((TrainSettings,), [os.path.join(ROOT, "config", name)], "")
     ranks = 3 if "fineweb" in name else 8
