@@ -100,7 +100,7 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
     for arm in sorted(lines, key=lambda arm: arm in COLOURS):  # the grey ones behind
         known = {"color": COLOURS.get(arm), "label": find_arm(arm).label}
         left.plot(*lines[arm][:2], **(known if arm in COLOURS else {"color": "#D0D0D0", "linewidth": 0.8}))
-    cut(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0])
+    cut(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0], above=2.2)  # room for the legend
     left.set_xlabel("training FLOPs of the arm's own stages")
     left.set_ylabel("validation loss (nats/token), mean over seeds")
     left.axhline(curve_level(arms), **LEVEL, label="the reference at its end")
@@ -134,10 +134,10 @@ def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> No
             xs, mean, low, high = mean_curve(drawn[arm])
             colour = COLOURS.get(split_name(arm)[0], GREEN)
             seeds = f"{len(drawn[arm])} seed{'s' if len(drawn[arm]) > 1 else ''}"
-            axes.plot(xs, mean, color=colour, label=f"{find_arm(arm).label}: {mean[-1]:.3f} ({seeds})")
+            axes.plot(xs, mean, color=colour, label=f"{find_arm(arm).label} ({seeds})")
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
             finals.append(mean[-1])
-        axes.axhline(level, **LEVEL, label=f"the given reference at its end: {level:.3f}")
+        axes.axhline(level, **LEVEL, label="the given reference at its end")
         axes.set(xlabel="training FLOPs of the run itself, the reference being there")
         axes.set_title(OPTIMIZERS[optimizer or own])
         axes.grid()
