@@ -387,6 +387,12 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert os.listdir(tmp_path) == []
 
 
+def test_a_dry_run_without_data_takes_the_models_tokenizer(tmp_path, capsys):
+    write_checkpoint(tmp_path / "bytes", tokenizer="bytes")
+    train.main(["--dry_run", f"--init_from={tmp_path / 'bytes'}", f"--dataset={tmp_path / 'nowhere'}"])
+    assert "nowhere: not prepared" in capsys.readouterr().out
+
+
 # Non-finite steps
 
 

@@ -5,6 +5,7 @@ tokens spelled out in a text are ordinary text; only the writer of a data folder
 documents.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -212,7 +213,7 @@ class HuggingFace(Tokenizer):
     """
 
     def __init__(self, path: str):
-        self.tokenizer = open_tokenizer(path)
+        self.path, self.tokenizer = path, open_tokenizer(path)
         self.tokenizer.encode_special_tokens = True  # special tokens in a text are ordinary text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -233,7 +234,8 @@ class HuggingFace(Tokenizer):
         # one thread: the caller has its own (the package would take one a core)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         texts = [utf8(text).decode() for text in texts]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with reported(self.path):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids):
@@ -241,6 +243,21 @@ class HuggingFace(Tokenizer):
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
+
+
+@contextlib.contextmanager
+def reported(path: str) -> Iterator[None]:
+    """Make a UserError of what the tokenizers package raises: no class of its own or, for some damaged
+    files, a panic, which is not even an Exception."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        why = str(e).split("\n")[0][:150]
+        raise UserError(
+            f"{path}: not a tokenizer of the tokenizers package ({why}); fetch it again"
+        ) from None
 
 
 def open_tokenizer(path: str) -> tokenizers.Tokenizer:
@@ -255,15 +272,10 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
             f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
             "save_pretrained writes one"
         )
-    try:
+    with reported(path):
         if from_file:
             return tokenizers.Tokenizer.from_file(file)
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
-    except Exception as e:  # the package has no class of its own
-        why = str(e).splitlines()[0][:150]
-        raise UserError(
-            f"{path}: not a tokenizer of the tokenizers package ({why}); fetch it again"
-        ) from None
     prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()

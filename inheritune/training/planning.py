@@ -170,6 +170,9 @@ def source_config(init_from: str) -> GPTConfig:
 def plan_inherited(plan, settings, given, source):
     """Fill in the config of a model that starts from a checkpoint with the config `source`: only depth, a
     shorter context and dropout may differ."""
+    prepared = plan.train_tokens is not None
+    if not prepared and source.tokenizer:  # --dry_run before the data is there
+        plan.tokenizer = {"name": source.tokenizer, "n_vocab": source.n_vocab, "eot": source.eot}
     name, theirs = settings.init_from, plan.tokenizer
     changes = {"n_layer": settings.inherit_layers or source.n_layer, "dropout": settings.dropout}
     if changes["n_layer"] > source.n_layer:
@@ -191,7 +194,7 @@ def plan_inherited(plan, settings, given, source):
         )
     elif theirs["n_vocab"] > source.vocab_size:
         yield f"{settings.dataset} has {theirs['n_vocab']} ids, {name} only {source.vocab_size}"
-    elif source.tokenizer == TOKENIZER_FILE:
+    elif source.tokenizer == TOKENIZER_FILE and prepared:
         check_tokenizer(settings.dataset, checkpoint.find(name, weights=False), source)
     elif not source.tokenizer:
         changes |= of_tokenizer(theirs)

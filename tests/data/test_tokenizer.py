@@ -377,3 +377,12 @@ def test_the_addresses_are_tiktokens():
 
     code = inspect.getsource(openai_public.gpt2)
     assert all(part in code for source in GPT2_FILES.values() for part in source)
+
+
+def test_a_panic_of_the_package_is_one_line():
+    """pyo3's PanicException is a BaseException; Ctrl-C, another one, stays what it is."""
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(UserError, match="index out of bounds"), tokenizer_module.reported("x"):
+        raise panic("index out of bounds")
+    with pytest.raises(KeyboardInterrupt), tokenizer_module.reported("x"):
+        raise KeyboardInterrupt
