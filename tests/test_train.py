@@ -389,8 +389,12 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, monkeypatch, capsy
 
 def test_a_dry_run_without_data_takes_the_models_tokenizer(tmp_path, capsys):
     write_checkpoint(tmp_path / "bytes", tokenizer="bytes")
-    train.main(["--dry_run", f"--init_from={tmp_path / 'bytes'}", f"--dataset={tmp_path / 'nowhere'}"])
+    dry_run = ["--dry_run", f"--dataset={tmp_path / 'nowhere'}"]
+    train.main([*dry_run, f"--init_from={tmp_path / 'bytes'}"])
     assert "nowhere: not prepared" in capsys.readouterr().out
+    student = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--block_size=8", "--batch_tokens=8"]
+    train.main([*dry_run, f"--teacher={tmp_path / 'bytes'}", *student])
+    assert "320 ids" in capsys.readouterr().out  # of bytes, padded
 
 
 # Non-finite steps

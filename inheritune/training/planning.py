@@ -148,6 +148,8 @@ def plan_model(plan, settings, given):
         sizes = {key: getattr(settings, key) for key in (*ARCHITECTURE, "block_size", "dropout")}
         if assumed and settings.inherit_layers:
             sizes["n_layer"] = settings.inherit_layers
+        if settings.teacher:
+            assume_tokenizer(plan, source_config(settings.teacher))
         rows = pad_vocab(plan.tokenizer["n_vocab"])
         plan.config = GPTConfig(**sizes, vocab_size=rows, **of_tokenizer(plan.tokenizer))
     else:
@@ -157,6 +159,12 @@ def plan_model(plan, settings, given):
 def of_tokenizer(tokenizer):
     """What a GPTConfig says of the tokenizer in a data folder's meta.json."""
     return {"tokenizer": tokenizer["name"], "n_vocab": tokenizer["n_vocab"], "eot": tokenizer["eot"]}
+
+
+def assume_tokenizer(plan, source):
+    """For a dry run before the data is there: take it to be tokenised as the model `source` needs it."""
+    if plan.train_tokens is None and source.tokenizer:
+        plan.tokenizer = {"name": source.tokenizer, "n_vocab": source.n_vocab, "eot": source.eot}
 
 
 def source_config(init_from: str) -> GPTConfig:
@@ -170,9 +178,8 @@ def source_config(init_from: str) -> GPTConfig:
 def plan_inherited(plan, settings, given, source):
     """Fill in the config of a model that starts from a checkpoint with the config `source`: only depth, a
     shorter context and dropout may differ."""
+    assume_tokenizer(plan, source)
     prepared = plan.train_tokens is not None
-    if not prepared and source.tokenizer:  # --dry_run before the data is there
-        plan.tokenizer = {"name": source.tokenizer, "n_vocab": source.n_vocab, "eot": source.eot}
     name, theirs = settings.init_from, plan.tokenizer
     changes = {"n_layer": settings.inherit_layers or source.n_layer, "dropout": settings.dropout}
     if changes["n_layer"] > source.n_layer:
