@@ -52,6 +52,7 @@ def check(args):
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
         ("temperature", 0 <= args.temperature < float("inf"), "0 (always the likeliest) or more"),
         ("top_k", args.top_k is None or args.top_k >= 1, "at least 1"),
+        ("seed", -(2**63) <= args.seed < 2**64, "a number of 64 bits"),
         ("top_p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
     )
     for name, fine, wanted in limits:
@@ -67,6 +68,7 @@ def open_tokenizer(name: str | None, folder: str, config: GPTConfig) -> Tokenize
     n = tokenizer.n_vocab
     if n > config.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name!r} has {n} ids, the model only {config.vocab_size}")
+    tokenizer.recognise_special()  # those of a chat, say
     return tokenizer
 
 
@@ -82,7 +84,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a prompt, in which an end-of-text spelled out is its id. An empty prompt is a lone
+    """The ids of a prompt, in which special tokens spelled out are their ids. An empty prompt is a lone
     end-of-text: every document of the corpus follows one."""
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
     ids = tokenizer.encode(first)
@@ -113,13 +115,17 @@ def main(argv=None):
     check(args)
     device = pick(args.device)
     folder = checkpoint.find(args.ckpt)
-    tokenizer = open_tokenizer(args.tokenizer, folder, GPTConfig.from_folder(folder))
+    config = GPTConfig.from_folder(folder)
+    tokenizer = open_tokenizer(args.tokenizer, folder, config)
     prompt = read_prompt(args.prompt)
     ids = encode_prompt(prompt, tokenizer)
+    if max(ids) >= config.vocab_size:
+        raise UserError(f"the prompt holds a special token, id {max(ids)}, that the model does not have")
 
     model = GPT.from_pretrained(folder).eval().to(device, pick_dtype(args.dtype, device))
     # draw the tokenizer's ids only, and stop at its end-of-text
-    model.config = dataclasses.replace(model.config, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot)
+    n_vocab = min(tokenizer.n_vocab, config.n_vocab)
+    model.config = dataclasses.replace(model.config, n_vocab=n_vocab, eot=tokenizer.eot)
     if model.lm_head.weight.device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
         use_bands(model)
 

@@ -8,10 +8,9 @@ arms = (
     # the other methods, for half of the reference's steps
     "released_slice@max_iters=1000:3 half_width@max_iters=1000:3 stacking@max_iters=1000:3 "
     "hybrid@max_iters=1000:3 last@max_iters=1000:3 alternate@max_iters=1000:3 "
-    "first_plus_last@max_iters=1000:3 ends@max_iters=1000:3 ends@max_iters=500:1 kd@max_iters=1000:3 "
-    "kd_inherit@max_iters=600:3 kd_ends@max_iters=600:1 middle@max_iters=1000:1 attn@max_iters=1000:1 "
-    "mlp@max_iters=1000:1 attn_mlp@max_iters=1000:1 onto@max_iters=667:1 "
-    "reference_scaled:1 inheritune_scaled@max_iters=1000:1 "
+    "first_plus_last@max_iters=1000:3 ends@max_iters=1000:3 ends@max_iters=500:1 kd@max_iters=1000:1 "
+    "kd_inherit@max_iters=600:1 onto@max_iters=667:1 middle@max_iters=500:1 attn@max_iters=500:1 "
+    "mlp@max_iters=500:1 attn_mlp@max_iters=500:1 "
     # Muon
     "reference@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
     "random@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
@@ -20,7 +19,6 @@ arms = (
     "inheritune@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=4e-3@min_lr=4e-4:1 "
     "inheritune@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:3 "
-    "inheritune@max_iters=1000@optimizer=muon@learning_rate=1.6e-2@min_lr=1.6e-3:1 "
     "ends@max_iters=1000@optimizer=muon@learning_rate=8e-3@min_lr=8e-4:1 "
     # the search for more than the first k blocks: learning rate, warm-up, batch
     "inheritune@max_iters=1000@learning_rate=3e-3@min_lr=3e-4:1 "

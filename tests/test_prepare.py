@@ -256,6 +256,38 @@ def test_folder_and_one_file(tmp_path, small_batches):
     assert len(parts[0].decode()) == 270 and b"".join(parts).decode() == "日本語" * 100
 
 
+def test_links_and_odd_names(tmp_path, capsys):
+    """A linked folder is read once, wherever it lies; a loop of links ends; a name need not be UTF-8."""
+    folder, other = tmp_path / "text", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    (folder / "a.txt").write_text("one")
+    (other / "b.txt").write_text("two")
+    with open(os.fsencode(other) + b"/caf\xe9.txt", "wb") as f:
+        f.write(b"three")
+    (other / "loop").symlink_to(folder)
+    (folder / "c").symlink_to(other)
+    (folder / "d").symlink_to(other)
+    flags = ["--tokenizer", "bytes", "--num_proc", "1", "--val_fraction", "0.3", "--out"]
+    prepare.main([str(folder), *flags, str(tmp_path / "out")])
+    assert ids(tmp_path / "out", "train.bin").tolist() == [*b"one", 256, *b"two", 256]
+    assert ids(tmp_path / "out", "val.bin").tolist() == [*b"three", 256]
+    prepare.main([f"{tmp_path}/*/[abc]*", *flags, str(tmp_path / "out2")])
+    assert "1 folders left out" in capsys.readouterr().err
+
+
+def test_a_finished_folder_keeps_what_a_person_puts_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    command = [str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
+    prepare.main(command)
+    mine = [tmp_path / "out/download/raw.txt", tmp_path / "out/train_000001.bin"]
+    left = [tmp_path / "out/download/0123456789ab-a.txt", tmp_path / "out/train.bin.partial"]
+    mine[0].parent.mkdir()
+    for path in mine + left:
+        path.write_text("text")
+    prepare.main(command)
+    assert all(path.exists() for path in mine) and not any(path.exists() for path in left)
+
+
 def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches):
     """Cut into pieces for the sake of memory, it gives the tokens of the uncut text."""
     monkeypatch.setattr(formats, "PIECE", 1000)
@@ -425,6 +457,7 @@ def make_inputs(folder):
     (folder / "bad.parquet").write_bytes(b"PAR1 but no more")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), folder / "body.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), folder / "null.parquet")
+    (folder / "open.csv").write_text('text\n"one\ntwo\nthree\n')
     (folder / "latin.txt").write_bytes(b"abc\xe9def")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "none").mkdir()
@@ -453,6 +486,10 @@ WRONG = [
     (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with"),
     (LOCAL, "body.parquet --out o", "no column 'text' among body, n"),
     (LOCAL, "body.parquet --out o --text_column n", "'n' holds a int, not text"),
+    (LOCAL, "good.jsonl ./good.jsonl --out o", "good.jsonl is given twice"),
+    (LOCAL, "full --out full/data", "--out full/data lies in full, which is read"),
+    (FINEWEB, "--data_files full --out ./full", "--out ./full lies in full, which is read"),
+    (LOCAL, "open.csv --out o", "open.csv, after line 0: not CSV (unexpected end of data)"),
     (LOCAL, "none --out o", "none holds no .txt"),
     (LOCAL, "one.jsonl --out o", "1 documents cannot be parted"),
     (LOCAL, "empty.txt --out o", "too short"),

@@ -9,7 +9,8 @@ import torch
 import sample
 from inheritune.data.tokenizer import TextStream, load_tokenizer
 from model import GPT
-from tests.tiny import ROOT, refusal, write_checkpoint
+from tests.data.test_tokenizer import bpe
+from tests.tiny import ROOT, refusal, tiny_model, write_checkpoint, write_model
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,28 @@ def test_empty_prompt_begins_after_end_of_text():
     assert sample.encode_prompt("", load_tokenizer("bytes")) == [256]
 
 
+def test_special_tokens_of_a_chat_are_read_and_written(tmp_path, capsys):
+    """A fine-tuned GPT-2 with added special tokens: in the prompt they are their ids, and it can answer by
+    them, as with transformers."""
+    tokenizer, trainer, _ = bpe(300)
+    tokenizer.train_from_iterator(["a few words"] * 9, trainer)
+    tokenizer.add_special_tokens(["<|user|>", "<|bot|>"])
+    user, bot = map(tokenizer.token_to_id, ("<|user|>", "<|bot|>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    model, folder = tiny_model(n_vocab=bot + 1, tokenizer="tokenizer.json", eot=0), tmp_path / "chat"
+    with torch.no_grad():  # its answer is always the same
+        model.lm_head.weight[bot] *= 10
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(model.lm_head.weight[bot])
+    folder.mkdir()
+    write_model(folder, model, tokenizer_from=str(tmp_path))
+    ours = sample.open_tokenizer(None, str(folder), model.config)
+    assert sample.encode_prompt("<|user|>a", ours) == [user, *tokenizer.encode("a").ids]
+    sample.main(["--ckpt", str(folder), "--prompt=<|user|>a", "--max_new_tokens=2", "--temperature=0"])
+    assert capsys.readouterr().out == "<|user|>a<|bot|><|bot|>\n"
+
+
 def test_prompt_from_a_file(model_folder, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("from a file")
     sample.main(["--ckpt", model_folder, "--prompt", f"FILE:{tmp_path}/p.txt", "--max_new_tokens", "2"])
@@ -67,6 +90,7 @@ def test_prompt_from_a_file(model_folder, tmp_path, capsys):
         (["--temperature=-1"], "--temperature must be 0"),
         (["--temperature=nan"], "--temperature must be 0"),
         (["--top_k=0"], "--top_k must be at least 1"),
+        (["--seed=99999999999999999999"], "--seed must be a number of 64 bits"),
         (["--top_p=1.5"], "--top_p must be above 0"),
         (["--num_samples=0"], "--num_samples must be at least 1"),
         (["--max_new_tokens=0"], "--max_new_tokens must be at least 1"),

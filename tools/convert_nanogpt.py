@@ -5,6 +5,7 @@ opens.
 
 torch's restricted unpickler opens it, which makes tensors and plain values and calls nothing else. nanoGPT's
 GELU is the exact one, ours GPT-2's tanh approximation: the same weights give very slightly different losses.
+Checkpoints of the paper's training script, a fork of nanoGPT, say in model_args how attention is scaled.
 """
 
 import os
@@ -16,9 +17,10 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.tokenizer import load_tokenizer, tokenizer_files
+from inheritune.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from inheritune.weights import gpt2_format
 from inheritune.weights.checkpoint import new_folder
+from inheritune.weights.gpt2_format import NO_EOT
 from inheritune.weights.tensors import MASKS, check_finite
 from model import GPTConfig
 
@@ -39,10 +41,11 @@ def read_ckpt(path: str) -> tuple[dict, dict]:
         args, state = saved["model_args"], dict(saved["model"])
         config = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
         bias = bool(args.get("bias", True))  # early versions always had them
+        scaled = bool(args.get("scale_attn_by_inverse_layer_idx", False))
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{path} lacks nanoGPT's model_args or model") from None
-    config |= {"dropout": 0.0, "bias": bias, "scale_attn_by_inverse_layer_idx": False}
-    config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": 0}
+    config |= {"dropout": 0.0, "bias": bias, "scale_attn_by_inverse_layer_idx": scaled}
+    config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": NO_EOT}
     gpt2_format.check_architecture(path, gpt2_format.config_json(config))
     tensors = canonical(path, state, config)
     gpt2_format.check_weights(tensors, config, path)
@@ -50,33 +53,35 @@ def read_ckpt(path: str) -> tuple[dict, dict]:
 
 
 def canonical(path: str, state: dict, config: dict) -> dict[str, torch.Tensor]:
-    """A nanoGPT state dict as gpt2_format.py has it: without torch.compile's prefix, causal-mask buffers and
-    the tied head's copy; transposed where Hugging Face's are, with zeros for the biases it lacks."""
+    """A nanoGPT state dict as gpt2_format.py has it: without torch.compile's prefix and causal-mask buffers;
+    transposed where Hugging Face's are, with zeros for the biases it lacks."""
     shapes = {} if config["bias"] else gpt2_format.shapes(config)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")}
     for key, tensor in state.items():
         name = str(key).removeprefix("_orig_mod.")
-        if name == "lm_head.weight" or MASKS.search(name):
+        if MASKS.search(name):
             continue
         strided = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         if not strided or not tensor.is_floating_point():
             raise UserError(f"{path}: {name:.80} is not a tensor of floating-point numbers")
         turned = name.endswith(gpt2_format.INPUT_FIRST) and tensor.dim() == 2
         tensors[name] = check_finite(tensor.t() if turned else tensor, name, path).detach().contiguous()
+    gpt2_format.tie_head(tensors, path)
     return tensors
 
 
-def choose_tokenizer(name: str | None, vocab_size: int) -> dict:
+def choose_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict:
     """The configuration's n_vocab, tokenizer and eot. nanoGPT's checkpoints do not say how their data was
-    tokenised; GPT-2's sizes mean GPT-2's tokenizer unless `name` is given."""
-    if name is None and vocab_size in GPT2_SIZES:
+    tokenised; GPT-2's sizes mean GPT-2's tokenizer unless one is given."""
+    if tokenizer is None and vocab_size in GPT2_SIZES:
         print(f"{vocab_size} ids: taken for tokens of gpt2, nanoGPT's default (--tokenizer says otherwise)")
         return {"n_vocab": 50257, "tokenizer": "gpt2", "eot": 50256}
-    if name is None:
-        return {"n_vocab": vocab_size, "tokenizer": "", "eot": vocab_size - 1}
-    tokenizer = load_tokenizer(name)
+    if tokenizer is None:
+        return {"n_vocab": vocab_size, "tokenizer": "", "eot": NO_EOT}
     if tokenizer.n_vocab > vocab_size:
-        raise UserError(f"--tokenizer {name} has {tokenizer.n_vocab} ids, the model only {vocab_size}")
+        raise UserError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only {vocab_size}"
+        )
     return {"n_vocab": tokenizer.n_vocab, "tokenizer": tokenizer.name, "eot": tokenizer.eot}
 
 
@@ -89,11 +94,13 @@ def main(argv=None):
     parser.add_argument("--tokenizer", help="of its data (default: gpt2 for GPT-2's sizes)")
     args = parser.parse_args(argv)
     state, config = read_ckpt(args.ckpt)
-    config |= choose_tokenizer(args.tokenizer, config["vocab_size"])
-    files = tokenizer_files(GPTConfig(**config))
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    config |= choose_tokenizer(tokenizer, config["vocab_size"])
+    files = (tokenizer and tokenizer.files) or tokenizer_files(GPTConfig(**config))
     with new_folder(args.out) as temporary:
         gpt2_format.write_model(temporary, state, gpt2_format.config_json(config), files)
-    print(f"{args.out}: {config['n_layer']} blocks; nanoGPT's GELU is exact, ours is the tanh approximation")
+    gelu = "a GELU that was exact, as nanoGPT's own is, is now the tanh approximation"
+    print(f"{args.out}: {config['n_layer']} blocks; {gelu}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def is_known(path: str) -> bool:
 
 def open_bytes(path: str, start: int = 0) -> tuple:
     """(The raw file, the stream of its decompressed bytes from number `start` on)."""
-    raw = pyarrow.OSFile(path)
+    raw = pyarrow.OSFile(os.fsencode(path))
     packed = kind_of(path)[1]
     if not packed:
         raw.seek(start)
@@ -183,7 +183,7 @@ def rows_of(path: str, column: str) -> Iterator[tuple]:
         check_encoding(path, begin)
         if kind in (".csv", ".tsv"):
             content = io.TextIOWrapper(lines, "utf-8-sig", newline="")
-            reader = csv.DictReader(content, delimiter="," if kind == ".csv" else "\t")
+            reader = csv.DictReader(content, delimiter="," if kind == ".csv" else "\t", strict=True)
             rows = ((reader.line_num, row) for row in reader)
         elif kind == ".json" and begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             rows, unit = enumerate(read_array(lines, path), 1), "element"
@@ -236,7 +236,7 @@ def open_parquet(path: str, column: str) -> parquet.ParquetFile:
     try:
         # Buffered: otherwise a whole row group of the column, often a gigabyte, is read at once.
         table = parquet.ParquetFile(path, buffer_size=1 << 20)
-    except (pyarrow.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeError) as e:  # the last: in the file's name
         why = first_line(e)
         raise UserError(f"{path}: no parquet file or a damaged one ({why}); fetch it again") from None
     check_column(column, table.schema_arrow.names, path)

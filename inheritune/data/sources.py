@@ -70,6 +70,10 @@ def check_shared_flags(args: Namespace, paths: list[str] | None) -> None:
         raise UserError(f"--num_proc {args.num_proc} must be at least 1")
     if args.split_on and not paths:
         raise UserError("--split_on parts the documents of text files: name some, or leave it out")
+    for path in filter(os.path.isdir, paths or []):
+        inside = os.path.realpath(path)
+        if args.out and os.path.commonpath([inside, os.path.realpath(args.out)]) == inside:
+            raise UserError(f"--out {args.out} lies in {path}, which is read: choose a folder outside of it")
 
 
 def parse_corpus(parser: ArgumentParser, argv: list[str] | None, out: str, dataset: str) -> Namespace:
@@ -116,10 +120,12 @@ def find_files(paths: list[str]) -> list[File]:
         else:
             matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
             names, what = [name for name in matches if os.path.isfile(name)], "does not exist"
+            if "**" not in path and (others := len(matches) - len(names)):
+                print(f"{path}: {others} folders left out; name them to have their files", file=sys.stderr)
         if not names:
             raise UserError(f"{path} {what}; give text files, .jsonl[.gz|.zst], .parquet or folders of them")
         found += names
-    if twice := [name for name, n in collections.Counter(found).items() if n > 1]:
+    if twice := [name for name, n in collections.Counter(map(os.path.abspath, found)).items() if n > 1]:
         raise UserError(f"{twice[0]} is given twice; name each file once")
     for name in found:
         check_known(name)
@@ -149,9 +155,17 @@ def known_files(folder: str) -> list[str]:
 
 
 def walk(folder: str, skip: tuple = ()) -> Iterator[str]:
-    """Yield the paths of the files under `folder`, hidden ones left out, always in one order."""
-    for here, folders, names in os.walk(folder):
+    """Yield the paths of the files under `folder`, hidden ones left out, always in one order. Links to
+    folders are followed, but none to where it was before."""
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path):
+        real = os.path.realpath(path)
+        return not (real in seen or seen.add(real))
+
+    for here, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
+        folders[:] = [f for f in folders if is_new(os.path.join(here, f))]
         yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
 
 

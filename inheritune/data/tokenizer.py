@@ -1,8 +1,8 @@
 """Text to token ids and back: plain bytes, tiktoken's vocabularies by name, and Hugging Face tokenizers.
 
 `load_tokenizer` opens all three, `tokenizer_files` gives what a checkpoint keeps for transformers. Special
-tokens spelled out in a text are ordinary text; only the writer of a data folder puts end-of-text ids between
-documents.
+tokens spelled out in a text are ordinary text, but in prompts; only the writer of a data folder puts
+end-of-text ids between documents.
 """
 
 import contextlib
@@ -118,6 +118,9 @@ class Tokenizer:
             raise UserError(f"token ids {min(ids)} to {max(ids)} exceed the vocabulary of {self.n_vocab}")
         return ids
 
+    def recognise_special(self) -> None:
+        """From now on special tokens spelled out in a text are their ids, as in transformers: for prompts."""
+
     def describe(self) -> dict:
         """The `tokenizer` entry of a meta.json."""
         entry = {"name": self.name, "n_vocab": self.n_vocab, "eot": self.eot}
@@ -220,12 +223,13 @@ class HuggingFace(Tokenizer):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.eot = find_end_of_text(folder, self.tokenizer)
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
+        self.n_ids = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
-        if (digest, self.eot, self.encode(PROBE)) == (GPT2_VOCABULARY, 50256, PROBE_IDS):
-            self.name, self.n_vocab = "gpt2", 50257  # a token that somebody added occurs in no text
+        special = all(token.special for token in self.tokenizer.get_added_tokens_decoder().values())
+        if special and (digest, self.eot, self.encode(PROBE)) == (GPT2_VOCABULARY, 50256, PROBE_IDS):
+            self.name, self.n_vocab = "gpt2", 50257  # added special tokens occur in no text
             return
-        self.name, self.sha256 = TOKENIZER_FILE, digest
-        self.n_vocab = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.name, self.sha256, self.n_vocab = TOKENIZER_FILE, digest, self.n_ids
         config = read_optional(folder, CONFIG_FILE) or {"tokenizer_class": "PreTrainedTokenizerFast"}
         config["eos_token"] = self.end_of_text
         self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), CONFIG_FILE: as_json(config)}
@@ -237,6 +241,9 @@ class HuggingFace(Tokenizer):
         with reported(self.path):
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def recognise_special(self):
+        self.tokenizer.encode_special_tokens, self.n_vocab = False, self.n_ids
 
     def decode(self, ids):
         return self.tokenizer.decode(self.known(ids), skip_special_tokens=False)

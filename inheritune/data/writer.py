@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,13 +25,16 @@ from tqdm import tqdm
 from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder, read_json, replacing, sha256, sync_folder, write_json
 from inheritune.data.sources import Piece
-from inheritune.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, utf8
+from inheritune.data.tokenizer import Tokenizer, utf8
 
 FORMAT = 1
 RECORD_EVERY = 1.0  # seconds between two records of the progress
 BATCH = 1 << 18  # characters that a thread tokenises at a time
 TRAIN_VAL = {"train": ["train.bin"], "val": ["val.bin"]}
-OURS = r"(train|val)(_\d{6})?\.bin(\.partial)?|\.?(meta|progress|tokenizer|tokenizer_config)\.json(\.tmp)?"
+DOWNLOADED = re.compile(r"\.?[0-9a-f]{12}-.*")
+BIN, NOTE = r"(train|val)(_\d{6})?\.bin", r"\.?(meta|progress|tokenizer|tokenizer_config)\.json"
+OURS = re.compile(rf"{BIN}(\.partial)?|{NOTE}(\.tmp)?")
+UNFINISHED = re.compile(rf"{BIN}\.partial|{NOTE}\.tmp|\.?progress\.json")
 
 
 def write_tokens(
@@ -233,7 +235,7 @@ class BinWriter:
         meta = {"format": FORMAT, "tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name}
         meta |= {"splits": splits, "made": self.made}
         write_json(self._path("meta.json"), meta)
-        clear(self.out, keep=file_sizes(meta))
+        clear(self.out, finished=True)
         print(f"{self.out}: {summary(splits)}")
         if self.spelled:
             marker = self.tokenizer.end_of_text
@@ -306,7 +308,7 @@ def check_finished(out: str, made: dict, tokenizer: dict) -> None:
         path = os.path.join(out, name)
         if not os.path.exists(path) or os.path.getsize(path) != size:
             raise UserError(f"{path} is missing or not as long as meta.json says; delete {out} and run again")
-    clear(out, keep=sizes)  # a kill just before the end leaves a little
+    clear(out, finished=True)  # a kill just before the end leaves a little
     print(f"{out} is already finished: {said}")
 
 
@@ -316,14 +318,17 @@ def file_sizes(meta: dict) -> dict[str, int]:
     return {shard["file"]: shard["tokens"] * np.dtype(meta["dtype"]).itemsize for shard in shards}
 
 
-def clear(out: str, keep: Iterable[str] = ()) -> None:
-    """Remove what these scripts put into a folder, and nothing else; of a finished folder all but the bins
-    `keep`, meta.json and the tokenizer."""
-    kept = {*keep, "meta.json", TOKENIZER_FILE, CONFIG_FILE} if keep else ()
-    shutil.rmtree(os.path.join(out, "download"), ignore_errors=True)
+def clear(out: str, finished: bool = False) -> None:
+    """Remove what these scripts put into a folder, and nothing else; of a finished folder only what an
+    unfinished one needs."""
+    downloads, pattern = os.path.join(out, "download"), UNFINISHED if finished else OURS
+    with contextlib.suppress(OSError):  # not there, or something else is in it
+        for name in filter(DOWNLOADED.fullmatch, os.listdir(downloads)):
+            os.unlink(os.path.join(downloads, name))
+        os.rmdir(downloads)
     # progress.json is the last to go: while it is there, the next run knows the folder as ours.
     for name in sorted(os.listdir(out), key=lambda name: name == "progress.json"):
-        if re.fullmatch(OURS, name) and name not in kept:
+        if pattern.fullmatch(name):
             os.unlink(os.path.join(out, name))
 
 

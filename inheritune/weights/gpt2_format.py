@@ -28,6 +28,7 @@ INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
 # sha256 of OpenAI's encoder.json, and how the hub's client calls the folders of the released GPT-2s
 GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+NO_EOT = -1  # as `eot`: nothing ends a text
 GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
 
 
@@ -58,8 +59,9 @@ def read_config(folder: str) -> dict:
     c = read_json(path)
     check_architecture(path, c)
     n_vocab = c.get("n_vocab", c["vocab_size"])
-    tokenizer = c.get("tokenizer") or find_tokenizer(folder)
     bias, eot = c.get("bias", True), c.get("eos_token_id")
+    eot = eot[0] if isinstance(eot, list) and eot else eot
+    tokenizer = c.get("tokenizer") or find_tokenizer(folder, eot)
     if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
         raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
     if not isinstance(tokenizer, str) or type(bias) is not bool:
@@ -72,8 +74,8 @@ def read_config(folder: str) -> dict:
         "scale_attn_by_inverse_layer_idx": bool(c.get("scale_attn_by_inverse_layer_idx", False)),
         "n_vocab": n_vocab,
         "tokenizer": tokenizer,
-        # small vocabularies made by hand often keep GPT-2's 50256 in their config: then nothing ends a text
-        "eot": eot if type(eot) is int and 0 <= eot < n_vocab else n_vocab - 1,
+        # small vocabularies made by hand often keep GPT-2's 50256 in their config
+        "eot": eot if type(eot) is int and 0 <= eot < n_vocab else NO_EOT,
     }
 
 
@@ -105,17 +107,32 @@ def check_architecture(path: str, c: dict) -> None:
         raise OtherModel(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
 
 
-def find_tokenizer(folder: str) -> str:
-    """The tokenizer of a folder whose config.json names none: "gpt2" for GPT-2's vocabulary or a released
-    GPT-2 in the hub's cache, "tokenizer.json" for another one in that file, "" when there is none."""
+def find_tokenizer(folder: str, eot: int | None) -> str:
+    """The tokenizer of a folder whose config.json names none, only the id that ends a text if anything:
+    "gpt2" for GPT-2's vocabulary or a released GPT-2 in the hub's cache, "tokenizer.json" for another one in
+    that file, "" when there is none."""
     own, vocab = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
     if os.path.exists(own):
-        model = read_json(own).get("model")
-        return "gpt2" if isinstance(model, dict) and is_gpt2(model.get("vocab")) else "tokenizer.json"
+        content = read_json(own)
+        model, added = content.get("model"), content.get("added_tokens") or []
+        same = isinstance(model, dict) and is_gpt2(model.get("vocab"))
+        # ordinary text has the ids of added tokens that are not special
+        same = same and isinstance(added, list)
+        same = same and all(isinstance(token, dict) and token.get("special") for token in added)
+        return "gpt2" if same and ends_like_gpt2(folder, eot) else "tokenizer.json"
     if os.path.exists(vocab):
         merges = os.path.exists(os.path.join(folder, "merges.txt"))
-        return "gpt2" if is_gpt2(read_json(vocab)) else "tokenizer.json" if merges else ""
+        same = is_gpt2(read_json(vocab)) and ends_like_gpt2(folder, eot)
+        return "gpt2" if same else "tokenizer.json" if merges else ""
     return "gpt2" if GPT2_CACHE.search(os.path.abspath(folder)) else ""
+
+
+def ends_like_gpt2(folder: str, eot: int | None) -> bool:
+    """Whether GPT-2's token ends a text: as tokenizer_config.json says, or else config.json with `eot`."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    token = read_json(path).get("eos_token") if os.path.exists(path) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token == "<|endoftext|>" if isinstance(token, str) else eot in (None, 50256)
 
 
 def is_gpt2(ids) -> bool:
@@ -136,6 +153,7 @@ def has_biases(folder: str) -> bool:
 
 def config_json(config: dict) -> dict:
     """config.json's content for a configuration: what transformers reads, and our extra keys last."""
+    eot = None if config["eot"] == NO_EOT else config["eot"]
     return {  # frozen: checkpoint layout
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -155,8 +173,8 @@ def config_json(config: dict) -> dict:
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": config["scale_attn_by_inverse_layer_idx"],
         "tie_word_embeddings": True,
-        "bos_token_id": config["eot"],
-        "eos_token_id": config["eot"],
+        "bos_token_id": eot,
+        "eos_token_id": eot,
         "torch_dtype": "float32",
         "bias": config["bias"],
         "n_vocab": config["n_vocab"],
@@ -175,20 +193,28 @@ def read_weights(folder: str) -> dict[str, Lazy]:
         if name in tensors:
             raise UserError(f"{folder} holds {name} twice")
         tensors[name] = tensor
-    head, wte = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
-    if head is not None and wte is not None:
+    tie_head(tensors, folder)
+    return tensors
+
+
+def tie_head(tensors: dict, source: str) -> None:
+    """Leave out the head, which must be that of the embeddings, or take it for them where a file holds the
+    two once. Raises UserError, naming `source`, when they differ."""
+    head = tensors.pop("lm_head.weight", None)
+    wte = tensors.get("transformer.wte.weight", head)
+    if head is not None:
         same = head.shape == wte.shape and len(wte.shape) == 2
         if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
             what = "lm_head.weight differs from wte.weight; untied heads are not implemented"
-            raise UserError(f"{folder}: {what}")
-        del tensors["lm_head.weight"]
-    return tensors
+            raise UserError(f"{source}: {what}")
+        tensors["transformer.wte.weight"] = wte
 
 
 def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
     """(name, tensor) of all that a folder's safetensors files hold, by the files' own names."""
     files, index = [WEIGHTS], os.path.join(folder, INDEX)
-    if os.path.exists(index):  # {tensor name: file name} of a sharded model
+    # {tensor name: file name} of a sharded model; save_pretrained leaves an older one beside a whole file
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
         shards = read_json(index).get("weight_map")
         files = list(shards.values()) if isinstance(shards, dict) else [None]
         if not all(isinstance(file, str) and re.fullmatch(r"[^/]+\.safetensors", file) for file in files):

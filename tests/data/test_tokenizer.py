@@ -30,6 +30,7 @@ from inheritune.data.tokenizer import (
     load_tokenizer,
     utf8,
 )
+from inheritune.weights.gpt2_format import read_config
 from tests.assets import english, gpt2, gpt2_ranks, original_files, read_ranks
 
 # Any text that Rust can hold, and texts in which the rules for cutting words meet more often than by chance.
@@ -275,6 +276,22 @@ def test_gpt2s_own_files_are_gpt2_however_they_are_laid_out(tmp_path):
     changed = read_json(tmp_path / "b" / "tokenizer.json") | {"normalizer": {"type": "Lowercase"}}
     (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(changed))
     assert load_tokenizer(str(tmp_path / "b")).name == "tokenizer.json", "the same vocabulary in lower case"
+
+
+@pytest.mark.parametrize("added", [{"eos_token": "<|im_end|>"}, ["<user>", "<bot>"]])
+def test_a_gpt2_with_other_ids_in_a_text_is_told_from_gpt2(tmp_path, added):
+    """Another token ends its texts, or added ones occur in them: data and checkpoint say the same."""
+    theirs = transformers.AutoTokenizer.from_pretrained(write_gpt2(tmp_path / "a"))
+    theirs.add_special_tokens(added) if isinstance(added, dict) else theirs.add_tokens(added)
+    theirs.save_pretrained(tmp_path / "b")
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": len(theirs)}
+    config = {"model_type": "gpt2", "eos_token_id": theirs.eos_token_id} | sizes
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    ours, model = load_tokenizer(str(tmp_path / "b")), read_config(str(tmp_path / "b"))
+    assert (ours.name, ours.n_vocab, ours.eot) == ("tokenizer.json", len(theirs), theirs.eos_token_id)
+    assert (model["tokenizer"], model["n_vocab"], model["eot"]) == (ours.name, ours.n_vocab, ours.eot)
+    text = "a <user> b"
+    assert ours.encode(text) == theirs(text)["input_ids"]
 
 
 def test_the_digest_is_of_the_vocabulary_not_of_the_file(tmp_path):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -70,7 +71,19 @@ def with_head(tensors):
     return tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
 
 
-@pytest.mark.parametrize("form", [as_on_the_hub, with_head, lambda t: as_on_the_hub(with_head(t))])
+def without_wte(tensors):
+    return {k: v for k, v in tensors.items() if "wte" not in k}
+
+
+def head_alone(tensors):
+    """As safetensors.torch.save_model may write a tied model."""
+    return without_wte(with_head(tensors))
+
+
+FORMS = (as_on_the_hub, with_head, head_alone, lambda t: as_on_the_hub(with_head(t)))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_forms_that_the_hub_has(saved, form):
     folder, reference = saved
     edit_tensors(folder, form)
@@ -91,6 +104,14 @@ def test_sharded_files(saved, tmp_path):
     shards = [n for n in os.listdir(tmp_path / "sharded") if n.endswith(".safetensors")]
     assert len(shards) > 1 and not os.path.exists(tmp_path / "sharded/model.safetensors")
     assert_opens_equal(tmp_path / "sharded", reference)
+
+    # transformers takes the whole file if there is one, and leaves an older index beside it
+    whole = gpt2(tiny_model(seed=1, vocab_size=101, n_vocab=101, eot=0))
+    shutil.copytree(tmp_path / "sharded", tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "whole")
+    assert os.path.exists(tmp_path / "whole/model.safetensors.index.json")
+    assert_opens_equal(tmp_path / "whole", whole)
+
     os.unlink(tmp_path / "sharded" / shards[0])
     with pytest.raises(UserError, match=re.escape(f"has no {shards[0]}")):
         gpt2_format.open_model(str(tmp_path / "sharded"))
@@ -123,17 +144,12 @@ def test_what_is_not_implemented_is_refused_by_name(saved, change, named):
         GPT.from_pretrained(str(saved[0]))
 
 
-def without_wte(tensors):
-    return {k: v for k, v in tensors.items() if "wte" not in k}
-
-
 @pytest.mark.parametrize(
     "change, named",
     [
         (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs"),
         (lambda t: t | {"lm_head.weight": torch.zeros(3, 3)}, "lm_head.weight differs"),
         (without_wte, "transformer.wte.weight is missing"),
-        (lambda t: without_wte(with_head(t)), "transformer.wte.weight is missing"),
         (
             lambda t: t | {"transformer.h.0.crossattention.c_attn.weight": torch.zeros(2)},
             "crossattention.*not a GPT-2",
@@ -170,6 +186,15 @@ def test_a_damaged_config_is_one_line(saved, text):
         GPT.from_pretrained(str(saved[0]))
 
 
+@pytest.mark.parametrize("said, eot", [(7, 7), ([7, 9], 7), (50256, -1), (None, -1), ([], -1)])
+def test_the_id_that_ends_a_text(saved, said, eot):
+    """-1 is never drawn; transformers' files say it by null."""
+    edit_config(saved[0], eos_token_id=said)
+    config = gpt2_format.read_config(str(saved[0]))
+    assert config["eot"] == eot
+    assert gpt2_format.config_json(config)["eos_token_id"] == (None if eot < 0 else eot)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inverse", [True, False])
 def test_transformers_opens_what_is_written_with_equal_logits(tmp_path, bias, inverse):
@@ -191,6 +216,7 @@ def test_transformers_opens_what_is_written_with_equal_logits(tmp_path, bias, in
         {},
         {"bias": False},
         {"scale_attn_by_inverse_layer_idx": True, "n_layer": 1},
+        {"eot": gpt2_format.NO_EOT},
         {"vocab_size": 67, "n_vocab": 61, "eot": 3, "tokenizer": "o200k_base", "block_size": 5},
     ],
 )

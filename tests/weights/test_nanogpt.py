@@ -1,6 +1,7 @@
 """nanoGPT's ckpt.pt: read exactly, executed never. pytest tests/weights/test_nanogpt.py"""
 
 import dataclasses
+import json
 import os
 import pickle
 
@@ -9,8 +10,10 @@ import torch
 
 import inherit
 import train
+from inheritune.data.tokenizer import load_tokenizer
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
+from tests.data.test_tokenizer import bpe
 from tests.tiny import arguments, refusal, same_weights, tiny_model, write_data
 from tools import convert_nanogpt
 
@@ -53,8 +56,28 @@ def test_every_weight_arrives(tmp_path, bias, prefix, masks):
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks)
     loaded = GPT.from_pretrained(convert(path, tmp_path / "out"))
     assert same_weights(loaded, model)
-    expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=319)
+    expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=-1)
     assert loaded.config == expected
+
+
+def test_the_papers_fork_says_how_attention_is_scaled(tmp_path):
+    model = tiny_model(bias=False, scale_attn_by_inverse_layer_idx=True)
+    args = ARGS | {"bias": False, "scale_attn_by_inverse_layer_idx": True}
+    path = write_ckpt(tmp_path / "ckpt.pt", model, model_args=args)
+    loaded = GPT.from_pretrained(convert(path, tmp_path / "out")).eval()
+    idx = torch.randint(320, (2, 8))
+    torch.testing.assert_close(loaded(idx), model.eval()(idx), rtol=0, atol=0)
+
+
+def test_a_tokenizers_own_files_are_kept(tmp_path):
+    tokenizer, trainer, _ = bpe(300)
+    tokenizer.train_from_iterator(["a few words of some language"] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.id_to_token(0)}))
+    path = write_ckpt(tmp_path / "ckpt.pt", tiny_model())
+    folder = convert(path, tmp_path / "out", "--tokenizer", str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(GPTConfig.from_folder(folder).tokenizer, folder)
+    assert (ours.encode("a few"), ours.eot) == (tokenizer.encode("a few").ids, 0)
 
 
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
@@ -106,6 +129,10 @@ def hostile(path, mark):
     torch.save({"model": {"x": Evil(mark)}, "model_args": {}}, path)
 
 
+def tiny_state():
+    return {name: p.detach() for name, p in tiny_model().named_parameters()}
+
+
 ARGS = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 320}
 BAD = {
     "a function in the pickle": (hostile, "is no whole nanoGPT checkpoint of tensors and plain values"),
@@ -132,6 +159,12 @@ BAD = {
     ),
     "no dict": (lambda p, m: write_ckpt(p, tiny_model(), model=[1]), "lacks nanoGPT's model_args or model"),
     "numbers": (lambda p, m: write_ckpt(p, tiny_model(), model={"a": 1}), "a is not a tensor"),
+    "an untied head": (
+        lambda p, m: write_ckpt(
+            p, tiny_model(), model=tiny_state() | {"lm_head.weight": torch.ones(320, 16)}
+        ),
+        "untied heads are not implemented",
+    ),
     "integers": (
         lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1).int()}),
         "a is not a tensor",
