@@ -117,7 +117,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, again="none"):
+        """The residual stream (B, T, C) that leaves. To save memory the backward pass computes again: nothing
+        ("none"), norms and GELU ("cheap": see keep_products), or the block from x on ("full")."""
+        if again == "none" or not torch.is_grad_enabled():
+            return self.add(x, cache)
+        keep = partial(create_selective_checkpoint_contexts, keep_products)
+        how = {"context_fn": keep} if again == "cheap" else {}
+        return checkpoint(self.add, x, use_reentrant=False, **how)
+
+    def add(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -127,7 +136,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = "none"  # or "cheap", "full": see run_block
+        self.checkpoint_activations = "none"  # or "cheap", "full": see Block.forward
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -183,16 +192,6 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)  # (T,)
         return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
 
-    def run_block(self, block, x):
-        """block(x). To save memory the backward pass computes again: nothing ("none"), norms and GELU
-        ("cheap": see keep_products), or the block from x on ("full")."""
-        if self.checkpoint_activations == "none" or not torch.is_grad_enabled():
-            return block(x)
-        if self.checkpoint_activations == "full":
-            return checkpoint(block, x, use_reentrant=False)
-        keep = partial(create_selective_checkpoint_contexts, keep_products)
-        return checkpoint(block, x, use_reentrant=False, context_fn=keep)
-
     def hidden(self, idx, cache=None):
         """Final hidden states (B, T, C) of ids idx (B, T); with a cache, idx follows the ids read so far.
 
@@ -206,7 +205,7 @@ class GPT(nn.Module):
             raise ValueError("a cache that holds tokens takes one more at a time")
         x = self.embed(idx, start)
         for block in self.transformer.h:
-            x = self.run_block(block, x) if cache is None else block(x, cache)
+            x = block(x, cache, self.checkpoint_activations)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)

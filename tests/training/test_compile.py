@@ -3,6 +3,7 @@
 pytest tests/training/test_compile.py        (-m slow for inductor, shards and DDP's buckets)
 """
 
+import collections
 import functools
 import socket
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import model
 import train
 from inheritune.training import distributed
 from inheritune.training.distributed import DistributedModel, Ranks
@@ -71,6 +73,36 @@ def test_one_graph_serves_all_blocks_of_a_sharded_model(data, tmp_path):
     train.main(arguments(data, tmp_path / "plain", **how))
     for name in ("loss", "val_loss", "grad_norm"):
         np.testing.assert_allclose(column(tmp_path / "a", name), column(tmp_path / "plain", name), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_keeps_its_products_too(monkeypatch):
+    """With shards each block is compiled alone: what "cheap" keeps must be decided inside of it. (From
+    outside the products of the compiled code go by other names and were computed again.)"""
+    decided, keep = collections.Counter(), model.keep_products
+
+    def noting(context, op, *args, **kwargs):
+        policy = keep(context, op, *args, **kwargs)
+        decided[str(op), policy.name] += 1
+        return policy
+
+    monkeypatch.setattr(model, "keep_products", noting)
+    idx = torch.randint(60, (2, 32))
+    grads, counts = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=64, bias=False))
+        module.checkpoint_activations = "cheap"
+        if compiled:
+            torch._dynamo.reset()
+            module.transformer.h[0].compile(dynamic=False)
+        decided.clear()
+        module(idx, idx).backward()
+        grads.append([p.grad for p in module.parameters()])
+        counts.append({op for op, policy in decided if policy == "MUST_SAVE"})
+        assert not any("mm.out" in op for op, _ in decided)
+    assert counts[0] == counts[1] and any("mm" in op for op in counts[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
