@@ -35,6 +35,13 @@ def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -
     problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
     if grow.reference_config:
         _, config = plan_reference(grow.reference_config, settings.dataset)
+        own = parse((TrainSettings,), [grow.reference_config], "")[0].dataset
+        if "dataset" not in given and own != settings.dataset:
+            problems.append(
+                f"{grow.reference_config} trains on {own}, not on {settings.dataset}: set dataset"
+            )
+        if name in planning.RELEASED:
+            problems.append(f"{name} is trained already: leave out reference_config (--reference_config=)")
     elif os.path.isdir(name) or grow.reference:
         config = planning.source_config(name)
     else:
@@ -107,10 +114,16 @@ def rounds(c: Common, grow: GrowSettings, reference: str, target: float):
         previous, k = stage.run, k + grow.k_step
 
 
-def controls(c: Common, rows: list[dict]):
-    """Train the final small model's architecture from random init: as many steps, and the compute of the
-    pipeline, if the reference's own is known. Yields a row for each."""
-    stage = c.random("random", rows[-1]["n_layer"], run="")
+def controls(c: Common, rows: list[dict], growth: str):
+    """Train the final small model's architecture from random init: as many steps as went into its weights,
+    and the compute of the pipeline, if the reference's own is known. Yields a row for each."""
+    own = [row for row in rows if row["arm"] == "inheritune"]
+    tokens = sum(row["tokens"] for row in (own if growth == "onto" else own[-1:]))
+    steps = max(1, tokens // c.flags["batch_tokens"])
+    flags = {"run": "", "stop_at_val_loss": None}
+    if steps != c.flags["max_iters"]:  # of several rounds, or stopped early
+        flags |= {"max_iters": steps, "lr_decay_iters": None}
+    stage = c.random("random", rows[-1]["n_layer"], **flags)
     train(stage)
     yield row_of("random", stage.run, c.folder)
     if rows[0]["flops"] is None:
@@ -118,7 +131,7 @@ def controls(c: Common, rows: list[dict]):
         print(f"\n{why}: no control at the compute of the whole pipeline")
         return
     steps = round(sum(row["flops"] for row in rows) / stage.flops_per_step)
-    flags = {"run": "", "max_iters": steps, "lr_decay_iters": None}
+    flags |= {"max_iters": steps, "lr_decay_iters": None}
     matched = c.random("random_matched", rows[-1]["n_layer"], **flags)
     train(matched)
     yield row_of("random_matched", matched.run, c.folder)
@@ -190,7 +203,7 @@ def main(argv=None):
     for made in {checkpoint.find(final, prefer) for prefer in ("best", "latest")}:
         write_card(made, "inheritune", folder, reference=measured)
     if grow.control:
-        rows += list(controls(c, list(rows)))
+        rows += list(controls(c, list(rows), grow.growth))
     print("\n" + write_report(c.folder, rows))
 
 

@@ -20,7 +20,9 @@ import torch
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import Request
+from inheritune.data.reader import identity
 from inheritune.experiments.arms import (
+    FIXED,
     SHARED,
     Common,
     find_arm,
@@ -37,9 +39,9 @@ from inheritune.training import cost, planning
 from inheritune.training import device as machine
 from inheritune.training.parsing import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
-from inheritune.weights import checkpoint
+from inheritune.weights import checkpoint, gpt2_format
+from inheritune.weights.gpt2_format import CONFIG
 
-DECIDED = ("init_from", "inherit_layers", "n_layer", "teacher", "seed", "data_start", "data_end", "resume")
 ARCHITECTURE = ("n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx", "block_size")
 
 
@@ -63,7 +65,8 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
         trained = {"reference_flags": flags, "reference_files": (rep.reference_config,)}
     else:
         name = rep.reference if settings.dry_run or row else checkpoint.find(rep.reference, prefer="latest")
-        config = planning.source_config(name)
+        kept = os.path.join(logs_of(rep), f"seed_{seed}", "reference")  # with a copy of its config.json
+        config = planning.source_config(kept if row and os.path.exists(kept) else name)
         state = os.path.join(name, "state.json")
         known = read_json(state) if os.path.exists(state) else {}
         tokens, steps = known.get("tokens"), known.get("step")
@@ -98,7 +101,8 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
 
 def check(settings, given, rep):
     """({seed: Common}, {arm: seeds}, {arm: why it is left out}). Raises UserError with every problem."""
-    problems = [f"{key} is decided by the arms: leave it out" for key in DECIDED if key in given]
+    decided = given & set(FIXED) - {"out_dir", "dry_run", "dataset"}
+    problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in decided]
     problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in given]
     if bool(rep.reference) == bool(rep.reference_config):
         problems.append("set one of reference_config (to train references) and reference (to take one)")
@@ -107,7 +111,8 @@ def check(settings, given, rep):
     if not seeds:
         raise UserError("arms: there is nothing to do")
     numbers = range(rep.first_seed, rep.first_seed + max(seeds.values()))
-    rows = [read_row(settings.out_dir, "reference", seed) for seed in numbers] if rep.report else []
+    places = (settings.out_dir, logs_of(rep)) if rep.report else ()
+    rows = [read_row(place, "reference", seed) for place in places for seed in numbers]
     row = next((row for row in rows if row), None)
     commons = {seed: make_common(settings, given, rep, seed, row) for seed in numbers}
     c = commons[rep.first_seed]
@@ -148,6 +153,11 @@ def row_of(settings, c, arm, seed) -> dict | None:
     if row["settings_hash"] != settings_hash(c, arm):
         path = os.path.join(c.folder, arm, "row.json")
         raise UserError(f"{path} was made with other settings: restore them, or use another out_dir")
+    if row.get("data") not in (None, identity(settings.dataset)):
+        path = os.path.join(c.folder, arm)
+        raise UserError(
+            f"{path} was trained on other tokens than {settings.dataset} holds: use another out_dir"
+        )
     return row
 
 
@@ -209,10 +219,13 @@ def keep(rep, c, arm, seed) -> None:
     """Copy an arm's row.json and the log.csv of each of its stages to results/NAME/logs."""
     folder = os.path.join(logs_of(rep), f"seed_{seed}", arm)
     names = ["row.json"]
-    names += [os.path.join(os.path.basename(s.run), "log.csv") for s in find_arm(arm).stages(c, arm)]
+    stages = find_arm(arm).stages(c, arm)
+    names += [os.path.join(os.path.basename(s.run), "log.csv") for s in stages]
     for name in names:
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         shutil.copyfile(os.path.join(c.folder, arm, name), os.path.join(folder, name))
+    if not stages:  # the reference was given, and says what it is
+        write_json(os.path.join(folder, CONFIG), gpt2_format.config_json(dataclasses.asdict(c.config)))
 
 
 def write_report(settings, given, rep) -> str:

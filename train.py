@@ -146,6 +146,7 @@ def save(run: Run) -> None:
         "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
         "tokens": state.step * s.batch_tokens,
         "scaler": run.scaler.state_dict(),
+        "data": run.plan.data,
         "settings": dataclasses.asdict(s),
     }
 
@@ -223,6 +224,8 @@ def main(argv=None):
                 f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x "
                 f"{plan.accumulation} accumulation x {ranks.world} rank(s); an epoch is {epoch:,.1f} steps"
             )
+            if plan.warning:
+                print(plan.warning)
         with run.request:
             val_loss = fit(run)
         if ranks.first:

@@ -13,7 +13,7 @@ python train.py config/train_gpt2_medium.py --dry_run
 python prepare_owt.py
 
 # The reference: 24 blocks from random init, 100K steps, into out-gpt2-medium. The longest part. To start from OpenAI's
-# weights instead, skip this and set reference = "gpt2-medium" in config/grow_gpt2_medium.py.
+# weights instead, skip this and give grow.py below --reference=gpt2-medium --reference_config=
 torchrun --nproc_per_node=8 train.py config/train_gpt2_medium.py --resume=auto
 
 # Why it should work: which of the reference's layers are lazy (attention of rank one). Minutes, into analysis/.

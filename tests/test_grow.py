@@ -152,11 +152,25 @@ def test_stops_at_the_first_round_that_matches(tmp_path, monkeypatch):
     assert results(out)["matched"] is True and results(out)["k"] == 1
 
 
+def test_the_control_takes_the_steps_that_were_taken(tmp_path, monkeypatch):
+    """Fewer where the small model stopped early."""
+    recipe, out = write_recipe(tmp_path, k_start=3, stop_at_val_loss=4.0)
+    monkeypatch.setattr(Request, "call", in_process)
+    grow.main([recipe])
+    found = {r["arm"]: r for r in results(out)["runs"]}
+    assert found["random"]["tokens"] == found["inheritune"]["tokens"] < 12 * 64
+    assert found["random_matched"]["tokens"] > 12 * 64, "it does not stop there"
+
+
 def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
-    recipe, out = write_recipe(tmp_path, control=False, growth="onto", k_start=2, k_step=1)
+    recipe, out = write_recipe(tmp_path, growth="onto", k_start=2, k_step=1)
     monkeypatch.setattr(Request, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
+    runs = {(r["arm"], r["n_layer"]): r["tokens"] for r in results(out)["runs"]}
+    assert runs["random", 3] == runs["inheritune", 2] + runs["inheritune", 3], (
+        "as many steps as its blocks had"
+    )
     small = gpt2_format.read_weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
     reference = gpt2_format.read_weights(checkpoint.find(f"{out}/reference", prefer="latest"))
     start = gpt2_format.read_weights(f"{out}/start_03")
@@ -174,6 +188,17 @@ def test_reference_without_known_compute_has_no_matched_control(tmp_path, monkey
     assert [r["arm"] for r in runs][-1] == "random" and runs[0]["flops"] is None
 
 
+def test_the_references_data_is_the_recipes(tmp_path, capsys):
+    recipe, _ = write_recipe(tmp_path)
+    lines = open(recipe).read().splitlines()
+    (tmp_path / "bare.py").write_text("\n".join(x for x in lines if not x.startswith("dataset")))
+    (tmp_path / "reference.py").write_text(REFERENCE + "dataset = 'data/other'\n")
+    said = refusal(grow.main, [tmp_path / "bare.py", "--dry_run"])
+    assert "trains on data/other, not on data/openwebtext: set dataset" in said
+    grow.main([recipe, "--dry_run"])
+    assert "first round" in capsys.readouterr().out, "the reference takes the recipe's"
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     recipe, out = write_recipe(tmp_path)
     grow.main([recipe, "--dry_run"])
@@ -188,6 +213,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         (["--n_layer=3"], "n_layer is decided by the recipe"),
         (["--reference_config="], "there is no reference"),
         (["--reference_config=nowhere.py"], "no config file 'nowhere.py'"),
+        (["--reference=gpt2-xl"], "gpt2-xl is trained already: leave out reference_config"),
         (["--growth=sideways"], "must be one of reinherit, onto"),
         (["--k_stop=3"], "did you mean --k_step"),
     ],

@@ -167,6 +167,17 @@ def test_a_given_reference(tmp_path, monkeypatch):
         found = {r["arm"]: r for r in csv.DictReader(f)}
     assert found["reference"]["flops"] == found["inheritune"]["flops_with_reference"] == ""
     assert set(found) == {"reference", "random", "inheritune"} and float(found["reference"]["val_loss"]) > 0
+    table = (tmp_path / "results/table.md").read_text()
+    shutil.rmtree(tmp_path / "given")
+    shutil.rmtree(tmp_path / "out")
+    replicate.main([path, "--report"])
+    assert (tmp_path / "results/table.md").read_text() == table, "the logs say what the reference was"
+
+
+def test_an_arm_trained_on_other_tokens_is_not_taken(finished, monkeypatch):
+    """A folder of the same name and size, prepared from other text."""
+    monkeypatch.setattr(replicate, "identity", lambda folder: "another")
+    assert "was trained on other tokens than" in refusal(replicate.main, [finished[0]])
 
 
 def test_failed_training_is_one_line(tmp_path, monkeypatch):
@@ -175,12 +186,13 @@ def test_failed_training_is_one_line(tmp_path, monkeypatch):
     write_data(tmp_path / "data", val=5)  # too short to validate on: train.py will say so
 
     def fail(request, command, stdout, stderr):
-        stdout.write("train.py: val has 5 tokens\n")
+        stdout.write("train.py: val has 5 tokens\n" + "=" * 60 + "\n")  # torchrun frames its own
         return 1
 
     monkeypatch.setattr(Request, "call", fail)
     message = refusal(replicate.main, [path])
-    assert "did not finish (train.py: val has 5 tokens); run the same command again" in message
+    output = tmp_path / "out/seed_1/reference/run.txt"
+    assert f"did not finish (train.py: val has 5 tokens; see {output}); run the same" in message
     assert not (tmp_path / "results").exists()
 
 
@@ -202,6 +214,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         (["--reference=x"], "set one of reference_config"),
         (["--reference_config="], "set one of reference_config"),
         (["--seed=3"], "seed is decided by the arms"),
+        (["--stop_at_val_loss=2"], "stop_at_val_loss is decided by the arms"),
         (["--n_embd=32"], "n_embd is the reference's"),
         (["--batch_tokens=60"], "not a multiple of block_size"),
         (["--jobs=99"], "jobs 99: at most"),

@@ -44,6 +44,7 @@ from tests.tiny import (
     same_weights,
     tiny_config,
     write_checkpoint,
+    write_data,
 )
 
 CPU = torch.device("cpu")
@@ -385,6 +386,27 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert "data/openwebtext: not prepared" in out
     assert "18 blocks x 20 heads x 1280, context 512" in out
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_goes_on_with_the_tokens_that_it_began_with(tmp_path):
+    """... if its folder says what it holds, and the checkpoint what it was trained on."""
+    data, out = write_data(tmp_path / "data"), tmp_path / "a"
+    train.main(arguments(data, out, max_iters=4, lr_decay_iters=12))
+    write_data(tmp_path / "data", high=50)  # of the same name and size
+    again = arguments(data, out, resume="must")
+    said = refusal(train.main, again)
+    assert f"data holds other tokens than {out} was trained on" in said
+    state = out / "step_00000004/state.json"
+    write_json(state, read_json(state) | {"data": None})  # as of an earlier version
+    train.main(again)
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_said(tmp_path, capsys):
+    dry_run = ["--dry_run", f"--dataset={tmp_path / 'nowhere'}"]
+    train.main([*dry_run, "--max_iters=1000"])
+    assert "warm-up takes 2,000 steps of 1,000, so there is no decay" in capsys.readouterr().out
+    train.main([*dry_run, "--max_iters=3000"])
+    assert "warm-up" not in capsys.readouterr().out
 
 
 def test_a_dry_run_without_data_takes_the_models_tokenizer(tmp_path, capsys):

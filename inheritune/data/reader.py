@@ -11,6 +11,7 @@ list of indices, no generator state, and the position in the data is one integer
 
 import functools
 import hashlib
+import json
 import os
 import re
 import sys
@@ -233,6 +234,12 @@ def read_meta(folder: str) -> dict:
     if not usable:
         raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")
     return meta
+
+
+def identity(folder: str) -> str | None:
+    """A hash of a data folder's tokens, made of what its meta.json says of them; None where it does not."""
+    splits = read_meta(folder).get("splits")
+    return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest() if splits else None
 
 
 def shards_of(folder: str, split: str, meta: dict) -> list[tuple[str, int | None]]:

@@ -24,6 +24,8 @@ from model import GPTConfig
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # also the reference's
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # as labels have them
 DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
+# by the arms of a comparison: all train on the same data, to the end
+FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end", "stop_at_val_loss")
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,8 @@ def split_name(name: str) -> tuple[str, dict]:
     if base not in ARMS:
         raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
     settings, given = parse((TrainSettings,), [f"--{change}" for change in changes], "")
+    if fixed := sorted(given & set(FIXED)):
+        raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
     ordered = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
     return base, {key: getattr(settings, key) for key in ordered if key in given}
 
@@ -233,6 +237,9 @@ def find_arm(name: str) -> Arm:
     if not changed:
         return ARMS[base]
 
+    if "max_iters" in changed:
+        changed = {"lr_decay_iters": None} | changed  # the schedule ends with the run
+
     def stages(c, arm):
         reference_flags = c.reference_flags and c.reference_flags | changed
         kd = c.kd | {key: changed[key] for key in c.kd.keys() & changed}
@@ -240,7 +247,7 @@ def find_arm(name: str) -> Arm:
         return ARMS[base].stages(c, arm)
 
     # a setting of the machine changes no number, and min_lr goes with the learning rate
-    told = {key: value for key, value in changed.items() if key not in MACHINE}
+    told = {key: value for key, value in split_name(name)[1].items() if key not in MACHINE}
     if "learning_rate" in told:
         told.pop("min_lr", None)
     label = ", ".join([ARMS[base].label, *(say(key, value) for key, value in told.items())])

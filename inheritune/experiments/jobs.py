@@ -11,7 +11,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import Request
-from inheritune.data.reader import ValData
+from inheritune.data.reader import ValData, identity
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
@@ -38,6 +38,7 @@ def train_command(stage: Stage) -> list[str]:
     gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
     if gpus > 1:  # needs a GPU
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        command[:0] = ["env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"]  # time to save, where torch knows it
     return command
 
 
@@ -56,7 +57,9 @@ def run_stage(stage: Stage, request: Request, quiet=False) -> None:
         with open(stage.run + ".txt", "a+", encoding="utf-8") as f:
             status = request.call(command, stdout=f, stderr=f)
             f.seek(0)
-            why = ([line.strip() for line in f if line.strip()] or ["no output"])[-1]
+            lines = [line.strip() for line in f if line.strip()]
+            said = [line for line in lines if line.startswith("train.py: ")]  # torchrun adds its own
+            why = f"{(said or lines or ['no output'])[-1]}; see {stage.run}.txt"
     else:
         print(f"\n$ {shlex.join(command)}", flush=True)
         status = request.call(command)
@@ -164,6 +167,7 @@ def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: st
         **own,
         "params": cost.costs(config)[0],
         "settings_hash": settings_hash(c, arm),
+        "data": identity(settings.dataset),
         "n_layer": config.n_layer,
         "flops_with_reference": pipeline["flops"],
         "layer_steps_with_reference": pipeline["layer_steps"],

@@ -25,8 +25,9 @@ NOTES = (
     f"{FEW} two seeds, one degree of freedom: a 95 % interval is 12.7 standard errors to each side "
     "(three seeds: 4.3).",
     "Differences are paired by seed; below zero is better. They are taken from the reference of the same "
-    "optimizer, and from random init and plain Inheritune of the same optimizer and steps; of several "
-    "learning rates the one with most seeds, then the best.",
+    "optimizer, and from random init and plain Inheritune of the same optimizer and length of a run (arms "
+    "of several runs, and those said to be longer, take more steps); of several learning rates the one with "
+    "most seeds, then the best.",
     "FLOPs and layer-steps (steps × blocks) count all stages of an arm and a teacher's forward passes; those "
     "'with reference' add the reference's own training where an arm starts or learns from it.",
     "'Reaches the reference' is the first validation at or below its final loss, earlier stages counted.",

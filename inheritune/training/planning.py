@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, raise_all
-from inheritune.data.reader import GPT2, Tokens, check_tokenizer, read_meta
+from inheritune.data.reader import GPT2, Tokens, check_tokenizer, identity, read_meta
 from inheritune.data.tokenizer import TOKENIZER_FILE
 from inheritune.training.cost import PEAKS, costs, flops_per_token, training_memory
 from inheritune.training.logs import read_rows
@@ -36,10 +36,12 @@ class Plan:
     resume_from: str | None = None  # the checkpoint folder that this run continues
     damaged: list[str] = field(default_factory=list)  # newer ones that cannot be continued
     tokenizer: dict = field(default_factory=lambda: GPT2)  # of the data: name, n_vocab, eot
+    data: str | None = None  # identity of its tokens, where known
     train_tokens: int | None = None  # in this run's part of the corpus; None when the data is not prepared
     sequences: int = 0  # per optimizer step, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank
     accumulation: int = 0  # forward passes per step on each rank
+    warning: str = ""  # of what is allowed, but hardly meant
 
 
 def make_plan(settings: TrainSettings, given: frozenset[str], world: int) -> Plan:
@@ -106,11 +108,15 @@ def comparable(settings: dict) -> dict:
 
 
 def plan_data(plan, settings, given):
-    """Fill in tokenizer and train_tokens."""
+    """Fill in tokenizer, data and train_tokens."""
     if os.path.isdir(settings.dataset) or not settings.dry_run:
         plan.tokenizer = read_meta(settings.dataset)["tokenizer"]
+        plan.data = identity(settings.dataset)
         plan.train_tokens = part_tokens(settings)
-    yield from ()
+    before = plan.resume_from and checkpoint.read_state(plan.resume_from).get("data")
+    if before and plan.data and before != plan.data:
+        cure = "restore them, or use another out_dir"
+        yield f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on: {cure}"
 
 
 def part_tokens(settings: TrainSettings) -> int | None:
@@ -128,6 +134,10 @@ def check_settings(plan, settings, given):
         yield f"min_lr {settings.min_lr:g} is above learning_rate {settings.learning_rate:g}: set both"
     if settings.shard and settings.optimizer == "muon":
         yield "optimizer=muon needs whole matrices and shard=True cuts them: choose one of the two"
+    end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
+    if settings.warmup_iters >= min(end, settings.max_iters):
+        took = f"warm-up takes {settings.warmup_iters:,} steps of {min(end, settings.max_iters):,}"
+        plan.warning = f"warning: {took}, so there is no decay: lower warmup_iters"
 
 
 def plan_model(plan, settings, given):
@@ -275,6 +285,7 @@ def describe(plan: Plan, settings: TrainSettings) -> str:
         f"data         {s.dataset}: {data}",
         f"compute      {flops:.3g} FLOPs{', the teacher among them' if plan.teacher else ''}",
     ]
+    lines += [plan.warning] if plan.warning else []
     return "\n".join(lines + describe_cost(plan, settings, flops))
 
 

@@ -88,12 +88,14 @@ def test_a_variant_is_an_arm_with_settings_of_its_own(tmp_path):
     assert list(parse_arms("ends@max_iters=3:2 random")) == ["reference", "random", "ends@max_iters=3"]
     (plain,), name = ARMS["ends"].stages(c, "ends"), "ends@max_iters=3@optimizer=muon"
     (stage,) = find_arm(name).stages(c, name)
-    assert stage.flags == plain.flags | {"max_iters": 3, "optimizer": "muon"} and stage.start == plain.start
+    changed = {"max_iters": 3, "lr_decay_iters": None, "optimizer": "muon"}  # the schedule ends with the run
+    assert stage.flags == plain.flags | changed and stage.start == plain.start
     assert stage.run == c.of(name) and find_arm(name).label.endswith(", 3 steps, Muon")
     (reference,) = find_arm("reference@optimizer=muon").stages(c, "reference@optimizer=muon")
     assert reference.flags["optimizer"] == "muon"
     assert settings_hash(c, name) != settings_hash(c, "ends@max_iters=3")
-    for wrong in ("ends@max_itres=3", "ends@max_iters=x", "edns@max_iters=3"):
+    fixed = ("ends@seed=3", "ends@stop_at_val_loss=1", "ends@dataset=elsewhere")
+    for wrong in ("ends@max_itres=3", "ends@max_iters=x", "edns@max_iters=3", *fixed):
         with pytest.raises(UserError):
             parse_arms(wrong)
 
