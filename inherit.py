@@ -61,6 +61,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
     if args.layers == "auto" and (args.recipe != "first" or args.onto):
         raise UserError("--layers auto chooses the blocks: leave out --recipe and --onto")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UserError(f"--seed must be a number of 64 bits, not {args.seed}")
     if args.layers not in (None, "auto") and not (args.layers.isdecimal() and int(args.layers)):
         raise UserError(f"--layers must be a whole number from 1 on, or auto, not {args.layers!r}")
 

@@ -161,8 +161,9 @@ def follow(path: str) -> str:
     """Where the file leads that `link` writes in a link's place; any other path as it is."""
     if os.path.isfile(path) and os.path.getsize(path) < 4096:
         with open(path, encoding="utf-8", errors="replace") as f:
-            target = os.path.join(os.path.dirname(path), f.read())
-        return target if os.path.isdir(target) else path
+            name = f.read()
+        target = os.path.join(os.path.dirname(path), name)
+        return target if name and os.path.isdir(target) else path
     return path
 
 

@@ -202,6 +202,7 @@ def test_a_run_folder_can_be_moved(tmp_path):
     [
         (lambda p: p.mkdir(), "neither a checkpoint"),
         (lambda p: p.write_text("x"), "is a file; a checkpoint is a folder"),
+        (lambda p: p.write_text(""), "is a file; a checkpoint is a folder"),
         (lambda p: None, "no folder"),
     ],
 )
