@@ -1,4 +1,4 @@
-# make demo      the whole recipe on a laptop: data, reference, inherit, train, grow, controls, a sample
+# make demo      the recipe on a laptop: data, inherit, train, grow, a control, samples
 # make test      ruff and the tests that take seconds; make test TORCH=2.9.1: with that torch, in .venv-2.9.1
 # make test-all  the same with coverage, and the tests that take minutes
 # make torture   a quarter of an hour of kills, full disks and damaged files, with a tally

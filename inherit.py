@@ -22,6 +22,12 @@ from inheritune.weights.gpt2_format import is_other
 from inheritune.weights.recipes import PARTS, RECIPES, Recipe, choose_blocks, make_checkpoint
 from model import GPT, GPTConfig
 
+RECIPE_HELP = (
+    "of --layers k: first, last or middle k; alternate: 0, 2, 4, …; first_plus_last: first k-1 and the last; "
+    "ends: first and last k/2; stack: the whole model, twice; hybrid: first k/2, twice; random: random init; "
+    "without --layers half_width: all blocks, half their heads and channels"
+)
+
 
 def make_parser() -> Parser:
     parser = Parser(description="Make a smaller GPT checkpoint out of a larger one.")
@@ -32,7 +38,7 @@ def make_parser() -> Parser:
     add("--data", help="data folder on whose validation split --layers auto measures the blocks")
     add("--blocks", help="keep these blocks instead, e.g. 0-11,23")
     add("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")
-    add("--recipe", choices=RECIPES, default="first", help="which blocks, and how; see recipes.py")
+    add("--recipe", choices=RECIPES, default="first", help=RECIPE_HELP)
     add("--parts", choices=PARTS, default="all", help="take only these parts of each block")
     add("--layernorms", type=true_or_false, default=True, help="take the blocks' LayerNorms too")
     add("--released_slice", action="store_true", help="blocks and wte only, as the authors did")

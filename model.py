@@ -35,7 +35,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms; the paper trains without
-    scale_attn_by_inverse_layer_idx: bool = False  # divide attention logits by layer number + 1, from 0 on
+    scale_attn_by_inverse_layer_idx: bool = False  # divide attention logits by layer + 1, the first being 0
     n_vocab: int = 50257  # ids that the tokenizer can decode; sampling draws only from these
     tokenizer: str = "gpt2"  # what tokenizer.load_tokenizer opens
     eot: int = 50256  # the end-of-text id, where sampling stops

@@ -74,7 +74,7 @@ def train_step(run: Run) -> None:
 
     # gradients, micro-batch by micro-batch
     windows = next(run.data.batches)  # (micro_batch · accumulation, T + 1)
-    # asked to stop, loss, with a teacher CE, KL
+    # over micro-batches: [whether to stop, loss], with a teacher also its terms [CE, KL]
     sums = torch.zeros(4 if run.teacher else 2, device=model.device)
     for m in range(plan.accumulation):
         x, y = to_device(windows[m * plan.micro_batch : (m + 1) * plan.micro_batch], model.device)

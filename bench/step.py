@@ -1,9 +1,9 @@
 """A training step on the CPU: time and memory against a plain step and transformers', and against the matrix
 peak.
 
-    python bench/step.py small        # 6 blocks x 384, vocabulary 50304, T 256, micro-batch 8, fp32; three
-    minutes python bench/step.py gpt2         # GPT-2 124M, T 1024, micro-batch 2 python bench/step.py small
-    --against ../before      # this tree's steps against those of another checkout
+    python bench/step.py small                     # 6 blocks x 384, vocabulary 50304, T 256, batch 8, fp32
+    python bench/step.py gpt2                      # GPT-2 124M, T 1024, micro-batch 2
+    python bench/step.py small --against ../before # this tree's steps against those of another checkout
 
 Each contender is a process of its own, which makes one step whenever it is told to, in turn with the others.
 Ours is train.py's own `train_step` in a run that `train.py` has set up. Memory is the peak of that process

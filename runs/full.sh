@@ -10,7 +10,7 @@ python prepare.py
 # The reference, 8 blocks for 2,000 steps; 4 of them, trained for as long; more until the reference is matched; random
 # init for as many steps, and for the compute of all of it.
 python grow.py config/demo.py --out_dir=out/full --reference= --reference_config=config/replicate_mini_reference.py \
-  --max_iters=2000 --warmup_iters=100
+  --max_iters=2000 --warmup_iters=100 --optimizer=adamw --learning_rate=6e-3 --min_lr=6e-4
 
 # What is lazy in both, and what their text looks like.
 for model in reference final; do

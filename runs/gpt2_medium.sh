@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 # What it will cost: parameters, batch, FLOPs, memory, time. Reads no data and trains nothing.
 python train.py config/train_gpt2_medium.py --dry_run
 
-# Data, once: OpenWebText, 9B tokens in GPT-2's vocabulary, 18 GB in data/openwebtext. Hours; bound by the download.
+# Data, once: OpenWebText, 9B tokens in GPT-2's vocabulary, 18 GB in data/openwebtext, 54 GB in the hub's cache. Hours.
 python prepare_owt.py
 
 # The reference: 24 blocks from random init, 100K steps, into out-gpt2-medium. The longest part. To start from OpenAI's

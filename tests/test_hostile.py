@@ -176,7 +176,8 @@ def test_what_only_looks_odd_is_loaded(tmp_path):
 
 def test_names_in_an_index_stay_in_the_folder(tmp_path):
     write_checkpoint(tmp_path / "a")
-    for name in ("../a/model.safetensors", "/etc/passwd", "x/y.safetensors", "pytorch_model.bin", 3, None):
+    os.rename(tmp_path / "a/model.safetensors", tmp_path / "model.safetensors")  # else the index is not read
+    for name in ("../model.safetensors", "/etc/passwd", "x/y.safetensors", "pytorch_model.bin", 3, None):
         index = tmp_path / "a/model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
         refused(lambda: GPT.from_pretrained(str(tmp_path / "a")), index)

@@ -271,7 +271,7 @@ def describe(plan: Plan, settings: TrainSettings) -> str:
     total_tokens = s.max_iters * s.batch_tokens
     flops = flops_per_token(c, plan.teacher) * total_tokens
     blocks = f", its first {s.inherit_layers} blocks" if s.inherit_layers else ""
-    data = "not prepared"
+    data = f"not prepared: {plan.tokenizer['n_vocab']:,} ids are assumed"
     if plan.train_tokens is not None:
         data = f"{plan.train_tokens:,} tokens, {total_tokens / plan.train_tokens:.2f} epochs"
     lines = [

@@ -72,7 +72,7 @@ class TrainSettings:
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(
-        "never", "the run in out_dir: never refuses one, auto continues it if there is one, must or fails"
+        "never", "if out_dir holds a run: never: refuse; auto: continue it; must: that, and fail without one"
     )
 
     # machine
@@ -103,7 +103,8 @@ class GrowSettings:
     )  # sec. 4
     k_step: int = setting(2, "blocks added from round to round", 1)  # paper Algorithm 1
     growth: Literal["reinherit", "onto"] = setting(
-        "reinherit", "a further round: all blocks anew, or the reference's next ones onto the trained model"
+        "reinherit",
+        "a further round: reinherit: all blocks of the reference; onto: its next ones onto the small model",
     )
     control: bool = setting(
         True, "train random-init controls too: for equal steps, for the pipeline's compute"
