@@ -15,7 +15,15 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, find_arm, split_name
-from inheritune.experiments.tables import SCHEDULE, best_variant, by_arm, mean_and_error, mean_loss, order
+from inheritune.experiments.tables import (
+    LONGER,
+    SCHEDULE,
+    best_variant,
+    by_arm,
+    mean_and_error,
+    mean_loss,
+    order,
+)
 
 # Okabe and Ito's palette: told apart by colour-blind readers too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
@@ -23,7 +31,6 @@ BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
 COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
-LONGER = {"random_2x": "random", "random_matched": "random"}  # the same for more steps
 STYLES = {"adamw": "-", "muon": "--"}
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
@@ -175,10 +182,11 @@ def budgets(arms: dict) -> dict:
     for arm in arms:
         base, changed = split_name(arm)
         if set(changed) <= {"max_iters", "optimizer", *SCHEDULE} and base != "reference":
-            optimizer, steps = changed.get("optimizer"), changed.get("max_iters")
-            best = best_variant(arms, base, optimizer, steps)
-            key = (LONGER.get(base, base), optimizer)
-            found.setdefault(key, {})[arms[best][0]["steps"]] = best
+            optimizer, steps = changed.get("optimizer"), arms[arm][0]["steps"]
+            longer = base in LONGER or "max_iters" in changed
+            base = LONGER.get(base, base)
+            best = best_variant(arms, base, optimizer, steps if longer else None)
+            found.setdefault((base, optimizer), {})[steps] = best
     return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
 
 
@@ -204,7 +212,7 @@ def plot_budget(path: str, arms: dict, title: str, own: str) -> None:
     axes.minorticks_off()
     axes.set_xlabel("training steps, each point a run of its own")
     axes.set_ylabel("final validation loss (nats/token)")
-    axes.set_title(f"{title}: mean and standard error over seeds")
+    axes.set_title(f"{title}: mean and standard error over seeds; a point without an error is of one seed")
     axes.grid()
     axes.legend()
     save(figure, path)

@@ -18,12 +18,12 @@ COLUMNS += ("n_layer", "layer_steps", "flops_with_reference", "layer_steps_with_
 COLUMNS += ("reached_step", "reached_flops", "reached_layer_steps", "lazy_before", "lazy_after")
 # of several variants that differ in these alone, the best one counts
 SCHEDULE = {"learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"}
+LONGER = {"random_2x": "random", "random_matched": "random"}  # the same for more steps
 FEW = "†"  # marks a standard error of two seeds
 NOTES = (
     "Validation loss: nats/token after the last step, on the same fixed tokens for all; mean ± standard "
-    "error over seeds.",
-    f"{FEW} two seeds, one degree of freedom: a 95 % interval is 12.7 standard errors to each side "
-    "(three seeds: 4.3).",
+    "error over seeds. Of three seeds a 95 % interval is 4.3 standard errors to each side.",
+    f"{FEW} two seeds, one degree of freedom: a 95 % interval is 12.7 standard errors to each side.",
     "Differences are paired by seed; below zero is better. They are taken from the reference of the same "
     "optimizer, and from random init and plain Inheritune of the same optimizer and length of a run (arms "
     "of several runs, and those said to be longer, take more steps); of several learning rates the one with "
@@ -80,8 +80,10 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> str | Non
     whatever the learning rate and its schedule: `order`'s first. None when there is none."""
     wanted = {"optimizer": optimizer, "max_iters": steps}
     found = []
-    for arm in arms:
+    for arm, rows in arms.items():
         name, changed = split_name(arm)
+        if name in LONGER:
+            name, changed = LONGER[name], changed | {"max_iters": rows[0]["steps"]}
         others = {key: value for key, value in changed.items() if key not in SCHEDULE}
         if name == base and dict.fromkeys(wanted) | others == wanted:
             found.append(arm)
@@ -137,7 +139,9 @@ def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
             " → ".join(average([r[key] for r in found], ".1f") for key in ("lazy_before", "lazy_after")),
         ]
         lines.append(cells)
-    notes = [*NOTES, *(f"Left out: {arm} ({why})." for arm, why in left_out.items())]
+    few = any(FEW in cell for cells in lines for cell in cells)
+    notes = [note for note in NOTES if few or not note.startswith(FEW)]
+    notes = [*notes, *(f"Left out: {arm} ({why})." for arm, why in left_out.items())]
     return markdown(columns, lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
 

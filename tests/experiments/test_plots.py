@@ -7,9 +7,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_budgets_are_lengths_of_the_same_arm_and_optimizer():
-    found = plots.budgets(tables.by_arm(ROWS))
+    found = plots.budgets(tables.by_arm([*ROWS, *rows_of("random_2x", [2.1], steps=16)]))
     assert found == {
-        ("random", None): {4: "random@max_iters=4", 8: "random"},
+        ("random", None): {4: "random@max_iters=4", 8: "random", 16: "random_2x"},
         ("ends", None): {4: "ends@max_iters=4", 8: "ends"},
     }
 

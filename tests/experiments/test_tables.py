@@ -70,6 +70,12 @@ def test_a_recipe_is_held_against_its_own_optimizer_and_steps():
     assert tables.less(arms, "ends@optimizer=muon", "random") == "-0.1500 ± 0.0500†"
     assert tables.less(arms, "ends@optimizer=muon", "reference", any_length=True) == "+0.1000 ± 0.0000†"
     assert tables.less(arms, "ends@max_iters=4", "reference", any_length=True) == "+0.6000"
+    # what was trained for twice the steps is the random init of that many
+    longer = tables.by_arm(
+        [*ROWS, *rows_of("random_2x", [2.1], steps=16), *rows_of("ends@max_iters=16", [2.0])]
+    )
+    assert tables.less(longer, "ends@max_iters=16", "random") == "-0.1000"
+    assert tables.less(longer, "random_2x", "random") == "-0.4000"
     assert tables.less(arms, "ends", "inheritune") == tables.less(arms, "random", "random") == ""
 
 
