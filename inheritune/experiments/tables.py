@@ -30,7 +30,8 @@ NOTES = (
     "most seeds, then the best.",
     "FLOPs and layer-steps (steps × blocks) count all stages of an arm and a teacher's forward passes; those "
     "'with reference' add the reference's own training where an arm starts or learns from it.",
-    "'Reaches the reference' is the first validation at or below its final loss, earlier stages counted.",
+    "'Reaches the reference' is the first validation at or below the final loss of the arm called reference "
+    "(its last one on the curve's tokens), earlier stages counted.",
 )
 
 
