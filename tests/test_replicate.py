@@ -110,13 +110,24 @@ def test_report_takes_in_what_another_folder_has(finished, tmp_path, monkeypatch
     assert "has no row of a reference" in refusal(replicate.main, [path, *flags])
 
 
-@pytest.mark.parametrize("logs", glob.glob(os.path.join(ROOT, "results/*/logs")))
+MUON = ("--optimizer=muon", "--learning_rate=8e-3", "--min_lr=8e-4", "--arms=inheritune@max_iters=1000")
+HALVES = "--arms=random@max_iters=1000 inheritune@max_iters=1000"
+COMMITTED = {  # results: their replicate.py command, without where the given reference is
+    "mini": ("config/replicate_mini.py",),
+    "english": ("config/replicate_english.py",),
+    "muon_reference": ("config/replicate_mini.py", "--reference_config=", "--reference=x", *MUON),
+    "depth/4": ("config/replicate_mini.py", "--reference_config=", "--reference=x", "--layers=2", HALVES),
+    "depth/12": ("config/replicate_mini.py", "--reference_config=", "--reference=x", "--layers=6", HALVES),
+}
+
+
+@pytest.mark.parametrize("logs", glob.glob("results/**/logs", root_dir=ROOT, recursive=True))
 def test_committed_tables_are_rebuilt_from_committed_logs(logs, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     committed = os.path.dirname(logs)
     shutil.copytree(logs, tmp_path / "results/logs")
-    config = f"config/replicate_{os.path.basename(committed)}.py"
-    replicate.main([config, "--report", f"--results={tmp_path}/results", f"--out_dir={tmp_path}/none"])
+    flags = ["--report", f"--results={tmp_path}/results", f"--out_dir={tmp_path}/none"]
+    replicate.main([*COMMITTED[os.path.relpath(committed, "results")], *flags])
     for name in ("results.csv", "table.md"):
         with open(os.path.join(committed, name)) as f:
             assert (tmp_path / "results" / name).read_text() == f.read()
