@@ -1,4 +1,4 @@
-# The best use found for a trained reference at 1,000 steps: its first half under Muon (results/mini/pilot.md).
+# The best use found for a trained reference at 1,000 steps: its first half under Muon (results/mini/pilot.md)
 #   python prepare.py && python train.py config/inheritune_best.py
 # For another model change init_from, inherit_layers, dataset and batch, and search for its learning rate.
 out_dir = "out-inheritune-best"

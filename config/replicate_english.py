@@ -1,4 +1,4 @@
-# The comparison of config/replicate_mini.py on English prose (plays, the Bible, addresses, a novel), one seed.
+# The comparison of config/replicate_mini.py on English prose (plays, Bible, addresses, a novel), one seed.
 #   bash runs/english_corpus.sh && python replicate.py config/replicate_english.py
 reference_config = "config/replicate_mini_reference.py"
 arms = (

@@ -32,7 +32,7 @@ def test_dry_run(name, capsys, monkeypatch):
     path = os.path.join("config", name)
     keys = read_config_file(path).keys()
     if "arms" in keys:
-        script, words = replicate, ("random_matched", "FLOPs")
+        script, words = replicate, ("inheritune", "FLOPs")
     else:
         script = grow if keys & GrowSettings.__dataclass_fields__.keys() else train
         words = ("parameters", "memory", "FLOPs")
@@ -66,6 +66,8 @@ def test_every_dataset_is_what_a_prepare_script_writes_by_default(capsys):
     written = set(re.findall(r"folder to write \(default: (\S+)\)", shown))
     written |= {out for out, _ in prepare.CORPORA.values()}
     assert written == {"data/openwebtext", "data/fineweb-edu", "data/pydocs", "data/python"}
+    with open(os.path.join(ROOT, "runs/english_corpus.sh"), encoding="utf-8") as f:
+        written |= set(re.findall(r"--out (data/\S+)", f.read()))
     assert {parse_all(name).dataset for name in CONFIGS} <= written
 
 
