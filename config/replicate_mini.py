@@ -1,4 +1,4 @@
-# The comparison at a size that two CPU cores can make: Python's own source and documentation, as bytes.
+# The comparison at a size that two CPU cores can make: Python's own sources, as bytes; 19 hours of one core.
 #   python prepare.py && python replicate.py config/replicate_mini.py
 # An arm may have settings of its own: random@max_iters=500 (inheritune/experiments/arms.py).
 reference_config = "config/replicate_mini_reference.py"  # one reference for each seed
