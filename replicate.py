@@ -40,7 +40,6 @@ from inheritune.training import device as machine
 from inheritune.training.parsing import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
-from inheritune.weights.gpt2_format import CONFIG
 
 ARCHITECTURE = ("n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx", "block_size")
 
@@ -225,7 +224,8 @@ def keep(rep, c, arm, seed) -> None:
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         shutil.copyfile(os.path.join(c.folder, arm, name), os.path.join(folder, name))
     if not stages:  # the reference was given, and says what it is
-        write_json(os.path.join(folder, CONFIG), gpt2_format.config_json(dataclasses.asdict(c.config)))
+        content = gpt2_format.config_json(dataclasses.asdict(c.config))
+        write_json(os.path.join(folder, gpt2_format.CONFIG), content)
 
 
 def write_report(settings, given, rep) -> str:

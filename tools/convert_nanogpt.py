@@ -20,7 +20,6 @@ from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from inheritune.weights import gpt2_format
 from inheritune.weights.checkpoint import new_folder
-from inheritune.weights.gpt2_format import NO_EOT
 from inheritune.weights.tensors import MASKS, check_finite
 from model import GPTConfig
 
@@ -45,7 +44,7 @@ def read_ckpt(path: str) -> tuple[dict, dict]:
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{path} lacks nanoGPT's model_args or model") from None
     config |= {"dropout": 0.0, "bias": bias, "scale_attn_by_inverse_layer_idx": scaled}
-    config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": NO_EOT}
+    config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": gpt2_format.NO_EOT}
     gpt2_format.check_architecture(path, gpt2_format.config_json(config))
     tensors = canonical(path, state, config)
     gpt2_format.check_weights(tensors, config, path)
@@ -77,7 +76,7 @@ def choose_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict:
         print(f"{vocab_size} ids: taken for tokens of gpt2, nanoGPT's default (--tokenizer says otherwise)")
         return {"n_vocab": 50257, "tokenizer": "gpt2", "eot": 50256}
     if tokenizer is None:
-        return {"n_vocab": vocab_size, "tokenizer": "", "eot": NO_EOT}
+        return {"n_vocab": vocab_size, "tokenizer": "", "eot": gpt2_format.NO_EOT}
     if tokenizer.n_vocab > vocab_size:
         raise UserError(
             f"--tokenizer {tokenizer.name} has {tokenizer.n_vocab} ids, the model only {vocab_size}"

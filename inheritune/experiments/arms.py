@@ -237,6 +237,8 @@ def find_arm(name: str) -> Arm:
     if not changed:
         return ARMS[base]
 
+    # a setting of the machine changes no number, and min_lr goes with the learning rate
+    told = {key: value for key, value in changed.items() if key not in MACHINE}
     if "max_iters" in changed:
         changed = {"lr_decay_iters": None} | changed  # the schedule ends with the run
 
@@ -246,8 +248,6 @@ def find_arm(name: str) -> Arm:
         c = dataclasses.replace(c, flags=c.flags | changed, reference_flags=reference_flags, kd=kd)
         return ARMS[base].stages(c, arm)
 
-    # a setting of the machine changes no number, and min_lr goes with the learning rate
-    told = {key: value for key, value in split_name(name)[1].items() if key not in MACHINE}
     if "learning_rate" in told:
         told.pop("min_lr", None)
     label = ", ".join([ARMS[base].label, *(say(key, value) for key, value in told.items())])
