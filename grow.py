@@ -17,14 +17,14 @@ from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import Request
 from inheritune.experiments.arms import SHARED, Common, Stage, plan_reference, small_flags
-from inheritune.experiments.jobs import curve, measure, run_stage
 from inheritune.experiments.plots import plot_growth
+from inheritune.experiments.stages import curve, measure, run_stage
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
 from inheritune.training import cost, planning
-from inheritune.training.parsing import parse
+from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights.card import write_card
+from inheritune.weights.model_card import write_card
 from model import GPTConfig
 
 

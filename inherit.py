@@ -6,7 +6,7 @@
 The new model has the chosen blocks, renumbered, and the larger one's token and position embeddings, final
 LayerNorm and tied head. (The authors' released script leaves positions and final LayerNorm random:
 --released_slice does that.) The paper's other initialisations are --recipe, --parts and --layernorms;
-recipes.py says what each one is.
+initialisations.py says what each one is.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from inheritune.experiments.attention_metrics import choose_for
 from inheritune.weights import checkpoint
 from inheritune.weights.any_layout import cut_model
 from inheritune.weights.gpt2_format import is_other
-from inheritune.weights.recipes import PARTS, RECIPES, Recipe, choose_blocks, make_checkpoint
+from inheritune.weights.initialisations import PARTS, RECIPES, Recipe, choose_blocks, make_checkpoint
 from model import GPT, GPTConfig
 
 RECIPE_HELP = (

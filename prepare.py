@@ -19,8 +19,8 @@ from tqdm import tqdm
 from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.base.files import replacing
 from inheritune.data import sources
-from inheritune.data.formats import TABLES, TEXT, cut_in_two, is_text
 from inheritune.data.sources import UNSET
+from inheritune.data.text_files import TABLES, TEXT, cut_in_two, is_text
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import BinWriter, write_tokens
 

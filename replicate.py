@@ -32,12 +32,12 @@ from inheritune.experiments.arms import (
     settings_hash,
     small_flags,
 )
-from inheritune.experiments.jobs import ALONE, curve_of, make_row, run_stage
 from inheritune.experiments.plots import draw_results
+from inheritune.experiments.stages import ALONE, curve_of, make_row, run_stage
 from inheritune.experiments.tables import write_tables
 from inheritune.training import cost, planning
 from inheritune.training import device as machine
-from inheritune.training.parsing import parse
+from inheritune.training.command_line import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 

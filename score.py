@@ -96,7 +96,7 @@ def find_tasks(names: list[str], include_path: str | None):
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as e:
-        raise UserError(f"--tasks needs {e.name}: pip install -r requirements-eval.txt") from None
+        raise UserError(f"--tasks needs {e.name}: pip install -r requirements-extra.txt") from None
     if include_path and not os.path.isdir(include_path):  # needs an extra package
         raise UserError(f"--include_path: no folder {include_path!r}")
     manager = TaskManager(include_path=include_path)  # needs an extra package
@@ -185,7 +185,7 @@ def make_parser() -> Parser:
     parser.add_argument("--ckpt", required=True, help=what)
     parser.add_argument("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
     parser.add_argument("--split", default="val", help="the split of --data")
-    what = "lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-eval.txt)"
+    what = "lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-extra.txt)"
     parser.add_argument("--tasks", help=what)
     parser.add_argument("--include_path", help="folder with YAML files of further tasks")
     parser.add_argument("--limit", type=int, help="only this many examples of each task, to try things out")

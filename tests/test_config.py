@@ -13,7 +13,7 @@ import prepare_fineweb
 import prepare_owt
 import replicate
 import train
-from inheritune.training.parsing import parse, read_config_file
+from inheritune.training.command_line import parse, read_config_file
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from tests.tiny import ROOT
 

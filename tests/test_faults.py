@@ -17,7 +17,7 @@ import pytest
 
 import train
 from inheritune.base.files import lock_folder
-from inheritune.training.setup import Saver
+from inheritune.training.build_run import Saver
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT
 from tests.tiny import ROOT, arguments, contents, refusal, rows

@@ -13,8 +13,8 @@ import pytest
 import grow
 import train
 from inheritune.base.signals import Request
-from inheritune.experiments.jobs import curve, measure
-from inheritune.training.parsing import parse
+from inheritune.experiments.stages import curve, measure
+from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPTConfig

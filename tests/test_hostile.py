@@ -364,7 +364,7 @@ import analyze, grow, inherit, prepare, replicate, sample, score, train
 from model import GPT
 from tools import convert_nanogpt
 from inheritune.data import reader as data, sources
-from inheritune.training import parsing
+from inheritune.training import command_line
 from inheritune.base.errors import UserError
 seen = []
 def hook(event, arguments):
@@ -384,8 +384,8 @@ def attempt(work):
         work()
     except (UserError, SystemExit) as e:
         print("refused:", str(e)[:150])
-attempt(lambda: parsing.read_config_file("config.py"))
-attempt(lambda: parsing.read_config_file("call.py"))
+attempt(lambda: command_line.read_config_file("config.py"))
+attempt(lambda: command_line.read_config_file("call.py"))
 attempt(lambda: GPT.from_pretrained("pickled"))
 attempt(lambda: GPT.from_pretrained("code"))
 attempt(lambda: GPT.from_pretrained("pwned.pt"))

@@ -15,8 +15,8 @@ import inherit
 from inherit import parse_blocks
 from inheritune.base.errors import UserError
 from inheritune.training.settings import TrainSettings
-from inheritune.weights import checkpoint, gpt2_format, recipes, tensors
-from inheritune.weights.recipes import assemble, grow_onto
+from inheritune.weights import checkpoint, gpt2_format, initialisations, tensors
+from inheritune.weights.initialisations import assemble, grow_onto
 from model import GPT, GPTConfig
 from tests.tiny import (
     gpt2,
@@ -55,7 +55,7 @@ def test_inheriting_is_pure_and_keeps_the_tensors_themselves(blocks):
     state, config = hf_state(model), dataclasses.asdict(model.config)
     before = dict(state)
     copies = {k: v.clone() for k, v in state.items()}
-    new, new_config = recipes.inherit(state, config, blocks)
+    new, new_config = initialisations.inherit(state, config, blocks)
     assert state.keys() == before.keys() and all(state[k] is before[k] for k in state)
     assert same_weights(state, copies)
     assert config["n_layer"] == 4 and new_config == config | {"n_layer": len(blocks)}

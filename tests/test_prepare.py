@@ -23,7 +23,7 @@ import prepare
 import prepare_fineweb
 import prepare_owt
 from inheritune.base.files import read_json, sha256
-from inheritune.data import formats, sources, writer
+from inheritune.data import sources, text_files, writer
 from inheritune.data.tokenizer import byte_letters, bytes_tokenizer, load_tokenizer
 from tests.assets import english, gpt2
 
@@ -290,7 +290,7 @@ def test_a_finished_folder_keeps_what_a_person_puts_there(tmp_path):
 
 def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches):
     """Cut into pieces for the sake of memory, it gives the tokens of the uncut text."""
-    monkeypatch.setattr(formats, "PIECE", 1000)
+    monkeypatch.setattr(text_files, "PIECE", 1000)
     text = "".join(english())[:200_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("z")
@@ -301,7 +301,7 @@ def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches)
 
 
 def test_a_file_without_a_blank(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "PIECE", 1000)
+    monkeypatch.setattr(text_files, "PIECE", 1000)
     path = tmp_path / "a.txt"
     path.write_text("é" * 5000)
     pieces = list(sources.read_files(sources.find_files([str(path)]), "text", ""))
@@ -311,7 +311,7 @@ def test_a_file_without_a_blank(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_reading_goes_on_from_every_place(tmp_path, texts, monkeypatch, name):
-    monkeypatch.setattr(formats, "PIECE", 5000)
+    monkeypatch.setattr(text_files, "PIECE", 5000)
     write_tables(tmp_path, texts)
     (tmp_path / "a.txt").write_text("".join(texts))
     (tmp_path / "b.txt").write_text("")

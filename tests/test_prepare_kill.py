@@ -26,8 +26,8 @@ from tests.test_prepare import ROOT, check_meta, same, write_tables
 
 # The script with small batches and a record after each, so that a small corpus has many of both.
 RUN = (
-    "from inheritune.data import formats, writer; import sys, {0}; "
-    "writer.BATCH = formats.PIECE = 10_000; writer.RECORD_EVERY = 0; "
+    "from inheritune.data import text_files, writer; import sys, {0}; "
+    "writer.BATCH = text_files.PIECE = 10_000; writer.RECORD_EVERY = 0; "
     "{0}.main(sys.argv[1:])"
 )
 

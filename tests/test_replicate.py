@@ -17,11 +17,11 @@ import replicate
 import train
 from inheritune.base.signals import Request
 from inheritune.data.reader import ValData
-from inheritune.experiments import jobs
+from inheritune.experiments import stages
 from inheritune.experiments.arms import ARMS
+from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import mean_loss
-from inheritune.training.parsing import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT
@@ -151,10 +151,10 @@ def test_models_before_training_are_those_that_were_trained(finished, monkeypatc
     """The random init that is analysed is the one whose loss train.py logged at step 0."""
     path, _ = finished
     seen = []
-    monkeypatch.setattr(jobs, "max_ranks", lambda settings, load: seen.append(load()) or [1.0])
+    monkeypatch.setattr(stages, "max_ranks", lambda settings, load: seen.append(load()) or [1.0])
     settings, rep, _ = parse((TrainSettings, ReplicateSettings), [path], "")
     c = common_of(path)
-    jobs.make_row(settings, rep, c, "random", 1, None)
+    stages.make_row(settings, rep, c, "random", 1, None)
     val = ValData(settings.dataset, 8, settings.eval_tokens, settings.batch_size)
     device = torch.device("cpu")
     loss = mean_loss(seen[0].eval(), val, Ranks(), device, torch.float32)

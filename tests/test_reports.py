@@ -31,10 +31,10 @@ import sample
 import score
 import train
 from inheritune.base.errors import UserError
-from inheritune.data import formats, sources, writer
+from inheritune.data import sources, text_files, writer
 from inheritune.data.reader import Tokens
 from inheritune.data.tokenizer import byte_letters, load_tokenizer
-from inheritune.training.parsing import NANOGPT, parse
+from inheritune.training.command_line import NANOGPT, parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
@@ -530,7 +530,7 @@ def test_a_person_gives_tables_of_other_kinds(tmp_path, name):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
 def test_a_person_gives_a_compressed_text(tmp_path, monkeypatch, pack):
-    monkeypatch.setattr(formats, "PIECE", 1000)
+    monkeypatch.setattr(text_files, "PIECE", 1000)
     text = "Zwölf Boxkämpfer jagen Viktor.\n" * 500
     name = tmp_path / {bytes: "a.TXT", gzip.compress: "a.txt.gz"}.get(pack, "a.md.zst")
     name.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
@@ -591,7 +591,7 @@ def test_a_persons_file_is_broken(tmp_path, name, content, said):
 
 
 def test_a_persons_array_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_ARRAY", 10)
+    monkeypatch.setattr(text_files, "MAX_ARRAY", 10)
     argv = [table(tmp_path, "array.json"), "--out", tmp_path / "out", "--tokenizer", "bytes"]
     assert "write an object a line (.jsonl) instead" in refusal(prepare.main, argv)
 
@@ -660,7 +660,7 @@ def test_a_persons_text_spells_out_the_end_of_text(tmp_path, monkeypatch, capsys
     assert "--split_on '<|endoftext|>'" in shown
     assert (Tokens(str(tmp_path / "plain"), "train").read(0, 20_000) == 256).sum() == 0
     for size in (1 << 17, 300, 40):
-        monkeypatch.setattr(formats, "PIECE", size)
+        monkeypatch.setattr(text_files, "PIECE", size)
         found = prepared(tmp_path / f"{size}", tmp_path / "a.txt", "--split_on", "<|endoftext|>")
         assert (found["train"] + found["val"]).split("|") == [*documents, ""]
         assert found["val"].count("|") == 20 and "ordinary" not in capsys.readouterr().out

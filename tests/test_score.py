@@ -207,7 +207,7 @@ def test_without_lm_eval_it_names_the_requirements(ckpt, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa"])
-    assert "pip install -r requirements-eval.txt" in shown and "\n" not in shown
+    assert "pip install -r requirements-extra.txt" in shown and "\n" not in shown
 
 
 def test_the_table_is_the_papers():
@@ -291,7 +291,7 @@ def toy(tmp_path):
 
 @pytest.mark.slow
 def test_tasks_are_what_lm_eval_says_by_hand(ckpt, toy, monkeypatch, capsys):
-    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
     asked = [
@@ -331,7 +331,7 @@ def test_tasks_are_what_lm_eval_says_by_hand(ckpt, toy, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_without_tokenizer_files_and_a_limit(ckpt, toy, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
     bare = tmp_path / "bare"
     write_checkpoint(bare, block_size=64)
@@ -350,7 +350,7 @@ def test_a_checkpoint_without_tokenizer_files_and_a_limit(ckpt, toy, tmp_path, m
 
 @pytest.mark.slow
 def test_a_task_that_lm_eval_does_not_know(ckpt):
-    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
     shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "arc_eazy"])
     assert "lm_eval knows no task 'arc_eazy' (did you mean arc_easy?)" in shown
     shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa", "--include_path", "/nowhere"])

@@ -23,11 +23,11 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
 from inheritune.data.reader import TrainData
 from inheritune.training import cost, logs, planning
+from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.losses import to_device
 from inheritune.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
-from inheritune.training.parsing import parse
 from inheritune.training.planning import split_batch
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format

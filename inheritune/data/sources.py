@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from inheritune.base.errors import UserError
-from inheritune.data.formats import (
+from inheritune.data.text_files import (
     TABLES,
     TEXT,
     File,

@@ -2,7 +2,7 @@
 residual stream, and its loss without each block.
 
 Blocks are reached by hooks, never by an architecture's own names. Needs the package transformers
-(requirements-hf.txt); a GPT-2 that model.py implements needs nothing of this.
+(requirements-extra.txt); a GPT-2 that model.py implements needs nothing of this.
 """
 
 import contextlib

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, nearest
+from inheritune.training.command_line import parse
 from inheritune.training.cost import flops_per_token
-from inheritune.training.parsing import parse
 from inheritune.training.planning import ARCHITECTURE, make_plan
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import identify

@@ -158,7 +158,7 @@ def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, fl
         else:
             import wandb
     except ImportError:
-        raise UserError(f"--log_to={kind} needs a package: pip install -r requirements-log.txt") from None
+        raise UserError(f"--log_to={kind} needs a package: pip install -r requirements-extra.txt") from None
     if kind == "tensorboard":
         # what a killed run wrote from `step` on is written again: purge_step hides it
         writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=step)

@@ -1,7 +1,7 @@
 """Every setting of train.py, grow.py and replicate.py, each with its default and its line of help.
 
 The defaults are the paper's (arXiv 2404.08634, section 3) for its smallest model, where it states one.
-parsing.py reads a config file and a command line into these classes.
+command_line.py reads a config file and a command line into these classes.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class TrainSettings:
     eval_interval: int = setting(1000, "steps between validations", 1)  # the released logs
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "where else (requirements-log.txt)")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "where else (requirements-extra.txt)")
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(

@@ -15,7 +15,7 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
 from inheritune.weights.checkpoint import new_lineage
 from inheritune.weights.gpt2_format import CONFIG, stored_tensors
-from inheritune.weights.recipes import assemble, check_blocks, write_inherited
+from inheritune.weights.initialisations import assemble, check_blocks, write_inherited
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # in config.json, one of them
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_types", "layer_rope_theta")  # lists
@@ -100,7 +100,7 @@ def open_by(name: str, folder: str, **flags):
     try:
         import transformers
     except ImportError:  # needs an extra package
-        cure = "for others: pip install -r requirements-hf.txt"
+        cure = "for others: pip install -r requirements-extra.txt"
         raise UserError(f"{folder} is no GPT-2 of ours; {cure}") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

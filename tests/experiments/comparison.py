@@ -1,7 +1,7 @@
 """A small comparison for replicate.py and what the tests of the arms ask of it."""
 
 import replicate
-from inheritune.training.parsing import parse
+from inheritune.training.command_line import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from tests.tiny import write_data
 

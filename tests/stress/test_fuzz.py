@@ -19,7 +19,7 @@ from inheritune.base.errors import UserError
 from inheritune.data import reader as data
 from inheritune.data.tokenizer import bytes_tokenizer, load_tokenizer
 from inheritune.training import planning as plan
-from inheritune.training.parsing import parse, read_config_file
+from inheritune.training.command_line import parse, read_config_file
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPTConfig

@@ -56,7 +56,7 @@ def test_no_float64_is_made_on_a_device():
                 on_cpu = name == "cpu" or (
                     name in ("zeros", "rand") and not any(k.arg == "device" for k in made.keywords)
                 )
-                assert on_cpu or where.startswith("recipes.py"), (
+                assert on_cpu or where.startswith("initialisations.py"), (
                     f"{where}: .double() of what may be on a device"
                 )
             for keyword in call.keywords:

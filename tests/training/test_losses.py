@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from inheritune.base.files import read_json
-from inheritune.training import setup
+from inheritune.training import build_run
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import pad_head, to_device, total_nats
 from tests.tiny import arguments, column, tiny_model, write_checkpoint
@@ -130,7 +130,7 @@ def test_a_run_goes_on_padded_or_not_and_writes_the_rows_it_was_given(data, tmp_
     one."""
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     padded = []
-    monkeypatch.setattr(setup, "pad_head", lambda model: padded.append(pad_head(model)))
+    monkeypatch.setattr(build_run, "pad_head", lambda model: padded.append(pad_head(model)))
     write_checkpoint(tmp_path / "odd", vocab_size=257, bias=False)  # keys' biases have gradients of noise
     how = {"init_from": tmp_path / "odd", "inherit_layers": 2, "lr_decay_iters": 12, "keep_last": 9}
     how |= dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import train
 from inheritune.base.errors import UserError
-from inheritune.training.parsing import parse
+from inheritune.training.command_line import parse
 from inheritune.training.settings import HARMLESS, TrainSettings
 
 

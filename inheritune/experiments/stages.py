@@ -22,7 +22,7 @@ from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights.recipes import make_checkpoint
+from inheritune.weights.initialisations import make_checkpoint
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -7,9 +7,9 @@ import pytest
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import Request
-from inheritune.experiments import jobs
+from inheritune.experiments import stages
 from inheritune.experiments.arms import Stage
-from inheritune.experiments.jobs import first_reach, run_stage, wall_seconds
+from inheritune.experiments.stages import first_reach, run_stage, wall_seconds
 from inheritune.training.settings import TrainSettings
 from model import GPT, GPTConfig
 from tests.tiny import tiny_config, write_checkpoint, write_data
@@ -63,10 +63,12 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
 
     monkeypatch.setattr(GPT, "from_pretrained", remember)
     alive = []
-    monkeypatch.setattr(jobs, "release", lambda device: alive.append([m for m in models if m() is not None]))
+    monkeypatch.setattr(
+        stages, "release", lambda device: alive.append([m for m in models if m() is not None])
+    )
     for work in (
-        lambda: jobs.measure(settings, config, folder),
-        lambda: jobs.max_ranks(settings, lambda: GPT.from_pretrained(folder)),
+        lambda: stages.measure(settings, config, folder),
+        lambda: stages.max_ranks(settings, lambda: GPT.from_pretrained(folder)),
     ):
         work()
     assert len(models) == 2 and alive == [[], []]
@@ -75,8 +77,8 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
 def test_a_reference_is_measured_compiled_where_training_is(tmp_path, monkeypatch):
     folder, data = str(tmp_path / "ckpt"), write_data(tmp_path / "data")
     config, compiled = write_checkpoint(folder).config, []
-    monkeypatch.setattr(jobs.torch, "compile", lambda model, **how: compiled.append(model) or model)
+    monkeypatch.setattr(stages.torch, "compile", lambda model, **how: compiled.append(model) or model)
     for setting in (None, False, True):
         settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu", compile=setting)
-        jobs.measure(settings, config, folder)
+        stages.measure(settings, config, folder)
         assert len(compiled) == (setting is True)

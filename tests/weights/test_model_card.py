@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 import inherit
 import train
 from inheritune.weights import checkpoint
-from inheritune.weights.card import ranges, write_card
+from inheritune.weights.model_card import ranges, write_card
 from tests.other_models import build
 from tests.tiny import arguments, rows, write_checkpoint
 

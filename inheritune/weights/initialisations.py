@@ -16,9 +16,9 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, write_json
-from inheritune.weights.card import CARD, write_card
 from inheritune.weights.checkpoint import LINEAGE, STATE, new_folder, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, arrange, config_json, open_model, shapes, write_model
+from inheritune.weights.model_card import CARD, write_card
 from inheritune.weights.tensors import Lazy
 
 RECIPES = ("first", "last", "middle", "alternate", "first_plus_last", "ends")

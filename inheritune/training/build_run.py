@@ -22,7 +22,7 @@ from inheritune.training.planning import Plan
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights.gpt2_format import fill, open_model
-from inheritune.weights.recipes import inherit
+from inheritune.weights.initialisations import inherit
 from model import GPT
 
 

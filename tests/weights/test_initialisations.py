@@ -9,7 +9,7 @@ import torch
 
 import inherit
 import train
-from inheritune.weights import checkpoint, gpt2_format, recipes
+from inheritune.weights import checkpoint, gpt2_format, initialisations
 from model import GPT, GPTConfig
 from tests.tiny import arguments, hf_state, refusal, tiny_model, write_checkpoint, write_data
 
@@ -33,7 +33,7 @@ def new_model(config):
 
 
 def initialise(state, config, recipe, k, **how):
-    return recipes.initialise(state, config, new_model, k, recipes.Recipe(recipe, **how))
+    return initialisations.initialise(state, config, new_model, k, initialisations.Recipe(recipe, **how))
 
 
 def block(state, i):
@@ -67,7 +67,7 @@ def same(a, b):
     ],
 )
 def test_blocks_of_each_recipe(recipe, n_layer, k, blocks):
-    assert recipes.choose_blocks(recipe, n_layer, k) == blocks
+    assert initialisations.choose_blocks(recipe, n_layer, k) == blocks
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_half_width_of_xl():
     """25 heads of 64: 12 heads, 768 channels."""
     config = dataclasses.asdict(GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64))
     state = {n: torch.zeros(s) for n, s in gpt2_format.shapes(config).items()}
-    small = recipes.halve(state, config)[1]
+    small = initialisations.halve(state, config)[1]
     assert (small["n_head"], small["n_embd"]) == (12, 768)
 
 
@@ -160,7 +160,7 @@ def test_parts(reference, parts, layernorms):
     """What is not taken is random init: ones in LayerNorms, zero biases, small matrices."""
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
-    other = recipes.random_state(small, new_model, 3)
+    other = initialisations.random_state(small, new_model, 3)
     taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[
         parts
     ]
@@ -177,7 +177,7 @@ def test_parts(reference, parts, layernorms):
 def test_released_slice_leaves_positions_and_final_norm_random(reference):
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, released_slice=True, seed=3)
-    other = recipes.random_state(small, new_model, 3)
+    other = initialisations.random_state(small, new_model, 3)
     for i in range(3):
         assert same(block(new, i), block(state, i))
     assert torch.equal(new["transformer.wte.weight"], state["transformer.wte.weight"])
@@ -188,7 +188,7 @@ def test_released_slice_leaves_positions_and_final_norm_random(reference):
 def test_arguments_are_not_changed(reference):
     state, config = reference
     before = {name: t.clone() for name, t in state.items()}
-    for recipe in recipes.RECIPES:
+    for recipe in initialisations.RECIPES:
         k = {"stack": 12, "half_width": 6}.get(recipe, 2)
         initialise(state, config, recipe, k, parts="attn", released_slice=True)
     assert same(state, before) and config["n_layer"] == 6
