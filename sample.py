@@ -10,7 +10,6 @@ from typing import TextIO
 
 import torch
 
-from inheritune.base.banded import use_bands
 from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data.tokenizer import TextStream, Tokenizer, has_tokenizer, load_tokenizer
 from inheritune.training.device import pick, pick_dtype
@@ -126,8 +125,6 @@ def main(argv=None):
     # draw the tokenizer's ids only, and stop at its end-of-text
     n_vocab = min(tokenizer.n_vocab, config.n_vocab)
     model.config = dataclasses.replace(model.config, n_vocab=n_vocab, eot=tokenizer.eot)
-    if model.lm_head.weight.device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
-        use_bands(model)
 
     idx = torch.tensor([ids], device=device).repeat(args.num_samples, 1)  # (B, T)
     generator = torch.Generator().manual_seed(args.seed)

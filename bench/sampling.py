@@ -14,7 +14,6 @@ import harness
 import torch
 from harness import row
 
-from inheritune.base.banded import use_bands
 from inheritune.training.device import pick
 from model import GPT, GPTConfig, next_token
 
@@ -70,8 +69,7 @@ def main():
     torch.manual_seed(0)
     config = GPTConfig(bias=False, eot=50257, n_vocab=50304)  # nothing ends a text
     model = GPT(config).eval()
-    plain, half = copy.deepcopy(model), copy.deepcopy(model).bfloat16()
-    use_bands(model)  # as sample.py does
+    half = copy.deepcopy(model).bfloat16()
     big = torch.randn(150_000_000)
     reading = []
 
@@ -80,7 +78,7 @@ def main():
 
     works = {
         "ours": lambda: ours(model, 1),
-        "recompute": lambda: recompute(plain),
+        "recompute": lambda: recompute(model),
         "transformers": hugging_face(config),
         "16 rows": lambda: ours(model, 16),
         "bf16": lambda: ours(half, 1),
