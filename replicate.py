@@ -32,7 +32,7 @@ from inheritune.experiments.arms import (
     settings_hash,
     small_flags,
 )
-from inheritune.experiments.plots import draw_results
+from inheritune.experiments.plots import plot_results
 from inheritune.experiments.stages import ALONE, curve_of, make_row, run_stage
 from inheritune.experiments.tables import write_tables
 from inheritune.training import cost, planning
@@ -245,7 +245,7 @@ def write_report(settings, given, rep) -> str:
         cure = "run the same command without --report first"
         raise UserError(f"{there.out_dir} has no row of a reference: {cure}")
     shown = write_tables(rep.results, rows, left_out)
-    figures = draw_results(rep.results, rows, curves, settings.optimizer)
+    figures = plot_results(rep.results, rows, curves, settings.optimizer)
     missing = len(pairs_of(commons, seeds)) - len(rows)
     note = f"{missing} arms × seeds are not there yet\n" if missing else ""
     return f"{shown}\n{note}written: {rep.results}/results.csv, table.md, {', '.join(figures)}"

@@ -21,9 +21,9 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import gpu_runs  # first: it finds the other files
+import gpu_harness  # first: it finds the other files
 import torch
-from gpu_runs import Place, command, dry_run, flags, measured, random_model, train, train_command, waits
+from gpu_harness import Place, command, dry_run, flags, measured, random_model, train, train_command, waits
 from harness import ROOT, events, read, report, row, seconds
 
 from inheritune.training.cost import costs, peak_flops
@@ -211,7 +211,7 @@ def answer(name, place):
     """Print the rows of a step, and nothing else, to standard output."""
     rows, p = os.fdopen(os.dup(1), "w"), Place(**place)
     os.dup2(2, 1)
-    for found in training(p, name) if name in gpu_runs.SHAPES else globals()[name](p):
+    for found in training(p, name) if name in gpu_harness.SHAPES else globals()[name](p):
         print(json.dumps(found), file=rows, flush=True)
 
 
@@ -225,7 +225,7 @@ def main():
         parser.error(f"no step {', '.join(unknown)}: there are {', '.join(STEPS)}")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if args.toy else {}
-    facts, memory = gpu_runs.machine()
+    facts, memory = gpu_harness.machine()
     if not (memory or args.toy):
         sys.exit(f"gpu.py: torch {facts['torch']} sees no CUDA GPU: nothing to measure here")
     out, began, missed = args.toy or os.path.join(ROOT, "results"), time.perf_counter(), []
@@ -233,14 +233,14 @@ def main():
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         p = Place(folder, "cpu" if args.toy else "cuda", memory or math.inf)
-        gpu_runs.make_data(p)
+        gpu_harness.make_data(p)
         for name in args.steps or STEPS:
             print(f"\n{name}", flush=True)
             p.peak = next((1e12 * float(r["value"]) for r in read(table) if PEAK in r["name"]), math.nan)
             limit = 600 if p.toy else min(STEPS[name], max(0, LIMIT - (time.perf_counter() - began)))
-            rows = gpu_runs.run_step(__file__, name, p, limit)
+            rows = gpu_harness.run_step(__file__, name, p, limit)
             report([r | facts for r in rows], table)
-            missed = gpu_runs.write_report(os.path.join(out, "gpu.md"), read(table), facts)
+            missed = gpu_harness.write_report(os.path.join(out, "gpu.md"), read(table), facts)
             if name in VITAL and any(r["verdict"] not in ("", "reached") for r in rows):
                 sys.exit(f"gpu.py: {name} is not as it should be, and the rest would mean nothing")
     sys.exit(f"gpu.py: {len(missed)} rows are not as they should be: {out}/gpu.md" if missed else 0)

@@ -45,4 +45,4 @@ PYTHON
 
 # the analysis: the paper's 100 windows of 100 tokens, 50 of them for the loss without a block
 "$python" analyze.py --ckpt data/smollm2 --data data/sotu --skip_sequences 50 --out results/smollm2
-"$python" tools/correlate.py results/smollm2/analysis.json
+"$python" tools/correlate_measures.py results/smollm2/analysis.json

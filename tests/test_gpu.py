@@ -53,8 +53,8 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path):
     code = f"""
 import json, sys
 sys.path.insert(0, "bench")
-import gpu_runs
-print(json.dumps(gpu_runs.run_step("bench/gpu.py", "losses", gpu_runs.Place("{tmp_path}", "cpu", 1.0), 3)))
+from gpu_harness import Place, run_step
+print(json.dumps(run_step("bench/gpu.py", "losses", Place("{tmp_path}", "cpu", 1.0), 3)))
 """
     done = run(tmp_path, "-c", code)
     assert "losses: the step took" in done.stdout and "failed: not done after 3 s" in done.stdout, done.stderr

@@ -65,7 +65,7 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
     save(figure, path)
 
 
-def draw_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[str]:
+def plot_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[str]:
     """Write replicate.py's figures into `folder` and return their names. rows: as in row.json; curves: for
     each row (FLOPs, losses); optimizer: of the arms that do not name another."""
     title = os.path.basename(os.path.normpath(folder))
@@ -90,7 +90,7 @@ def mean_curve(curves):
     return curves[0][0][: len(by_x)], [statistics.fmean(ys) for ys in by_x], low, high
 
 
-def draw_points(axes, points) -> None:
+def plot_points(axes, points) -> None:
     """Draw [(label, value, error or None, colour)] as dots with bars, one line for each, the first on top."""
     for i, (_, value, error, colour) in enumerate(reversed(points)):
         axes.errorbar(value, i, xerr=error or 0, fmt="o", markersize=4, capsize=2, color=colour)
@@ -117,7 +117,7 @@ def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
     for arm, rows in arms.items():
         colour = COLOURS.get(split_name(arm)[0], GREY)
         points.append((find_arm(arm).label, *mean_and_error([r["val_loss"] for r in rows]), colour))
-    draw_points(right, sorted(points, key=lambda p: p[1]))
+    plot_points(right, sorted(points, key=lambda p: p[1]))
     right.set(xlabel="final validation loss\n(mean and standard error over seeds)")
     right.axvline(mean_loss(arms["reference"]), **LEVEL)
     figure.suptitle(title)
@@ -253,7 +253,7 @@ def plot_ranks(path: str, arms: dict, title: str) -> None:
 
 
 def plot_point_panels(path: str, panels, title: str) -> None:
-    """Draw panels [(title, xlabel, points)] side by side, points as for `draw_points`."""
+    """Draw panels [(title, xlabel, points)] side by side, points as for `plot_points`."""
     columns = min(3, len(panels))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [0.9 + 0.22 * max(len(points) for *_, points in row) for row in rows]
@@ -262,7 +262,7 @@ def plot_point_panels(path: str, panels, title: str) -> None:
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     for place, (name, xlabel, points) in zip(axes.flat, panels, strict=False):
-        draw_points(place, points)
+        plot_points(place, points)
         place.set_title(name)
         place.set_xlabel(xlabel, fontsize=8)
         place.tick_params(axis="x", labelsize=8)

@@ -17,14 +17,14 @@ def test_budgets_are_lengths_of_the_same_arm_and_optimizer():
 def test_every_figure_is_drawn(tmp_path):
     curves = [([0.0, 1.0, 2.0], [5.0, 3.0, r["val_loss"]]) for r in ROWS]
     curves[0] = ([0.0, 1.0], [5.0, 2.0])  # a seed that stopped early
-    names = plots.draw_results(str(tmp_path), ROWS, curves, "adamw")
+    names = plots.plot_results(str(tmp_path), ROWS, curves, "adamw")
     assert set(names) == {"curves.png", "compute.png", "rank.png", "budget.png"}
     assert all((tmp_path / name).read_bytes()[:8] == PNG for name in names)
 
 
 def test_figures_of_a_given_reference_alone(tmp_path):
     rows = [ROWS[0] | {"ranks_before": None}]
-    names = plots.draw_results(str(tmp_path), rows, [([], [])], "adamw")
+    names = plots.plot_results(str(tmp_path), rows, [([], [])], "adamw")
     assert set(names) == {"curves.png", "compute.png", "rank.png"}
 
 

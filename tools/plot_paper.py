@@ -1,6 +1,6 @@
 """Draw the paper's numbers (a CSV file as results/paper.csv) in the style of our figures, beside the file.
 
-python tools/draw_paper.py results/paper.csv
+python tools/plot_paper.py results/paper.csv
 """
 
 import os
@@ -17,7 +17,7 @@ COLUMNS = ("setting", "arm", "n_layer", "steps", "table", "final", "tail_mean", 
 COLUMNS += ("reached_step", "source")
 
 
-def draw_paper(path: str) -> str:
+def plot_file(path: str) -> str:
     """Draw a CSV file with COLUMNS beside itself; returns the picture's path."""
     rows = read_rows(path, COLUMNS)
     if not rows:
@@ -45,7 +45,7 @@ def main(argv=None):
     """Command line: draw the file."""
     parser = Parser(description="Draw the paper's numbers in the style of our figures.")
     parser.add_argument("csv", help="a CSV file as results/paper.csv; its picture lies beside it")
-    print(f"written: {draw_paper(parser.parse_args(argv).csv)}")
+    print(f"written: {plot_file(parser.parse_args(argv).csv)}")
 
 
 if __name__ == "__main__":

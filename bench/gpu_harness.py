@@ -74,10 +74,10 @@ def flags(**settings):
 
 
 def train_command(p, out, patches="", ranks=1, **changes):
-    """Arguments for Python: train the small model on bytes, into `out`, with patches (bench/patched.py)."""
+    """Arguments for Python: train the small model on bytes, into `out`, with patches (train_patched.py)."""
     settings = SMALL | (TINY if p.toy else {}) | {"dataset": p.path("bytes"), "device": p.device} | changes
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = ["bench/patched.py", patches] if patches else ["train.py"]
+    script = ["bench/train_patched.py", patches] if patches else ["train.py"]
     return [*(several if ranks > 1 else []), *script, *flags(**settings | {"out_dir": p.path(out)})]
 
 

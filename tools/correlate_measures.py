@@ -1,7 +1,7 @@
 """Do the lazy layers cost least when they are skipped? Spearman's rank correlation, over a model's layers, of
 each measure with the loss that skipping the block adds.
 
-    python tools/correlate.py results/smollm2/analysis.json
+    python tools/correlate_measures.py results/smollm2/analysis.json
 
 p: the share of random orders of the layers, both sides counted, whose correlation is as far from 0. The inner
 layers are all but the first two and the last two, of models with twelve or more.

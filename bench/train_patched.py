@@ -1,6 +1,6 @@
 """train.py where something around it is different; for bench/gpu.py, also under torchrun.
 
-    python bench/patched.py PATCHES <arguments of train.py>
+    python bench/train_patched.py PATCHES <arguments of train.py>
 
 PATCHES, separated by commas:
     counted  the last line printed is JSON: compiled graphs, those after the first step, symbols, graph breaks

@@ -1,6 +1,6 @@
 """Draw what inheriting gives at references of several depths, from a comparison's results.csv for each.
 
-python tools/draw_depth.py results/depth/4 results/mini results/depth/12 --out results/depth/depth.png
+python tools/plot_depth.py results/depth/4 results/mini results/depth/12 --out results/depth/depth.png
 """
 
 import os

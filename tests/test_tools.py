@@ -1,0 +1,59 @@
+"""The figures and correlations that tools/ makes of committed results. pytest tests/test_tools.py"""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.tiny import ROOT, refusal
+from tools import plot_depth, plot_paper
+from tools.correlate_measures import ranks, spearman
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_paper_figure(tmp_path):
+    shutil.copy(os.path.join(ROOT, "results/paper.csv"), tmp_path / "paper.csv")
+    plot_paper.main([str(tmp_path / "paper.csv")])
+    assert (tmp_path / "paper.png").read_bytes()[:8] == PNG
+    assert "has columns" in refusal(plot_paper.main, [__file__])
+    assert "holds no rows" in refusal(plot_paper.main, [tmp_path / "nowhere.csv"])
+
+
+def test_depth_figure(tmp_path, monkeypatch):
+    """The points are the rows of seed 1, by depth, whatever the order of the folders."""
+    mini = os.path.join(ROOT, "results/mini")
+    text = open(os.path.join(mini, "results.csv"), encoding="utf-8").read()
+    lines = [line.split(",") for line in text.splitlines()]
+    lines = [[*line[:9], "4", *line[10:]] if line[0] == "reference" else line for line in lines]
+    (tmp_path / "results.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    drawn = {}
+    save = plot_depth.save
+    monkeypatch.setattr(
+        plot_depth, "save", lambda figure, path: (drawn.update(figure=figure), save(figure, path))
+    )
+    plot_depth.main([mini, str(tmp_path), "--out", str(tmp_path / "depth.png")])
+    assert (tmp_path / "depth.png").read_bytes()[:8] == PNG
+    wanted = [float(line[2]) for arm in plot_depth.ARMS for line in lines if line[:2] == [arm, "1"]]
+    for axes_line, loss in zip(drawn["figure"].axes[0].lines, wanted, strict=True):
+        assert list(axes_line.get_xdata()) == [4, 8]
+        assert list(axes_line.get_ydata()) == [loss, loss]
+    short = [line for line in lines if line[0] != "reference"]
+    (tmp_path / "results.csv").write_text("\n".join(map(",".join, short)) + "\n")
+    said = refusal(plot_depth.main, [mini, str(tmp_path), "--out", str(tmp_path / "depth.png")])
+    assert "no row of seed 1 of reference" in said
+
+
+def test_ranks_share_ties():
+    assert ranks(np.array([3, 1, 1, 7])).tolist() == [2, 0.5, 0.5, 3]
+
+
+def test_spearman():
+    x = np.array([1.0, 2, 3, 4, 5])
+    rho, p = spearman(x, np.array([1.0, 4, 9, 16, 25]))
+    assert rho == pytest.approx(1) and p == pytest.approx(2 / 120, abs=0.002)
+    assert spearman(x, -x)[0] == pytest.approx(-1)
+    # 1 − 6 Σd² / (n (n² − 1)), d = 1, 1, 0, 1, 1
+    assert spearman(x, np.array([2.0, 1, 3, 5, 4]))[0] == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert spearman(x, np.ones(5)) == (0, 1)
