@@ -15,7 +15,7 @@ import torch
 
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.experiments.arms import SHARED, Common, Stage, plan_reference, small_flags
 from inheritune.experiments.plots import plot_growth
 from inheritune.experiments.stages import curve, measure, run_stage
@@ -67,7 +67,7 @@ def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -
 
 def train(stage: Stage) -> None:
     """Train a stage to its end, its output on the terminal."""
-    with Request() as request:
+    with StopRequest() as request:
         run_stage(stage, request)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.data.reader import identity
 from inheritune.experiments.arms import (
     FIXED,
@@ -199,7 +199,7 @@ def run_all(settings, rep, commons, seeds, jobs) -> None:
 
     order = {"reference": 0, "reference_scaled": 1}  # what others are compared with and start from
     for phase in range(3):
-        with Request() as request, ThreadPoolExecutor(jobs) as pool:
+        with StopRequest() as request, ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(work, pair) for pair in todo if order.get(pair[0], 2) == phase]
             try:
                 for future in futures:

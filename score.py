@@ -17,7 +17,7 @@ import tempfile
 
 from torch import Tensor
 
-from inheritune.base.errors import Parser, UserError, nearest, one_line, place
+from inheritune.base.errors import Parser, UserError, nearest, one_line, rank_info
 from inheritune.base.files import write_json
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
 from inheritune.data.tokenizer import has_tokenizer, tokenizer_files
@@ -216,7 +216,7 @@ def check(args, world: int) -> list[str]:
 def main(argv=None):
     """Command line: score, show tables on standard output, and write the JSON file."""
     args = make_parser().parse_args(argv)
-    ranks = Ranks(*place())
+    ranks = Ranks(*rank_info())
     names = check(args, ranks.world)
     manager = find_tasks(names, args.include_path) if names else None  # a typo shows before the long work
     device = machine.pick(args.device, ranks.local)

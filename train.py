@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from inheritune.base.errors import Stopped, UserError, one_line, place
+from inheritune.base.errors import Stopped, UserError, one_line, rank_info
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.build_run import Run, setup
 from inheritune.training.command_line import parse
@@ -205,7 +205,7 @@ def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
     description = "Train a GPT from scratch, from a checkpoint, or from the first blocks of one."
     settings, given = parse((TrainSettings,), argv, description)
-    ranks = Ranks(*place())
+    ranks = Ranks(*rank_info())
     if settings.dry_run:
         plan = make_plan(settings, given, ranks.world)
         if ranks.first:

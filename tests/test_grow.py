@@ -12,7 +12,7 @@ import pytest
 
 import grow
 import train
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.experiments.stages import curve, measure
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
@@ -60,7 +60,7 @@ def write_recipe(folder, **changes):
 
 
 def in_process(request, command):
-    """Request.call for train.py, without the process."""
+    """StopRequest.call for train.py, without the process."""
     train.main(command[2:])
     return 0
 
@@ -72,7 +72,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grow")
     recipe, out = write_recipe(folder, k_step=1)
     patch = pytest.MonkeyPatch()
-    patch.setattr(Request, "call", in_process)
+    patch.setattr(StopRequest, "call", in_process)
     patch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
     patch.undo()
@@ -128,7 +128,7 @@ def test_run_again_changes_nothing(finished, monkeypatch):
     recipe, out = finished
     before = {run: contents(f"{out}/{run}") for run in ("reference", "inheritune_02", "random_matched")}
     table = open(f"{out}/results.json").read()
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
     assert before == {run: contents(f"{out}/{run}") for run in before}
@@ -145,7 +145,7 @@ def test_measure_is_the_validation_that_training_logs(finished):
 
 def test_stops_at_the_first_round_that_matches(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, control=False)
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 50.0)
     grow.main([recipe])
     assert [r["arm"] for r in results(out)["runs"]] == ["reference", "inheritune"]
@@ -155,7 +155,7 @@ def test_stops_at_the_first_round_that_matches(tmp_path, monkeypatch):
 def test_the_control_takes_the_steps_that_were_taken(tmp_path, monkeypatch):
     """Fewer where the small model stopped early."""
     recipe, out = write_recipe(tmp_path, k_start=3, stop_at_val_loss=4.0)
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     grow.main([recipe])
     found = {r["arm"]: r for r in results(out)["runs"]}
     assert found["random"]["tokens"] == found["inheritune"]["tokens"] < 12 * 64
@@ -164,7 +164,7 @@ def test_the_control_takes_the_steps_that_were_taken(tmp_path, monkeypatch):
 
 def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, growth="onto", k_start=2, k_step=1)
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
     grow.main([recipe])
     runs = {(r["arm"], r["n_layer"]): r["tokens"] for r in results(out)["runs"]}
@@ -182,7 +182,7 @@ def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
 def test_reference_without_known_compute_has_no_matched_control(tmp_path, monkeypatch):
     recipe, out = write_recipe(tmp_path, reference_config="")
     write_checkpoint(tmp_path / "given", n_layer=3)
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     grow.main([recipe, f"--reference={tmp_path / 'given'}"])
     runs = results(out)["runs"]
     assert [r["arm"] for r in runs][-1] == "random" and runs[0]["flops"] is None

@@ -15,7 +15,7 @@ import torch
 
 import replicate
 import train
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData
 from inheritune.experiments import stages
 from inheritune.experiments.arms import ARMS
@@ -30,7 +30,7 @@ from tests.tiny import ROOT, refusal, rows, write_checkpoint, write_data
 
 
 def in_process(request, command, stdout, stderr):
-    """Request.call for train.py, without the process."""
+    """StopRequest.call for train.py, without the process."""
     train.main(command[2:])
     return 0
 
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
     )
     path = write_config(folder, arms=chosen)
     patch = pytest.MonkeyPatch()
-    patch.setattr(Request, "call", in_process)
+    patch.setattr(StopRequest, "call", in_process)
     replicate.main([path])
     patch.undo()
     return path, folder
@@ -88,7 +88,7 @@ def test_report_from_what_results_holds(finished, tmp_path, monkeypatch):
     for name in ("results.csv", "table.md", "curves.png"):
         os.remove(tmp_path / "results" / name)
     (tmp_path / "c.py").write_text((folder / "c.py").read_text())
-    monkeypatch.setattr(Request, "call", None)  # nothing is trained
+    monkeypatch.setattr(StopRequest, "call", None)  # nothing is trained
     nowhere = [f"--{key}={tmp_path}/nowhere" for key in ("dataset", "out_dir")]
     replicate.main([str(tmp_path / "c.py"), "--report", f"--results={tmp_path}/results", *nowhere])
     for name in ("results.csv", "table.md", "logs/seed_1/stacking/stage_2/log.csv"):
@@ -102,7 +102,7 @@ def test_report_takes_in_what_another_folder_has(finished, tmp_path, monkeypatch
     out = tmp_path / "out"
     for name in ("seed_1/reference", "seed_1/inheritune", "seed_2/reference"):
         shutil.copytree(folder / "out" / name, out / name, symlinks=True)
-    monkeypatch.setattr(Request, "call", None)
+    monkeypatch.setattr(StopRequest, "call", None)
     replicate.main([path, "--report", f"--results={tmp_path}/results", f"--out_dir={out}"])
     assert set(read_results(tmp_path / "results")) == {("reference", 1), ("reference", 2), ("inheritune", 1)}
     assert "10 arms × seeds are not there yet" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_deleted_arm_comes_back_the_same(finished, monkeypatch):
     before = read_results(folder / "results")
     shutil.rmtree(folder / "out/seed_1/kd_inherit")
     shutil.rmtree(folder / "out/seed_1/stacking/stage_1")
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     times = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("row.json")}
     replicate.main([path])
     assert read_results(folder / "results") == before
@@ -172,7 +172,7 @@ def test_a_given_reference(tmp_path, monkeypatch):
     path = write_config(
         tmp_path, reference_config="", reference=str(tmp_path / "given"), arms="all:0 inheritune random"
     )
-    monkeypatch.setattr(Request, "call", in_process)
+    monkeypatch.setattr(StopRequest, "call", in_process)
     replicate.main([path])
     with open(tmp_path / "results/results.csv") as f:
         found = {r["arm"]: r for r in csv.DictReader(f)}
@@ -200,7 +200,7 @@ def test_failed_training_is_one_line(tmp_path, monkeypatch):
         stdout.write("train.py: val has 5 tokens\n" + "=" * 60 + "\n")  # torchrun frames its own
         return 1
 
-    monkeypatch.setattr(Request, "call", fail)
+    monkeypatch.setattr(StopRequest, "call", fail)
     message = refusal(replicate.main, [path])
     output = tmp_path / "out/seed_1/reference/run.txt"
     assert f"did not finish (train.py: val has 5 tokens; see {output}); run the same" in message

@@ -55,7 +55,7 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
         handled = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, terminate) if handled else None
         try:
-            first = not ranks or place()[0] == 0
+            first = not ranks or rank_info()[0] == 0
             return main(argv)
         except (UserError, OSError) as e:
             message = f"{name}: {describe(e)}"
@@ -72,7 +72,7 @@ def one_line(main: Callable, ranks: bool = False) -> Callable:
     return wrapped
 
 
-def place() -> tuple[int, int, int]:
+def rank_info() -> tuple[int, int, int]:
     """(rank, world, local rank) among the processes that torchrun started; (0, 1, 0) without torchrun."""
     rank, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     try:

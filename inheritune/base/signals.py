@@ -1,7 +1,7 @@
 """SIGTERM (from a scheduler) and SIGINT (Ctrl-C) as a request to stop: finish what must be whole, save, and
 end.
 
-Where no `Request` is active, errors.one_line lets both signals end a command at once; nothing written is
+Where no `StopRequest` is active, errors.one_line lets both signals end a command at once; nothing written is
 lost.
 """
 
@@ -12,7 +12,7 @@ import threading
 from inheritune.base.errors import Stopped
 
 
-class Request:
+class StopRequest:
     """A context in which SIGTERM and the first SIGINT only set `signal` and go on to the children of `call`.
     A second SIGINT kills these and raises KeyboardInterrupt. SIGTERM after SIGINT is the same request:
     torchrun sends its workers both.

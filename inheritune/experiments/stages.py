@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData, identity
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
@@ -42,7 +42,7 @@ def train_command(stage: Stage) -> list[str]:
     return command
 
 
-def run_stage(stage: Stage, request: Request, quiet=False) -> None:
+def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
     """Make what a stage starts from, and train it to its end.
 
     quiet: train.py's output goes to RUN.txt beside the run. Raises UserError when it fails, and Stopped when

@@ -10,7 +10,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
 from inheritune.training.cost import flops_per_token
 from inheritune.training.device import pick_dtype
@@ -94,7 +94,7 @@ class Run:
     state: State
     recorder: Recorder
     saver: Saver
-    request: Request = field(default_factory=Request)  # to stop; of this process
+    request: StopRequest = field(default_factory=StopRequest)  # to stop; of this process
 
     def close(self) -> None:
         """Release the run folder, once nothing is being written there any more."""

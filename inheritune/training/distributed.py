@@ -28,7 +28,7 @@ class AgreedError(UserError):
 
 
 class Ranks:
-    """This process's place among `world` processes: alone, or where torchrun has put it (errors.place)."""
+    """This process's place among `world` processes: alone, or where torchrun has put it (rank_info)."""
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0):
         self.rank, self.world, self.local = rank, world, local  # local: among those of this machine

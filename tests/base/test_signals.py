@@ -13,7 +13,7 @@ import time
 import pytest
 
 from inheritune.base.errors import Stopped
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from tests.tiny import ROOT
 
 
@@ -25,7 +25,7 @@ def test_a_child_gets_the_request_and_its_parent_waits_for_it():
     child += "print('ready', flush=True); time.sleep(99)"
     code = f"""
 import sys; from inheritune.base import signals as stop
-with stop.Request() as request:
+with stop.StopRequest() as request:
     try:
         request.call([sys.executable, "-c", {child!r}])
     except stop.Stopped as e:
@@ -42,7 +42,7 @@ with stop.Request() as request:
 
 
 def test_a_second_interrupt_kills_the_children():
-    with Request() as request, pytest.raises(KeyboardInterrupt):
+    with StopRequest() as request, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal == signal.SIGINT
         request.children.add(subprocess.Popen(["sleep", "99"]))
@@ -52,7 +52,7 @@ def test_a_second_interrupt_kills_the_children():
 
 def test_sigterm_after_an_interrupt_is_the_same_request():
     before = signal.getsignal(signal.SIGINT)
-    with Request() as request:
+    with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -63,7 +63,7 @@ def test_sigterm_after_an_interrupt_is_the_same_request():
 
 def test_commands_without_a_request_return_their_status_from_any_thread():
     statuses = []
-    with Request() as request:
+    with StopRequest() as request:
         thread = threading.Thread(target=lambda: statuses.append(request.call(["false"])))
         thread.start()
         thread.join()

@@ -6,7 +6,7 @@ import weakref
 import pytest
 
 from inheritune.base.errors import UserError
-from inheritune.base.signals import Request
+from inheritune.base.signals import StopRequest
 from inheritune.experiments import stages
 from inheritune.experiments.arms import Stage
 from inheritune.experiments.stages import first_reach, run_stage, wall_seconds
@@ -43,10 +43,10 @@ def test_failed_stage_is_one_line(tmp_path):
     flags = {"dataset": "missing", "max_iters": 1, "batch_tokens": 1024}
     stage = Stage(str(tmp_path / "x"), tiny_config(), flags)
     with pytest.raises(UserError, match=r"did not finish \(see above\)"):
-        run_stage(stage, Request())
+        run_stage(stage, StopRequest())
     assert not os.path.exists(tmp_path / "x")
     with pytest.raises(UserError, match=r"did not finish .*no data folder 'missing'"):
-        run_stage(stage, Request(), quiet=True)
+        run_stage(stage, StopRequest(), quiet=True)
 
 
 def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypatch):
