@@ -7,7 +7,7 @@ checks of a config in weights/gpt2_format.py. Parameter names are those of Huggi
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -44,6 +44,11 @@ class GPTConfig:
     def from_folder(cls, folder: str) -> "GPTConfig":
         """The config of a checkpoint folder. Raises UserError."""
         return cls(**read_config(folder))
+
+
+# The architecture: what two models must share to exchange blocks, and n_layer.
+OF_TOKENIZER = ("vocab_size", "n_vocab", "tokenizer", "eot")
+ARCHITECTURE = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", *OF_TOKENIZER)]
 
 
 def pad_vocab(n_vocab: int) -> int:

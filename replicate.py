@@ -40,8 +40,7 @@ from inheritune.training import device as machine
 from inheritune.training.command_line import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
-
-ARCHITECTURE = ("n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx", "block_size")
+from model import ARCHITECTURE
 
 
 def make_common(settings, given, rep, seed, row=None) -> Common:
@@ -102,7 +101,7 @@ def check(settings, given, rep):
     """({seed: Common}, {arm: seeds}, {arm: why it is left out}). Raises UserError with every problem."""
     decided = given & set(FIXED) - {"out_dir", "dry_run", "dataset"}
     problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in decided]
-    problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in given]
+    problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in given - decided]
     if bool(rep.reference) == bool(rep.reference_config):
         problems.append("set one of reference_config (to train references) and reference (to take one)")
     raise_all(problems)

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from inheritune.base.errors import UserError, nearest
 from inheritune.training.command_line import parse
 from inheritune.training.cost import flops_per_token
-from inheritune.training.planning import ARCHITECTURE, make_plan
+from inheritune.training.planning import make_plan
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import identify
-from model import GPTConfig
+from model import ARCHITECTURE, GPTConfig
 
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # also the reference's
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # as labels have them
@@ -82,7 +82,7 @@ class Common:
     def random(self, arm: str, n_layer: int, run="run", **flags) -> Stage:
         """A Stage that trains n_layer blocks from random init."""
         config = dataclasses.replace(self.config, n_layer=n_layer)
-        shape = {key: getattr(config, key) for key in (*ARCHITECTURE, "block_size")}
+        shape = {key: getattr(config, key) for key in ARCHITECTURE}
         return Stage(self.of(arm, run), config, self.flags | shape | flags)
 
     def inherited(self, arm: str, run="run", n_layer=None, source=None, flags=None, **how) -> Stage:

@@ -14,9 +14,8 @@ from inheritune.training.cost import PEAKS, costs, flops_per_token, training_mem
 from inheritune.training.logs import read_rows
 from inheritune.training.settings import HARMLESS, TrainSettings
 from inheritune.weights import checkpoint
-from model import GPTConfig, pad_vocab
+from model import ARCHITECTURE, GPTConfig, pad_vocab
 
-ARCHITECTURE = ["n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx"]
 RELEASED = {  # the four released GPT-2s: layers, heads, width
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -155,7 +154,7 @@ def plan_model(plan, settings, given):
             yield f"n_embd {settings.n_embd} is not a multiple of n_head {settings.n_head}"
         if scratch and settings.inherit_layers is not None:
             yield "inherit_layers needs a model to inherit from: set init_from"
-        sizes = {key: getattr(settings, key) for key in (*ARCHITECTURE, "block_size", "dropout")}
+        sizes = {key: getattr(settings, key) for key in (*ARCHITECTURE, "dropout")}
         if assumed and settings.inherit_layers:
             sizes["n_layer"] = settings.inherit_layers
         if settings.teacher:
@@ -196,7 +195,7 @@ def plan_inherited(plan, settings, given, source):
         yield f"inherit_layers {changes['n_layer']} is more than the {source.n_layer} blocks of {name}"
     for key in ARCHITECTURE:
         asked, has = getattr(settings, key), changes.get(key, getattr(source, key))
-        if key in given and asked != has:
+        if key in given and asked != has and key != "block_size":
             yield f"{key} {asked} was asked for, but the model from {name} has {has}: leave it out"
     if "block_size" in given:
         changes["block_size"] = settings.block_size
