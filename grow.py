@@ -20,7 +20,7 @@ from inheritune.experiments.arms import SHARED, Common, Stage, plan_reference, s
 from inheritune.experiments.plots import plot_growth
 from inheritune.experiments.stages import curve, measure, run_stage
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
-from inheritune.training import cost, planning
+from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint
@@ -75,7 +75,7 @@ def row_of(arm: str, run: str, out_dir: str) -> dict:
     """What results.json says of a finished run folder or a lone checkpoint, whose compute may be unknown."""
     folder = checkpoint.find(run, prefer="latest")
     config = GPTConfig.from_folder(folder)
-    params, flops_per_token = cost.costs(config)
+    params, flops_per_token = config.num_params, config.flops_per_token
     state = os.path.join(folder, "state.json")
     tokens = read_json(state)["tokens"] if os.path.exists(state) else None
     inside = os.path.abspath(run).startswith(os.path.abspath(out_dir) + os.sep)

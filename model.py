@@ -6,8 +6,8 @@ checks of a config in weights/gpt2_format.py. Parameter names are those of Huggi
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from inheritune.base.errors import UserError
 from inheritune.weights.checkpoint import find
-from inheritune.weights.gpt2_format import fill, open_model, read_config
+from inheritune.weights.gpt2_format import arrange, config_json, fill, open_model, read_config
 
 LOSS_ROWS = 512  # rows of logits in one chunk of the fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
@@ -44,6 +44,43 @@ class GPTConfig:
     def from_folder(cls, folder: str) -> "GPTConfig":
         """The config of a checkpoint folder. Raises UserError."""
         return cls(**read_config(folder))
+
+    # What follows is asked of every model: see inheritune/models/interface.py.
+    block_prefix = "transformer.h."  # begins the name of every parameter of a block, then comes its number
+
+    @property
+    def num_params(self) -> int:
+        """All parameters; the tied embedding counts once."""
+        C = self.n_embd
+        embeddings = (self.vocab_size + self.block_size) * C
+        return embeddings + self.n_layer * self.block_params + (1 + self.bias) * C  # the last: ln_f
+
+    @property
+    def block_params(self) -> int:
+        """Parameters of one transformer block."""
+        C = self.n_embd
+        matrices = (3 + 1 + 4 + 4) * C * C  # attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
+        biases = (3 + 1 + 4 + 1) * C + 2 * C  # of the matrices and of the LayerNorms
+        return matrices + 2 * C + (biases if self.bias else 0)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of training per token, forward and backward: 6 per parameter of a matrix product (the head
+        counts, embedding look-ups do not), and 12 L C T for attention (PaLM, appendix B)."""
+        C, T, L = self.n_embd, self.block_size, self.n_layer
+        return 6 * (self.vocab_size * C + L * 12 * C * C) + 12 * L * C * T
+
+    def with_blocks(self, blocks: list[int]) -> "GPTConfig":
+        """The config of a model that has these blocks of this one."""
+        return replace(self, n_layer=len(blocks))
+
+    def content(self) -> dict:
+        """What config.json holds."""
+        return config_json(asdict(self))
+
+    def arrange(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A model's parameters as its folder stores them: fp32 on the CPU, in Hugging Face's layout."""
+        return arrange(parameters, asdict(self))
 
 
 # The architecture: what two models must share to exchange blocks, and n_layer.
@@ -176,7 +213,7 @@ class GPT(nn.Module):
         folder = find(name_or_folder)
         weights, config = open_model(folder)
         model = cls.empty(GPTConfig(**config))
-        fill(dict(model.named_parameters()), weights, folder)  # transposes what Hugging Face keeps transposed
+        model.fill(weights, folder)
         return model
 
     @classmethod
@@ -187,6 +224,18 @@ class GPT(nn.Module):
         model.to_empty(device="cpu")
         model.lm_head.weight = model.transformer.wte.weight  # to_empty has untied them
         return model
+
+    def fill(self, state: Mapping, source: str) -> None:
+        """Copy a state dict in Hugging Face's layout into the parameters. Errors name `source`."""
+        fill(dict(self.named_parameters()), state, source)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.lm_head
 
     def num_params(self) -> int:
         """All parameters; the tied embedding counts once."""
@@ -220,13 +269,16 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        # Not in nanoGPT: torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows, to save
-        # memory. Under autocast that function rounds the loss to 16 bits, and it breaks a compiled graph.
-        whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if whole or x.dtype != torch.float32 or not CHUNKED_LOSS:
-            return F.cross_entropy(self.lm_head(x).flatten(0, 1).float(), targets.flatten())
-        how = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS, acc_policy="compact")
-        return F.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), options=how)
+        return cross_entropy(x, self.lm_head, targets)
+
+    def attention_steps(self, idx) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
+        """Yield (None, embeddings (B, T, C)) of ids idx (B, T), then for each block its attention matrices
+        (B, nh, T, T) and its output (B, T, C)."""
+        x = self.embed(idx)
+        yield None, x
+        for block in self.transformer.h:
+            A, x = block.attn.probabilities(block.ln_1(x)), block(x)
+            yield A, x
 
     @torch.inference_mode()
     def generate(
@@ -262,6 +314,21 @@ class GPT(nn.Module):
             yield token
             if done.all():
                 return
+
+
+def cross_entropy(x, head, targets):
+    """The mean loss, an fp32 scalar, of hidden states x (B, T, C) under a linear head, with targets (B, T).
+
+    Not in nanoGPT: torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows, to save memory.
+    Under autocast that function rounds the loss to 16 bits, and it breaks a compiled graph.
+    """
+    whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    if whole or x.dtype != torch.float32 or not CHUNKED_LOSS:
+        return F.cross_entropy(head(x).flatten(0, 1).float(), targets.flatten())
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS, acc_policy="compact")
+    return F.linear_cross_entropy(
+        x.flatten(0, 1), head.weight, targets.flatten(), linear_bias=head.bias, options=options
+    )
 
 
 def keep_products(ctx, op, *args, **kwargs):

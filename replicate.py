@@ -35,8 +35,8 @@ from inheritune.experiments.arms import (
 from inheritune.experiments.plots import plot_results
 from inheritune.experiments.stages import ALONE, curve_of, make_row, run_stage
 from inheritune.experiments.tables import write_tables
-from inheritune.training import cost, planning
 from inheritune.training import device as machine
+from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
@@ -68,7 +68,7 @@ def make_common(settings, given, rep, seed, row=None) -> Common:
         state = os.path.join(name, "state.json")
         known = read_json(state) if os.path.exists(state) else {}
         tokens, steps = known.get("tokens"), known.get("step")
-    params, flops_per_token = cost.costs(config)
+    params, flops_per_token = config.num_params, config.flops_per_token
     flops = None if tokens is None else tokens * flops_per_token
     layer_steps = None if steps is None else steps * config.n_layer
     if row:

@@ -26,7 +26,7 @@ import torch
 from gpu_harness import Place, command, dry_run, flags, measured, random_model, train, train_command, waits
 from harness import ROOT, events, read, report, row, seconds
 
-from inheritune.training.cost import costs, peak_flops
+from inheritune.training.cost import peak_flops
 from inheritune.training.device import pick, pick_dtype
 from model import GPT, GPTConfig
 
@@ -97,8 +97,8 @@ def training(p, shape):
         if (estimate := dry_run(p, **how)) < 0.85 * p.memory:
             break
     ours = measured(p, **how, save=shape == "gpt2")
-    n_params, flops_per_token = costs(GPTConfig(**sizes, bias=False))
-    share = 100 * flops_per_token * how["batch_tokens"] / ours["step"] / p.peak
+    config = GPTConfig(**sizes, bias=False)
+    share = 100 * config.flops_per_token * how["batch_tokens"] / ours["step"] / p.peak
     yield row(f"step of 4 micro-batches of {micro}", 1000 * ours["step"], "ms")
     yield row("tokens a second", how["batch_tokens"] / ours["step"], "")
     yield row("share of the matrix product's speed", share, "%", p.speed(f">= {45 if shape == 'xl' else 50}"))
@@ -109,7 +109,7 @@ def training(p, shape):
     yield row("copies from unpinned memory, a step", ours["pageable"], "", "<= 0")
     yield row("waits for the GPU, a step", ours["waits"], "", "<= 4")
     if shape == "gpt2":
-        yield row("copy for a checkpoint", 12e-9 * n_params / ours["save"], "GB/s", p.speed(">= 8"))
+        yield row("copy for a checkpoint", 12e-9 * config.num_params / ours["save"], "GB/s", p.speed(">= 8"))
     plain = measured(p, "plain", **how)
     yield row("step / nanoGPT's", ours["step"] / plain["step"], "ratio", p.speed("<= 1.02"))
     yield row("memory / nanoGPT's", ours["memory"] / plain["memory"], "ratio", p.speed("<= 1.02"))

@@ -197,7 +197,6 @@ def against(shape, other, folder):
 
 def main(shape, folder):
     """Measure and report one shape."""
-    from inheritune.training.cost import costs
     from model import GPTConfig
 
     sizes, bars, gemm = SHAPES[shape], BARS[shape], []
@@ -210,7 +209,7 @@ def main(shape, folder):
 
     peak = np.array(gemm)
     config = GPTConfig(bias=False, **{k: v for k, v in sizes.items() if k != "batch_size"})
-    share = 100 * costs(config)[1] * sizes["batch_size"] * config.block_size / peak
+    share = 100 * config.flops_per_token * sizes["batch_size"] * config.block_size / peak
     rows = [row(f"step {shape}: time", time["none"], "s")]
     for name in OURS:
         bar = bars["time"] if name == "none" else ""

@@ -1,4 +1,5 @@
-"""Who may import whom: base ← data, weights ← model.py ← training ← experiments ← commands, without cycles.
+"""Who may import whom, from left to right: base, data and weights, model.py, models, training, experiments,
+commands; without cycles.
 
 pytest tests/test_layers.py
 """
@@ -11,7 +12,8 @@ import sys
 
 from tests.tiny import ROOT
 
-LAYERS = {"base": 0, "data": 1, "weights": 1, "model": 2, "training": 3, "experiments": 4, "command": 5}
+LAYERS = {"base": 0, "data": 1, "weights": 1, "model": 2, "models": 3, "training": 4, "experiments": 5}
+LAYERS |= {"command": 6}
 # imported inside functions: optional (in requirements-*.txt, or missing in some Pythons), or slow and rare
 EXTRA = ("lm_eval", "pydoc_data", "torch.utils.tensorboard", "transformers", "wandb", "zstandard")
 SLOW = ("datasets", "huggingface_hub", "pyarrow", "requests", "tiktoken", "tokenizers", "torch.distributed")

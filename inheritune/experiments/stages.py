@@ -15,7 +15,6 @@ from inheritune.data.reader import ValData, identity
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
-from inheritune.training import cost
 from inheritune.training import device as machine
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import read_rows
@@ -165,7 +164,7 @@ def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: st
         "arm": arm,
         "seed": seed,
         **own,
-        "params": cost.costs(config)[0],
+        "params": config.num_params,
         "settings_hash": settings_hash(c, arm),
         "data": identity(settings.dataset),
         "n_layer": config.n_layer,

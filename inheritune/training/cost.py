@@ -45,29 +45,9 @@ FORMS = re.compile(
 )
 
 
-def costs(config: GPTConfig) -> tuple[int, int]:
-    """(parameters, training FLOPs per token) of a GPT.
-
-    FLOPs, forward and backward: 6 per parameter of a matrix product (the head counts, embedding look-ups do
-    not), and 12 L C T for attention (PaLM, appendix B; as in nanoGPT's estimate_mfu).
-    """
-    C, T, L = config.n_embd, config.block_size, config.n_layer
-    head = config.vocab_size * C  # tied to the embedding
-    n_params = head + T * C + L * block_params(config) + (1 + config.bias) * C  # the last: ln_f
-    return n_params, 6 * (head + L * 12 * C * C) + 12 * L * C * T
-
-
 def flops_per_token(config: GPTConfig, teacher: GPTConfig | None = None) -> float:
     """Of training, and of a teacher's forward passes: a third of what training it would take."""
-    return costs(config)[1] + (costs(teacher)[1] / 3 if teacher else 0)
-
-
-def block_params(config: GPTConfig) -> int:
-    """Parameters of one transformer block."""
-    C = config.n_embd
-    matrices = (3 + 1 + 4 + 4) * C * C  # attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
-    biases = (3 + 1 + 4 + 1) * C + 2 * C  # of the matrices and of the LayerNorms
-    return matrices + 2 * C + (biases if config.bias else 0)
+    return config.flops_per_token + (teacher.flops_per_token / 3 if teacher else 0)
 
 
 def training_memory(
@@ -86,14 +66,14 @@ def training_memory(
     half: whether autocast computes in 16 bits; shards: over how many ranks the model is sharded; ranks: over
     how many DDP trains it.
     """
-    n_params, _ = costs(config)
+    n_params = config.num_params
     rows = micro_batch * config.block_size
     embedding = 4 * config.vocab_size * config.n_embd
 
     # Always there. Autocast's 16-bit copies of the weights stay for the backward pass. Shards: embedding and
     # two blocks (one ahead of its turn) are gathered, as weights in 16 bits, as gradients in fp32; and only
     # blocks are compiled.
-    gathered = embedding + 2 * 4 * block_params(config) if shards > 1 else 0
+    gathered = embedding + 2 * 4 * config.block_params if shards > 1 else 0
     copies = (gathered / 2 if half else gathered) if shards > 1 else (2 * n_params if half else 0)
     weights = 4 * n_params / shards + copies
     moments = 8 * n_params / shards  # AdamW's two
@@ -153,7 +133,7 @@ def logits_memory(rows: int, config: GPTConfig, half: bool, fused: bool, teacher
 
 def teacher_memory(teacher: GPTConfig, half: bool) -> int:
     """Bytes of a teacher's weights: in 16 bits its matrices, and the head then has a copy of its own."""
-    n_params, _ = costs(teacher)
+    n_params = teacher.num_params
     return 2 * n_params + 4 * teacher.vocab_size * teacher.n_embd if half else 4 * n_params
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import GPT2, Tokens, check_tokenizer, identity, read_meta
 from inheritune.data.tokenizer import TOKENIZER_FILE
-from inheritune.training.cost import PEAKS, costs, flops_per_token, training_memory
+from inheritune.training.cost import PEAKS, flops_per_token, training_memory
 from inheritune.training.logs import read_rows
 from inheritune.training.settings import HARMLESS, TrainSettings
 from inheritune.weights import checkpoint
@@ -266,7 +266,6 @@ def split_batch(batch_tokens: int, block_size: int, batch_size: int, world: int)
 def describe(plan: Plan, settings: TrainSettings) -> str:
     """The text of --dry_run."""
     c, s = plan.config, settings
-    n_params, _ = costs(c)
     total_tokens = s.max_iters * s.batch_tokens
     flops = flops_per_token(c, plan.teacher) * total_tokens
     blocks = f", its first {s.inherit_layers} blocks" if s.inherit_layers else ""
@@ -276,7 +275,7 @@ def describe(plan: Plan, settings: TrainSettings) -> str:
     lines = [
         f"model        {c.n_layer} blocks x {c.n_head} heads x {c.n_embd}, context {c.block_size}, "
         f"{c.vocab_size} ids",
-        f"parameters   {n_params:,}",
+        f"parameters   {c.num_params:,}",
         f"starts from  {s.init_from}{blocks}",
         f"batch        {s.batch_tokens:,} tokens = {plan.micro_batch} sequences x {c.block_size} tokens x "
         f"{plan.accumulation} accumulation x {plan.world} rank(s)",

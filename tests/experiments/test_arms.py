@@ -11,7 +11,6 @@ from inheritune.experiments.arms import (
     parse_arms,
     settings_hash,
 )
-from inheritune.training.cost import costs
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint
 
@@ -64,7 +63,7 @@ def test_every_arm_the_issue_names_is_there(tmp_path):
 
 def test_costs_count_every_stage_and_the_teacher(tmp_path):
     c = common_of(write_config(tmp_path))
-    small, large = costs(c.random("x", 2).config)[1], costs(c.config)[1]
+    small, large = c.random("x", 2).config.flops_per_token, c.config.flops_per_token
     assert c.reference_flops == large * 12 * 64 and c.reference_layer_steps == 48
     (matched,), (kd,) = (ARMS[name].stages(c, name) for name in ("random_matched", "kd"))
     pipeline = large * 12 * 64 + small * 6 * 64

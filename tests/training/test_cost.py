@@ -8,7 +8,7 @@ import torch
 
 import train
 from inheritune.training import cost
-from inheritune.training.cost import costs, training_memory
+from inheritune.training.cost import training_memory
 from model import GPT
 from tests.tiny import ROOT, tiny_config
 
@@ -19,13 +19,13 @@ from tests.tiny import ROOT, tiny_config
 )
 def test_parameters_are_those_of_the_model(bias, sizes):
     config = tiny_config(bias=bias, **sizes)
-    assert costs(config)[0] == GPT(config).num_params()
+    assert config.num_params == GPT(config).num_params()
 
 
 @pytest.mark.parametrize("bias", [True, False])  # biases are no matrix products
 def test_flops_against_a_hand_count(bias):
     # blocks 2 x 12 x 12^2 = 3,456, head 320 x 12 = 3,840, times 6: 43,776; attention 12 x 2 x 12 x 16 = 4,608
-    assert costs(tiny_config(block_size=16, n_layer=2, n_embd=12, bias=bias))[1] == 43_776 + 4_608
+    assert tiny_config(block_size=16, n_layer=2, n_embd=12, bias=bias).flops_per_token == 43_776 + 4_608
 
 
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
@@ -61,8 +61,8 @@ def test_every_card_is_found_by_its_own_name():
 
 def test_a_teachers_forward_pass_is_a_third_of_its_training():
     student, teacher = tiny_config(), tiny_config(n_layer=12)
-    assert cost.flops_per_token(student) == costs(student)[1]
-    assert cost.flops_per_token(student, teacher) == costs(student)[1] + costs(teacher)[1] / 3
+    assert cost.flops_per_token(student) == student.flops_per_token
+    assert cost.flops_per_token(student, teacher) == student.flops_per_token + teacher.flops_per_token / 3
 
 
 def total(*arguments, **named):

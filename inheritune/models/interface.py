@@ -1,0 +1,64 @@
+"""The one interface of a model, and the functions that open whichever model a folder holds.
+
+There are two implementations: GPTConfig and GPT (model.py), and DecoderConfig and Decoder (decoder.py) for
+every other causal model that transformers opens. Callers use what is listed here and nothing else, and never
+ask which of the two it is.
+
+A configuration is a frozen dataclass:
+    n_layer n_head n_embd block_size vocab_size n_vocab tokenizer eot dropout
+    num_params block_params     parameters of the model, and of its largest block
+    flops_per_token             FLOPs of training, forward and backward
+    block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors
+    with_blocks(blocks)         the configuration of a model that has these blocks of this one
+    content()                   what config.json holds; tensors beside it are fp32
+    arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU
+
+A model is an nn.Module whose named_parameters() carry the names of its folder's tensors:
+    config blocks head          blocks: an nn.ModuleList; head: the linear layer that gives the logits
+    forward(idx, targets=None)  logits (B, T, vocab_size), or the mean fp32 loss over targets (B, T)
+    hidden(idx)                 what enters the head, (B, T, C)
+    generate(idx, …)            yields the next ids (B,) step after step; arguments as GPT.generate's
+    attention_steps(idx)        (None, what enters block 0), then each block's (attention matrices, output)
+    fill(state, source)         copies a folder's state dict into the parameters; errors name `source`
+    num_params()                of its parameters, tied ones once
+    checkpoint_activations      what the backward pass recomputes: "none", "cheap" (GPT-2 only) or "full"
+    empty(config)               a class method: the model with unset weights, to be filled
+"""
+
+from inheritune.models.decoder import Decoder, DecoderConfig, read_decoder
+from inheritune.weights.gpt2_format import OtherModel, open_model
+from inheritune.weights.tensors import Lazy
+from model import GPT, GPTConfig
+
+Config = GPTConfig | DecoderConfig
+Model = GPT | Decoder
+
+
+def open_config(folder: str) -> Config:
+    """The configuration of a checkpoint folder, of which only config.json is read. Raises UserError."""
+    try:
+        return GPTConfig.from_folder(folder)
+    except OtherModel:
+        return DecoderConfig.from_folder(folder)
+
+
+def open_weights(folder: str, config: Config) -> dict[str, Lazy]:
+    """The state dict of a checkpoint folder, in the stored dtype; tensors are read when they are used.
+
+    Raises UserError unless names and shapes are those of `config`, the folder's own.
+    """
+    return open_model(folder)[0] if isinstance(config, GPTConfig) else read_decoder(folder, config)
+
+
+def model_class(config: Config) -> type[Model]:
+    """The class of a configuration's models: call it for random weights, its `empty` for unset ones."""
+    return GPT if isinstance(config, GPTConfig) else Decoder
+
+
+def load_model(folder: str) -> Model:
+    """The model of a checkpoint folder, fp32 on the CPU. Raises UserError."""
+    config = open_config(folder)
+    weights = open_weights(folder, config)
+    model = model_class(config).empty(config)
+    model.fill(weights, folder)
+    return model

@@ -1,0 +1,107 @@
+"""The models of transformers under our interface, against transformers itself. pytest tests/models"""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from inheritune.base.errors import UserError
+from inheritune.models.decoder import Decoder
+from inheritune.models.interface import load_model, model_class, open_config, open_weights
+from inheritune.weights.gpt2_format import NO_EOT
+from model import GPT
+from tests.other_models import build
+from tests.tiny import write_checkpoint
+
+KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_neox", "mixtral"]
+IDX = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(1))
+TARGETS = IDX.roll(-1, 1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours of the folder that it has saved, the folder)."""
+    folder = str(tmp_path_factory.mktemp("decoder") / request.param)
+    theirs = build(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, load_model(folder), folder
+
+
+def test_config_is_the_models(pair):
+    theirs, ours, folder = pair
+    config = open_config(folder)
+    assert config == ours.config
+    assert (config.n_layer, config.n_head, config.n_embd) == (4, 4, 32)
+    assert (config.block_size, config.vocab_size, config.eot) == (64, 257, 2)
+    assert config.num_params == ours.num_params() == theirs.num_parameters()
+    blocks = [p for name, p in theirs.named_parameters() if name.startswith(config.block_prefix)]
+    assert config.n_layer * config.block_params == sum(p.numel() for p in blocks)
+
+
+@torch.no_grad()
+def test_logits_and_loss(pair):
+    theirs, ours, _ = pair
+    logits = theirs(IDX).logits
+    assert (ours(IDX) - logits).abs().max() < 1e-5
+    assert ours(IDX, TARGETS).item() == pytest.approx(
+        F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
+    )
+    soft_cap = getattr(theirs.config, "final_logit_softcapping", None) is not None
+    assert ours.plain_head != soft_cap
+    if ours.plain_head:
+        assert (ours.head(ours.hidden(IDX)) - logits).abs().max() < 1e-5
+
+
+def test_the_folder_holds_the_parameters(pair):
+    _, ours, folder = pair
+    stored, arranged = (
+        load_file(f"{folder}/model.safetensors"),
+        ours.config.arrange(dict(ours.named_parameters())),
+    )
+    assert stored.keys() == arranged.keys() == open_weights(folder, ours.config).keys()
+    assert all(torch.equal(stored[name], arranged[name]) for name in stored)
+
+
+def test_generates_as_transformers_does(pair):
+    theirs, ours, _ = pair
+    ours.config = dataclasses.replace(ours.config, eot=NO_EOT)
+    expected = theirs.generate(IDX[:, :9], max_new_tokens=50, do_sample=False, eos_token_id=None)[:, 9:]
+    assert torch.equal(torch.stack(list(ours.generate(IDX[:, :9], 50, temperature=0)), 1), expected)
+
+
+def test_recomputed_blocks_have_the_same_gradients(pair):
+    ours, gradients = pair[1], {}
+    for value in ("full", "none"):
+        ours.checkpoint_activations = value
+        ours.train()
+        ours(IDX, TARGETS).backward()
+        gradients[value] = [p.grad for p in ours.parameters()]
+        ours.zero_grad(set_to_none=True)
+    assert all(map(torch.equal, gradients["full"], gradients["none"]))
+    with pytest.raises(UserError, match="checkpoint_activations=cheap is implemented for GPT-2 only"):
+        ours.checkpoint_activations = "cheap"
+
+
+def test_random_weights_are_seeded(pair):
+    config, models = pair[1].config, []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(model_class(config)(config))
+    first, same, other = ([p for p in m.parameters() if p.dim() > 1] for m in models)
+    assert all(map(torch.equal, first, same)) and not any(map(torch.equal, first, other))
+
+
+def test_dropout_and_longer_contexts_are_refused(pair):
+    with pytest.raises(UserError, match=r"dropout 0.1 is implemented for GPT-2 only"):
+        dataclasses.replace(pair[1].config, dropout=0.1)
+    with pytest.raises(UserError, match=r"block_size 65: a .* reads 1 to 64 tokens"):
+        dataclasses.replace(pair[1].config, block_size=65)
+
+
+def test_a_gpt2_is_opened_as_one(tmp_path):
+    model = write_checkpoint(tmp_path / "gpt2")
+    opened = load_model(str(tmp_path / "gpt2"))
+    assert type(opened) is GPT and type(opened) is not Decoder
+    assert torch.equal(opened(IDX[:, :8]), model(IDX[:, :8]))
