@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import StopRequest
@@ -127,7 +128,7 @@ def pairs_of(commons, seeds) -> list[tuple[str, int]]:
 
 def count_jobs(settings, rep) -> int:
     """How many arms to train side by side. Raises UserError when the jobs need more threads than cores."""
-    cores = os.cpu_count()
+    cores = usable_cpus()
     threads = settings.threads or cores
     most = max(1, cores // threads) if machine.pick(settings.device).type == "cpu" else 1
     if rep.jobs and rep.jobs > most:

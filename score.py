@@ -9,7 +9,6 @@ token but the very first is predicted exactly once, from the inputs that its win
 is drawn at random, and the sum does not depend on how many processes share the work.
 """
 
-import functools
 import math
 import os
 import sys
@@ -212,7 +211,7 @@ def check(args, world: int) -> list[str]:
     return names
 
 
-@functools.partial(one_line, ranks=True)
+@one_line(ranks=True)
 def main(argv=None):
     """Command line: score, show tables on standard output, and write the JSON file."""
     args = make_parser().parse_args(argv)

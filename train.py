@@ -152,7 +152,7 @@ def save(run: Run) -> None:
 
     def write():
         files = tokenizer_files(run.plan.config, s.dataset)
-        checkpoint.save(s.out_dir, tensors, config, content, saver.lineage, files)
+        checkpoint.write_step(s.out_dir, tensors, config, content, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
     saver.start(write)
@@ -200,7 +200,7 @@ def write_cards(run, val_loss):
             write_card(folder, os.path.basename(s.out_dir), source, **facts)
 
 
-@functools.partial(one_line, ranks=True)
+@one_line(ranks=True)
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
     description = "Train a GPT from scratch, from a checkpoint, or from the first blocks of one."

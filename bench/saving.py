@@ -41,7 +41,7 @@ def plainly(run):
     state = {"step": run.state.step}
     tensors = dict(run.model.module.named_parameters()) | optimizer_tensors(run.model.module, run.optimizer)
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    checkpoint.save(run.settings.out_dir, tensors, vars(run.plan.config), state, run.saver.lineage, {})
+    checkpoint.write_step(run.settings.out_dir, tensors, vars(run.plan.config), state, run.saver.lineage, {})
     checkpoint.prune(run.settings.out_dir, 1, None)
 
 

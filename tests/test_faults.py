@@ -167,7 +167,7 @@ def test_only_a_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, caps
 def slow_writing(monkeypatch):
     """What happens in order: ("step", n) begun, ("writing", n) and ("written", n); writing ends only when two
     more steps have begun, or the training is over."""
-    events, step, save, settle = [], train.train_step, checkpoint.save, train.settle
+    events, step, save, settle = [], train.train_step, checkpoint.write_step, train.settle
     free = threading.Event()
 
     def slow(run, tensors, config, state, *more, **named):
@@ -186,7 +186,7 @@ def slow_writing(monkeypatch):
         settle(run)
         free.clear()
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(checkpoint, "write_step", slow)
     monkeypatch.setattr(train, "train_step", stepping)
     monkeypatch.setattr(train, "settle", settling)
     return events
@@ -413,7 +413,7 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(forks, data, t
     assert message == (
         f"train.py: another process is training in {out}: wait for it or stop it, or choose another --out_dir"
     )
-    assert os.listdir(out) == []
+    assert os.listdir(out) == [".lock"]
     holder.kill()
     holder.wait()
     go_on(forks, data, out, undisturbed)

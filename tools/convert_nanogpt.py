@@ -17,9 +17,9 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
 
 from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import new_folder
 from inheritune.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from inheritune.weights import gpt2_format
-from inheritune.weights.checkpoint import new_folder
 from inheritune.weights.tensors import MASKS, check_finite
 from model import GPTConfig
 

@@ -1,10 +1,12 @@
-"""How commands report errors: one line on stderr that names the problem and the fix, and a non-zero status.
+"""How commands report errors: one line on stderr that names the problem and the cure, and a non-zero status.
 
-Whatever a user can get wrong raises `UserError`; `one_line` wraps each command's `main` and prints that line.
-OSError (a full disk, a missing permission), Ctrl-C and SIGTERM are caught too; bugs keep their traceback.
+Whatever a user can get wrong raises `UserError`. `one_line` wraps each command's `main` and prints that line.
+It also catches OSError (a full disk, a missing permission), Ctrl-C and the signals that ask a process to end.
+Bugs keep their traceback.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import functools
@@ -14,7 +16,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import TextIO
 
+# a scheduler's end (SIGTERM), its warnings before that (Slurm's SIGUSR1 and 2), a closed terminal (SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
 CURES[errno.EFBIG] = "raise the limit (ulimit -f)"
 
@@ -31,45 +36,93 @@ class Stopped(BaseException):
         self.signal = number
 
 
-def one_line(main: Callable, ranks: bool = False) -> Callable:
+def one_line(main: Callable | None = None, *, ranks: bool = False) -> Callable:
     """Decorates a command's `main(argv=None)`: errors end it with one line on stderr instead of a traceback.
 
-    Exit status: 1 after a UserError or OSError, 128 + the signal's number after SIGINT or SIGTERM. Of a
-    command that torchrun may start (ranks=True) only rank 0 prints. Characters that the terminal cannot
-    encode are printed as \\x.. or \\u.... escapes.
-    """
+    ranks: torchrun may start the command (`@one_line(ranks=True)`), of which only rank 0 prints the line.
 
-    def terminate(number, _frame):
+    Exit status: 1 after a UserError or OSError, 128 + the signal's number after SIGINT or a stop signal.
+    """
+    if main is None:
+        return functools.partial(one_line, ranks=ranks)
+
+    def stop(number, _frame):
         raise Stopped(number)
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        # all commands pass here: printing must not fail, whatever the terminal's encoding
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
         name = os.path.basename(main.__globals__["__file__"])
         first = True
-
-        # SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt (Python: in the main thread only)
-        handled = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, terminate) if handled else None
-        try:
-            first = not ranks or rank_info()[0] == 0
-            return main(argv)
-        except (UserError, OSError) as e:
-            message = f"{name}: {describe(e)}"
-        except (KeyboardInterrupt, Stopped) as e:
-            stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
-            if first:
-                print(f"\n{name}: {stopped}", file=sys.stderr)
-            raise SystemExit(128 + stopped.signal) from None
-        finally:
-            if handled:
-                signal.signal(signal.SIGTERM, before)
+        with printing_never_fails(), signals_handled(STOP_SIGNALS, stop):
+            try:
+                first = not ranks or rank_info()[0] == 0
+                result = main(argv)
+                sys.stdout.flush()
+                return result
+            except (UserError, OSError) as e:
+                message = f"{name}: {error_line(e)}"
+            except (KeyboardInterrupt, Stopped) as e:
+                stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
+                if first:
+                    print(f"\n{name}: {stopped}", file=sys.stderr)
+                raise SystemExit(128 + stopped.signal) from None
         raise SystemExit(message if first else 1)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def signals_handled(numbers: Sequence[int], handler: Callable):
+    """Within this context `handler` gets these signals. An ignored one stays ignored: nohup ignores SIGHUP,
+    and shells let background jobs ignore SIGINT. Python has handlers in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def printing_never_fails():
+    """Within this context a character that the terminal cannot encode is printed as an escape (\\x.. or
+    \\u....), and a reader that leaves (`train.py | head`) ends no run."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(Output, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class Output:
+    """A text stream that goes nowhere once its reader has left."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.unless_left(self.stream.write, text)
+
+    def flush(self):
+        self.unless_left(self.stream.flush)
+
+    def unless_left(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
 
 def rank_info() -> tuple[int, int, int]:
@@ -86,8 +139,8 @@ def rank_info() -> tuple[int, int, int]:
     raise UserError(f"the environment says RANK={rank} of WORLD_SIZE={world}: unset both, or use torchrun")
 
 
-def describe(e: UserError | OSError) -> str:
-    """What failed, and how to go on; of an OSError also on which file."""
+def error_line(e: UserError | OSError) -> str:
+    """What failed and how to go on. An OSError also names its file."""
     if isinstance(e, UserError):
         return str(e)
     where = f" ({e.filename})" if e.filename else ""
@@ -103,10 +156,11 @@ def raise_all(problems: Sequence[str]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError with one line (no usage text) and names the nearest flag, and
-    expands the ~ of --flag=~/path, which shells leave as it is.
+    """An argparse parser whose errors are a UserError of one line that names the nearest flag.
 
-    instead: {nanoGPT's name of a flag: what to write instead}.
+    It also expands the ~ of `--flag=~/path`, which shells leave as it is.
+
+    instead: {a flag of nanoGPT's, without its dashes: what to write instead}.
     """
 
     def __init__(self, instead: dict[str, str] | None = None, **kwargs):
@@ -116,7 +170,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         pairs = [a.partition("=") for a in (sys.argv[1:] if args is None else args)]
-        args = [flag + sign + (os.path.expanduser(v) if v.startswith("~/") else v) for flag, sign, v in pairs]
+        args = [flag + sign + expand_home(value) for flag, sign, value in pairs]
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -131,7 +185,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all flags")
 
 
+def expand_home(path: str) -> str:
+    """`~/x` → `/home/me/x`; other texts stay as they are. Raises UserError where this user has no home."""
+    found = os.path.expanduser(path) if path.startswith("~/") else path
+    if found.startswith("~/"):
+        raise UserError(f"{path}: this user has no home folder here; set HOME, or write the whole path")
+    return found
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' with the known word most similar to `word`, or '' if none is similar."""
+    """The known word most similar to `word`: `layer` → ` (did you mean layers?)`; "" if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -1,9 +1,15 @@
-"""Files written so that a kill, a full disk or a power cut leaves the old one or the new, never a half."""
+"""Files and folders written so that a kill, a full disk or a power cut leaves the old one or the new, never a
+half; and a lock on a folder."""
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import shutil
+import socket
+import time
 from collections.abc import Iterator
 from typing import IO
 
@@ -15,6 +21,9 @@ except ImportError:  # Windows
     raise SystemExit("nanoInheritune runs on Linux and macOS; on Windows use WSL") from None
 
 MAX_JSON = 50_000_000  # bytes; our largest, an index of weights and a list of shards, have about 100 kB
+LOCK = ".lock"  # in a locked folder: whose it is
+# what CIFS, VirtualBox and WSL answer to fsync of a folder
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -37,27 +46,99 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[str]:
+    """Yields a temporary folder beside `path`, to be filled with files that are fsynced. At the end it is
+    renamed to `path`, and the rename is on disk; after an exception it is removed. An existing `path` is
+    refused."""
+    path = os.fspath(path).rstrip("/")
+    parent, name = os.path.dirname(path) or ".", os.path.basename(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; choose another --out, or delete it first")
+    os.makedirs(parent, exist_ok=True)
+    for left in glob.glob(glob.escape(os.path.join(parent, f".{name}.")) + "*.tmp"):  # by a kill
+        with deleting(left):
+            shutil.rmtree(left)
+    temporary = os.path.join(parent, f".{name}.{os.getpid()}.tmp")
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        os.rename(temporary, path)
+        sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def deleting(path: str | os.PathLike) -> Iterator[None]:
+    """Within this context an OSError is only a line on stdout, because deleting what is old must never end a
+    run. Another user's file may lie in it, or one that an NFS client still has open."""
+    try:
+        yield
+    except OSError as e:
+        print(f"{path} cannot be deleted ({e.strerror}); delete it yourself")
+
+
 def sync_folder(folder: str | os.PathLike) -> None:
-    """fsync of a folder: names created or renamed in it survive a power cut."""
+    """fsync of a folder, where the file system has it: names made in it survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in NO_SYNC:
+            raise
     finally:
         os.close(fd)
 
 
 def lock_folder(folder: str | os.PathLike) -> int | None:
-    """A file descriptor that locks `folder`, or None if another process holds the lock. It lasts until the
-    descriptor is closed, or the process ends, even by SIGKILL; also when the folder is renamed."""
-    fd = os.open(folder, os.O_RDONLY)
+    """Locks `folder` for this process. Returns what `unlock_folder` takes, or None if another process has it.
+
+    The lock ends with the process, even by SIGKILL, and moves with the folder. What is locked is a file open
+    for writing, because NFS and Lustre pass such locks on to other machines. Where the file system does not,
+    the text in the file helps, which says who has the folder: the second run prints a warning if it finds
+    another machine's, and the first notices by `is_locked_by_us` that the text is no longer its own.
+    """
+    path = os.path.join(folder, LOCK)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path))
     except BlockingIOError:
+        ours = False
+    except OSError as e:
+        print(f"{folder}: cannot be locked ({e.strerror}); make sure yourself that no other run uses it")
+        ours = True
+    if not ours:  # locked, or unlocked and locked again since it was opened here
         os.close(fd)
         return None
-    except OSError as e:  # a file system without locks
-        print(f"{folder}: cannot be locked ({e.strerror}); make sure yourself that no other run uses it")
+    owner = os.read(fd, 1000).decode(errors="replace")
+    if owner and not owner.startswith(f"{socket.gethostname()} "):
+        print(f"{folder}: was locked by {owner}, and not unlocked; if that run goes on, stop one of the two")
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{whoami()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(), 0)
     return fd
+
+
+def is_locked_by_us(folder: str | os.PathLike) -> bool:
+    """Whether no other process has written itself into the lock of a folder that this one has locked."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, LOCK), encoding="utf-8") as f:
+        return f.read().startswith(f"{whoami()},")
+    return True
+
+
+def whoami() -> str:
+    """`node7 process 4711`."""
+    return f"{socket.gethostname()} process {os.getpid()}"
+
+
+def unlock_folder(folder: str | os.PathLike, fd: int) -> None:
+    """Gives up what `lock_folder` returned."""
+    if is_locked_by_us(folder):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder, LOCK))
+    os.close(fd)
 
 
 def write_json(path: str | os.PathLike, value) -> None:

@@ -1,21 +1,21 @@
-"""SIGTERM (from a scheduler) and SIGINT (Ctrl-C) as a request to stop: finish what must be whole, save, and
-end.
+"""Signals as a request to stop: finish what must be whole, save, and end.
 
-Where no `StopRequest` is active, errors.one_line lets both signals end a command at once; nothing written is
-lost.
+Without an active `StopRequest`, errors.one_line lets these signals end a command at once. Nothing that was
+written is lost.
 """
 
 import signal
 import subprocess
-import threading
 
-from inheritune.base.errors import Stopped
+from inheritune.base.errors import STOP_SIGNALS, Stopped, signals_handled
 
 
 class StopRequest:
-    """A context in which SIGTERM and the first SIGINT only set `signal` and go on to the children of `call`.
-    A second SIGINT kills these and raises KeyboardInterrupt. SIGTERM after SIGINT is the same request:
-    torchrun sends its workers both.
+    """A context in which STOP_SIGNALS and the first SIGINT only set `signal`; the children of `call` get
+    SIGTERM.
+
+    A second SIGINT kills the children and raises KeyboardInterrupt. SIGTERM after SIGINT is the same request,
+    because torchrun sends its workers both.
     """
 
     def __init__(self):
@@ -24,16 +24,12 @@ class StopRequest:
         self.children: set[subprocess.Popen] = set()
 
     def __enter__(self):
-        self.before = {}
-        main = threading.current_thread() is threading.main_thread()  # Python has handlers nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
-            if signal.getsignal(number) != signal.SIG_IGN:  # shells let background jobs ignore SIGINT
-                self.before[number] = signal.signal(number, self.handle)
+        self.handled = signals_handled((signal.SIGINT, *STOP_SIGNALS), self.handle)
+        self.handled.__enter__()
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error):
+        self.handled.__exit__(*error)
 
     def handle(self, number, _frame):
         self.signal = self.signal or number
@@ -44,13 +40,15 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def call(self, command: list[str], **options) -> int:
-        """Runs a command to its end and returns its exit status, as subprocess.call does. May be called in
-        any thread.
+        """Runs a command to its end and returns its exit status, as subprocess.call does, in any thread.
+
+        options: of subprocess.Popen.
+
         Raises Stopped, once the command has ended, if this process was asked to stop in the meantime.
         """
         with subprocess.Popen(command, **options) as child:
             self.children.add(child)
-            if self.signal:  # it came before the child was in the set
+            if self.signal:  # the signal came before the child was in the set
                 child.terminate()
             status = child.wait()
         self.children.discard(child)

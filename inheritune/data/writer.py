@@ -23,7 +23,15 @@ import numpy as np
 from tqdm import tqdm
 
 from inheritune.base.errors import UserError
-from inheritune.base.files import lock_folder, read_json, replacing, sha256, sync_folder, write_json
+from inheritune.base.files import (
+    lock_folder,
+    read_json,
+    replacing,
+    sha256,
+    sync_folder,
+    unlock_folder,
+    write_json,
+)
 from inheritune.data.sources import Piece
 from inheritune.data.tokenizer import Tokenizer, utf8
 
@@ -251,17 +259,18 @@ class BinWriter:
     def __exit__(self, failed, *_):
         for file in self.files.values():
             file.close()
+        downloads = self._path("download")
+        kept = os.path.isdir(downloads) and os.listdir(downloads)
+        nothing = failed and self.opened and self.at == [0, 0] and not kept
         try:
-            downloads = self._path("download")
-            kept = os.path.isdir(downloads) and os.listdir(downloads)
-            if failed and self.opened and self.at == [0, 0] and not kept:
+            if nothing:
                 clear(self.out)
-                if self.new:
-                    with contextlib.suppress(OSError):  # somebody put something into it
-                        os.rmdir(self.out)
         finally:
             if self.lock is not None:
-                os.close(self.lock)
+                unlock_folder(self.out, self.lock)
+        if nothing and self.new:
+            with contextlib.suppress(OSError):  # somebody put something into it
+                os.rmdir(self.out)
 
     def _path(self, name):
         return os.path.join(self.out, name)

@@ -18,7 +18,7 @@ from inheritune.training.command_line import parse
 from inheritune.training.cost import flops_per_token
 from inheritune.training.planning import make_plan
 from inheritune.training.settings import MACHINE, TrainSettings
-from inheritune.weights.checkpoint import identify
+from inheritune.weights.checkpoint import fingerprint
 from model import ARCHITECTURE, GPTConfig
 
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # also the reference's
@@ -329,6 +329,6 @@ def settings_hash(c: Common, arm: str) -> str:
             chosen = {k: v for k, v in settings.items() if v != defaults[k] and k not in MACHINE}
             described.append([sorted(chosen.items()), inherit_flags(stage.start)])
     if find_arm(arm).source and c.reference_flags is None:
-        described.append(identify(c.reference))
+        described.append(fingerprint(c.reference))
     text = json.dumps(described).replace(c.reference, "reference").replace(c.folder, "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]

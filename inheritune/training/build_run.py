@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.base.files import lock_folder
+from inheritune.base.files import lock_folder, unlock_folder
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
 from inheritune.training.cost import flops_per_token
@@ -215,5 +215,5 @@ def open_run_folder(settings, plan, state, recorder):
             checkpoint.link(os.path.join(out, "best"), best)
         recorder.open(lock, state.step)
     except BaseException:
-        os.close(lock)
+        unlock_folder(out, lock)
         raise

@@ -9,12 +9,11 @@ import ast
 import dataclasses
 import math
 import operator
-import os
 import types
 import typing
 from typing import Any, Literal
 
-from inheritune.base.errors import Parser, UserError, nearest, raise_all
+from inheritune.base.errors import Parser, UserError, expand_home, nearest, raise_all
 from inheritune.training.settings import GrowSettings, ReplicateSettings
 
 ARITHMETIC = {
@@ -94,7 +93,7 @@ def convert(field: dataclasses.Field, text: str) -> Any:
     if none and text.lower() in ("none", "auto"):
         return None
     if base is str:
-        return os.path.expanduser(text)
+        return expand_home(text)
     if typing.get_origin(base) is Literal:
         if text not in typing.get_args(base):
             raise ValueError(f"must be one of {', '.join(typing.get_args(base))}, not {text!r}")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inheritune.base.errors import Stopped, UserError, describe
+from inheritune.base.errors import Stopped, UserError, error_line
 from model import GPT, CausalSelfAttention
 
 BUCKETS = 12  # of DDP in large models, about: a compiled model is cut into a graph for each
@@ -53,7 +53,7 @@ class Ranks:
             raise
         except (Exception, KeyboardInterrupt) as e:
             known = isinstance(e, (UserError, OSError))
-            said = describe(e) if known else "".join(traceback.format_exception(e)).rstrip()
+            said = error_line(e) if known else "".join(traceback.format_exception(e)).rstrip()
             interrupted = isinstance(e, KeyboardInterrupt)
             sys.stdout.flush()
             name = f"{os.path.basename(sys.argv[0])}: rank {self.rank}"
@@ -89,7 +89,7 @@ class Ranks:
         try:
             result = work()
         except (UserError, OSError) as e:
-            error = describe(e)
+            error = error_line(e)
         errors = [error]
         if self.world > 1:
             errors *= self.world

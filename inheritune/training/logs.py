@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.base.files import replacing
+from inheritune.base.files import replacing, unlock_folder
 from inheritune.training import cost
 from inheritune.training.device import peak_memory_mb
 from inheritune.training.settings import TrainSettings
@@ -52,7 +52,7 @@ class Recorder:
     def close(self) -> None:
         """Release the run folder."""
         if self.lock is not None:
-            os.close(self.lock)
+            unlock_folder(self.settings.out_dir, self.lock)
 
     def stepped(self, step: int, seconds: float) -> None:
         """Count the time of the step that led to `step`."""

@@ -1,17 +1,16 @@
-"""Checkpoints and run folders: found by name, written whole, pruned; and where a checkpoint's blocks came
-from.
+"""Checkpoints and run folders: found by name, written whole, pruned; and the lineage that says where a
+checkpoint's blocks came from.
 
-A checkpoint is a folder: the model in Hugging Face's layout (gpt2_format.py), and for training
-`optimizer.safetensors`, `state.json` (step, tokens, best loss, settings, versions, git revision, hardware)
-and `lineage.json` (which blocks came from which checkpoint). A run folder holds `step_00001000/ …`, links
-`latest` and `best`, `log.csv` and `timing.csv`.
+A checkpoint is a folder that holds the model in Hugging Face's layout (gpt2_format.py). For training it also
+holds `optimizer.safetensors`, `state.json` (step, tokens, best loss, settings, versions, git revision,
+hardware) and `lineage.json` (which block came from which checkpoint). A run folder holds the checkpoints
+`step_00001000/ …`, the links `latest` and `best`, `log.csv` and `timing.csv`.
 
-A folder is written under a temporary name, everything in it fsynced, then renamed: whatever is called
-`step_…` is complete. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
+A folder called `step_…` is complete: it is filled under a temporary name, everything in it is fsynced, and
+then it is renamed. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
 """
 
 import contextlib
-import errno
 import functools
 import glob
 import hashlib
@@ -20,61 +19,76 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
 
 import torch
 
+from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
-from inheritune.base.files import read_json, sync_folder, write_json
+from inheritune.base.files import deleting, is_locked_by_us, new_folder, read_json, sync_folder, write_json
 from inheritune.weights.gpt2_format import CONFIG, arrange, config_json, open_model, write_model
 from inheritune.weights.tensors import read_tensors, write_tensors
 
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without symbolic links
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
 COUNTS = ("step", "bad_steps", "bad_in_a_row")  # in state.json
-# what a checkpoint's folder on the hub holds besides weights
+# what is fetched from the hub besides weights
 HUB_FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
 HUB_FILES += " added_tokens.json vocab.json vocab.txt merges.txt *.model *.jinja README.md LICENSE*"
 
 
 def find(name: str, prefer: str = "best", weights: bool = True) -> str:
-    """The checkpoint folder that `name` means: a checkpoint folder, a run folder, or a Hugging Face id
-    (downloaded; without `weights` only its configuration and tokenizer).
+    """The checkpoint folder that `name` means.
 
-    In a run folder it is the link `prefer` ("best" or "latest") where that exists, else the newest step.
+    name: a checkpoint folder; a run folder; or a Hugging Face id, which is downloaded.
+    prefer: in a run folder, the link to follow ("best" or "latest"); the newest step where there is none.
+    weights: False downloads only the configuration and the tokenizer.
+
+    Raises UserError that says what `name` is instead.
     """
     name = follow(name)
     if os.path.isdir(name):
-        if os.path.exists(os.path.join(name, CONFIG)):
-            return name
-        linked = follow(os.path.join(name, prefer))
-        if os.path.exists(os.path.join(linked, CONFIG)):
-            return os.path.join(name, os.path.basename(os.path.realpath(linked)))
-        if steps := list_steps(name):
-            return os.path.join(name, steps[-1])
-        what = "neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
-    elif name.endswith(".pt"):
-        what = f"a pickle; nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
-    else:
-        what = "a file; a checkpoint is a folder with config.json and model.safetensors"
-    if os.path.exists(name):
-        raise UserError(f"{name} is {what}")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"no folder {name!r} here")
+        return name if os.path.exists(os.path.join(name, CONFIG)) else find_in_run(name, prefer)
+    if os.path.lexists(name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(why_no_folder(name))
     return download(name, weights)
 
 
+def find_in_run(run: str, prefer: str) -> str:
+    """The checkpoint of a run folder that the link `prefer` points at, or the newest."""
+    linked = follow(os.path.join(run, prefer))
+    if os.path.exists(os.path.join(linked, CONFIG)):
+        return os.path.join(run, os.path.basename(os.path.realpath(linked)))
+    steps = list_steps(run)
+    if not steps:
+        what = "neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
+        raise UserError(f"{run} is {what}")
+    if os.path.lexists(linked):
+        gone = f"{linked} points at a checkpoint that is gone"
+        print(f"{gone}; taking the newest, {steps[-1]}", file=sys.stderr)
+    return os.path.join(run, steps[-1])
+
+
+def why_no_folder(name: str) -> str:
+    """What is wrong with a name that is no folder, and what to do."""
+    if not os.path.exists(name):
+        gone = os.path.islink(name) and f"{name} is a link to {os.readlink(name)}, which is gone"
+        return gone or f"no folder {name!r} here"
+    if name.endswith(".pt"):
+        return f"{name} is a pickle; nanoGPT's: convert it by python tools/convert_nanogpt.py {name} FOLDER"
+    return f"{name} is a file; a checkpoint is a folder with config.json and model.safetensors"
+
+
 def download(name: str, weights: bool) -> str:
-    """Fetch a Hugging Face model (an id such as gpt2-large) and return the local folder of its files."""
+    """Fetch a Hugging Face model by its id, such as gpt2-large; returns the local folder of its files."""
     import huggingface_hub as hub
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # what goes wrong is said once, below
+    logging.set_verbosity_error()  # an error is reported once, below
     wanted = HUB_FILES + " *.safetensors *.safetensors.index.json" * weights
     try:
         folder = hub.snapshot_download(name, allow_patterns=wanted.split())
-    except Exception as e:  # the client's errors, its HTTP library's, the disk's: treat all as: not available
+    except Exception as e:  # of the client, its HTTP library or the disk: the model is not available
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
             f"no folder {name!r} here, and the Hugging Face hub did not give it ({type(e).__name__}: "
@@ -101,56 +115,40 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(run: str, tensors: dict, config: dict, state: dict, lineage: dict, files: dict) -> None:
-    """Write `run/step_…` (the step is state["step"]) and point `latest` at it.
+def write_step(run: str, tensors: dict, config: dict, state: dict, lineage: dict, files: dict) -> None:
+    """Write the checkpoint `run/step_…` and point the link `latest` at it. Raises OSError.
 
-    tensors: {"parameter name": tensor} of a model with the configuration `config`, and {"parameter name/state
-    name": tensor} of its optimizer; state: what state.json holds besides the environment; files: the
-    tokenizer's, {name: bytes}. Raises OSError.
+    tensors: {"parameter": tensor} of the model and {"parameter/state": tensor} of its optimizer.
+    config: the model's configuration.
+    state: what state.json holds besides the environment; state["step"] names the folder.
+    lineage: what lineage.json holds.
+    files: the tokenizer's, {name: bytes}.
     """
+    if not is_locked_by_us(run):
+        raise UserError(f"another process has taken {run}: this one ends and leaves the folder as it is")
     name = step_name(state["step"])
-    moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
+    optimizer_state = {name: tensor for name, tensor in tensors.items() if "/" in name}
     with new_folder(os.path.join(run, name)) as temporary:
         write_model(temporary, arrange(tensors, config), config_json(config), files)
-        write_tensors(os.path.join(temporary, OPTIMIZER), moments)
+        write_tensors(os.path.join(temporary, OPTIMIZER), optimizer_state)
         write_json(os.path.join(temporary, STATE), state | environment())
         write_json(os.path.join(temporary, LINEAGE), lineage)
     link(os.path.join(run, "latest"), name)
 
 
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-    """Yield a temporary neighbour folder to fill with files that are fsynced; on success it is renamed to
-    `path` and the rename made durable, on an exception it is removed. An existing `path` is refused."""
-    path = os.fspath(path).rstrip("/")
-    parent, name = os.path.dirname(path) or ".", os.path.basename(path)
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists already; choose another --out, or delete it first")
-    os.makedirs(parent, exist_ok=True)
-    temporary = os.path.join(parent, f".{name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
-    try:
-        os.mkdir(temporary)
-        yield temporary
-        os.rename(temporary, path)
-        sync_folder(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def link(path: str, target: str) -> None:
-    """Make `path` a link to `target` (relative to it) in one atomic rename, also where there is such a link
-    already. Where the file system has no links, a file that holds the target takes its place."""
+    """Make `path` a symbolic link to `target` (relative to it) in one atomic rename; an old link is replaced.
+
+    Some file systems have no links (exFAT, Google Drive in Colab), and each says so by another error. There a
+    file that holds the target takes the link's place.
+    """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.tmp")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     try:
         os.symlink(target, temporary)
-    except OSError as e:
-        if e.errno not in NO_LINKS:
-            raise
+    except OSError:
         with open(temporary, "w", encoding="utf-8") as f:
             f.write(target)
     os.replace(temporary, path)
@@ -158,7 +156,7 @@ def link(path: str, target: str) -> None:
 
 
 def follow(path: str) -> str:
-    """Where the file leads that `link` writes in a link's place; any other path as it is."""
+    """Where a file points that `link` wrote in a link's place; other paths are returned unchanged."""
     if os.path.isfile(path) and os.path.getsize(path) < 4096:
         with open(path, encoding="utf-8", errors="replace") as f:
             name = f.read()
@@ -168,7 +166,7 @@ def follow(path: str) -> str:
 
 
 def examine(folder: str) -> None:
-    """Raise UserError unless a checkpoint folder looks fit to continue a run: files, headers and shapes."""
+    """Raise UserError unless a checkpoint folder's files, headers and shapes are fit to continue a run."""
     open_model(folder)
     read_state(folder)
     read_json(os.path.join(folder, LINEAGE))
@@ -198,42 +196,51 @@ def read_state(folder: str) -> dict:
 def set_aside(folder: str) -> None:
     """Rename a damaged checkpoint to step_….damaged, which nothing takes for a checkpoint."""
     aside = f"{folder}.damaged"
-    shutil.rmtree(aside, ignore_errors=True)
+    while os.path.lexists(aside):
+        aside += "_"
     os.rename(folder, aside)
 
 
 def prune(run: str, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one. Each is renamed before it is
-    emptied, so that no half-deleted folder is ever taken for a checkpoint."""
+    """Delete all checkpoints but the newest `keep_last` and the best one.
+
+    Each is renamed before it is emptied, so that no half-deleted folder is ever taken for a checkpoint.
+    """
     for name in list_steps(run)[:-keep_last]:
         if best_step is None or name != step_name(best_step):
-            doomed = os.path.join(run, f".{name}.tmp")
-            os.rename(os.path.join(run, name), doomed)
-            shutil.rmtree(doomed)
+            path, doomed = os.path.join(run, name), os.path.join(run, f".{name}.tmp")
+            with deleting(path):
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
 
 
 def sweep(run: str) -> None:
-    """Remove what a kill left half-written or half-deleted in a run folder."""
+    """Delete what a kill left half-written or half-deleted in a run folder."""
     for name in os.listdir(run):
         path = os.path.join(run, name)
         if name.startswith(".") and name.endswith(".tmp"):
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
+            with deleting(path):
+                shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
 
 
-def new_lineage(folder: str, blocks: list[int], onto: str | None = None, onto_layers: int = 0, **how) -> dict:
-    """lineage.json of a new model: for every block of it, which block of which source it was. With `onto`,
-    the first `onto_layers` blocks come from that folder. how: what else tells how to make it again."""
+def new_lineage(
+    folder: str, blocks: list[int], onto: str | None = None, onto_layers: int = 0, **notes
+) -> dict:
+    """lineage.json of a new model: which block of which source each of its blocks was.
+
+    folder: the source of the blocks, called "reference".
+    blocks: the source block of each new one.
+    onto, onto_layers: the first `onto_layers` blocks come from the folder `onto` instead.
+    notes: whatever else is needed to make the model again.
+    """
     names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
-    sources = {"reference": identify(folder) | {"lineage": read_lineage(folder)}}
+    sources = {"reference": fingerprint(folder) | {"lineage": read_lineage(folder)}}
     if onto:
-        sources["onto"] = identify(onto) | {"lineage": read_lineage(onto)}
+        sources["onto"] = fingerprint(onto) | {"lineage": read_lineage(onto)}
     return {  # frozen: checkpoint layout
         "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
         "embeddings_and_ln_f": "onto" if onto else "reference",
-        **how,
+        **notes,
         "sources": sources,
     }
 
@@ -244,9 +251,9 @@ def read_lineage(folder: str) -> dict:
     return read_json(path) if os.path.exists(path) else {}
 
 
-def identify(folder: str) -> dict:
-    """What lineage.json says of a source folder: name (two path components), step, and the files' sizes and
-    hashes of header and samples, enough to tell one model from another without reading gigabytes."""
+def fingerprint(folder: str) -> dict:
+    """What lineage.json says of a source folder: its name (two path components), its step, and each file's
+    size and a hash of its header and samples. They tell models apart without reading gigabytes."""
     files = {}
     for name in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors") and n != OPTIMIZER):
         path = os.path.join(folder, name)
@@ -266,15 +273,17 @@ def identify(folder: str) -> dict:
 
 
 def hub_id(folder: str | None) -> str | None:
-    """The Hugging Face id of a folder in the hub client's cache; None of any other."""
+    """The Hugging Face id of a folder in the hub client's cache; None for any other folder."""
     match = re.search(r"models--([^/]+)/snapshots/[^/]+$", os.path.abspath(folder or ""))
     return match[1].replace("--", "/", 1) if match else None
 
 
 @functools.cache
 def environment() -> dict:
-    """Versions, git revision and hardware, for state.json; asked once per process, as the working tree may
-    change while the code runs."""
+    """Versions, git revision and hardware, for state.json.
+
+    Asked once per process, because the working tree may change while the code runs.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -285,10 +294,10 @@ def environment() -> dict:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             cpu = re.search(r"model name\s*: (.*)", f.read())[1]
-    except (OSError, TypeError):  # another system than Linux on a PC
+    except (OSError, TypeError):  # not Linux on a PC
         cpu = platform.processor()
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "git": revision,
-        "hardware": {"machine": platform.machine(), "cpu": cpu, "cpus": os.cpu_count(), "gpu": gpu},
+        "hardware": {"machine": platform.machine(), "cpu": cpu, "cpus": usable_cpus(), "gpu": gpu},
     }

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.base.files import read_json, write_json
-from inheritune.weights.checkpoint import LINEAGE, STATE, new_folder, new_lineage
+from inheritune.base.files import new_folder, read_json, write_json
+from inheritune.weights.checkpoint import LINEAGE, STATE, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, arrange, config_json, open_model, shapes, write_model
 from inheritune.weights.model_card import CARD, write_card
 from inheritune.weights.tensors import Lazy

@@ -11,7 +11,15 @@ import sys
 
 import pytest
 
-from inheritune.base.errors import Parser, Stopped, UserError, describe, one_line
+from inheritune.base.errors import (
+    STOP_SIGNALS,
+    Parser,
+    Stopped,
+    UserError,
+    error_line,
+    expand_home,
+    one_line,
+)
 from tests.tiny import ROOT, arguments, refusal
 
 
@@ -21,7 +29,7 @@ def command(error, ranks=False):
     def main(argv=None):
         raise error
 
-    return one_line(main, ranks)
+    return one_line(ranks=ranks)(main)
 
 
 def test_a_mistake_is_one_line_that_begins_with_the_command():
@@ -73,22 +81,54 @@ def test_signals_end_a_command_with_their_usual_status(capsys):
     ]
 
 
-def test_sigterm_ends_a_command_at_once_and_is_handled_as_before_after_it():
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_a_command_at_once_and_is_handled_as_before_after_it(number):
     @one_line
     def main(argv=None):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return "not reached"
 
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert end.value.code == 128 + number and signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert one_line(lambda argv=None: os.kill(os.getpid(), signal.SIGHUP) or "reached")() == "reached"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_that_leaves_ends_no_command(tmp_path):
+    """`command | head -1`: the rest is printed to nobody, and the command goes on to its end."""
+    code = "import time; from inheritune.base.errors import one_line; __file__ = 'x'\n@one_line\n"
+    code += "def main(argv=None):\n  for i in range(3000):\n    print(i, 'a line', flush=True)\n"
+    code += f"  open({str(tmp_path / 'end')!r}, 'w').close()\nmain()"
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$1" -c "$2" | head -1', "-", sys.executable, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 a line\n", "")
+    assert (tmp_path / "end").exists()
+
+
+def test_home_is_expanded_or_missed_by_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [expand_home(path) for path in ("~/x", "a~/x", "~")] == ["/home/me/x", "a~/x", "~"]
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor an entry in passwd
+    with pytest.raises(UserError, match="~/x: this user has no home folder here"):
+        expand_home("~/x")
 
 
 def test_errors_of_the_system_say_what_failed_where_and_how_to_go_on():
     full, denied = (OSError(number, os.strerror(number), "a/b") for number in (errno.ENOSPC, errno.EACCES))
     said = "No space left on device (a/b); nothing written before is damaged"
-    assert describe(full) == f"{said}: free some space and run the same command again"
-    assert describe(denied) == "Permission denied (a/b); nothing written before is damaged"
+    assert error_line(full) == f"{said}: free some space and run the same command again"
+    assert error_line(denied) == "Permission denied (a/b); nothing written before is damaged"
 
 
 def test_a_parser_names_the_nearest_flag_and_guesses_no_abbreviation():

@@ -3,7 +3,12 @@
 pytest tests/base/test_files.py
 """
 
+import errno
+import fcntl
 import os
+import shutil
+import socket
+import stat
 import subprocess
 import sys
 
@@ -53,11 +58,44 @@ def test_what_is_no_json_file_of_ours_is_refused_by_name(tmp_path, make, said):
     assert str(tmp_path / "a.json") in str(e.value) and said in str(e.value)
 
 
+def test_a_folder_that_cannot_be_fsynced_will_do(tmp_path, monkeypatch):
+    """CIFS, VirtualBox and WSL refuse it; a file that cannot be fsynced is still an error."""
+    fsync, error = os.fsync, errno.EINVAL
+
+    def refuse(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for error in files.NO_SYNC:
+        files.write_json(tmp_path / "a.json", {"error": error})
+        assert files.read_json(tmp_path / "a.json") == {"error": error}
+    error = errno.ENOSPC
+    with pytest.raises(OSError, match="No space"):
+        files.sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(OSError, match="I/O"):
+        files.write_json(tmp_path / "b.json", {})
+
+
+def test_a_folder_is_made_where_a_kill_left_one_that_cannot_be_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".a.1.tmp").mkdir()
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(denied))
+    with files.new_folder(tmp_path / "a"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".a.1.tmp", "a"]
+    left = f"{tmp_path}/.a.1.tmp cannot be deleted (Permission denied); delete it yourself\n"
+    assert capsys.readouterr().out == left
+
+
 def test_a_folder_is_locked_until_its_process_is_gone(tmp_path):
     """... even by SIGKILL, and under another name."""
     lock = files.lock_folder(tmp_path)
     assert files.lock_folder(tmp_path) is None
-    os.close(lock)
+    files.unlock_folder(tmp_path, lock)
+    assert os.listdir(tmp_path) == []
     folder = tmp_path / "a"
     folder.mkdir()
     code = "import time; from inheritune.base import files; "
@@ -68,4 +106,31 @@ def test_a_folder_is_locked_until_its_process_is_gone(tmp_path):
     assert files.lock_folder(folder) is None
     holder.kill()
     holder.wait()
-    os.close(files.lock_folder(folder))
+    files.unlock_folder(folder, files.lock_folder(folder))
+
+
+def test_where_locks_stay_on_their_machine_both_runs_are_told(tmp_path, monkeypatch, capsys):
+    """As on some network file systems: the other machine's lock is not seen, but its name is."""
+    first = files.lock_folder(tmp_path)
+    assert files.is_locked_by_us(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: None)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    second = files.lock_folder(tmp_path)
+    assert "and not unlocked; if that run goes on, stop one of the two" in capsys.readouterr().out
+    assert files.is_locked_by_us(tmp_path)
+    monkeypatch.undo()
+    assert not files.is_locked_by_us(tmp_path)
+    files.unlock_folder(tmp_path, first)
+    assert (tmp_path / ".lock").read_text().startswith(f"node7 process {os.getpid()}, since 2")
+    os.close(second)
+
+
+def test_a_lock_that_is_given_up_while_another_takes_it_is_one_lock(tmp_path, monkeypatch):
+    lock, flock = files.lock_folder(tmp_path), fcntl.flock
+
+    def given_up_first(*arguments):
+        files.unlock_folder(tmp_path, lock)
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", given_up_first)
+    assert files.lock_folder(tmp_path) is None, "its file is no longer the folder's"

@@ -5,6 +5,7 @@ pytest tests/weights/test_checkpoint.py
 """
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import pytest
 import torch
 
+from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import TOKENIZER_FILE, tokenizer_files
 from inheritune.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, snapshot
@@ -39,7 +41,7 @@ def save(run, step, model=None, optimizer=None):
     tensors = snapshot(model, optimizer, {})
     config = dataclasses.asdict(model.config)
     files = tokenizer_files(model.config)
-    checkpoint.save(str(run), tensors, config, {"step": step}, {"blocks": []}, files)
+    checkpoint.write_step(str(run), tensors, config, {"step": step}, {"blocks": []}, files)
 
 
 def everything(folder):
@@ -79,23 +81,58 @@ def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, er
     save(tmp_path, 1)
     before = everything(tmp_path)
 
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(where, fail)
+    monkeypatch.setattr(where, raising(error))
     with pytest.raises(type(error)):
         save(tmp_path, 2)
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("call", ["os.symlink", "os.replace"])
-def test_a_link_changes_in_one_step(tmp_path, monkeypatch, call):
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_a_link_changes_in_one_step(tmp_path, monkeypatch):
     save(tmp_path, 1)
     checkpoint.link(f"{tmp_path}/best", "step_00000001")
-    monkeypatch.setattr(call, lambda *a: (_ for _ in ()).throw(OSError("cut")))
+    monkeypatch.setattr(os, "replace", raising(OSError("cut")))
     with pytest.raises(OSError, match="cut"):
         checkpoint.link(f"{tmp_path}/best", "step_00000002")
     assert os.readlink(tmp_path / "best") == "step_00000001"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EPROTO, errno.EROFS, errno.EACCES, errno.EINVAL])
+def test_where_there_are_no_links_a_file_takes_their_place(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "symlink", raising(OSError(number, os.strerror(number))))
+    for step in (1, 2):
+        save(tmp_path, step)
+        assert (tmp_path / "latest").read_text() == f"step_0000000{step}"
+    checkpoint.link(f"{tmp_path}/best", "step_00000001")
+    assert (
+        checkpoint.find(str(tmp_path)) == checkpoint.find(f"{tmp_path}/best") == f"{tmp_path}/step_00000001"
+    )
+
+
+def test_what_is_old_and_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", raising(PermissionError(errno.EACCES, "Permission denied")))
+    checkpoint.prune(str(tmp_path), 1, None)
+    assert checkpoint.list_steps(str(tmp_path)) == ["step_00000002"]
+    checkpoint.sweep(str(tmp_path))
+    said = "cannot be deleted (Permission denied); delete it yourself"
+    assert [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()] == [said, said]
+
+
+def test_a_folder_that_another_process_has_taken_is_left_alone(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".lock").write_text("node7 process 1, since 2026-01-01 00:00:00")
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match="another process has taken"):
+        save(tmp_path, 2)
+    assert everything(tmp_path) == before
 
 
 def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, monkeypatch):
@@ -135,7 +172,7 @@ def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     run = tmp_path / "run"
     save(run, 1)
     at = events.index("RENAME")
-    before = {e.removeprefix(".").removesuffix(".tmp") for e in events[:at]}
+    before = {e.removeprefix(".").split(f".{os.getpid()}.tmp")[0].removesuffix(".tmp") for e in events[:at]}
     files_inside = set(os.listdir(run / "step_00000001"))
     assert before >= files_inside | {"step_00000001"}
     assert events[at:] == ["RENAME", "run", "LINK step_00000001", "REPLACE latest", "run"]
@@ -173,7 +210,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
 
 
-def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
+def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path, capsys):
     run = tmp_path / "run"
     for step in (1, 2, 3):
         save(run, step)
@@ -185,7 +222,12 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path):
     assert checkpoint.find(str(run / "step_00000001")) == str(run / "step_00000001")
     assert GPT.from_pretrained(checkpoint.find(str(run / "best"))).config.n_layer == 3
     shutil.rmtree(run / "step_00000002")  # the best one was deleted by hand: its link hangs
+    assert capsys.readouterr().err == ""
     assert checkpoint.find(str(run)) == str(run / "step_00000003")
+    gone = f"{run}/best points at a checkpoint that is gone; taking the newest, step_00000003\n"
+    assert capsys.readouterr().err == gone
+    with pytest.raises(UserError, match="best is a link to step_00000002, which is gone"):
+        checkpoint.find(f"{run}/best")
 
 
 def test_a_run_folder_can_be_moved(tmp_path):
@@ -326,7 +368,7 @@ def test_the_environment_names_the_revision_or_says_that_it_is_unknown(tmp_path,
     checkpoint.environment.cache_clear()
     found = checkpoint.environment()
     assert found["git"] == (expected.stdout.strip() if expected.returncode == 0 else "unknown")
-    assert found["versions"]["torch"] == torch.__version__ and found["hardware"]["cpus"] == os.cpu_count()
+    assert found["versions"]["torch"] == torch.__version__ and found["hardware"]["cpus"] == usable_cpus()
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     checkpoint.environment.cache_clear()
