@@ -33,7 +33,7 @@ CORPORA = {  # --corpus: (where it goes, what it is)
 
 def parse(argv: list[str] | None) -> Namespace:
     """The command line's arguments, checked."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__)
     help = (
         f"text files, each one document; tables ({' '.join(TABLES)}), a row a document; also as .gz, .zst; "
         f"folders, searched for {' '.join(TEXT + TABLES)}; glob patterns; https URLs of such files, up to "

@@ -26,7 +26,7 @@ DOCUMENTS = {
 @one_line
 def main(argv=None):
     """Command line: FineWeb-Edu, from the hub or from local files, into a data folder of shards."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--name", default="sample-10BT", help="which part: sample-10BT, sample-100BT, ...")
     parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in each file but the last")
     parser.add_argument("--max_tokens", type=int, default=0, help="stop after so many tokens; 0: at the end")

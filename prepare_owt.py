@@ -67,7 +67,7 @@ def compare(meta: dict) -> None:
 @one_line
 def main(argv=None):
     """Command line: OpenWebText, from the hub or from local files, into a data folder."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__)
     args = parse_corpus(parser, argv, out="data/openwebtext", dataset=DATASET)
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:

@@ -59,7 +59,7 @@ def spearman(x: np.ndarray, y: np.ndarray, seed=1337) -> tuple[float, float]:
 @one_line
 def main(argv=None):
     """Command line: a Markdown table for each analysis."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("analyses", nargs="+", metavar="analysis.json")
     for path in parser.parse_args(argv).analyses:
         found = read_json(path)

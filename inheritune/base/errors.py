@@ -160,12 +160,13 @@ class Parser(argparse.ArgumentParser):
 
     It also expands the ~ of `--flag=~/path`, which shells leave as it is.
 
+    description: only its first paragraph is printed; `__doc__` will do, which is None under python -OO.
     instead: {a flag of nanoGPT's, without its dashes: what to write instead}.
     """
 
-    def __init__(self, instead: dict[str, str] | None = None, **kwargs):
+    def __init__(self, description: str | None = None, instead: dict[str, str] | None = None, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(description=(description or "").split("\n\n")[0], allow_abbrev=False, **kwargs)
         self.instead = instead or {}
 
     def parse_args(self, args=None, namespace=None):

@@ -132,7 +132,8 @@ def test_errors_of_the_system_say_what_failed_where_and_how_to_go_on():
 
 
 def test_a_parser_names_the_nearest_flag_and_guesses_no_abbreviation():
-    parser = Parser()
+    assert Parser("What it does.\n\nMore.").description == "What it does."
+    parser = Parser(None)  # python -OO: no docstrings
     parser.add_argument("--layers", type=int)
     for argv, said in (
         (["--layer=1"], "unknown argument '--layer=1' (did you mean --layers?); --help lists all"),
