@@ -16,30 +16,29 @@ import torch
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.arms import SHARED, Common, Stage, plan_reference, small_flags
+from inheritune.experiments.arms import Common, Stage, check_stages, plan_reference, small_flags
 from inheritune.experiments.plots import plot_growth
-from inheritune.experiments.stages import curve, measure, run_stage
+from inheritune.experiments.stages import loss_curve, measure, run_stage
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
+from inheritune.models.interface import open_config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights.model_card import write_card
-from model import GPTConfig
 
 
-def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -> Common:
+def plan_recipe(settings: TrainSettings, grow: GrowSettings, given: frozenset) -> Common:
     """What the recipe's runs share. Raises UserError with every problem that can be seen before training."""
-    name = grow.reference or os.path.join(settings.out_dir, "reference")
+    name, stage = grow.reference or os.path.join(settings.out_dir, "reference"), None
     decided = given & {"init_from", "inherit_layers", "n_layer"}
     problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
     if grow.reference_config:
-        _, config = plan_reference(grow.reference_config, settings.dataset)
-        own = parse((TrainSettings,), [grow.reference_config], "")[0].dataset
-        if "dataset" not in given and own != settings.dataset:
-            problems.append(
-                f"{grow.reference_config} trains on {own}, not on {settings.dataset}: set dataset"
-            )
+        stage = plan_reference(grow.reference_config, settings, given, name)
+        config, dataset = stage.config, stage.settings.dataset
+        if dataset != settings.dataset:
+            other = f"trains on {dataset}, not on {settings.dataset}: set dataset"
+            problems.append(f"{grow.reference_config} {other}")
         if name in planning.RELEASED:
             problems.append(f"{name} is trained already: leave out reference_config (--reference_config=)")
     elif os.path.isdir(name) or grow.reference:
@@ -53,114 +52,113 @@ def make_common(settings: TrainSettings, given: frozenset, grow: GrowSettings) -
     raise_all(problems)
     if "block_size" in given:
         config = dataclasses.replace(config, block_size=min(settings.block_size, config.block_size))
-    shared = {key: getattr(settings, key) for key in SHARED if key in given}
-    return Common(
-        folder=settings.out_dir,
-        flags=small_flags(settings, given),
-        k=k,
-        config=config,
-        reference=name,
-        reference_flags=shared if grow.reference_config else None,
-        reference_files=(grow.reference_config,),
-    )
+    c = Common(settings.out_dir, small_flags(settings, given), k, config, name, reference_stage=stage)
+    raise_all(check_stages([*([stage] if stage else []), c.random("random", k)]))
+    return c
 
 
-def train(stage: Stage) -> None:
-    """Train a stage to its end, its output on the terminal."""
+def run_to_end(stage: Stage) -> None:
+    """Train a stage to its end, with its output on the terminal."""
     with StopRequest() as request:
         run_stage(stage, request)
 
 
-def row_of(arm: str, run: str, out_dir: str) -> dict:
-    """What results.json says of a finished run folder or a lone checkpoint, whose compute may be unknown."""
+def run_row(arm: str, run: str, out_dir: str) -> dict:
+    """The entry in results.json of a finished run folder, or of a lone checkpoint, whose compute may be
+    unknown. Paths inside out_dir become relative to it."""
     folder = checkpoint.find(run, prefer="latest")
-    config = GPTConfig.from_folder(folder)
-    params, flops_per_token = config.num_params, config.flops_per_token
+    config = open_config(folder)
     state = os.path.join(folder, "state.json")
     tokens = read_json(state)["tokens"] if os.path.exists(state) else None
     inside = os.path.abspath(run).startswith(os.path.abspath(out_dir) + os.sep)
     return {
         "arm": arm,  # reference, inheritune, random, random_matched
         "n_layer": config.n_layer,
-        "params": params,
+        "params": config.num_params,
         "tokens": tokens,  # that it was trained on; None when unknown
-        "flops": tokens * flops_per_token if tokens is not None else None,  # of its own training
-        "val_loss": (curve(run)[1] or [None])[-1],  # nats/token, after the last step
+        "flops": tokens * config.flops_per_token if tokens is not None else None,  # of its own training
+        "val_loss": (loss_curve(run)[1] or [None])[-1],  # nats/token, after the last step
         "folder": os.path.relpath(run, out_dir) if inside else run,
     }
 
 
-def rounds(c: Common, grow: GrowSettings, reference: str, target: float):
-    """Train the small model, growing it until its loss is ≤ target or it would be as deep as the reference.
+def train_rounds(c: Common, grow: GrowSettings, reference: str, target: float) -> list[dict]:
+    """Train the small model, and grow it until its loss is ≤ target or it would be as deep as the reference.
 
-    Yields a row after each round. Round 1 inherits from the reference; later ones inherit more of it
-    (reinherit) or put its next blocks onto the model just trained (onto).
+    Returns a row for each round. The first round inherits k blocks of `reference`, a checkpoint folder. A
+    later round inherits more of them (reinherit), or puts its next ones onto the model just trained (onto).
     """
-    k, previous = c.k, None
+    k, rows, previous = c.k, [], None
     while True:
-        stage = Stage(c.of(f"inheritune_{k:02}", ""), dataclasses.replace(c.config, n_layer=k), c.flags)
+        run = f"inheritune_{k:02}"
         if previous and grow.growth == "onto":
-            start = {"ckpt": reference, "layers": k, "onto": checkpoint.find(previous, prefer="latest")}
-            stage = dataclasses.replace(stage, start=start, start_folder=c.of(f"start_{k:02}", ""))
-        else:  # train.py does it alone
+            onto = checkpoint.find(previous, prefer="latest")
+            stage = c.inherited(run, ckpt=reference, layers=k, onto=onto)
+        else:  # train.py can do it alone
+            config = c.config.with_blocks(range(k))
             flags = c.flags | {"init_from": reference, "inherit_layers": k}
-            stage = dataclasses.replace(stage, flags=flags)
-        train(stage)
-        row = row_of("inheritune", stage.run, c.folder)
-        yield row
-        if row["val_loss"] <= target or k + grow.k_step >= c.config.n_layer:
-            return
-        print(f"\n{k} blocks end at {row['val_loss']:.4f}, the reference at {target:.4f}: {grow.k_step} more")
+            stage = Stage(os.path.join(c.folder, run), config, flags)
+        run_to_end(stage)
+        rows.append(run_row("inheritune", stage.run, c.folder))
+        loss = rows[-1]["val_loss"]
+        if loss <= target or k + grow.k_step >= c.config.n_layer:
+            return rows
+        print(f"\n{k} blocks end at {loss:.4f}, the reference at {target:.4f}: {grow.k_step} more")
         previous, k = stage.run, k + grow.k_step
 
 
-def controls(c: Common, rows: list[dict], growth: str):
-    """Train the final small model's architecture from random init: as many steps as went into its weights,
-    and the compute of the pipeline, if the reference's own is known. Yields a row for each."""
-    own = [row for row in rows if row["arm"] == "inheritune"]
-    tokens = sum(row["tokens"] for row in (own if growth == "onto" else own[-1:]))
-    steps = max(1, tokens // c.flags["batch_tokens"])
-    flags = {"run": "", "stop_at_val_loss": None}
-    if steps != c.flags["max_iters"]:  # of several rounds, or stopped early
-        flags |= {"max_iters": steps, "lr_decay_iters": None}
-    stage = c.random("random", rows[-1]["n_layer"], **flags)
-    train(stage)
-    yield row_of("random", stage.run, c.folder)
+def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
+    """Train the final small model's architecture from random initialisation, and return a row for each run:
+    for as many steps as went into its weights, and for the compute of the whole pipeline, if that is known.
+
+    rows: the reference's, and one for each round.
+    """
+    n_layer, rounds = rows[-1]["n_layer"], rows[1:]
+    # all rounds went into the weights of a model that was grown, otherwise the last one alone
+    tokens = sum(row["tokens"] for row in (rounds if growth == "onto" else rounds[-1:]))
+    batch_tokens, max_iters = c.flags["batch_tokens"], c.flags["max_iters"]
+
+    def train(arm, steps):
+        stage = c.random(arm, n_layer).with_flags(stop_at_val_loss=None)
+        if steps != max_iters:  # of several rounds, or stopped early
+            stage = stage.with_flags(max_iters=steps, lr_decay_iters=None)
+        run_to_end(stage)
+        return run_row(arm, stage.run, c.folder)
+
+    controls = [train("random", max(1, tokens // batch_tokens))]
     if rows[0]["flops"] is None:
-        why = "the reference's training compute is unknown"
-        print(f"\n{why}: no control at the compute of the whole pipeline")
-        return
-    steps = round(sum(row["flops"] for row in rows) / stage.flops_per_step)
-    flags |= {"max_iters": steps, "lr_decay_iters": None}
-    matched = c.random("random_matched", rows[-1]["n_layer"], **flags)
-    train(matched)
-    yield row_of("random_matched", matched.run, c.folder)
+        print("\nthe reference's training compute is unknown: no control at that of the whole pipeline")
+        return controls
+    per_step = c.random("random_matched", n_layer).flops_per_step
+    return [*controls, train("random_matched", round(sum(row["flops"] for row in rows) / per_step))]
 
 
-def describe(settings: TrainSettings, grow: GrowSettings, c: Common) -> str:
+def describe_recipe(settings: TrainSettings, grow: GrowSettings, c: Common) -> str:
     """The text of --dry_run: the stages, and the plan of the first round."""
     depths = [str(d) for d in range(c.k, c.config.n_layer, grow.k_step)]
     first = dataclasses.replace(settings, init_from=c.reference, inherit_layers=c.k)
-    small = dataclasses.replace(c.config, n_layer=c.k, dropout=settings.dropout)
+    small = dataclasses.replace(c.config.with_blocks(range(c.k)), dropout=settings.dropout)
     batch = settings.batch_tokens, small.block_size, settings.batch_size, 1
     _, micro, accumulation = planning.split_batch(*batch)
     tokens = planning.part_tokens(settings)
     plan = planning.Plan(1, small, train_tokens=tokens, micro_batch=micro, accumulation=accumulation)
     train_it = f", trained by {grow.reference_config} unless it is there" if grow.reference_config else ""
     control = "random init at equal steps, and at the compute of the pipeline" if grow.control else "none"
-    shown = f"{' then '.join(depths)} blocks ({grow.growth}), until validation loss is ≤ the reference's"
-    lines = [f"reference    {c.reference}: {c.config.n_layer} blocks{train_it}", f"rounds       {shown}"]
+    rounds = f"{' then '.join(depths)} blocks ({grow.growth}), until validation loss is ≤ the reference's"
+    lines = [f"reference    {c.reference}: {c.config.n_layer} blocks{train_it}", f"rounds       {rounds}"]
     return "\n".join([*lines, f"controls     {control}", "first round:", planning.describe(plan, first)])
 
 
-def write_report(out_dir: str, rows: list[dict]) -> str:
-    """Write report.md, loss.png and results.json into out_dir, and return the report's text. rows: what was
-    trained, the reference first."""
+def write_growth_report(out_dir: str, rows: list[dict]) -> str:
+    """Write report.md, loss.png and results.json into out_dir, and return the report's text.
+
+    rows: as of run_row, the reference first.
+    """
     target = rows[0]["val_loss"]
     last = max(i for i, row in enumerate(rows) if row["arm"] == "inheritune")
     curves = []
     for i, row in enumerate(rows):
-        tokens, losses = curve(os.path.join(out_dir, row["folder"]))
+        tokens, losses = loss_curve(os.path.join(out_dir, row["folder"]))
         if tokens:
             alpha = 0.5 if row["arm"] == "inheritune" and i != last else 1.0  # earlier rounds are paler
             curves.append((growth_label(row), row["arm"], alpha, tokens, losses))
@@ -177,34 +175,34 @@ def write_report(out_dir: str, rows: list[dict]) -> str:
 @one_line
 def main(argv=None):
     """Command line: the recipe, its report, its figure."""
-    description = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
-    settings, grow, given = parse((TrainSettings, GrowSettings), argv, description)
-    c = make_common(settings, given, grow)
+    about = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
+    settings, grow, given = parse((TrainSettings, GrowSettings), argv, about)
+    c = plan_recipe(settings, grow, given)
     if settings.dry_run:
-        print(describe(settings, grow, c))
+        print(describe_recipe(settings, grow, c))
         return
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
     # the reference
-    if c.reference_flags is not None:
-        train(Stage(c.reference, c.config, c.reference_flags, files=c.reference_files))
+    if c.reference_stage:
+        run_to_end(c.reference_stage)
     folder = checkpoint.find(c.reference, prefer="latest")
     target = measure(settings, c.config, folder)
     print(f"\nreference {folder}: validation loss {target:.4f}")
     name = c.reference if os.path.isdir(c.reference) else folder
-    rows = [row_of("reference", name, c.folder) | {"val_loss": target}]
+    rows = [run_row("reference", name, c.folder) | {"val_loss": target}]
 
     # rounds and controls
-    rows += rounds(c, grow, folder, target)
+    rows += train_rounds(c, grow, folder, target)
     final = os.path.join(c.folder, "final")
     checkpoint.link(final, rows[-1]["folder"])
     measured = {fact: rows[0][fact] for fact in ("val_loss", "tokens") if rows[0][fact] is not None}
     for made in {checkpoint.find(final, prefer) for prefer in ("best", "latest")}:
         write_card(made, "inheritune", folder, reference=measured)
     if grow.control:
-        rows += list(controls(c, list(rows), grow.growth))
-    print("\n" + write_report(c.folder, rows))
+        rows += train_controls(c, rows, grow.growth)
+    print("\n" + write_growth_report(c.folder, rows))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
     python replicate.py config/replicate_smoke.py
     python replicate.py config/replicate_smoke.py --report   # table and figures from what results/ holds
 
-Each arm (experiments/arms.py) of each seed is one or a few runs of train.py in a folder of its own,
-out_dir/seed_S/ARM. An arm that is done leaves row.json there; whatever is missing is made when the same
-command is run again. Rows and loss curves are copied to results/NAME/logs: the report needs nothing else.
+Each arm (inheritune/experiments/arms.py) of each seed is one or a few runs of train.py in out_dir/seed_S/ARM.
+An arm that is done leaves row.json there; the same command, run again, makes what is missing. Rows and loss
+curves are copied to results/NAME/logs, and the report needs nothing else.
 """
 
 import dataclasses
+import glob
 import math
 import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -24,8 +26,9 @@ from inheritune.base.signals import StopRequest
 from inheritune.data.reader import identity
 from inheritune.experiments.arms import (
     FIXED,
-    SHARED,
+    Arm,
     Common,
+    check_stages,
     find_arm,
     impossible,
     parse_arms,
@@ -34,72 +37,32 @@ from inheritune.experiments.arms import (
     small_flags,
 )
 from inheritune.experiments.plots import plot_results
-from inheritune.experiments.stages import ALONE, curve_of, make_row, run_stage
+from inheritune.experiments.stages import ALONE, arm_curve, make_row, run_stage
 from inheritune.experiments.tables import write_tables
+from inheritune.models.interface import Config, open_config
 from inheritune.training import device as machine
 from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
-from inheritune.weights import checkpoint, gpt2_format
+from inheritune.weights import checkpoint
 from model import ARCHITECTURE
 
 
-def make_common(settings, given, rep, seed, row=None) -> Common:
-    """What the arms of one seed share. row: the reference's, for a report: it says the vocabulary and the
-    cost where data and runs are not there."""
-    folder = os.path.join(settings.out_dir, f"seed_{seed}")
-    small = small_flags(settings, given)
-    kd = {key: small.pop(key) for key in ("kd_alpha", "kd_temperature") if key in small}
-    part = {"data_end": rep.seen} if rep.seen < 1 else {}
-    common = {"dataset": settings.dataset, "seed": seed, **part}
+@dataclass
+class Comparison:
+    """What is compared."""
 
-    # the reference
-    trained = {"reference_flags": None}
-    if rep.reference_config:
-        theirs, config = plan_reference(rep.reference_config, settings.dataset)
-        shared = {key: getattr(settings, key) for key in SHARED if key in given}
-        flags = shared | common | {"max_iters": theirs.max_iters, "batch_tokens": theirs.batch_tokens}
-        name = os.path.join(folder, "reference", "run", "latest")
-        tokens, steps = theirs.max_iters * theirs.batch_tokens, theirs.max_iters
-        trained = {"reference_flags": flags, "reference_files": (rep.reference_config,)}
-    else:
-        name = rep.reference if settings.dry_run or row else checkpoint.find(rep.reference, prefer="latest")
-        kept = os.path.join(logs_of(rep), f"seed_{seed}", "reference")  # with a copy of its config.json
-        config = planning.source_config(kept if row and os.path.exists(kept) else name)
-        state = os.path.join(name, "state.json")
-        known = read_json(state) if os.path.exists(state) else {}
-        tokens, steps = known.get("tokens"), known.get("step")
-    params, flops_per_token = config.num_params, config.flops_per_token
-    flops = None if tokens is None else tokens * flops_per_token
-    layer_steps = None if steps is None else steps * config.n_layer
-    if row:
-        more = (row["params"] - params) // config.n_embd
-        config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
-        flops, layer_steps = row["flops"], row["layer_steps"]
+    commons: dict[int, Common]  # of each seed
+    seeds: dict[Arm, int]  # how many seeds each arm gets
+    left_out: dict[str, str]  # names of arms that cannot be made, and why
 
-    # the small models
-    k = rep.layers or config.n_layer // 2
-    first = rep.rounds_from or max(1, k - rep.rounds_step)
-    if not 1 <= first <= k < config.n_layer:
-        wrong = f"layers {k} must be below the reference's {config.n_layer} blocks"
-        raise UserError(f"{wrong}, and rounds_from {first} at most layers")
-    return Common(
-        folder=folder,
-        flags=small | common,
-        k=k,
-        config=config,
-        reference=name,
-        reference_flops=flops,
-        reference_layer_steps=layer_steps,
-        rounds=(*range(first, k, rep.rounds_step), k),
-        kd=kd,
-        seen=rep.seen,
-        **trained,
-    )
+    def pairs(self) -> list[tuple[Arm, int]]:
+        """[(arm, seed)] of all that was asked for."""
+        return [(arm, seed) for arm, count in self.seeds.items() for seed in list(self.commons)[:count]]
 
 
-def check(settings, given, rep):
-    """({seed: Common}, {arm: seeds}, {arm: why it is left out}). Raises UserError with every problem."""
+def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, given: frozenset) -> Comparison:
+    """Check everything that can be checked before training. Raises UserError with every problem found."""
     decided = given & set(FIXED) - {"out_dir", "dry_run", "dataset"}
     problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in decided]
     problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in given - decided]
@@ -109,24 +72,83 @@ def check(settings, given, rep):
     seeds = parse_arms(rep.arms)
     if not seeds:
         raise UserError("arms: there is nothing to do")
+
     numbers = range(rep.first_seed, rep.first_seed + max(seeds.values()))
-    places = (settings.out_dir, logs_of(rep)) if rep.report else ()
-    rows = [read_row(place, "reference", seed) for place in places for seed in numbers]
-    row = next((row for row in rows if row), None)
-    commons = {seed: make_common(settings, given, rep, seed, row) for seed in numbers}
+    commons = {seed: plan_seed(settings, rep, given, seed) for seed in numbers}
     c = commons[rep.first_seed]
-    planning.split_batch(settings.batch_tokens, c.config.block_size, settings.batch_size, 1)
     reasons = impossible(c)
-    left_out = {arm: reasons[base] for arm in seeds if (base := arm.partition("@")[0]) in reasons}
-    return commons, {arm: n for arm, n in seeds.items() if arm not in left_out}, left_out
+    left_out = {arm.name: reasons[arm.base] for arm in seeds if arm.base in reasons}
+    seeds = {arm: count for arm, count in seeds.items() if arm.base not in reasons}
+    raise_all(check_stages([stage for arm in seeds for stage in arm.stages(c)]))
+    return Comparison(commons, seeds, left_out)
 
 
-def pairs_of(commons, seeds) -> list[tuple[str, int]]:
-    """[(arm, seed)] of all that was asked for."""
-    return [(arm, seed) for arm, count in seeds.items() for seed in list(commons)[:count]]
+def plan_seed(settings: TrainSettings, rep: ReplicateSettings, given: frozenset, seed: int) -> Common:
+    """What the arms of one seed share."""
+    folder = os.path.join(settings.out_dir, f"seed_{seed}")
+    data = {"dataset": settings.dataset, "seed": seed} | ({"data_end": rep.seen} if rep.seen < 1 else {})
+    flags = small_flags(settings, given) | data
+    kd = {key: flags.pop(key) for key in ("kd_alpha", "kd_temperature") if key in flags}
+
+    # the reference: known from an earlier report's files, trained here, or given
+    name, stage = rep.reference, None
+    if rep.reference_config:
+        run = os.path.join(folder, "reference", "run")
+        name = os.path.join(run, "latest")
+        stage = plan_reference(rep.reference_config, settings, given, run, **data)
+    if rep.report and (kept := kept_reference(settings, rep)):
+        config, flops, layer_steps = kept
+        stage = stage and dataclasses.replace(stage, config=config)
+    elif stage:
+        config, flops, layer_steps = stage.config, stage.flops, stage.layer_steps
+    else:
+        name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
+        config, flops, layer_steps = given_reference(name)
+
+    # the small models
+    k = rep.layers or config.n_layer // 2
+    first = rep.rounds_from or max(1, k - rep.rounds_step)
+    if not 1 <= first <= k < config.n_layer:
+        wrong = f"layers {k} must be below the reference's {config.n_layer} blocks"
+        raise UserError(f"{wrong}, and rounds_from {first} at most layers")
+    return Common(
+        folder=folder,
+        flags=flags,
+        k=k,
+        config=config,
+        reference=name,
+        reference_stage=stage,
+        reference_flops=flops,
+        reference_layer_steps=layer_steps,
+        rounds=(*range(first, k, rep.rounds_step), k),
+        kd=kd,
+        seen=rep.seen,
+    )
 
 
-def count_jobs(settings, rep) -> int:
+def given_reference(name: str) -> tuple[Config, float | None, int | None]:
+    """(config, FLOPs of its training, layer-steps) of a checkpoint; None where it does not say."""
+    config = planning.source_config(name)
+    state = os.path.join(name, "state.json")
+    if not os.path.exists(state):
+        return config, None, None
+    known = read_json(state)
+    return config, known["tokens"] * config.flops_per_token, known["step"] * config.n_layer
+
+
+def kept_reference(settings: TrainSettings, rep: ReplicateSettings):
+    """As given_reference, of the first seed whose reference has row.json and config.json in out_dir or
+    results; None if there is none. A report needs neither data nor checkpoints."""
+    for place in (settings.out_dir, logs_of(rep)):
+        folders = sorted(glob.glob(os.path.join(glob.escape(place), "seed_*", "reference")))
+        for folder in folders:
+            if os.path.exists(os.path.join(folder, "config.json")):
+                row = read_json(os.path.join(folder, "row.json"))
+                return open_config(folder), row["flops"], row["layer_steps"]
+    return None
+
+
+def count_jobs(settings: TrainSettings, rep: ReplicateSettings) -> int:
     """How many arms to train side by side. Raises UserError when the jobs need more threads than cores."""
     cores = usable_cpus()
     threads = settings.threads or cores
@@ -137,70 +159,56 @@ def count_jobs(settings, rep) -> int:
     return rep.jobs or most
 
 
-def read_row(out_dir, arm, seed) -> dict | None:
-    """row.json of an arm that is done, else None."""
-    path = os.path.join(out_dir, f"seed_{seed}", arm, "row.json")
-    return read_json(path) if os.path.exists(path) else None
+def row_path(out_dir: str, arm: Arm, seed: int) -> str:
+    """Where the row of an arm is that is done."""
+    return os.path.join(out_dir, f"seed_{seed}", arm.name, "row.json")
 
 
-def row_of(settings, c, arm, seed) -> dict | None:
+def finished_row(settings: TrainSettings, c: Common, arm: Arm, seed: int) -> dict | None:
     """The row of an arm that is done and whose runs are still there, else None. Raises UserError when it was
-    made with other settings."""
-    row = read_row(settings.out_dir, arm, seed)
-    if row is None or not all(os.path.exists(s.run) for s in find_arm(arm).stages(c, arm)):
+    made with other settings or data."""
+    path = row_path(settings.out_dir, arm, seed)
+    if not os.path.exists(path) or not all(os.path.exists(s.run) for s in arm.stages(c)):
         return None
+    row, folder = read_json(path), os.path.dirname(path)
     if row["settings_hash"] != settings_hash(c, arm):
-        path = os.path.join(c.folder, arm, "row.json")
         raise UserError(f"{path} was made with other settings: restore them, or use another out_dir")
     if row.get("data") not in (None, identity(settings.dataset)):
-        path = os.path.join(c.folder, arm)
-        raise UserError(
-            f"{path} was trained on other tokens than {settings.dataset} holds: use another out_dir"
-        )
+        other = f"other tokens than {settings.dataset} holds: use another out_dir"
+        raise UserError(f"{folder} was trained on {other}")
     return row
 
 
-def run_all(settings, rep, commons, seeds, jobs) -> None:
-    """Train and measure every arm that is not done, `jobs` side by side, references first.
+def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Comparison, jobs: int) -> None:
+    """Train and measure every arm that is not done, `jobs` side by side.
 
-    Raises the first UserError when the arms already running have ended; the rest are not begun.
+    Raises the first UserError once the arms already running have ended; the others do not begin.
     """
-    pairs = pairs_of(commons, seeds)
-    rows = {(arm, seed): row_of(settings, commons[seed], arm, seed) for arm, seed in pairs}
-    todo = {  # in FLOPs
-        (arm, seed): sum(s.flops for s in find_arm(arm).stages(commons[seed], arm))
-        for arm, seed in pairs
-        if rows[arm, seed] is None
-    }
+    pairs, commons = comparison.pairs(), comparison.commons
+    rows = {(arm, seed): finished_row(settings, commons[seed], arm, seed) for arm, seed in pairs}
+    missing = [pair for pair in pairs if rows[pair] is None]
+    flops = {(arm, seed): sum(s.flops for s in arm.stages(commons[seed])) for arm, seed in missing}
     done, began = [], time.perf_counter()
-    ready = f"{len(pairs) - len(todo)} of them done, {jobs} side by side"
+    ready = f"{len(pairs) - len(missing)} of them done, {jobs} side by side"
     print(f"{len(pairs)} arms × seeds, {ready}", flush=True)
 
-    def work(pair):
-        arm, seed = pair
-        c = commons[seed]
-        target = None if arm == "reference" else rows["reference", seed]["curve_loss"]
-        stages = find_arm(arm).stages(c, arm)
-        for stage in stages:
-            run_stage(stage, request, quiet=True)
-        rows[pair] = make_row(settings, rep, c, arm, seed, target)
-        os.makedirs(os.path.join(c.folder, arm), exist_ok=True)
-        write_json(os.path.join(c.folder, arm, "row.json"), rows[pair])
-        keep(rep, c, arm, seed)  # now, for a report while others are training
-        for stage in stages:
-            if stage.start:  # as large as a model, and made again if needed
-                shutil.rmtree(stage.start_folder, ignore_errors=True)
+    def work(arm, seed, request):
+        target = None if arm.name == "reference" else rows[find_arm("reference"), seed]["curve_loss"]
+        row = train_arm(settings, rep, commons[seed], arm, seed, target, request)
+        rows[arm, seed] = row
         with ALONE:
-            done.append(todo[pair])
+            done.append(flops[arm, seed])
             per_flop = (time.perf_counter() - began) / (sum(done) or math.inf)
-            eta = planning.duration(per_flop * (sum(todo.values()) - sum(done)))
-            loss = f"val {rows[pair]['val_loss']:.4f}"
-            print(f"[{len(done)}/{len(todo)}] seed {seed} {arm}: {loss} | eta {eta}", flush=True)
+            eta = planning.duration(per_flop * (sum(flops.values()) - sum(done)))
+            progress = f"[{len(done)}/{len(missing)}] seed {seed} {arm.name}"
+            print(f"{progress}: val {row['val_loss']:.4f} | eta {eta}", flush=True)
 
-    order = {"reference": 0, "reference_scaled": 1}  # what others are compared with and start from
-    for phase in range(3):
+    # the references first: the other arms start from them, or are compared with them
+    references = [pair for pair in missing if pair[0].name == "reference"]
+    others = [pair for pair in missing if pair[0].name != "reference"]
+    for phase in (references, others):
         with StopRequest() as request, ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(work, pair) for pair in todo if order.get(pair[0], 2) == phase]
+            futures = [pool.submit(work, *pair, request) for pair in phase]
             try:
                 for future in futures:
                     future.result()
@@ -209,83 +217,96 @@ def run_all(settings, rep, commons, seeds, jobs) -> None:
                 raise
 
 
-def logs_of(rep) -> str:
-    """Where the rows and loss curves are kept that the report is made from, laid out like out_dir."""
+def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | None, request) -> dict:
+    """Run an arm's stages and write its row.json, which is returned, into out_dir and results."""
+    stages = arm.stages(c)
+    for stage in stages:
+        run_stage(stage, request, quiet=True)
+    row, path = make_row(settings, rep, c, arm, seed, target), row_path(settings.out_dir, arm, seed)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if arm.name == "reference":  # the report needs it
+        write_json(os.path.join(os.path.dirname(path), "config.json"), c.config.content())
+    write_json(path, row)
+    keep_logs(settings, rep, c, arm, seed)  # now, for a report while others are training
+    for stage in stages:
+        if stage.inherit:  # as large as a model, and made again if needed
+            shutil.rmtree(stage.start_folder, ignore_errors=True)
+    return row
+
+
+def logs_of(rep: ReplicateSettings) -> str:
+    """The folder with the rows and loss curves that the report is made from, laid out like out_dir."""
     return os.path.join(rep.results, "logs")
 
 
-def keep(rep, c, arm, seed) -> None:
-    """Copy an arm's row.json and the log.csv of each of its stages to results/NAME/logs."""
-    folder = os.path.join(logs_of(rep), f"seed_{seed}", arm)
-    names = ["row.json"]
-    stages = find_arm(arm).stages(c, arm)
-    names += [os.path.join(os.path.basename(s.run), "log.csv") for s in stages]
+def keep_logs(settings, rep, c: Common, arm: Arm, seed: int) -> None:
+    """Copy an arm's row.json, a reference's config.json, and each stage's log.csv to results/NAME/logs."""
+    source = os.path.dirname(row_path(settings.out_dir, arm, seed))
+    target = os.path.dirname(row_path(logs_of(rep), arm, seed))
+    names = ["row.json"] + ["config.json"] * (arm.name == "reference")
+    names += [os.path.join(os.path.basename(s.run), "log.csv") for s in arm.stages(c)]
     for name in names:
-        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        shutil.copyfile(os.path.join(c.folder, arm, name), os.path.join(folder, name))
-    if not stages:  # the reference was given, and says what it is
-        content = gpt2_format.config_json(dataclasses.asdict(c.config))
-        write_json(os.path.join(folder, gpt2_format.CONFIG), content)
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
-def write_report(settings, given, rep) -> str:
-    """Write table and figures from results/NAME/logs alone; returns the table and where it all is.
+def write_report(settings: TrainSettings, rep: ReplicateSettings, given: frozenset) -> str:
+    """Write table and figures from results/NAME/logs alone; returns the table and where all is.
 
-    Arms that are not there yet are left out. Raises UserError when there are none.
+    Arms that are not there yet are left out. Raises UserError when there is no reference.
     """
-    there = dataclasses.replace(settings, out_dir=logs_of(rep))
-    commons, seeds, left_out = check(there, given, dataclasses.replace(rep, report=True))
+    logs = dataclasses.replace(settings, out_dir=logs_of(rep))
+    comparison = plan_comparison(logs, dataclasses.replace(rep, report=True), given)
     rows, curves = [], []
-    for arm, seed in pairs_of(commons, seeds):
-        row = read_row(there.out_dir, arm, seed)
-        if row:
-            rows.append(row)
-            curves.append(curve_of(find_arm(arm).stages(commons[seed], arm)))
+    for arm, seed in comparison.pairs():
+        if os.path.exists(path := row_path(logs.out_dir, arm, seed)):
+            rows.append(read_json(path))
+            curves.append(arm_curve(arm.stages(comparison.commons[seed])))
     if not any(row["arm"] == "reference" for row in rows):
         cure = "run the same command without --report first"
-        raise UserError(f"{there.out_dir} has no row of a reference: {cure}")
-    shown = write_tables(rep.results, rows, left_out)
+        raise UserError(f"{logs.out_dir} has no row of a reference: {cure}")
+    table = write_tables(rep.results, rows, comparison.left_out)
     figures = plot_results(rep.results, rows, curves, settings.optimizer)
-    missing = len(pairs_of(commons, seeds)) - len(rows)
+    missing = len(comparison.pairs()) - len(rows)
     note = f"{missing} arms × seeds are not there yet\n" if missing else ""
-    return f"{shown}\n{note}written: {rep.results}/results.csv, table.md, {', '.join(figures)}"
+    return f"{table}\n{note}written: {rep.results}/results.csv, table.md, {', '.join(figures)}"
 
 
-def describe(commons, seeds, left_out) -> str:
+def describe_comparison(comparison: Comparison) -> str:
     """The text of --dry_run: every arm, its stages, and what they cost."""
     lines, total = [], 0.0
-    c = next(iter(commons.values()))
-    for arm, count in seeds.items():
-        stages = find_arm(arm).stages(c, arm)
+    c = next(iter(comparison.commons.values()))
+    for arm, count in comparison.seeds.items():
+        stages = arm.stages(c)
         flops = sum(s.flops for s in stages)
         runs = [f"{s.config.n_layer} blocks x {s.config.n_embd} for {s.steps:,} steps" for s in stages]
         shape = " then ".join(runs) or "given"
-        lines.append(f"{arm:18} {count} seed(s), {flops:.3g} FLOPs each: {shape}")
+        lines.append(f"{arm.name:18} {count} seed(s), {flops:.3g} FLOPs each: {shape}")
         total += count * flops
-    lines += [f"{arm:18} left out: {why}" for arm, why in left_out.items()]
-    return "\n".join([*lines, f"{sum(seeds.values())} arms × seeds, {total:.3g} FLOPs in all"])
+    lines += [f"{name:18} left out: {why}" for name, why in comparison.left_out.items()]
+    return "\n".join([*lines, f"{len(comparison.pairs())} arms × seeds, {total:.3g} FLOPs in all"])
 
 
 @one_line
 def main(argv=None):
     """Command line: train what is missing, then write the table and the figures."""
-    description = "The paper's comparison: arms × seeds, one table, a few figures. Run again to go on."
-    settings, rep, given = parse((TrainSettings, ReplicateSettings), argv, description)
-    commons, seeds, left_out = check(settings, given, rep)
+    about = "The paper's comparison: arms × seeds, one table, a few figures. Run again to go on."
+    settings, rep, given = parse((TrainSettings, ReplicateSettings), argv, about)
+    comparison = plan_comparison(settings, rep, given)
     if settings.dry_run:
-        print(describe(commons, seeds, left_out))
+        print(describe_comparison(comparison))
         return
     if not rep.report:
         jobs = count_jobs(settings, rep)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        for arm, why in left_out.items():
-            print(f"{arm} is left out: {why}")
-        run_all(settings, rep, commons, seeds, jobs)
-    for arm, seed in pairs_of(commons, seeds):
-        if read_row(settings.out_dir, arm, seed):
-            keep(rep, commons[seed], arm, seed)
-    print("\n" + write_report(settings, given, rep))
+        for name, why in comparison.left_out.items():
+            print(f"{name} is left out: {why}")
+        train_all(settings, rep, comparison, jobs)
+    for arm, seed in comparison.pairs():  # also rows of a comparison that is still under way
+        if os.path.exists(row_path(settings.out_dir, arm, seed)):
+            keep_logs(settings, rep, comparison.commons[seed], arm, seed)
+    print("\n" + write_report(settings, rep, given))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import grow
 import train
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.stages import curve, measure
+from inheritune.experiments.stages import loss_curve, measure
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
@@ -138,9 +138,9 @@ def test_run_again_changes_nothing(finished, monkeypatch):
 def test_measure_is_the_validation_that_training_logs(finished):
     recipe, out = finished
     settings, g, given = parse((TrainSettings, GrowSettings), [recipe], "")
-    config = grow.make_common(settings, given, g).config
+    config = grow.plan_recipe(settings, g, given).config
     loss = measure(settings, config, checkpoint.find(f"{out}/reference", prefer="latest"))
-    assert loss == pytest.approx(curve(f"{out}/reference")[1][-1], rel=1e-6)
+    assert loss == pytest.approx(loss_curve(f"{out}/reference")[1][-1], rel=1e-6)
 
 
 def test_stops_at_the_first_round_that_matches(tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_onto_keeps_the_trained_blocks(tmp_path, monkeypatch):
     )
     small = gpt2_format.read_weights(checkpoint.find(f"{out}/inheritune_02", prefer="latest"))
     reference = gpt2_format.read_weights(checkpoint.find(f"{out}/reference", prefer="latest"))
-    start = gpt2_format.read_weights(f"{out}/start_03")
+    start = gpt2_format.read_weights(f"{out}/inheritune_03_start")
     for name in start:
         source = reference if ".h.2." in name else small
         assert (start[name][:] == source[name][:]).all(), name

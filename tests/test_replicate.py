@@ -18,7 +18,7 @@ import train
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData
 from inheritune.experiments import stages
-from inheritune.experiments.arms import ARMS
+from inheritune.experiments.arms import ARMS, find_arm
 from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import mean_loss
@@ -63,7 +63,7 @@ def test_small_comparison(finished):
     found = read_results(folder / "results")
     assert len(found) == 13 and ("random", 2) in found and ("kd_inherit", 2) not in found
     for (arm, seed), row in found.items():
-        last = ARMS[arm].stages(common_of(finished[0], f"--first_seed={seed}"), arm)[-1]
+        last = find_arm(arm).stages(common_of(finished[0], f"--first_seed={seed}"))[-1]
         assert float(row["val_loss"]) == rows(last.run)[-1]["val_loss"]
         model = GPT.from_pretrained(checkpoint.find(last.run, prefer="latest"))
         assert int(row["params"]) == model.num_params() and int(row["n_layer"]) == model.config.n_layer
@@ -154,11 +154,11 @@ def test_models_before_training_are_those_that_were_trained(finished, monkeypatc
     monkeypatch.setattr(stages, "max_ranks", lambda settings, load: seen.append(load()) or [1.0])
     settings, rep, _ = parse((TrainSettings, ReplicateSettings), [path], "")
     c = common_of(path)
-    stages.make_row(settings, rep, c, "random", 1, None)
+    stages.make_row(settings, rep, c, find_arm("random"), 1, None)
     val = ValData(settings.dataset, 8, settings.eval_tokens, settings.batch_size)
     device = torch.device("cpu")
     loss = mean_loss(seen[0].eval(), val, Ranks(), device, torch.float32)
-    assert loss == pytest.approx(rows(c.of("random"))[0]["val_loss"], rel=1e-6)
+    assert loss == pytest.approx(rows(f"{c.folder}/random/run")[0]["val_loss"], rel=1e-6)
 
 
 def test_other_settings_are_refused(finished):

@@ -29,9 +29,9 @@ def test_depth_figure(tmp_path, monkeypatch):
     lines = [[*line[:9], "4", *line[10:]] if line[0] == "reference" else line for line in lines]
     (tmp_path / "results.csv").write_text("\n".join(map(",".join, lines)) + "\n")
     drawn = {}
-    save = plot_depth.save
+    save = plot_depth.save_figure
     monkeypatch.setattr(
-        plot_depth, "save", lambda figure, path: (drawn.update(figure=figure), save(figure, path))
+        plot_depth, "save_figure", lambda figure, path: (drawn.update(figure=figure), save(figure, path))
     )
     plot_depth.main([mini, str(tmp_path), "--out", str(tmp_path / "depth.png")])
     assert (tmp_path / "depth.png").read_bytes()[:8] == PNG

@@ -9,8 +9,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.experiments.arms import find_arm, split_name
-from inheritune.experiments.plots import COLOURS, plt, save
+from inheritune.experiments.arms import find_arm
+from inheritune.experiments.plots import COLOURS, finish_axes, plt, save_figure
 from inheritune.experiments.tables import COLUMNS
 from inheritune.training.logs import read_rows
 
@@ -39,12 +39,10 @@ def main(argv=None):
     for arm, ys in zip(ARMS, zip(*by_depth, strict=True), strict=True):
         blocks = "all" if arm == "reference" else "half of the"
         label = f"{find_arm(arm).label}, {blocks} blocks"
-        axes.plot(depths, ys, "o-", color=COLOURS[split_name(arm)[0]], label=label)
+        axes.plot(depths, ys, "o-", color=COLOURS[find_arm(arm).base], label=label)
     axes.set_xticks(depths)
-    axes.set(xlabel="blocks of the reference", ylabel="final validation loss (nats/token)")
-    axes.grid()
-    axes.legend()
-    save(figure, args.out)
+    finish_axes(axes, xlabel="blocks of the reference", ylabel="final validation loss (nats/token)")
+    save_figure(figure, args.out)
     print(f"written: {args.out}")
 
 

@@ -1,8 +1,8 @@
-"""The arms of the comparison: the runs of train.py that make each, and what they start from (paper, App. D).
+"""The arms of the comparison: the runs of train.py that make each, and what they start from (app. D).
 
 An arm is one way to get a small model, or a control. All arms of a seed see the same data in the same order
-and are validated on the same tokens. `Stage` is one run of train.py, `Common` what all runs of a seed share,
-ARMS the list.
+and are validated on the same tokens. A `Stage` is one run of train.py, `Common` is what all runs of a seed
+share, and ARMS is the list. `find_arm("inheritune@max_iters=500")` gives an arm with settings of its own.
 """
 
 import dataclasses
@@ -14,31 +14,51 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, nearest
+from inheritune.models.interface import Config
+from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.cost import flops_per_token
-from inheritune.training.planning import make_plan
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
-from model import ARCHITECTURE, GPTConfig
+from model import ARCHITECTURE
 
-SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # also the reference's
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # as labels have them
+SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # with the reference
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
 DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
-# by the arms of a comparison: all train on the same data, to the end
+# by the arms of a comparison, which all train on the same data and to the end
 FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end", "stop_at_val_loss")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of train.py: from random init, or from a model that is made first."""
+    """One run of train.py, from random initialisation or from a checkpoint that is made for it first."""
 
     run: str  # run folder
-    config: GPTConfig  # of the model it trains
-    flags: dict  # train.py's, all but out_dir and resume; max_iters and batch_tokens are always there
-    start: dict = field(default_factory=dict)  # inherit.py's flags that make what it starts from; {}: none
-    start_folder: str = ""  # where that is made
-    files: tuple = ()  # train.py's config file, at most one
-    teacher: GPTConfig | None = None
+    config: Config  # of the model it trains
+    flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
+    inherit: dict = field(default_factory=dict)  # inherit.py's flags that make its start; {}: no such start
+    config_files: tuple[str, ...] = ()  # of train.py, at most one
+    teacher: Config | None = None
+
+    @property
+    def start_folder(self) -> str:
+        """Where the checkpoint is made that the run starts from."""
+        return self.run + "_start"
+
+    @property
+    def settings(self) -> TrainSettings:
+        """What train.py will read from the config file and the flags."""
+        flags = [f"--{key}={value}" for key, value in self.flags.items()]
+        return parse((TrainSettings,), [*self.config_files, *flags], "")[0]
+
+    @property
+    def inherit_flags(self) -> list[str]:
+        """The command line of inherit.py that makes the start."""
+        pairs = [
+            (f"--{key}",) if value is True else (f"--{key}", str(value))
+            for key, value in self.inherit.items()
+        ]
+        return [part for pair in pairs for part in pair]
 
     @property
     def steps(self) -> int:
@@ -46,7 +66,7 @@ class Stage:
 
     @property
     def flops_per_step(self) -> float:
-        """Of the student's training and the teacher's forward passes."""
+        """Of training the student, and of the teacher's forward passes."""
         return flops_per_token(self.config, self.teacher) * self.flags["batch_tokens"]
 
     @property
@@ -57,205 +77,200 @@ class Stage:
     def layer_steps(self) -> int:
         return self.steps * self.config.n_layer
 
+    def with_flags(self, **flags) -> "Stage":
+        return dataclasses.replace(self, flags=self.flags | flags)
+
 
 @dataclass(frozen=True)
 class Common:
     """What all arms of one seed share."""
 
     folder: str  # every arm has a folder of its own in it
-    flags: dict  # train.py's for every small model; max_iters, batch_tokens and seed are always among them
+    flags: dict  # of train.py for every small model; max_iters, batch_tokens and seed are always among them
     k: int  # blocks of the small models
-    config: GPTConfig  # of the reference
-    reference: str  # its checkpoint, also when it is yet to be trained
-    reference_flags: dict | None  # that train it; None for a reference that was given
-    reference_files: tuple = ()
-    reference_flops: float | None = None  # of its own training; None when unknown
+    config: Config  # of the reference
+    reference: str  # the reference's checkpoint, which may be yet to train
+    reference_stage: Stage | None  # trains the reference; None: it was given
+    reference_flops: float | None = None  # of training the reference; None: unknown
     reference_layer_steps: int | None = None
-    rounds: tuple = ()  # depths of the arms that grow, the last one k
-    kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where they were set
-    seen: float = 1.0  # all arms but `unseen` train on this part of the stream
+    rounds: tuple[int, ...] = ()  # depths of the arms that grow; the last one is k
+    kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
+    seen: float = 1.0  # all arms but `unseen` train on this first part of the stream
 
-    def of(self, arm: str, run="run") -> str:
-        """The run folder of an arm's stage; without `run` the arm's folder is the run folder."""
-        return os.path.join(self.folder, arm, run) if run else os.path.join(self.folder, arm)
-
-    def random(self, arm: str, n_layer: int, run="run", **flags) -> Stage:
-        """A Stage that trains n_layer blocks from random init."""
-        config = dataclasses.replace(self.config, n_layer=n_layer)
+    def random(self, run: str, n_layer: int | None = None) -> Stage:
+        """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder `run`,
+        a path relative to `folder`."""
+        config = self.config.with_blocks(range(n_layer or self.k))
         shape = {key: getattr(config, key) for key in ARCHITECTURE}
-        return Stage(self.of(arm, run), config, self.flags | shape | flags)
+        return Stage(os.path.join(self.folder, run), config, self.flags | shape)
 
-    def inherited(self, arm: str, run="run", n_layer=None, source=None, flags=None, **how) -> Stage:
-        """A Stage that trains what inherit.py makes of the reference or of `source` with the flags `how`."""
-        start = {"ckpt": source or self.reference, **how, "seed": self.flags["seed"]}
-        config = dataclasses.replace(self.config, n_layer=n_layer or self.k)
-        flags = self.flags | {"block_size": config.block_size} | (flags or {})
-        run = self.of(arm, run)
-        return Stage(run, config, flags, start, run + "_start")
-
-    def first(self, arm: str, **how) -> Stage:
-        """`inherited` of the first k blocks, or of what `how` makes of k blocks."""
-        return self.inherited(arm, layers=self.k, **how)
+    def inherited(self, run: str, **options) -> Stage:
+        """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
+        recipe="last". ckpt=... takes another source."""
+        inherit = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
+        config = self.config.with_blocks(range(options.get("layers", self.config.n_layer)))
+        flags = self.flags | {"block_size": config.block_size}
+        return Stage(os.path.join(self.folder, run), config, flags, inherit)
 
 
-def inherit_flags(start: dict) -> list[str]:
-    """A Stage's start as inherit.py's command line."""
-    pairs = [(f"--{key}",) if value is True else (f"--{key}", str(value)) for key, value in start.items()]
-    return [part for pair in pairs for part in pair]
-
-
-def reference(c, arm="reference", **flags):
-    if c.reference_flags is None:
+def trained_reference(c, folder):
+    if c.reference_stage is None:
         return []
-    config = dataclasses.replace(c.config, **flags)
-    return [Stage(c.of(arm), config, c.reference_flags | flags, files=c.reference_files)]
+    return [dataclasses.replace(c.reference_stage, run=os.path.join(c.folder, folder, "run"))]
 
 
-def other_scale(c):
-    """The setting by which the scaled arms differ: the inverse-layer scale on where it is off."""
-    return {"scale_attn_by_inverse_layer_idx": not c.config.scale_attn_by_inverse_layer_idx}
+def random_2x(c, run):
+    return c.random(run).with_flags(max_iters=2 * c.flags["max_iters"], lr_decay_iters=None)
 
 
-def longer(c, arm):
-    return [c.random(arm, c.k, max_iters=2 * c.flags["max_iters"], lr_decay_iters=None)]
-
-
-def matched(c, arm):
-    """Random init for as many steps as cost what reference and Inheritune cost together."""
-    small = c.random(arm, c.k)
+def random_matched(c, run):
+    """Random initialisation for as many steps as cost what the reference and Inheritune cost together."""
+    small = c.random(run)
     steps = round(c.reference_flops / small.flops_per_step) + small.steps
-    return [c.random(arm, c.k, max_iters=steps, lr_decay_iters=None)]
+    return small.with_flags(max_iters=steps, lr_decay_iters=None)
 
 
-def half_width(c, arm):
+def half_width(c, run):
     n_head = c.config.n_head // 2
-    stage = c.inherited(arm, n_layer=c.config.n_layer, recipe="half_width")
     narrow = {"n_head": n_head, "n_embd": n_head * (c.config.n_embd // c.config.n_head)}
-    return [dataclasses.replace(stage, config=dataclasses.replace(stage.config, **narrow))]
+    stage = c.inherited(run, recipe="half_width")
+    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, **narrow))
 
 
-def stacking(c, arm):
-    half = c.random(arm, c.k // 2, run="stage_1")
+def stacking(c, folder):
+    """Train half of the blocks, then two copies of them, one on top of the other."""
+    half = c.random(f"{folder}/stage_1", c.k // 2)
     source = os.path.join(half.run, "latest")
-    return [half, c.inherited(arm, run="stage_2", source=source, recipe="stack", layers=c.k)]
+    return [half, c.inherited(f"{folder}/stage_2", ckpt=source, recipe="stack", layers=c.k)]
 
 
-def grown(c, arm, onto):
-    """A run for each round: all blocks from the reference, or its next ones onto the trained model."""
+def growing(c, folder, onto):
+    """A Stage for each round, with all blocks from the reference or, onto the model just trained, its next
+    ones."""
     stages = []
     for k in c.rounds:
-        how = {"onto": os.path.join(stages[-1].run, "latest")} if onto and stages else {}
-        stages.append(c.inherited(arm, run=f"round_{k:02}", n_layer=k, layers=k, **how))
+        more = {"onto": os.path.join(stages[-1].run, "latest")} if onto and stages else {}
+        stages.append(c.inherited(f"{folder}/round_{k:02}", layers=k, **more))
     return stages
 
 
-def reference_scaled(c, arm):
-    return reference(c, arm, **other_scale(c))
-
-
-def scaled(c, arm):
-    stage = c.first(arm, source=os.path.join(c.of("reference_scaled"), "latest"))
-    return [dataclasses.replace(stage, config=dataclasses.replace(stage.config, **other_scale(c)))]
-
-
 @dataclass(frozen=True)
-class Arm:
-    """How an arm is called in tables, its stages, and the arm it starts from (or learns from), if any."""
+class Kind:
+    """An entry of ARMS."""
 
-    label: str
-    stages: Callable[[Common, str], list[Stage]]  # of the Common and the arm's name
-    source: str | None = "reference"
-
-
-def first_k(label, **how):
-    """An Arm that trains what inherit.py makes of k blocks with the flags `how`."""
-    return Arm(label, lambda c, a: [c.first(a, **how)])
+    label: str  # in tables and legends
+    stages: Callable[[Common, str], list[Stage]]  # of the Common and the arm's folder in it
+    from_reference: bool = True  # whether it starts or learns from the reference
+    longer: str = ""  # it is this arm trained for more steps
 
 
-def distilled(label, begin):
-    """An Arm that trains the Stage which `begin` makes with the reference for a teacher."""
+def one_run(label, make_stage, **facts):
+    """A Kind with a single Stage, which make_stage(common, run) gives."""
+    return Kind(label, lambda c, folder: [make_stage(c, f"{folder}/run")], **facts)
 
-    def stages(c, arm):
-        stage = begin(c, arm)
-        flags = stage.flags | {"teacher": c.reference} | c.kd
-        return [dataclasses.replace(stage, flags=flags, teacher=c.config)]
 
-    return Arm(label, stages)
+def first_k(label, **options):
+    """A Kind that trains what inherit.py makes of k blocks with these options."""
+    return one_run(label, lambda c, run: c.inherited(run, layers=c.k, **options))
+
+
+def distilled(label, make_stage):
+    """A Kind that trains the Stage of make_stage(common, run) with the reference as the teacher."""
+
+    def taught(c, run):
+        stage = make_stage(c, run)
+        flags = c.kd | stage.flags | {"teacher": c.reference}
+        return dataclasses.replace(stage, flags=flags, teacher=c.config)
+
+    return one_run(label, taught)
+
+
+def unseen(c, run):
+    return c.inherited(run, layers=c.k).with_flags(data_start=c.seen, data_end=1.0)
 
 
 ARMS = {
-    "reference": Arm("reference", reference, None),
-    "random": Arm("random init", lambda c, a: [c.random(a, c.k)], None),
-    "random_2x": Arm("random init, twice the steps", longer, None),
-    "random_matched": Arm("random init, compute of reference + Inheritune", matched, None),
+    "reference": Kind("reference", trained_reference, from_reference=False),
+    "random": one_run("random init", Common.random, from_reference=False),
+    "random_2x": one_run("random init, twice the steps", random_2x, from_reference=False, longer="random"),
+    "random_matched": one_run(
+        "random init, compute of reference + Inheritune",
+        random_matched,
+        from_reference=False,
+        longer="random",
+    ),
     "inheritune": first_k("Inheritune"),
     "released_slice": first_k("authors' released slice", released_slice=True),
-    "half_width": Arm("half width", half_width),
-    "stacking": Arm("stacking", stacking, None),
+    "half_width": one_run("half width", half_width),
+    "stacking": Kind("stacking", stacking, from_reference=False),
     "hybrid": first_k("hybrid stacking", recipe="hybrid"),
     "last": first_k("last k", recipe="last"),
     "middle": first_k("middle k", recipe="middle"),
     "alternate": first_k("every second", recipe="alternate"),
     "first_plus_last": first_k("first k-1 and the last", recipe="first_plus_last"),
     "ends": first_k("first and last half of k", recipe="ends"),
-    "kd": distilled("distillation", lambda c, a: c.random(a, c.k)),
-    "kd_inherit": distilled("distillation + Inheritune", lambda c, a: c.first(a)),
-    "kd_ends": distilled("distillation + first and last half of k", lambda c, a: c.first(a, recipe="ends")),
+    "kd": distilled("distillation", Common.random),
+    "kd_inherit": distilled("distillation + Inheritune", lambda c, run: c.inherited(run, layers=c.k)),
     "attn": first_k("attention only", parts="attn"),
     "mlp": first_k("MLP only", parts="mlp"),
     "attn_mlp": first_k("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
-    "rounds": Arm("Inheritune, by rounds", lambda c, a: grown(c, a, onto=False)),
-    "onto": Arm("growth onto the trained model", lambda c, a: grown(c, a, onto=True)),
-    "unseen": Arm(
-        "Inheritune, data unseen by reference",
-        lambda c, a: [c.first(a, flags={"data_start": c.seen, "data_end": 1.0})],
-    ),
-    "reference_scaled": Arm("reference, other attention scale", reference_scaled, None),
-    "inheritune_scaled": Arm("Inheritune, other attention scale", scaled, "reference_scaled"),
+    "rounds": Kind("Inheritune, by rounds", functools.partial(growing, onto=False)),
+    "onto": Kind("growth onto the trained model", functools.partial(growing, onto=True)),
+    "unseen": one_run("Inheritune, data unseen by reference", unseen),
 }
 
 
-def split_name(name: str) -> tuple[str, dict]:
-    """("ends", {"max_iters": 500}) of "ends@max_iters=500". Raises UserError."""
-    base, *changes = name.split("@")
-    if base not in ARMS:
-        raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
-    settings, given = parse((TrainSettings,), [f"--{change}" for change in changes], "")
-    if fixed := sorted(given & set(FIXED)):
-        raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
-    ordered = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
-    return base, {key: getattr(settings, key) for key in ordered if key in given}
+@dataclass(frozen=True, eq=False)  # find_arm makes one Arm for each name
+class Arm:
+    """One of ARMS, perhaps with settings of its own: NAME@key=value@…"""
+
+    name: str  # "inheritune@max_iters=500@optimizer=muon", also the arm's folder
+    base: str  # "inheritune", a key of ARMS
+    changes: dict  # {"max_iters": 500, "optimizer": "muon"}
+
+    @property
+    def kind(self) -> Kind:
+        return ARMS[self.base]
+
+    @property
+    def from_reference(self) -> bool:
+        """Whether it starts or learns from the reference."""
+        return self.kind.from_reference
+
+    @property
+    def label(self) -> str:
+        """'Inheritune, 500 steps, Muon'. Settings of the machine change no number and are left out, as is
+        min_lr beside learning_rate."""
+        hidden = MACHINE | ({"min_lr"} if "learning_rate" in self.changes else set())
+        told = [change_label(key, value) for key, value in self.changes.items() if key not in hidden]
+        return ", ".join([self.kind.label, *told])
+
+    def stages(self, c: Common) -> list[Stage]:
+        """The runs of train.py that make it; none for a reference that was given."""
+        changes = self.changes
+        if "max_iters" in changes:
+            changes = {"lr_decay_iters": None} | changes  # the schedule ends with the run
+        reference_stage = c.reference_stage and c.reference_stage.with_flags(**changes)
+        c = dataclasses.replace(c, flags=c.flags | changes, reference_stage=reference_stage)
+        return self.kind.stages(c, self.name)
 
 
 @functools.cache
 def find_arm(name: str) -> Arm:
-    """The Arm called `name`: one of ARMS, or one with settings of its own, NAME@key=value@…
-
-    inheritune@max_iters=500@optimizer=muon is Inheritune for 500 steps under Muon. Raises UserError.
-    """
-    base, changed = split_name(name)
-    if not changed:
-        return ARMS[base]
-
-    # a setting of the machine changes no number, and min_lr goes with the learning rate
-    told = {key: value for key, value in changed.items() if key not in MACHINE}
-    if "max_iters" in changed:
-        changed = {"lr_decay_iters": None} | changed  # the schedule ends with the run
-
-    def stages(c, arm):
-        reference_flags = c.reference_flags and c.reference_flags | changed
-        kd = c.kd | {key: changed[key] for key in c.kd.keys() & changed}
-        c = dataclasses.replace(c, flags=c.flags | changed, reference_flags=reference_flags, kd=kd)
-        return ARMS[base].stages(c, arm)
-
-    if "learning_rate" in told:
-        told.pop("min_lr", None)
-    label = ", ".join([ARMS[base].label, *(say(key, value) for key, value in told.items())])
-    return dataclasses.replace(ARMS[base], label=label, stages=stages)
+    """The Arm called `name`: inheritune@max_iters=500@optimizer=muon is Inheritune for 500 steps with Muon.
+    Raises UserError."""
+    base, *changes = name.split("@")
+    if base not in ARMS:
+        raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
+    settings, changed = parse((TrainSettings,), [f"--{change}" for change in changes], "")
+    if fixed := sorted(changed & set(FIXED)):
+        raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
+    keys = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
+    return Arm(name, base, {key: getattr(settings, key) for key in keys})
 
 
-def say(key, value) -> str:
-    """A changed setting as labels have it."""
+def change_label(key: str, value) -> str:
+    """A changed setting in a label: '500 steps', 'lr 0.008', 'Muon'."""
     if key == "max_iters":
         return f"{value:,} steps"
     if key == "batch_tokens":
@@ -265,31 +280,28 @@ def say(key, value) -> str:
     return OPTIMIZERS[value] if key == "optimizer" else f"{key} {value}"
 
 
-def parse_arms(text: str) -> dict[str, int]:
-    """{arm: number of seeds} from "all:1 random:3"; later entries replace earlier ones, and the arms that
-    others start from get as many seeds as these. Variants come behind what they vary. Raises UserError."""
+def parse_arms(text: str) -> dict[Arm, int]:
+    """{arm: number of seeds} of a text such as "all:1 random:3", in the order of ARMS; a variant comes behind
+    what it varies. Later entries replace earlier ones, and the reference gets as many seeds as any other arm.
+    Raises UserError."""
     seeds = {}
     for part in text.replace(",", " ").split():
         name, _, count = part.partition(":")
-        if name != "all":
-            find_arm(name)
         if count and not count.isdecimal():
             raise UserError(f"arms: {part!r} is not NAME:SEEDS")
-        seeds |= dict.fromkeys(ARMS if name == "all" else [name], int(count or 1))
-    for name in list(seeds):
-        for needed in {"reference", find_arm(name).source} - {None}:
-            seeds[needed] = max(seeds.get(needed, 0), seeds[name])
-    order = list(ARMS)
-    named = sorted(seeds, key=lambda name: (order.index(name.partition("@")[0]), "@" in name))
-    return {name: seeds[name] for name in named if seeds[name]}
+        for each in ARMS if name == "all" else [name]:
+            seeds[find_arm(each)] = int(count or 1)
+    reference = find_arm("reference")
+    seeds[reference] = max(seeds.values(), default=0)
+    places = list(ARMS)
+    ordered = sorted(seeds, key=lambda arm: (places.index(arm.base), bool(arm.changes)))
+    return {arm: seeds[arm] for arm in ordered if seeds[arm]}
 
 
 def impossible(c: Common) -> dict[str, str]:
-    """{arm: why it cannot be made} of this Common."""
+    """{key of ARMS: why it cannot be made} with this Common."""
     reasons = {}
-    if c.reference_flags is None:
-        given = "the reference was given, not trained here"
-        reasons |= dict.fromkeys(("reference_scaled", "inheritune_scaled"), given)
+    if c.reference_stage is None:
         reasons["unseen"] = "nobody knows which data the given reference saw"
     elif c.seen == 1:
         reasons["unseen"] = "the reference sees all data: set seen below 1"
@@ -304,31 +316,49 @@ def impossible(c: Common) -> dict[str, str]:
 
 def small_flags(settings: TrainSettings, given: frozenset) -> dict:
     """The flags of every small model: what was set for the experiment, without what each stage decides."""
-    chosen = given - set(DECIDED) | {"max_iters", "batch_tokens"}
+    chosen = given - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
     return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
 
 
-def plan_reference(path: str, dataset: str) -> tuple[TrainSettings, GPTConfig]:
-    """Settings and GPTConfig of the reference that the train.py config `path` makes on a data folder, which
-    need not be there yet. Raises UserError."""
-    settings, given = parse((TrainSettings,), [path], "")
-    settings = dataclasses.replace(settings, dataset=dataset, dry_run=True)
-    return settings, make_plan(settings, given, world=1).config
+def plan_reference(path: str, settings: TrainSettings, given: frozenset, run: str, **flags) -> Stage:
+    """The Stage that trains a reference as the train.py config file `path` says, in the run folder `run`.
+
+    settings, given: the experiment's, whose SHARED keys the reference gets too; flags: further ones. The data
+    need not be there yet. Raises UserError.
+    """
+    own, keys = parse((TrainSettings,), [path], "")
+    planned = dataclasses.replace(own, dataset=settings.dataset, dry_run=True)
+    config = planning.make_plan(planned, keys, world=1).config
+    flags = {key: getattr(settings, key) for key in SHARED if key in given} | flags
+    flags |= {"max_iters": own.max_iters, "batch_tokens": own.batch_tokens}
+    return Stage(run, config, flags, config_files=(path,))
 
 
-def settings_hash(c: Common, arm: str) -> str:
-    """A short hash of all that decides an arm's numbers: the settings of its stages, and of what it starts
-    from. Settings at their default are left out, so that a new one changes no hash."""
+def settings_hash(c: Common, arm: Arm) -> str:
+    """A short hash of all that decides an arm's numbers: the settings of its stages, and of the reference if
+    it starts from that. Settings at their default are left out, so that a new setting changes no hash."""
     # frozen: results/*/results.csv holds these hashes, and an arm made again must get the same one
     defaults = dataclasses.asdict(TrainSettings())
-    described = []
-    for name in (arm, find_arm(arm).source):
-        for stage in find_arm(name).stages(c, name) if name else []:
-            flags = [f"--{key}={value}" for key, value in stage.flags.items()]
-            settings = dataclasses.asdict(parse((TrainSettings,), [*stage.files, *flags], "")[0])
-            chosen = {k: v for k, v in settings.items() if v != defaults[k] and k not in MACHINE}
-            described.append([sorted(chosen.items()), inherit_flags(stage.start)])
-    if find_arm(arm).source and c.reference_flags is None:
-        described.append(fingerprint(c.reference))
-    text = json.dumps(described).replace(c.reference, "reference").replace(c.folder, "")
+    content = []
+    for stage in arm.stages(c) + (find_arm("reference").stages(c) if arm.from_reference else []):
+        settings = dataclasses.asdict(stage.settings)
+        chosen = {k: v for k, v in settings.items() if v != defaults[k] and k not in MACHINE}
+        content.append([sorted(chosen.items()), stage.inherit_flags])
+    if arm.from_reference and c.reference_stage is None:
+        content.append(fingerprint(c.reference))
+    text = json.dumps(content).replace(c.reference, "reference").replace(c.folder, "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def check_stages(stages: list[Stage]) -> list[str]:
+    """What is wrong with the settings of runs of train.py, before any of them starts: one sentence each."""
+    problems = []
+    for stage in stages:
+        settings = stage.settings
+        found = [*planning.check_settings(planning.Plan(1), settings, frozenset())]
+        try:
+            planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
+        except UserError as e:
+            found.append(str(e))
+        problems += found
+    return list(dict.fromkeys(problems))

@@ -1,4 +1,4 @@
-"""Every figure, in one style: of a recipe, a comparison, an analysis. Functions draw what they are given."""
+"""Every figure, in one style: of grow.py, of a comparison, of an analysis."""
 
 import os
 import statistics
@@ -14,73 +14,86 @@ from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
-from inheritune.experiments.arms import OPTIMIZERS, find_arm, split_name
+from inheritune.experiments.arms import OPTIMIZERS, Arm, find_arm
 from inheritune.experiments.tables import (
-    LONGER,
     SCHEDULE,
     best_variant,
     by_arm,
     mean_and_error,
-    mean_loss,
-    order,
+    mean_val_loss,
+    most_seeds_first,
 )
 
-# Okabe and Ito's palette: told apart by colour-blind readers too
+# Okabe and Ito's palette, which colour-blind readers can tell apart too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
 # of the arms that the question is about; the others are grey
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
 COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
 STYLES = {"adamw": "-", "muon": "--"}
+LOSS = "validation loss (nats/token)"
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
 plt.rcParams.update({"legend.fontsize": 8, "axes.titlesize": 10, "savefig.dpi": 150})
 
 
-def save(figure, path: str) -> None:
+def save_figure(figure, path: str) -> None:
     """Write the figure as a PNG, atomically, and close it."""
     with replacing(path) as f:
         figure.savefig(f, format="png")
     plt.close(figure)
 
 
-def cut(axes, finals, below=0.1, above=1.2) -> None:
-    """Limit the loss axis to where curves end, so that the ends can be told apart."""
+def finish_axes(axes, **texts) -> None:
+    """Give axes their xlabel, ylabel and title, a grid and, if lines have labels, a legend."""
+    axes.set(**texts)
+    axes.grid()
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+
+
+def zoom_loss_axis(axes, finals, below=0.1, above=1.2) -> None:
+    """Limit the loss axis to where curves end, so that their ends can be told apart.
+
+    finals: the last losses; below, above: room under and over them, in multiples of their spread.
+    """
     spread = max(finals) - min(finals) or 0.1
     axes.set_ylim(min(finals) - below * spread, max(finals) + above * spread)
 
 
 def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
-    """Draw grow.py's runs, [(label, arm, alpha, tokens, losses)]: validation loss over training tokens."""
+    """Plot grow.py's runs, [(label, arm, alpha, tokens, losses)]: validation loss over training tokens."""
     figure, axes = plt.subplots(figsize=(8, 5))
     for label, arm, alpha, tokens, losses in curves:
-        how = {"color": COLOURS[arm], "alpha": alpha}
-        axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **how)
-        axes.plot(tokens[-1], losses[-1], "o", markersize=4, **how)
+        style = {"color": COLOURS[arm], "alpha": alpha}
+        axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **style)
+        axes.plot(tokens[-1], losses[-1], "o", markersize=4, **style)
     axes.axhline(reference_loss, **LEVEL, label="the reference at its end")
-    cut(axes, [losses[-1] for *_, losses in curves] + [reference_loss], 0.3, 2.5)
-    axes.set(xlabel="training tokens of the run itself", ylabel="validation loss (nats/token)", title=title)
-    axes.grid()
-    axes.legend()
-    save(figure, path)
+    zoom_loss_axis(axes, [losses[-1] for *_, losses in curves] + [reference_loss], 0.3, 2.5)
+    finish_axes(axes, xlabel="training tokens of the run itself", ylabel=LOSS, title=title)
+    save_figure(figure, path)
 
 
 def plot_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[str]:
-    """Write replicate.py's figures into `folder` and return their names. rows: as in row.json; curves: for
-    each row (FLOPs, losses); optimizer: of the arms that do not name another."""
+    """Write replicate.py's figures into `folder` and return their names.
+
+    rows: as in row.json
+    curves: (FLOPs, losses) of each row
+    optimizer: of the arms that do not name another
+    """
     title = os.path.basename(os.path.normpath(folder))
     arms = by_arm(rows)
-    drawn = {arm: [c for r, c in zip(rows, curves, strict=True) if r["arm"] == arm and c[0]] for arm in arms}
-    figures = {
-        "curves.png": lambda path: plot_comparison(path, arms, drawn, title),
-        "compute.png": lambda path: plot_compute(path, arms, drawn, title, optimizer),
-        "rank.png": lambda path: plot_ranks(path, arms, title),
-    }
-    if budgets(arms):
-        figures["budget.png"] = lambda path: plot_budget(path, arms, title, optimizer)
-    for name, draw in figures.items():
-        draw(os.path.join(folder, name))
-    return list(figures)
+    by_name = {name: [] for name in dict.fromkeys(r["arm"] for r in rows)}
+    for row, curve in zip(rows, curves, strict=True):
+        by_name[row["arm"]] += [curve] if curve[0] else []
+    curves = {arm: by_name[arm.name] for arm in arms}
+    plot_comparison(os.path.join(folder, "curves.png"), arms, curves, title)
+    plot_compute(os.path.join(folder, "compute.png"), arms, curves, title, optimizer)
+    plot_ranks(os.path.join(folder, "rank.png"), arms, title)
+    if not budgets(arms):
+        return ["curves.png", "compute.png", "rank.png"]
+    plot_budget(os.path.join(folder, "budget.png"), arms, title, optimizer)
+    return ["curves.png", "compute.png", "rank.png", "budget.png"]
 
 
 def mean_curve(curves):
@@ -91,7 +104,7 @@ def mean_curve(curves):
 
 
 def plot_points(axes, points) -> None:
-    """Draw [(label, value, error or None, colour)] as dots with bars, one line for each, the first on top."""
+    """Plot [(label, value, error or None, colour)] as dots with error bars, a line each, the first on top."""
     for i, (_, value, error, colour) in enumerate(reversed(points)):
         axes.errorbar(value, i, xerr=error or 0, fmt="o", markersize=4, capsize=2, color=colour)
     axes.set_yticks(range(len(points)), [label for label, *_ in reversed(points)], fontsize=7)
@@ -99,123 +112,122 @@ def plot_points(axes, points) -> None:
     axes.grid(axis="x")
 
 
-def plot_comparison(path: str, arms: dict, drawn: dict, title: str) -> None:
-    """Draw every arm's validation loss over its own training FLOPs (left), and the final losses (right)."""
+def plot_comparison(path: str, arms: dict, curves: dict, title: str) -> None:
+    """Plot every arm's validation loss over its own training FLOPs (left), and the final losses (right)."""
     height = max(5.5, 0.9 + 0.17 * len(arms))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1.2, 1))
-    lines = {arm: mean_curve(curves) for arm, curves in drawn.items() if curves and "@" not in arm}
-    for arm in sorted(lines, key=lambda arm: arm in COLOURS):  # the grey ones behind
-        known = {"color": COLOURS.get(arm), "label": find_arm(arm).label}
-        left.plot(*lines[arm][:2], **(known if arm in COLOURS else {"color": "#D0D0D0", "linewidth": 0.8}))
-    cut(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0], above=2.2)  # room for the legend
-    left.set_xlabel("training FLOPs of the arm's own stages")
-    left.set_ylabel("validation loss (nats/token), mean over seeds")
+
+    # curves, of the arms without changed settings
+    lines = {arm: mean_curve(curves[arm]) for arm in arms if curves[arm] and not arm.changes}
+    for arm in sorted(lines, key=lambda arm: arm.base in COLOURS):  # the grey ones lie behind
+        style = {"color": "#D0D0D0", "linewidth": 0.8}
+        if arm.base in COLOURS:
+            style = {"color": COLOURS[arm.base], "label": arm.label}
+        left.plot(*lines[arm][:2], **style)
+    zoom_loss_axis(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0], above=2.2)  # for the legend
     left.axhline(curve_level(arms), **LEVEL, label="the reference at its end")
-    left.grid()
-    left.legend()
+    ylabel = f"{LOSS}, mean over seeds"
+    finish_axes(left, xlabel="training FLOPs of the arm's own stages", ylabel=ylabel)
+
+    # final losses
     points = []
     for arm, rows in arms.items():
-        colour = COLOURS.get(split_name(arm)[0], GREY)
-        points.append((find_arm(arm).label, *mean_and_error([r["val_loss"] for r in rows]), colour))
+        colour = COLOURS.get(arm.base, GREY)
+        points.append((arm.label, *mean_and_error([r["val_loss"] for r in rows]), colour))
     plot_points(right, sorted(points, key=lambda p: p[1]))
     right.set(xlabel="final validation loss\n(mean and standard error over seeds)")
-    right.axvline(mean_loss(arms["reference"]), **LEVEL)
+    right.axvline(mean_val_loss(arms[find_arm("reference")]), **LEVEL)
     figure.suptitle(title)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def curve_level(arms: dict) -> float:
     """The reference's last loss on its curve, which may be measured on fewer tokens than its final loss."""
-    return statistics.fmean(r["curve_loss"] for r in arms["reference"])
+    return statistics.fmean(r["curve_loss"] for r in arms[find_arm("reference")])
 
 
-def plot_compute(path: str, arms: dict, drawn: dict, title: str, own: str) -> None:
-    """Draw what starting from a trained reference gives: validation loss over a run's own training FLOPs, one
-    panel for each optimizer. own: the optimizer of the arms that do not name another."""
-    panels = compute_panels(arms, drawn)
+def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str) -> None:
+    """Plot what starting from a trained reference gives: validation loss over a run's own training FLOPs, one
+    panel for each optimizer. optimizer: of the arms that do not name another."""
+    panels = compute_panels(arms, curves)
     n = len(panels)
     figure, places = plt.subplots(1, n, figsize=(7 * n, 5), squeeze=False, sharey=True)
     level, finals = curve_level(arms), [curve_level(arms)]
-    for axes, (optimizer, shown) in zip(places.flat, panels.items(), strict=True):
+    for axes, (name, shown) in zip(places.flat, panels.items(), strict=True):
         for arm in shown:
-            xs, mean, low, high = mean_curve(drawn[arm])
-            colour = COLOURS.get(split_name(arm)[0], GREEN)
-            seeds = f"{len(drawn[arm])} seed{'s' if len(drawn[arm]) > 1 else ''}"
-            axes.plot(xs, mean, color=colour, label=f"{find_arm(arm).label} ({seeds})")
+            xs, mean, low, high = mean_curve(curves[arm])
+            colour = COLOURS.get(arm.base, GREEN)
+            seeds = f"{len(curves[arm])} seed{'s' if len(curves[arm]) > 1 else ''}"
+            axes.plot(xs, mean, color=colour, label=f"{arm.label} ({seeds})")
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
             finals.append(mean[-1])
         axes.axhline(level, **LEVEL, label="the given reference at its end")
-        axes.set(xlabel="training FLOPs of the run itself, the reference being there")
-        axes.set_title(OPTIMIZERS[optimizer or own])
-        axes.grid()
-        axes.legend()
-    cut(places[0, 0], finals)
-    places[0, 0].set_ylabel("validation loss (nats/token)\nmean over seeds, band from lowest to highest")
+        xlabel = "training FLOPs of the run itself, the reference being there"
+        finish_axes(axes, xlabel=xlabel, title=OPTIMIZERS[name or optimizer])
+    zoom_loss_axis(places[0, 0], finals)
+    places[0, 0].set_ylabel(f"{LOSS}\nmean over seeds, band from lowest to highest")
     figure.suptitle(f"{title}: given a trained reference")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def compute_panels(arms: dict, drawn: dict) -> dict:
-    """{optimizer: arms to show}: reference, random init, Inheritune and `ends`, of several learning rates
-    `order`'s first, and the best other arm that starts from the reference where it ends below these two."""
+def compute_panels(arms: dict, curves: dict) -> dict:
+    """{optimizer: arms to show}: the best variants of reference, random init, Inheritune and `ends`, and the
+    best of all arms that start from the reference. An optimizer of no such arm has no panel."""
     panels = {}
-    for optimizer in dict.fromkeys(split_name(arm)[1].get("optimizer") for arm in arms):
+    for optimizer in dict.fromkeys(arm.changes.get("optimizer") for arm in arms):
         bases = ("reference", "random", "inheritune", "ends")
         shown = [best_variant(arms, base, optimizer) for base in bases]
-        recipes = [arm for arm in arms if drawn[arm] and is_recipe(arm, optimizer)]
-        shown.append(min(recipes, key=lambda arm: order(arms[arm]), default=None))
+        recipes = [arm for arm in arms if curves[arm] and is_recipe(arm, optimizer)]
+        shown.append(min(recipes, key=lambda arm: most_seeds_first(arms[arm]), default=None))
         if recipes or optimizer is None:
-            panels[optimizer] = list(dict.fromkeys(arm for arm in shown if arm and drawn[arm]))
+            panels[optimizer] = list(dict.fromkeys(arm for arm in shown if arm and curves[arm]))
     return panels
 
 
-def is_recipe(arm: str, optimizer: str | None) -> bool:
-    """Whether an arm starts or learns from the reference, under this optimizer, for the usual steps."""
-    changed = split_name(arm)[1]
-    same = changed.get("optimizer") == optimizer and "max_iters" not in changed
-    return same and find_arm(arm).source == "reference"
+def is_recipe(arm: Arm, optimizer: str | None) -> bool:
+    """Whether an arm starts or learns from the reference, with this optimizer, for the usual steps."""
+    same = arm.changes.get("optimizer") == optimizer and "max_iters" not in arm.changes
+    return same and arm.from_reference
 
 
 def budgets(arms: dict) -> dict:
     """{(base, optimizer): {steps: best arm}} of all that were trained for several numbers of steps."""
     found = {}
-    for arm in arms:
-        base, changed = split_name(arm)
-        if set(changed) <= {"max_iters", "optimizer", *SCHEDULE} and base != "reference":
-            optimizer, steps = changed.get("optimizer"), arms[arm][0]["steps"]
-            longer = base in LONGER or "max_iters" in changed
-            base = LONGER.get(base, base)
-            best = best_variant(arms, base, optimizer, steps if longer else None)
-            found.setdefault((base, optimizer), {})[steps] = best
+    for arm, rows in arms.items():
+        if set(arm.changes) <= {"max_iters", "optimizer", *SCHEDULE} and arm.base != "reference":
+            optimizer, steps = arm.changes.get("optimizer"), rows[0]["steps"]
+            base = arm.kind.longer or arm.base
+            asked = steps if arm.kind.longer else arm.changes.get("max_iters")
+            found.setdefault((base, optimizer), {})[steps] = best_variant(arms, base, optimizer, asked)
     return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
 
 
 def plot_budget(path: str, arms: dict, title: str, own: str) -> None:
-    """Draw final loss over training steps, each point a run with a schedule of its own."""
+    """Plot final loss over training steps; each point is a run with a schedule of its own."""
     figure, axes = plt.subplots(figsize=(8, 5))
     found = budgets(arms)
-    for (base, optimizer), by_steps in found.items():
+    for (base, name), by_steps in found.items():
+        optimizer = name or own
         points = [mean_and_error([r["val_loss"] for r in arms[arm]]) for arm in by_steps.values()]
         means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
-        how = {"color": COLOURS.get(base, GREY), "linestyle": STYLES[optimizer or own]}
-        how["label"] = f"{find_arm(base).label}, {OPTIMIZERS[optimizer or own]}"
-        axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, capsize=3, **how)
+        style = {"color": COLOURS.get(base, GREY), "linestyle": STYLES[optimizer], "capsize": 3}
+        label = f"{find_arm(base).label}, {OPTIMIZERS[optimizer]}"
+        axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, label=label, **style)
+
     # levels of the references
-    for optimizer in dict.fromkeys(optimizer for _, optimizer in found):
-        if arm := best_variant(arms, "reference", optimizer):
-            label = f"reference at its end, {OPTIMIZERS[optimizer or own]}"
-            how = LEVEL | {"linestyle": STYLES[optimizer or own], "label": label}
-            axes.axhline(mean_loss(arms[arm]), **how)
+    for name in dict.fromkeys(name for _, name in found):
+        if reference := best_variant(arms, "reference", name):
+            style = LEVEL | {"linestyle": STYLES[name or own]}
+            label = f"reference at its end, {OPTIMIZERS[name or own]}"
+            axes.axhline(mean_val_loss(arms[reference]), label=label, **style)
     ticks = sorted({steps for by_steps in found.values() for steps in by_steps})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("training steps, each point a run of its own")
-    axes.set_ylabel("final validation loss (nats/token)")
-    axes.set_title(f"{title}: mean and standard error over seeds; a point without an error is of one seed")
-    axes.grid()
-    axes.legend()
-    save(figure, path)
+    texts = {"xlabel": "training steps, each point a run of its own", "ylabel": f"final {LOSS}"}
+    about = "mean and standard error over seeds; a point without an error is of one seed"
+    finish_axes(axes, title=f"{title}: {about}", **texts)
+    save_figure(figure, path)
 
 
 def mean_ranks(rows, key):
@@ -225,8 +237,8 @@ def mean_ranks(rows, key):
 
 
 def plot_ranks(path: str, arms: dict, title: str) -> None:
-    """Draw MaxRank by depth before and after training, one panel for each arm but those of other lengths."""
-    shown = [arm for arm in arms if set(split_name(arm)[1]) <= {"optimizer"}]
+    """Plot MaxRank by depth before and after training, one panel for each arm but those of other lengths."""
+    shown = [arm for arm in arms if set(arm.changes) <= {"optimizer"}]
     columns, highest = min(5, len(shown)), 0.0
     rows = -(-len(shown) // columns)
     size = 2.6 * columns, 2.0 * rows + 0.6
@@ -240,7 +252,7 @@ def plot_ranks(path: str, arms: dict, title: str) -> None:
         if before:
             place.plot(before, ".--", color=GREY, linewidth=1, label="before training")
         place.plot(after, "o-", color=RED, markersize=3, linewidth=1.2, label="after")
-        place.set_title(textwrap.fill(find_arm(arm).label, 36), fontsize=7)
+        place.set_title(textwrap.fill(arm.label, 36), fontsize=7)
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.grid()
     places.flat[0].set_ylim(0, 1.05 * highest)  # shared by all
@@ -249,11 +261,11 @@ def plot_ranks(path: str, arms: dict, title: str) -> None:
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("MaxRank", fontsize=9)
     figure.suptitle(f"{title}: MaxRank by depth", fontsize=10)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_point_panels(path: str, panels, title: str) -> None:
-    """Draw panels [(title, xlabel, points)] side by side, points as for `plot_points`."""
+    """Plot panels [(title, xlabel, points)] side by side, points as for `plot_points`."""
     columns = min(3, len(panels))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [0.9 + 0.22 * max(len(points) for *_, points in row) for row in rows]
@@ -267,11 +279,11 @@ def plot_point_panels(path: str, panels, title: str) -> None:
         place.set_xlabel(xlabel, fontsize=8)
         place.tick_params(axis="x", labelsize=8)
     figure.suptitle(title)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_analysis(path: str, found: dict, title: str) -> None:
-    """Draw an analysis (a dict as from `analyse`): rank of each head, and MaxRank and AvgMass by depth."""
+    """Plot an analysis (a dict as from `analyse`): rank of each head, and MaxRank and AvgMass by depth."""
     tau, layers = found["taus"][0], found["layers"]
     ranks = np.array(found["heads"][f"rank_{tau:g}"])  # (n_layer, n_head)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
@@ -288,17 +300,15 @@ def plot_analysis(path: str, found: dict, title: str) -> None:
     right.plot(layers["max_rank"], "o-", markersize=4, color=RED, label=f"MaxRank (tau {tau:g})")
     right.plot(layers["avg_mass"], "s-", markersize=4, color=BLUE, label=f"AvgMass (eta {found['eta']:g})")
     lazy = f"{found['lazy_layers']} of {len(ranks)} layers lazy, at {found['length']} tokens"
-    right.set(xlabel="layer", ylim=(0, None), title=lazy)
-    right.grid()
-    right.legend()
+    finish_axes(right, xlabel="layer", ylim=(0, None), title=lazy)
     for axis in (left.xaxis, left.yaxis, right.xaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_maps(path: str, maps: dict) -> None:
-    """Draw attention maps, {(layer, head): (T, T) array}, on a scale that shows small probabilities too."""
+    """Plot attention maps, {(layer, head): (T, T) array}, on a scale that shows small probabilities too."""
     columns = min(6, len(maps))
     rows = -(-len(maps) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(max(4, 2 * columns), 2.2 * rows), squeeze=False)
@@ -308,4 +318,4 @@ def plot_maps(path: str, maps: dict) -> None:
         image = place.imshow(A, cmap="magma", norm=PowerNorm(0.5, 0, 1), interpolation="none")
         place.set_title(f"layer {layer}, head {head}", fontsize=8)
     figure.colorbar(image, ax=axes, label="attention probability", shrink=0.7)
-    save(figure, path)
+    save_figure(figure, path)

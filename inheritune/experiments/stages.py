@@ -1,4 +1,4 @@
-"""One run of train.py: its start, and what it leaves: curves, losses, wall time, a row of the table."""
+"""Run a stage of an arm, and measure what it leaves: curves, losses, wall time, ranks, a row of the table."""
 
 import dataclasses
 import os
@@ -13,8 +13,9 @@ from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData, identity
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.experiments.arms import Common, Stage, find_arm, settings_hash
+from inheritune.experiments.arms import Arm, Common, Stage, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
+from inheritune.models.interface import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import read_rows
@@ -30,9 +31,9 @@ ALONE = threading.Lock()  # torch's generator and threads belong to the process:
 
 def train_command(stage: Stage) -> list[str]:
     """The command line of train.py that begins or continues a stage, under torchrun with several GPUs."""
-    start = {"init_from": stage.start_folder} if stage.start else {}
+    start = {"init_from": stage.start_folder} if stage.inherit else {}
     flags = stage.flags | start | {"out_dir": stage.run, "resume": "auto"}
-    command = [sys.executable, os.path.join(ROOT, "train.py"), *stage.files]
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *stage.config_files]
     command += [f"--{key}={value}" for key, value in flags.items()]
     gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
     if gpus > 1:  # needs a GPU
@@ -42,12 +43,12 @@ def train_command(stage: Stage) -> list[str]:
 
 
 def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
-    """Make what a stage starts from, and train it to its end.
+    """Make the checkpoint that a stage starts from, and train to the stage's end.
 
-    quiet: train.py's output goes to RUN.txt beside the run. Raises UserError when it fails, and Stopped when
-    `request` asks to end.
+    quiet: the output of train.py goes to RUN.txt beside the run folder RUN, not to the terminal. Raises
+    UserError when train.py fails, and Stopped when `request` asks to end.
     """
-    if stage.start and not os.path.exists(stage.start_folder):
+    if stage.inherit and not os.path.exists(stage.start_folder):
         with ALONE:
             make_start(stage)
     command, why = train_command(stage), "see above"
@@ -57,8 +58,8 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
             status = request.call(command, stdout=f, stderr=f)
             f.seek(0)
             lines = [line.strip() for line in f if line.strip()]
-            said = [line for line in lines if line.startswith("train.py: ")]  # torchrun adds its own
-            why = f"{(said or lines or ['no output'])[-1]}; see {stage.run}.txt"
+        said = [line for line in lines if line.startswith("train.py: ")]  # torchrun prints lines of its own
+        why = f"{(said or lines or ['no output'])[-1]}; see {stage.run}.txt"
     else:
         print(f"\n$ {shlex.join(command)}", flush=True)
         status = request.call(command)
@@ -68,23 +69,23 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
 
 def make_start(stage: Stage) -> None:
     """Make the checkpoint that a stage starts from."""
-    how = dict(stage.start)
-    source = checkpoint.find(how.pop("ckpt"))
-    files = tokenizer_files(GPTConfig.from_folder(source), source)
-    make_checkpoint(source, stage.start_folder, lambda config: GPT(GPTConfig(**config)), files, **how)
+    options = dict(stage.inherit)
+    source = checkpoint.find(options.pop("ckpt"))
+    files = tokenizer_files(open_config(source), source)
+    make_checkpoint(source, stage.start_folder, lambda config: GPT(GPTConfig(**config)), files, **options)
 
 
-def curve(run: str) -> tuple[list[float], list[float]]:
+def loss_curve(run: str) -> tuple[list[float], list[float]]:
     """(tokens, validation losses in nats/token) of a run folder's log.csv."""
     rows = [r for r in read_rows(os.path.join(run, "log.csv")) if r["val_loss"]]
     return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
 
 
-def curve_of(stages: list[Stage]) -> tuple[list[float], list[float]]:
-    """(FLOPs, validation losses) of an arm, its stages one after the other."""
+def arm_curve(stages: list[Stage]) -> tuple[list[float], list[float]]:
+    """(FLOPs, validation losses in nats/token) of an arm, its stages one after the other."""
     xs, ys, before = [], [], 0.0
     for stage in stages:
-        tokens, losses = curve(stage.run)
+        tokens, losses = loss_curve(stage.run)
         per_token = stage.flops_per_step / stage.flags["batch_tokens"]
         xs, ys = xs + [before + t * per_token for t in tokens], ys + losses
         before += stage.flops
@@ -92,36 +93,39 @@ def curve_of(stages: list[Stage]) -> tuple[list[float], list[float]]:
 
 
 def wall_seconds(run: str) -> float:
-    """Seconds that a run trained and validated; its clocks begin again at 0 wherever it was continued."""
+    """Seconds that a run trained and validated. timing.csv counts from 0 again where a run was continued, so
+    this adds up the last row of each process."""
     rows = read_rows(os.path.join(run, "timing.csv"))
     seconds = [float(row["train_s"]) + float(row["val_s"]) for row in rows]
-    last = [here for here, after in zip(seconds, [*seconds[1:], -1.0], strict=True) if after < here]
-    return sum(last)  # of each process
+    return sum(now for now, later in zip(seconds, [*seconds[1:], -1.0], strict=True) if later < now)
 
 
 def first_reach(stages: list[Stage], target: float) -> dict:
-    """{reached_step, reached_flops, reached_layer_steps} up to the first validation at or below target,
-    earlier stages counted; None where it never comes there."""
+    """{reached_step, reached_flops, reached_layer_steps} at the first validation loss ≤ target, with all that
+    earlier stages took; None where an arm never gets there."""
     keys = ("reached_step", "reached_flops", "reached_layer_steps")
     steps, flops, layer_steps = 0, 0.0, 0
     for stage in stages:
-        n_layer = stage.config.n_layer
         for row in read_rows(os.path.join(stage.run, "log.csv")):
             if row["val_loss"] and float(row["val_loss"]) <= target:
                 n = int(row["step"])
-                reached = steps + n, flops + n * stage.flops_per_step, layer_steps + n * n_layer
-                return dict(zip(keys, reached, strict=True))
+                own = n, n * stage.flops_per_step, n * stage.config.n_layer
+                before = steps, flops, layer_steps
+                return {key: a + b for key, a, b in zip(keys, before, own, strict=True)}
         steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps
     return dict.fromkeys(keys)
 
 
-def measure(settings: TrainSettings, config: GPTConfig, folder: str) -> float:
-    """Validation loss (nats/token) of a checkpoint as train.py measures it: the same tokens in the same
-    windows, compiled or not, in the same number format. Nothing stays on the device."""
+def measure(settings: TrainSettings, config: Config, folder: str) -> float:
+    """Validation loss (nats/token) of a checkpoint as train.py measures it: on the same tokens in the same
+    windows, compiled or not, in the same number format. Nothing stays on the device.
+
+    config: of the model whose context the windows have.
+    """
     device, ranks = machine.pick(settings.device), Ranks()
     torch.set_float32_matmul_precision("high")
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
-    dtype, module = machine.pick_dtype(settings.dtype, device), GPT.from_pretrained(folder)
+    dtype, module = machine.pick_dtype(settings.dtype, device), load_model(folder)
     model = DistributedModel(module, ranks, device, dtype, settings.compile, shard=False)
     loss = mean_loss(model.validated, val, ranks, device, dtype)
     del model, module
@@ -129,7 +133,7 @@ def measure(settings: TrainSettings, config: GPTConfig, folder: str) -> float:
     return loss
 
 
-def max_ranks(settings: TrainSettings, load: Callable[[], GPT]) -> list[float]:
+def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]:
     """MaxRank of each layer of the model that `load` makes, on the paper's 100 windows of val, the same for
     every arm and seed. Nothing stays on the device."""
     device = machine.pick(settings.device)
@@ -142,65 +146,77 @@ def max_ranks(settings: TrainSettings, load: Callable[[], GPT]) -> list[float]:
 
 
 def release(device: torch.device) -> None:
-    """Give the memory of deleted models back: the training that comes next is another process."""
+    """Give the memory of deleted models back, as the training that comes next is another process."""
     if device.type == "cuda":  # needs a GPU
         torch.cuda.empty_cache()
 
 
-def make_row(settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: str, seed: int, target) -> dict:
-    """What row.json says of a trained arm: results.csv's columns, and MaxRank by depth before and after.
+def make_row(
+    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int, target: float | None
+) -> dict:
+    """The content of an arm's row.json: results.csv's columns, and MaxRank by depth before and after it.
 
-    target: the reference's last loss on its curve, None for the reference itself.
+    target: the loss with which the reference's curve ends; None for the reference itself.
     """
-    stages = find_arm(arm).stages(c, arm)
+    stages = arm.stages(c)
+    flops, layer_steps = c.reference_flops, c.reference_layer_steps  # of a reference that was given
+    if stages:
+        flops, layer_steps = sum(s.flops for s in stages), sum(s.layer_steps for s in stages)
     with ALONE:
-        own, config, before, after = trained_row(settings, rep, c, stages)
-    # with the reference's own training
-    pipeline = {"flops": own["flops"], "layer_steps": own["layer_steps"]}
-    if find_arm(arm).source:
-        theirs = {"flops": c.reference_flops, "layer_steps": c.reference_layer_steps}
-        pipeline = {key: None if theirs[key] is None else pipeline[key] + theirs[key] for key in pipeline}
+        measured, config = measure_arm(settings, rep, c, stages)
+    curve_loss, before, after = measured["curve_loss"], measured["ranks_before"], measured["ranks_after"]
+
+    def with_reference(own, references):
+        if not arm.from_reference:
+            return own
+        return None if references is None else own + references
+
     return {
-        "arm": arm,
+        "arm": arm.name,
         "seed": seed,
-        **own,
+        **measured,
+        "steps": sum(s.steps for s in stages) if stages else None,
+        "flops": flops,
+        "layer_steps": layer_steps,
+        "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1) if stages else None,
         "params": config.num_params,
         "settings_hash": settings_hash(c, arm),
         "data": identity(settings.dataset),
         "n_layer": config.n_layer,
-        "flops_with_reference": pipeline["flops"],
-        "layer_steps_with_reference": pipeline["layer_steps"],
-        **first_reach(stages, own["curve_loss"] if target is None else target),
+        "flops_with_reference": with_reference(flops, c.reference_flops),
+        "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),
+        **first_reach(stages, curve_loss if target is None else target),
         "lazy_before": None if before is None else sum(r == 1 for r in before),
         "lazy_after": sum(r == 1 for r in after),
-        "ranks_before": before,
-        "ranks_after": after,
         "hardware": checkpoint.environment()["hardware"] | {"threads": torch.get_num_threads()},
     }
 
 
-def trained_row(settings, rep, c, stages):
-    """(losses and costs of an arm's stages, GPTConfig of its model, its MaxRanks before and after); of no
-    stages: of the reference that was given, before whose training nothing is known."""
-    last = stages[-1] if stages else None
-    folder = checkpoint.find(last.run, prefer="latest") if last else c.reference
-    config = GPTConfig.from_folder(folder) if last else c.config
+def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
+    """({val_loss, curve_loss, ranks_before, ranks_after}, config of the model) of an arm's stages.
 
-    def begin():
-        if last.start:
-            return GPT.from_pretrained(last.start_folder)
-        seed_all(c.flags["seed"])  # as train.py does before it makes the same model
-        return GPT(config)
+    Without stages it is the given reference; nothing is known of it before its training.
+    """
+    ranks_before = None
+    if stages:
+        last = stages[-1]
+        folder = checkpoint.find(last.run, prefer="latest")
+        config = open_config(folder)
 
-    at_length = dataclasses.replace(settings, eval_tokens=rep.final_tokens or settings.eval_tokens)
-    curve_loss = curve(last.run)[1][-1] if last else measure(settings, config, folder)
-    own = {
-        "val_loss": measure(at_length, config, folder) if rep.final_tokens else curve_loss,
-        "curve_loss": curve_loss,
-        "steps": sum(s.steps for s in stages) if last else None,
-        "flops": sum(s.flops for s in stages) if last else c.reference_flops,
-        "layer_steps": sum(s.layer_steps for s in stages) if last else c.reference_layer_steps,
-        "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1) if last else None,
-    }
-    before = max_ranks(settings, begin) if last else None
-    return own, config, before, max_ranks(settings, lambda: GPT.from_pretrained(folder))
+        def untrained():
+            if last.inherit:
+                return load_model(last.start_folder)
+            seed_all(c.flags["seed"])  # as train.py does before it makes the same model
+            return model_class(config)(config)
+
+        curve_loss = loss_curve(last.run)[1][-1]
+        ranks_before = max_ranks(settings, untrained)
+    else:
+        folder, config = c.reference, c.config
+        curve_loss = measure(settings, config, folder)
+    val_loss = curve_loss
+    if rep.final_tokens:
+        val_loss = measure(dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder)
+    ranks_after = max_ranks(settings, lambda: load_model(folder))
+    found = {"val_loss": val_loss, "curve_loss": curve_loss, "ranks_before": ranks_before}
+    return found | {"ranks_after": ranks_after}, config

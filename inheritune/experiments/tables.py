@@ -1,6 +1,6 @@
-"""Tables and verdicts: results.csv, table.md and report.md, from rows (dicts) that say what came of an arm.
+"""Tables and verdicts: results.csv, table.md and report.md. A row is a dict that says how one run ended.
 
-Differences are paired: both arms of a difference have the same seed, hence the same data in the same order.
+A difference is taken between rows of the same seed, hence of the same data in the same order.
 """
 
 import csv
@@ -10,28 +10,28 @@ import os
 import statistics
 
 from inheritune.base.files import replacing
-from inheritune.experiments.arms import find_arm, split_name
+from inheritune.experiments.arms import Arm, find_arm
 from inheritune.training.logs import show
 
 COLUMNS = ("arm", "seed", "val_loss", "curve_loss", "steps", "flops", "params", "settings_hash", "wall_s")
 COLUMNS += ("n_layer", "layer_steps", "flops_with_reference", "layer_steps_with_reference")
 COLUMNS += ("reached_step", "reached_flops", "reached_layer_steps", "lazy_before", "lazy_after")
-# of several variants that differ in these alone, the best one counts
+# arms that differ in these settings alone are tries of the same experiment: the best one is reported
 SCHEDULE = {"learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"}
-LONGER = {"random_2x": "random", "random_matched": "random"}  # the same for more steps
 FEW = "†"  # marks a standard error of two seeds
 NOTES = (
-    "Validation loss: nats/token after the last step, on the same fixed tokens for all; mean ± standard "
-    "error over seeds. Of three seeds a 95 % interval is 4.3 standard errors to each side.",
-    f"{FEW} two seeds, one degree of freedom: a 95 % interval is 12.7 standard errors to each side.",
-    "Differences are paired by seed; below zero is better. They are taken from the reference of the same "
-    "optimizer, and from random init and plain Inheritune of the same optimizer and length of a run (arms "
-    "of several runs, and those said to be longer, take more steps); of several learning rates the one with "
-    "most seeds, then the best.",
-    "FLOPs and layer-steps (steps × blocks) count all stages of an arm and a teacher's forward passes; those "
-    "'with reference' add the reference's own training where an arm starts or learns from it.",
-    "'Reaches the reference' is the first validation at or below the final loss of the arm called reference "
-    "(its last one on the curve's tokens), earlier stages counted.",
+    "Validation loss is in nats per token after the last step, on the same fixed tokens for all arms: mean ± "
+    "standard error over seeds. With three seeds, a 95 % interval reaches 4.3 standard errors to each side.",
+    f"{FEW} With two seeds, a 95 % interval reaches 12.7 standard errors to each side.",
+    "Differences are paired by seed; below zero is better. Each arm is compared with the reference trained "
+    "with the same optimizer, and with random init and plain Inheritune trained with the same optimizer for "
+    "the same number of steps. Arms that consist of several runs, or are labelled as longer, take more steps "
+    "than that. If a baseline was run at several learning rates, we use the one with the most seeds; among "
+    "those, the lowest loss.",
+    "FLOPs and layer-steps (steps × blocks) count all runs of an arm and the teacher's forward passes. The "
+    "columns 'with reference' add the reference's own training where an arm starts or learns from it.",
+    "An arm 'reaches the reference' at its first validation at or below the loss with which the curve of the "
+    "arm called reference ends. Earlier runs of the arm are counted.",
 )
 
 
@@ -48,7 +48,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 
 def with_error(values: list[float], sign="") -> str:
-    """'1.2345 ± 0.0067' of several numbers, marked where it is two, '1.2345' of one, '–' of none."""
+    """'1.2345 ± 0.0067' of three or more numbers, '1.2345 ± 0.0067†' of two, '1.2345' of one, '–' of none.
+    sign="+" writes '+1.2345'."""
     if not values:
         return "–"
     mean, error = mean_and_error(values)
@@ -57,56 +58,62 @@ def with_error(values: list[float], sign="") -> str:
 
 
 def average(values: list, form: str) -> str:
-    """The mean as text, '–' when a value is None or there is none."""
+    """The mean in the number format `form`, '–' if a value is None or there is none."""
     return "–" if not values or None in values else format(statistics.fmean(values), form)
 
 
-def by_arm(rows: list[dict]) -> dict[str, list[dict]]:
-    """{arm: its rows}, in the order in which they come."""
-    return {arm: [r for r in rows if r["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in rows)}
+def by_arm(rows: list[dict]) -> dict[Arm, list[dict]]:
+    """{arm: its rows, one for each seed}, in the order in which the arms come."""
+    return {find_arm(n): [r for r in rows if r["arm"] == n] for n in dict.fromkeys(r["arm"] for r in rows)}
 
 
 def paired(rows: list[dict], others: list[dict]) -> list[float]:
-    """val_loss of rows less that of the other arm's row of the same seed, for the seeds that both have."""
+    """val_loss of rows minus that of the other arm's row of the same seed, for the seeds that both have."""
     theirs = {r["seed"]: r["val_loss"] for r in others}
     return [r["val_loss"] - theirs[r["seed"]] for r in rows if r["seed"] in theirs]
 
 
-def mean_loss(rows: list[dict]) -> float:
+def mean_val_loss(rows: list[dict]) -> float:
     return statistics.fmean(r["val_loss"] for r in rows)
 
 
-def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> str | None:
-    """The arm of `base` under this optimizer for these steps (None: the experiment's own) that counts,
-    whatever the learning rate and its schedule: `order`'s first. None when there is none."""
+def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | None:
+    """Among the variants of `base` with this optimizer and number of steps, the one to report.
+
+    arms: {Arm: rows}; base: "random"; optimizer, steps: None is the experiment's own. Learning rate and
+    schedule may differ. The variant with most seeds wins, as means over different seeds cannot be compared;
+    among those, the lowest mean loss. Returns None if there is no such variant.
+    """
     wanted = {"optimizer": optimizer, "max_iters": steps}
     found = []
     for arm, rows in arms.items():
-        name, changed = split_name(arm)
-        if name in LONGER:
-            name, changed = LONGER[name], changed | {"max_iters": rows[0]["steps"]}
-        others = {key: value for key, value in changed.items() if key not in SCHEDULE}
+        name, changes = arm.base, arm.changes
+        if arm.kind.longer:  # random_2x is random for as many steps
+            name, changes = arm.kind.longer, changes | {"max_iters": rows[0]["steps"]}
+        others = {key: value for key, value in changes.items() if key not in SCHEDULE}
         if name == base and dict.fromkeys(wanted) | others == wanted:
             found.append(arm)
-    return min(found, key=lambda arm: order(arms[arm]), default=None)
+    return min(found, key=lambda arm: most_seeds_first(arms[arm]), default=None)
 
 
-def order(rows: list[dict]) -> tuple:
-    """Sort key: the arm with most seeds first (means over different seeds cannot be compared), then the one
-    with the lowest mean loss."""
-    return -len(rows), mean_loss(rows)
+def most_seeds_first(rows: list[dict]) -> tuple:
+    """Sort key of an arm's rows: most seeds first, then the lowest mean loss."""
+    return -len(rows), mean_val_loss(rows)
 
 
-def less(arms: dict, arm: str, base: str, any_length=False) -> str:
-    """What an arm's loss is less that of `base` under the same optimizer and for as many steps, as text."""
-    name, changed = split_name(arm)
-    steps = None if any_length else changed.get("max_iters")
-    other = best_variant(arms, base, changed.get("optimizer"), steps)
-    return "" if name == base or other is None else with_error(paired(arms[arm], arms[other]), "+")
+def difference(arms: dict, arm: Arm, base: str, any_length=False) -> str:
+    """An arm's loss minus that of `base`, as text; '' if there is no such arm.
+
+    `base` was trained with the same optimizer for the same number of steps, or its usual one (any_length).
+    """
+    steps = None if any_length else arm.changes.get("max_iters")
+    other = best_variant(arms, base, arm.changes.get("optimizer"), steps)
+    return "" if arm.base == base or other is None else with_error(paired(arms[arm], arms[other]), "+")
 
 
 def reached(rows: list[dict]) -> str:
-    """Where an arm's seeds first reach the reference's final loss, as text."""
+    """'950; 2.24e+13; 3,800 (2 of 3 seeds)': the mean step, FLOPs and layer-steps at which an arm's seeds
+    first reach the reference's final loss."""
     there = [r for r in rows if r["reached_step"] is not None]
     if not there:
         return "never"
@@ -116,7 +123,7 @@ def reached(rows: list[dict]) -> str:
 
 
 def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
-    """table.md. rows: dicts with COLUMNS; left_out: {arm: why}."""
+    """The text of table.md. rows: dicts with COLUMNS; left_out: {arm: why}."""
     arms = by_arm(rows)
     columns = ["arm", "blocks", "parameters", "seeds", "validation loss", "less reference"]
     columns += ["less random init", "less Inheritune"]
@@ -127,14 +134,14 @@ def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
     lines = []
     for arm, found in arms.items():
         cells = [
-            ("– " if "@" in arm else "") + find_arm(arm).label,
+            ("– " if arm.changes else "") + arm.label,
             str(found[0]["n_layer"]),
             f"{found[0]['params']:,}",
             str(len(found)),
             with_error([r["val_loss"] for r in found]),
-            less(arms, arm, "reference", any_length=True),
-            less(arms, arm, "random"),
-            less(arms, arm, "inheritune"),
+            difference(arms, arm, "reference", any_length=True),
+            difference(arms, arm, "random"),
+            difference(arms, arm, "inheritune"),
             *(average([r[key] for r in found], form) for key, form in forms.items()),
             reached(found),
             " → ".join(average([r[key] for r in found], ".1f") for key in ("lazy_before", "lazy_after")),
@@ -153,22 +160,22 @@ def write_tables(folder: str, rows: list[dict], left_out: dict[str, str]) -> str
     writer.writeheader()
     for row in rows:
         writer.writerow({k: v if isinstance(v, str) else show(v) for k, v in row.items() if k in COLUMNS})
-    shown = comparison_table(rows, left_out)
-    for name, content in (("results.csv", text.getvalue()), ("table.md", shown)):
+    table = comparison_table(rows, left_out)
+    for name, content in (("results.csv", text.getvalue()), ("table.md", table)):
         with replacing(os.path.join(folder, name), "w") as f:
             f.write(content)
-    return shown
+    return table
 
 
 def growth_label(row: dict) -> str:
-    """What a row of grow.py is called in tables and legends."""
+    """The name of one of grow.py's rows in tables and legends: 'random init, as many steps, 6 blocks'."""
     names = {"random": "random init, as many steps"}
     names |= {"random_matched": "random init, compute of the whole pipeline"}
     return f"{names.get(row['arm'], row['arm'])}, {row['n_layer']} blocks"
 
 
 def growth_table(rows: list[dict]) -> str:
-    """grow.py's rows as Markdown; a training token or FLOP count that nobody knows is a dash."""
+    """grow.py's rows as a Markdown table; '–' is a number of tokens or FLOPs that is unknown."""
     columns = ["model", "parameters", "training tokens", "training FLOPs", "validation loss", "perplexity"]
     lines = []
     for r in rows:
@@ -179,13 +186,16 @@ def growth_table(rows: list[dict]) -> str:
 
 
 def against(a: float, b: float) -> str:
-    """'0.1234 below' or '0.1234 above', for a's loss seen from b's."""
+    """'0.1234 below' if loss a is that much lower than loss b, else '0.1234 above'."""
     return f"{abs(a - b):.4f} {'below' if a <= b else 'above'}"
 
 
 def verdicts(rows: list[dict], target: float) -> list[str]:
-    """One sentence for each of grow.py's comparisons, saying what it means, whichever way it falls."""
-    named = {r["arm"]: r for r in rows}  # of several rounds the last
+    """One sentence for each of grow.py's comparisons: which way it fell, and what that means.
+
+    rows: as in results.json, the reference first; target: the reference's loss.
+    """
+    named = {r["arm"]: r for r in rows}  # of several rounds, the last one stays
     ours, reference = named["inheritune"], named["reference"]
     share = ours["params"] / reference["params"]
     matched = "matched." if ours["val_loss"] <= target else "not matched, at the deepest size tried."

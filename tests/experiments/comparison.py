@@ -50,5 +50,4 @@ def write_config(folder, **changes):
 def common_of(path, *flags):
     """What the arms of a comparison's first seed share."""
     settings, rep, given = parse((TrainSettings, ReplicateSettings), [path, *flags], "")
-    commons, _, _ = replicate.check(settings, given, rep)
-    return next(iter(commons.values()))
+    return next(iter(replicate.plan_comparison(settings, rep, given).commons.values()))

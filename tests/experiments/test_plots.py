@@ -6,9 +6,16 @@ from tests.experiments.test_tables import ROWS, rows_of
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def named(found):
+    """The names of the arms in what plots.py finds."""
+    if isinstance(found, dict):
+        return {key: named(value) for key, value in found.items()}
+    return [arm.name for arm in found] if isinstance(found, list) else found.name
+
+
 def test_budgets_are_lengths_of_the_same_arm_and_optimizer():
     found = plots.budgets(tables.by_arm([*ROWS, *rows_of("random_2x", [2.1], steps=16)]))
-    assert found == {
+    assert named(found) == {
         ("random", None): {4: "random@max_iters=4", 8: "random", 16: "random_2x"},
         ("ends", None): {4: "ends@max_iters=4", 8: "ends"},
     }
@@ -32,14 +39,14 @@ def test_the_best_recipe_is_shown_beside_the_usual_ones():
     """Each under its optimizer; an arm that starts from nothing is no recipe, however good."""
     rows = [
         *ROWS,
-        *rows_of("kd_ends", [1.8, 1.9, 2.0]),
+        *rows_of("kd_inherit", [1.8, 1.9, 2.0]),
         *rows_of("random_2x", [1.0]),
         *rows_of("kd", [1.9, 2.0]),
     ]
     arms = tables.by_arm(rows)
-    drawn = {arm: [([0.0], [1.0])] for arm in arms}
-    assert plots.compute_panels(arms, drawn) == {
-        None: ["reference", "random", "ends", "kd_ends"],
+    curves = {arm: [([0.0], [1.0])] for arm in arms}
+    assert named(plots.compute_panels(arms, curves)) == {
+        None: ["reference", "random", "ends", "kd_inherit"],
         "muon": [
             "reference@optimizer=muon",
             "random@optimizer=muon@learning_rate=4e-3",
