@@ -11,7 +11,8 @@ from typing import TextIO
 import torch
 
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.tokenizer import TextStream, Tokenizer, has_tokenizer, load_tokenizer
+from inheritune.base.tokenizer_identity import has_tokenizer
+from inheritune.data.tokenizer import TextStream, Tokenizer, load_tokenizer
 from inheritune.training.device import pick, pick_dtype
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig

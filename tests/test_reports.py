@@ -33,12 +33,12 @@ import train
 from inheritune.base.errors import UserError
 from inheritune.data import sources, text_files, writer
 from inheritune.data.reader import Tokens
-from inheritune.data.tokenizer import byte_letters, load_tokenizer
+from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training.command_line import NANOGPT, parse
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
-from tests.assets import english, gpt2_ranks, read_ranks
+from tests.assets import english, gpt2_ranks, original_files, read_ranks
 from tests.assets import gpt2 as english_gpt2
 from tests.data.test_tokenizer import save
 from tests.tiny import (
@@ -185,11 +185,15 @@ def test_a_person_brings_a_gpt2_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
 def test_a_person_brings_a_fine_tuned_gpt2(tmp_path, file):
     """Whatever form its tokenizer is saved in, it is GPT-2's."""
-    ranks = read_ranks(gpt2_ranks())
-    printable = byte_letters()
-    vocabulary = {"".join(printable[byte] for byte in token): i for token, i in ranks.items()}
-    items = [("<|endoftext|>", 50256), *vocabulary.items()]
-    config = GPTConfig.from_folder(other_gpt2(tmp_path / "a", dict(items), file))
+    folder = other_gpt2(tmp_path / "a")
+    for name, content in original_files(read_ranks(gpt2_ranks())).items():
+        (tmp_path / "a" / name).write_bytes(content)
+    if file == "tokenizer.json":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        for name in ("vocab.json", "merges.txt"):
+            os.unlink(tmp_path / "a" / name)
+        tokenizer.save_pretrained(folder)
+    config = GPTConfig.from_folder(folder)
     assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
 
 

@@ -5,9 +5,7 @@ tokens spelled out in a text are ordinary text, but in prompts; only the writer 
 end-of-text ids between documents.
 """
 
-import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -20,17 +18,24 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from inheritune.base.errors import UserError, nearest
-from inheritune.base.files import read_json
+from inheritune.base.tokenizer_identity import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    find_end_of_text,
+    has_tokenizer,
+    is_gpt2,
+    open_tokenizer,
+    package_errors,
+    read_optional,
+    vocabulary_sha256,
+)
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a Hugging Face tokenizer
-CONFIG_FILE = "tokenizer_config.json"
 HF_FILES = (
     *(TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "generation_config.json", "chat_template.jinja", "tokenizer.model", "spiece.model"),
     *("sentencepiece.bpe.model", "vocab.txt"),
 )
-MAX_BYTES = 256 << 20  # of a tokenizer.json: five times the largest public one
 PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
 # Before a blank that follows a letter or digit all of tiktoken's vocabularies begin a new word: there the
 # tokens of the parts are the tokens of the whole. The end of a match is the last such place.
@@ -42,10 +47,6 @@ GPT2_FILES = {
     "vocab.json": (f"{URL}/encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": (f"{URL}/vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
-# What tells GPT-2's tokenizer: `vocabulary_sha256`, and the ids of a text in which other rules would show.
-GPT2_VOCABULARY = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"
-PROBE = "Hello  world's na\u00efve nai\u0308ve\n\n 123,"
-PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 11]
 
 
 def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
@@ -70,11 +71,6 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
         f"no tokenizer {spec!r}{nearest(spec, known)}; choose {', '.join(known)} or the path of a "
         "tokenizer.json or of a folder that holds one"
     )
-
-
-def has_tokenizer(folder: str) -> bool:
-    """Whether a folder holds a tokenizer in a form that we open: tokenizer.json, or GPT-2's vocab.json."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, "vocab.json"))
 
 
 def utf8(text: str) -> bytes:
@@ -222,13 +218,17 @@ class HuggingFace(Tokenizer):
         self.tokenizer.no_padding()
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.eot = find_end_of_text(folder, self.tokenizer)
+        if self.eot is None:
+            raise UserError(
+                f"{folder or '.'} does not say which token ends a text: put "
+                f'{{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
+            )
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
         self.n_ids = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
-        special = all(token.special for token in self.tokenizer.get_added_tokens_decoder().values())
-        if special and (digest, self.eot, self.encode(PROBE)) == (GPT2_VOCABULARY, 50256, PROBE_IDS):
+        if is_gpt2(self.tokenizer, self.eot):
             self.name, self.n_vocab = "gpt2", 50257  # added special tokens occur in no text
             return
+        digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
         self.name, self.sha256, self.n_vocab = TOKENIZER_FILE, digest, self.n_ids
         config = read_optional(folder, CONFIG_FILE) or {"tokenizer_class": "PreTrainedTokenizerFast"}
         config["eos_token"] = self.end_of_text
@@ -238,7 +238,7 @@ class HuggingFace(Tokenizer):
         # one thread: the caller has its own (the package would take one a core)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         texts = [utf8(text).decode() for text in texts]
-        with reported(self.path):
+        with package_errors(self.path):
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -250,76 +250,6 @@ class HuggingFace(Tokenizer):
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
-
-
-@contextlib.contextmanager
-def reported(path: str) -> Iterator[None]:
-    """Make a UserError of what the tokenizers package raises: no class of its own or, for some damaged
-    files, a panic, which is not even an Exception."""
-    try:
-        yield
-    except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        why = str(e).split("\n")[0][:150]
-        raise UserError(
-            f"{path}: not a tokenizer of the tokenizers package ({why}); fetch it again"
-        ) from None
-
-
-def open_tokenizer(path: str) -> tokenizers.Tokenizer:
-    """That of a tokenizer.json, or of a folder with one or with GPT-2's vocab.json and merges.txt."""
-    file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
-    vocab, merges = (os.path.join(path, name) for name in ("vocab.json", "merges.txt"))
-    from_file = os.path.exists(file)
-    if from_file and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_BYTES):
-        raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
-    if not from_file and not (os.path.isfile(vocab) and os.path.isfile(merges)):
-        raise UserError(
-            f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
-            "save_pretrained writes one"
-        )
-    with reported(path):
-        if from_file:
-            return tokenizers.Tokenizer.from_file(file)
-        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
-    prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int:
-    """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json."""
-    token = (read_optional(folder, CONFIG_FILE) or {}).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    eot = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    if eot is None:
-        eot = (read_optional(folder, "config.json") or {}).get("eos_token_id")
-        eot = eot[0] if isinstance(eot, list) and eot else eot
-    if type(eot) is not int or not 0 <= eot < 2**32 or tokenizer.id_to_token(eot) is None:
-        raise UserError(
-            f"{folder or '.'} does not say which token ends a text: put "
-            f'{{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
-        )
-    return eot
-
-
-def read_optional(folder: str, name: str) -> dict | None:
-    """The object in a folder's JSON file, or None where there is no such file."""
-    path = os.path.join(folder, name)
-    return read_json(path) if os.path.exists(path) else None
-
-
-def vocabulary_sha256(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> str:
-    """sha256 of the tokens in the order of their ids, but end-of-text and added ones, and of the merges."""
-    content = json.loads(tokenizer.to_str())
-    added = {token["content"] for token in content["added_tokens"]} | {end_of_text}
-    vocab = tokenizer.get_vocab(with_added_tokens=False)
-    tokens = [token for token in sorted(vocab, key=vocab.get) if token not in added]
-    merges = content["model"].get("merges", [])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest()
 
 
 # What a checkpoint keeps

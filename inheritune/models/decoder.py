@@ -76,7 +76,7 @@ class DecoderConfig:
             n_embd=c.hidden_size,
             vocab_size=c.vocab_size,
             n_vocab=content.get("n_vocab", c.vocab_size),
-            tokenizer=content.get("tokenizer") or find_tokenizer(folder, eot),
+            tokenizer=content.get("tokenizer") or find_tokenizer(folder),
             eot=eot if type(eot) is int and 0 <= eot < c.vocab_size else NO_EOT,
             limit=limit,
             block_size=content.get("run_block_size", min(BLOCK_SIZE, limit)),

@@ -9,8 +9,6 @@ Here a configuration is a dict with the fields of model.GPTConfig, and a state d
 (`transformer.h.0.attn.c_attn.weight` …) to tensors in Hugging Face's orientation (in, out), torch's or Lazy.
 """
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +17,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
+from inheritune.base.tokenizer_identity import tokenizer_name
 from inheritune.weights.tensors import Lazy, pieces, read_tensors, write_tensors
 
 # frozen: checkpoint layout
@@ -26,9 +25,8 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 # stored as (in, out)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
-# sha256 of OpenAI's encoder.json, and how the hub's client calls the folders of the released GPT-2s
-GPT2_VOCAB = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 NO_EOT = -1  # as `eot`: nothing ends a text
+# how the hub's client calls the folders of the released GPT-2s
 GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
 
 
@@ -61,7 +59,7 @@ def read_config(folder: str) -> dict:
     n_vocab = c.get("n_vocab", c["vocab_size"])
     bias, eot = c.get("bias", True), c.get("eos_token_id")
     eot = eot[0] if isinstance(eot, list) and eot else eot
-    tokenizer = c.get("tokenizer") or find_tokenizer(folder, eot)
+    tokenizer = c.get("tokenizer") or find_tokenizer(folder)
     if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
         raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
     if not isinstance(tokenizer, str) or type(bias) is not bool:
@@ -107,40 +105,14 @@ def check_architecture(path: str, c: dict) -> None:
         raise OtherModel(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
 
 
-def find_tokenizer(folder: str, eot: int | None) -> str:
-    """The tokenizer of a folder whose config.json names none, only the id that ends a text if anything:
-    "gpt2" for GPT-2's vocabulary or a released GPT-2 in the hub's cache, "tokenizer.json" for another one in
-    that file, "" when there is none."""
-    own, vocab = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
-    if os.path.exists(own):
-        content = read_json(own)
-        model, added = content.get("model"), content.get("added_tokens") or []
-        same = isinstance(model, dict) and is_gpt2(model.get("vocab"))
-        # ordinary text has the ids of added tokens that are not special
-        same = same and isinstance(added, list)
-        same = same and all(isinstance(token, dict) and token.get("special") for token in added)
-        return "gpt2" if same and ends_like_gpt2(folder, eot) else "tokenizer.json"
-    if os.path.exists(vocab):
-        merges = os.path.exists(os.path.join(folder, "merges.txt"))
-        same = is_gpt2(read_json(vocab)) and ends_like_gpt2(folder, eot)
-        return "gpt2" if same else "tokenizer.json" if merges else ""
-    return "gpt2" if GPT2_CACHE.search(os.path.abspath(folder)) else ""
+def find_tokenizer(folder: str) -> str:
+    """The tokenizer of a folder whose config.json does not name one.
 
-
-def ends_like_gpt2(folder: str, eot: int | None) -> bool:
-    """Whether GPT-2's token ends a text: as tokenizer_config.json says, or else config.json with `eot`."""
-    path = os.path.join(folder, "tokenizer_config.json")
-    token = read_json(path).get("eos_token") if os.path.exists(path) else None
-    token = token.get("content") if isinstance(token, dict) else token
-    return token == "<|endoftext|>" if isinstance(token, str) else eot in (None, 50256)
-
-
-def is_gpt2(ids) -> bool:
-    """Whether {token: id} is GPT-2's vocabulary."""
-    if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()):
-        return False
-    ordered = json.dumps(dict(sorted(ids.items(), key=lambda item: item[1])))  # as OpenAI's encoder.json
-    return hashlib.sha256(ordered.encode()).hexdigest() == GPT2_VOCAB
+    Returns `gpt2` where its files are GPT-2's, `tokenizer.json` for other ones, "" where there are none.
+    A released GPT-2 in the hub client's cache needs no files.
+    """
+    released = GPT2_CACHE.search(os.path.abspath(folder))
+    return tokenizer_name(folder) or ("gpt2" if released else "")
 
 
 def has_biases(folder: str) -> bool:

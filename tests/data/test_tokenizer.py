@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
+from inheritune.base.tokenizer_identity import package_errors
 from inheritune.data import tokenizer as tokenizer_module
 from inheritune.data.tokenizer import (
     GPT2_FILES,
@@ -399,7 +400,7 @@ def test_the_addresses_are_tiktokens():
 def test_a_panic_of_the_package_is_one_line():
     """pyo3's PanicException is a BaseException; Ctrl-C, another one, stays what it is."""
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(UserError, match="index out of bounds"), tokenizer_module.reported("x"):
+    with pytest.raises(UserError, match="index out of bounds"), package_errors("x"):
         raise panic("index out of bounds")
-    with pytest.raises(KeyboardInterrupt), tokenizer_module.reported("x"):
+    with pytest.raises(KeyboardInterrupt), package_errors("x"):
         raise KeyboardInterrupt

@@ -1,0 +1,118 @@
+"""Which tokenizer a folder holds: GPT-2's, another one, or none. Data folders and checkpoints both ask here.
+
+The content decides: GPT-2's tokenizer has GPT-2's vocabulary and merges, its token ends a text, and a text in
+which other rules would show has GPT-2's ids. How the files are laid out does not matter.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from inheritune.base.errors import UserError
+from inheritune.base.files import read_json
+
+TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a tokenizer in this file
+CONFIG_FILE = "tokenizer_config.json"
+OLDER_FILES = ("vocab.json", "merges.txt")  # the form in which GPT-2 was released
+MAX_BYTES = 256 << 20  # of a tokenizer.json: five times the largest public one
+GPT2_SHA256 = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"  # by vocabulary_sha256
+PROBE = "Hello  world's na\u00efve nai\u0308ve\n\n 123,"
+PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 11]
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder holds a tokenizer in a form that we open: tokenizer.json, or GPT-2's two files."""
+    found = [os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, *OLDER_FILES)]
+    return found[0] or all(found[1:])
+
+
+def tokenizer_name(folder: str) -> str:
+    """`gpt2` or `tokenizer.json`; "" for a folder without a tokenizer. Raises UserError for a damaged one."""
+    if not has_tokenizer(folder):
+        return ""
+    tokenizer = open_tokenizer(folder)
+    return "gpt2" if is_gpt2(tokenizer, find_end_of_text(folder, tokenizer)) else TOKENIZER_FILE
+
+
+def is_gpt2(tokenizer: tokenizers.Tokenizer, eot: int | None) -> bool:
+    """Whether a tokenizer, whose token `eot` ends a text, gives every text the ids of GPT-2's."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    if eot != 50256 or not all(token.special for token in added):  # others would occur in a text
+        return False
+    if vocabulary_sha256(tokenizer, tokenizer.id_to_token(eot)) != GPT2_SHA256:
+        return False
+    return tokenizer.encode(PROBE, add_special_tokens=False).ids == PROBE_IDS
+
+
+def vocabulary_sha256(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> str:
+    """sha256 of the merges and of the tokens by their ids, but not of end-of-text and added tokens."""
+    content = json.loads(tokenizer.to_str())
+    added = {token["content"] for token in content["added_tokens"]} | {end_of_text}
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    tokens = [token for token in sorted(vocab, key=vocab.get) if token not in added]
+    merges = content["model"].get("merges", [])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return hashlib.sha256(json.dumps([tokens, merges]).encode()).hexdigest()
+
+
+def open_tokenizer(path: str) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a folder that holds one or GPT-2's two files."""
+    file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
+    vocab, merges = (os.path.join(path, name) for name in OLDER_FILES)
+    from_file = os.path.exists(file)
+    if from_file and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_BYTES):
+        raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
+    if not from_file and not (os.path.isfile(vocab) and os.path.isfile(merges)):
+        raise UserError(
+            f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
+            "save_pretrained writes one"
+        )
+    with package_errors(path):
+        if from_file:
+            return tokenizers.Tokenizer.from_file(file)
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+    prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def package_errors(path: str) -> Iterator[None]:
+    """Within this context an error of the tokenizers package is a UserError. The package has no class of its
+    own for them, and for some damaged files it panics, which is not even an Exception."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        why = str(e).split("\n")[0][:150]
+        raise UserError(
+            f"{path}: not a tokenizer of the tokenizers package ({why}); fetch it again"
+        ) from None
+
+
+def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json.
+
+    None where neither names a token of this tokenizer.
+    """
+    token = (read_optional(folder, CONFIG_FILE) or {}).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    eot = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if eot is None:
+        eot = (read_optional(folder, "config.json") or {}).get("eos_token_id")
+        eot = eot[0] if isinstance(eot, list) and eot else eot
+    usable = type(eot) is int and 0 <= eot < 2**32 and tokenizer.id_to_token(eot) is not None
+    return eot if usable else None
+
+
+def read_optional(folder: str, name: str) -> dict | None:
+    """The object in a folder's JSON file, or None where there is no such file."""
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.exists(path) else None
