@@ -1,8 +1,8 @@
 """GPT-2 in one file: the model, its initialisation, its loss, and sampling with a key-value cache.
 
-Reads like nanoGPT's model.py; what differs says why. The optimizer and the FLOPs live in inheritune/training,
-checks of a config in weights/gpt2_format.py. Parameter names are those of Hugging Face's GPT2LMHeadModel
-(`transformer.h.0.attn.c_attn.weight` …), so checkpoints need no renaming.
+It follows nanoGPT's model.py, and a comment gives the reason wherever it differs. The optimizer lives in
+inheritune/training, the checks of a config.json in inheritune/weights/gpt2_format.py. Parameters have the
+names that Hugging Face gives them (`transformer.h.0.attn.c_attn.weight` …): checkpoints need no renaming.
 """
 
 import math
@@ -19,9 +19,9 @@ from inheritune.base.errors import UserError
 from inheritune.weights.checkpoint import find
 from inheritune.weights.gpt2_format import arrange, config_json, fill, open_model, read_config
 
-LOSS_ROWS = 512  # rows of logits in one chunk of the fp32 loss
+LOSS_ROWS = 512  # rows of logits that are in memory at once in the chunked fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
-GREEDY = 1e-6  # temperatures below this take the likeliest id: fp32 logits divided by them could overflow
+GREEDY = 1e-6  # a temperature below this takes the likeliest id, as logits divided by it could overflow
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms; the paper trains without
     scale_attn_by_inverse_layer_idx: bool = False  # divide attention logits by layer + 1, the first being 0
-    n_vocab: int = 50257  # ids that the tokenizer can decode; sampling draws only from these
-    tokenizer: str = "gpt2"  # what tokenizer.load_tokenizer opens
-    eot: int = 50256  # the end-of-text id, where sampling stops
+    n_vocab: int = 50257  # ids that the tokenizer can decode; sampling draws from these alone
+    tokenizer: str = "gpt2"  # the name that load_tokenizer (inheritune/data/tokenizer.py) opens
+    eot: int = 50256  # the end-of-text id, at which sampling stops
 
     @classmethod
     def from_folder(cls, folder: str) -> "GPTConfig":
@@ -46,14 +46,15 @@ class GPTConfig:
         return cls(**read_config(folder))
 
     # What follows is asked of every model: see inheritune/models/interface.py.
-    block_prefix = "transformer.h."  # begins the name of every parameter of a block, then comes its number
+    block_prefix = "transformer.h."  # parameters of block 3 begin with "transformer.h.3."
 
     @property
     def num_params(self) -> int:
         """All parameters; the tied embedding counts once."""
         C = self.n_embd
         embeddings = (self.vocab_size + self.block_size) * C
-        return embeddings + self.n_layer * self.block_params + (1 + self.bias) * C  # the last: ln_f
+        ln_f = (1 + self.bias) * C
+        return embeddings + self.n_layer * self.block_params + ln_f
 
     @property
     def block_params(self) -> int:
@@ -71,7 +72,10 @@ class GPTConfig:
         return 6 * (self.vocab_size * C + L * 12 * C * C) + 12 * L * C * T
 
     def with_blocks(self, blocks: list[int]) -> "GPTConfig":
-        """The config of a model that has these blocks of this one."""
+        """The config of a model that has these blocks of this one. Raises UserError if they cannot move."""
+        if self.scale_attn_by_inverse_layer_idx and blocks != list(range(len(blocks))):
+            scaled = "attention in this model depends on the block's number (scale_attn_by_inverse_layer_idx)"
+            raise UserError(f"{scaled}: only its first blocks can be taken, not {blocks}")
         return replace(self, n_layer=len(blocks))
 
     def content(self) -> dict:
@@ -83,13 +87,13 @@ class GPTConfig:
         return arrange(parameters, asdict(self))
 
 
-# The architecture: what two models must share to exchange blocks, and n_layer.
+# The architecture: n_layer, and what two models must share to exchange blocks.
 OF_TOKENIZER = ("vocab_size", "n_vocab", "tokenizer", "eot")
 ARCHITECTURE = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", *OF_TOKENIZER)]
 
 
 def pad_vocab(n_vocab: int) -> int:
-    """Embedding rows of a model made from scratch: a multiple of 64 keeps the head fast on GPUs."""
+    """Embedding rows of a new model: `50257` → `50304`. A multiple of 64 keeps the head fast on GPUs."""
     return (n_vocab + 63) // 64 * 64
 
 
@@ -102,9 +106,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
-        self.layer = layer  # not in nanoGPT: the cache keeps one entry for each layer
+        self.layer = layer  # not in nanoGPT: where the key-value cache keeps this block's keys and values
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
-        if config.scale_attn_by_inverse_layer_idx:  # not in nanoGPT: some of Hugging Face's GPT-2s have it
+        if config.scale_attn_by_inverse_layer_idx:  # not in nanoGPT: some GPT-2s on the hub have it
             self.scale /= layer + 1
 
     def heads(self, x):
@@ -121,7 +125,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # T > 1: the cache, if any, was empty (GPT.hidden checks); a single query attends to every key
+        # A single query attends to every key. Several start at position 0, as GPT.hidden checks: causal mask.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1, scale=self.scale
         )  # (B, nh, T, hs)
@@ -129,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def probabilities(self, x):
-        """Attention matrices (B, nh, T, T) of x (B, T, C), without cache or dropout, for analyze.py."""
+        """Attention matrices (B, nh, T, T) of x (B, T, C), without dropout, for analyze.py."""
         q, k, _ = self.heads(x)
         future = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
         return (q @ k.mT * self.scale).masked_fill(future, -math.inf).softmax(dim=-1)
@@ -139,7 +143,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")  # nanoGPT has the exact GELU; GPT-2 was trained with this one
+        self.gelu = nn.GELU(approximate="tanh")  # nanoGPT has the exact one; GPT-2 was trained with this one
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -159,16 +163,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, again="none"):
-        """The residual stream (B, T, C) that leaves. To save memory the backward pass computes again: nothing
-        ("none"), norms and GELU ("cheap": see keep_products), or the block from x on ("full")."""
-        if again == "none" or not torch.is_grad_enabled():
-            return self.add(x, cache)
+    def forward(self, x, cache=None, recompute="none"):
+        """The block's output (B, T, C). `recompute` trades time for memory in the backward pass: "none" keeps
+        all activations, "cheap" recomputes norms and GELU (see keep_products), "full" the block from x."""
+        if recompute == "none" or not torch.is_grad_enabled():
+            return self.residual(x, cache)
+        if recompute == "full":
+            return checkpoint(self.residual, x, use_reentrant=False)
         keep = partial(create_selective_checkpoint_contexts, keep_products)
-        how = {"context_fn": keep} if again == "cheap" else {}
-        return checkpoint(self.add, x, use_reentrant=False, **how)
+        return checkpoint(self.residual, x, use_reentrant=False, context_fn=keep)
 
-    def add(self, x, cache=None):
+    def residual(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -178,7 +183,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = "none"  # or "cheap", "full": see Block.forward
+        self.checkpoint_activations = "none"  # or "cheap" or "full": Block.forward's `recompute`
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -193,7 +198,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: std 0.02, divided by sqrt(2 n_layer) in layers that write to the residual stream."""
+        """GPT-2's: std 0.02, and 0.02 / sqrt(2 n_layer) in the layers that write to the residual stream."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -206,7 +211,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
-        """The fp32 model of a Hugging Face GPT-2 id or folder, or of one of our checkpoints.
+        """The fp32 model of a Hugging Face id, a folder of Hugging Face's GPT-2, or a checkpoint of ours.
 
         Raises UserError when it cannot be fetched or is not a GPT-2 that this file implements.
         """
@@ -218,7 +223,7 @@ class GPT(nn.Module):
 
     @classmethod
     def empty(cls, config: GPTConfig) -> "GPT":
-        """A model with unset weights, to be filled: random init of XL takes half a minute."""
+        """A model with unset weights, to be filled: drawing random ones takes half a minute for GPT-2 XL."""
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
@@ -238,18 +243,18 @@ class GPT(nn.Module):
         return self.lm_head
 
     def num_params(self) -> int:
-        """All parameters; the tied embedding counts once."""
+        """Parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def embed(self, idx, start=0):
-        """The residual stream (B, T, C) that enters block 0: ids idx (B, T) at positions from `start` on."""
+        """The embeddings (B, T, C) of ids idx (B, T) at positions `start`, start + 1, …: block 0's input."""
         pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)  # (T,)
         return self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
 
     def hidden(self, idx, cache=None):
-        """Final hidden states (B, T, C) of ids idx (B, T); with a cache, idx follows the ids read so far.
+        """Final hidden states (B, T, C) of ids idx (B, T). With a cache, idx follows the ids read so far.
 
-        Raises ValueError when the context would outgrow block_size, or for T > 1 after other ids.
+        Raises ValueError when the context would outgrow block_size, and for T > 1 after other ids.
         """
         start = 0 if cache is None else cache.length
         T = idx.size(1)
@@ -284,11 +289,14 @@ class GPT(nn.Module):
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
     ) -> Iterator[torch.Tensor]:
-        """Continue each row of ids idx (B, T), T ≥ 1; yield the next ids (B,), on the CPU, step after step.
+        """Continue each row of ids idx (B, T), T ≥ 1. Yields the next ids (B,), on the CPU, step after step.
 
-        temperature 0 takes the likeliest id; top_k and top_p (0 < p ≤ 1) narrow the choice; `generator` is on
-        the CPU. A row repeats end-of-text once it has drawn it; generation ends when every row has. When the
-        context is full, the last block_size/2 tokens are read anew: learned positions forbid sliding the
+        temperature: 0 takes the likeliest id.
+        top_k, top_p: draw from the k likeliest ids, from the likeliest ones that make up probability p.
+        generator: torch's, on the CPU.
+
+        A row that has drawn end-of-text repeats it, and generation ends when every row has. When the context
+        is full, the last block_size/2 tokens are read anew, because learned positions forbid sliding the
         cache.
         """
         block_size, eot = self.config.block_size, self.config.eot
@@ -309,7 +317,7 @@ class GPT(nn.Module):
             token = next_token(logits, temperature, top_k, top_p, generator)
             token = torch.where(done, eot, token)
             done |= token == eot
-            # next_token has waited for the device: this copy need not
+            # no need to wait for the device here: next_token has just done so
             idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
             yield token
             if done.all():
@@ -317,10 +325,11 @@ class GPT(nn.Module):
 
 
 def cross_entropy(x, head, targets):
-    """The mean loss, an fp32 scalar, of hidden states x (B, T, C) under a linear head, with targets (B, T).
+    """The mean loss, an fp32 scalar, of hidden states x (B, T, C) under a linear head, for targets (B, T).
 
-    Not in nanoGPT: torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows, to save memory.
-    Under autocast that function rounds the loss to 16 bits, and it breaks a compiled graph.
+    Not in nanoGPT: to save memory, torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows.
+    All rows are computed at once under autocast, where the chunked function rounds the loss to 16 bits, and
+    when compiling, as it breaks the graph.
     """
     whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     if whole or x.dtype != torch.float32 or not CHUNKED_LOSS:
@@ -332,23 +341,23 @@ def cross_entropy(x, head, targets):
 
 
 def keep_products(ctx, op, *args, **kwargs):
-    """The policy of "cheap": keep what matrix products and attention return, compute everything else again.
+    """The policy of recompute="cheap": keep what matrix products and attention return, recompute the rest.
 
-    It drops the last product (4C → C), which the block's backward pass does not use, and attention with
-    dropout: a block must draw all of its random numbers again or none.
+    Two results are not kept. The last product (4C → C) is none that the block's backward pass uses. Attention
+    with dropout is recomputed with the block's other dropouts, since random numbers are redrawn all or none.
     """
     aten = torch.ops.aten
     if op in (aten.mm.default, aten.addmm.default):
         n_in, n_out = args[-1].shape
         keep = n_in <= n_out
     else:
-        dropout = any(isinstance(a, float) and a > 0 for a in args)  # dropout_p; other floats come by name
+        dropout = any(isinstance(a, float) and a > 0 for a in args)  # dropout_p; other floats are in kwargs
         keep = "scaled_dot_product" in op.name() and not dropout
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class KVCache:
-    """Keys and values of every block for the tokens read so far, allocated once for `room` tokens."""
+    """Keys and values of every block for the tokens read so far, in memory for `room` tokens."""
 
     def __init__(self, config: GPTConfig, B: int, room: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, B, config.n_head, room, config.n_embd // config.n_head)
@@ -357,7 +366,7 @@ class KVCache:
         self.length = 0  # tokens read; GPT.hidden adds to it after the last block
 
     def append(self, layer, k, v):
-        """Append a block's k, v (B, nh, T, hs); return all that it has (B, nh, length+T, hs)."""
+        """Append a block's k, v (B, nh, T, hs). Returns all of its keys, values (B, nh, length+T, hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -365,7 +374,7 @@ class KVCache:
 
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one id per row of logits (B, V), returned as (B,) int64 on the CPU. temperature 0 is argmax.
+    """Draw one id per row of logits (B, V): (B,) int64 on the CPU. See GPT.generate for the arguments.
 
     Raises UserError when the largest logit is not finite.
     """
@@ -382,8 +391,8 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
             ordered, ids = probs.sort(dim=-1, descending=True)
             before = ordered.cumsum(dim=-1) - ordered  # mass of likelier ids; 0 for the first, so it stays
             probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-        # The CPU draws the same on every device, and has float64, unlike Apple GPUs: fp32 sums of 50,000 ids
-        # are too coarse. nanoGPT's torch.multinomial draws a random number for each id.
+        # Drawn on the CPU, which gives the same ids whatever the device, and has float64, unlike Apple GPUs:
+        # fp32 sums over 50,000 ids are too coarse. (nanoGPT's torch.multinomial draws a number for each id.)
         cdf = probs.cpu().double().cumsum(dim=-1)  # (B, V); ends at what top_p left of 1
         u = torch.rand(len(probs), 1, generator=generator).double() * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True)[:, 0]  # right: never an id of probability 0

@@ -151,8 +151,8 @@ class CountOps(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_cheap_computes_norms_and_gelu_again_and_nothing_expensive(bias):
-    """In the backward pass; "full" computes all but each block's last product again."""
+def test_cheap_recomputes_norms_and_gelu_and_nothing_expensive(bias):
+    """In the backward pass; "full" recomputes all but each block's last product."""
     model = tiny_model(n_layer=3, bias=bias).train()
     idx, targets = torch.randint(257, (2, 4, 8)).unbind(0)
     counts = {}
