@@ -1,93 +1,77 @@
-"""The model card (README.md) of a checkpoint folder: what it was made from, on which data, how good it is; so
-that `hf upload NAME FOLDER` is all that is left to publish.
+"""The model card (README.md) of a checkpoint folder: what it was made from, on which data, how good it is.
 
-Its metadata is the hub's; under `inheritune` it has our own facts, which the cards of later models build on.
+`hf upload NAME FOLDER` then publishes it. The metadata is the hub's. Its key `inheritune` holds our facts,
+which the cards of models made from this one show as those of the reference.
 """
 
-import itertools
 import os
-import pathlib
+import re
 
 from inheritune.base.files import replacing
 from inheritune.weights.checkpoint import hub_id, read_lineage
 
 CARD = "README.md"
-INHERITED = ("license", "license_name", "license_link", "language")  # from the card of the source
-FACTS = {"val_loss": "validation loss (nats/token)", "tokens": "training tokens", "data": "data"}
+LICENCE = ("license", "license_name", "license_link", "language")  # taken over from the source's card
+FACTS = {"val_loss": "validation loss {:.4f} nats/token", "tokens": "{:,} training tokens", "data": "data {}"}
 
 
 def write_card(folder: str, name: str, source: str | None = None, reference: dict | None = None, **facts):
     """Write the card of a checkpoint folder, or renew it.
 
-    source: folder of the model that it was made from, whose licence and facts it takes over. facts: val_loss,
-    tokens and data of its training; reference: the same of the reference.
+    name: the title.
+    source: the folder that the model was made from; its licence and its facts are taken over.
+    facts, reference: of the training of this model and of the reference, by the keys of FACTS.
     """
     from huggingface_hub import ModelCardData
 
-    # what is known
-    own, known, old_reference = read_card(folder)
-    theirs, before, earlier = read_card(source)
-    known |= facts
-    reference = (before or earlier) | old_reference | (reference or {})
-
-    # metadata
-    metadata = {key: own.get(key) or theirs.get(key) for key in INHERITED}
-    metadata["base_model"] = hub_id(source) or own.get("base_model") or theirs.get("base_model")
-    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["inheritune"]}
-    metadata["inheritune"] = {k: v for k, v in (known | {"reference": reference}).items() if v}
-    yaml = ModelCardData(**{key: value for key, value in metadata.items() if value}).to_yaml()
-
-    # text
-    trained = "" if known.get("tokens") else " Not trained since: a start for training."
-    made = f"Made from {origin(read_lineage(folder))} by Inheritune (arXiv:2404.08634).{trained}\n"
-    lines = ["---", yaml, "---\n", f"# {name}\n", made]
-    table = ["| | this model | reference |", "| --- | ---: | ---: |"]
-    for fact, title in FACTS.items():
-        if fact in known or fact in reference:
-            table.append(f"| {title} | {shown(known.get(fact))} | {shown(reference.get(fact))} |")
-    lines += table if table[2:] else []
+    own, theirs = read_card(folder), read_card(source)
+    parent = theirs.get("inheritune", {})
+    parent = {k: v for k, v in parent.items() if k in FACTS} or parent.get("reference", {})
+    facts = own.get("inheritune", {}) | facts
+    facts["reference"] = parent | facts.get("reference", {}) | (reference or {})
+    base = [hub_id(source), own.get("base_model"), theirs.get("base_model")]
+    data = ModelCardData(
+        **{key: own.get(key) or theirs.get(key) for key in LICENCE},
+        base_model=next((b for b in base if re.fullmatch(r"[\w.-]+/[\w.-]+", str(b))), None),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["inheritune"],
+        inheritune={key: value for key, value in facts.items() if value} or None,
+    )
+    lineage = read_lineage(folder)
+    lines = [f"Made from {origin(lineage)} by Inheritune (arXiv:2404.08634)."]
+    lines += [lineage["warning"]] if "warning" in lineage else []
+    for whose, known in (("This model", facts), ("The reference", facts["reference"])):
+        found = [text.format(known[key]) for key, text in FACTS.items() if key in known]
+        lines += [f"{whose}: {', '.join(found)}."] if found else []
+    lines += [] if facts.get("tokens") else ["It is a start for training: it has not been trained since."]
     with replacing(os.path.join(folder, CARD), "w") as f:
-        f.write("\n".join(lines) + "\n")
+        f.write("\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {name}", *lines]) + "\n")
 
 
-def read_card(folder: str | None) -> tuple[dict, dict, dict]:
-    """(metadata, the model's facts, its reference's facts) of a folder's card; {} for what is not there."""
+def read_card(folder: str | None) -> dict:
+    """The metadata of a folder's card, {} without a card. Where it cannot be read, a line says so, and the
+    licence is `other`."""
     from huggingface_hub import ModelCard
 
-    path = pathlib.Path(folder or "", CARD)
-    if not folder or not path.is_file():
-        return {}, {}, {}
+    path = os.path.join(folder or "", CARD)
+    if not folder or not os.path.isfile(path):
+        return {}
     try:
-        data = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
-        facts = dict(data.get("inheritune", {}))
-        return data, facts, dict(facts.pop("reference", {}))
-    except Exception:  # somebody else's file: treat all of it as: says nothing
-        return {}, {}, {}
+        with open(path, encoding="utf-8-sig") as f:
+            data = ModelCard(f.read().expandtabs()).data.to_dict()
+        if not isinstance(data.get("license", ""), str) or not isinstance(data.get("inheritune", {}), dict):
+            raise ValueError
+        return data
+    except Exception as e:  # it is somebody else's file, and YAML, the hub and the encoding have their errors
+        print(f"{path} cannot be read ({type(e).__name__}): correct the licence in the new card, now `other`")
+        return {"license": "other"}
 
 
 def origin(lineage: dict) -> str:
-    """What lineage.json says, in words."""
-    if not lineage:
-        return "random weights"
-    parts = []
-    for name, source in lineage["sources"].items():
-        blocks = [block["block"] for block in lineage["blocks"] if block["from"] == name]
-        which = f"blocks {ranges(blocks)}" if blocks else "the sizes"
-        nested = f" (which was made from {origin(source['lineage'])})" if source["lineage"] else ""
-        parts.append(f"{which} of `{source['name']}`{nested}")
-    how = [lineage["recipe"]] if lineage.get("recipe", "first") != "first" else []
-    how += [f"only {lineage['parts']}"] if lineage.get("parts", "all") != "all" else []
-    how += ["without LayerNorms"] if not lineage.get("layernorms", True) else []
-    return " and ".join(parts) + (f" ({', '.join(how)})" if how else "")
-
-
-def ranges(numbers: list[int]) -> str:
-    """`0–2, 5` from [0, 1, 2, 5]; in the order given."""
-    runs = itertools.groupby(enumerate(numbers), lambda item: item[1] - item[0])
-    runs = [[n for _, n in run] for _, run in runs]
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def shown(value) -> str:
-    """A fact in a table."""
-    return {float: "{:.4f}", int: "{:,}", type(None): "–"}.get(type(value), "{}").format(value)
+    """The sources that lineage.json names: "blocks 0, 1 of `gpt2`". It also says what they were made from."""
+    blocks = [(block["from"], str(block["block"])) for block in lineage.get("blocks", [])]
+    taken = {key: [number for whose, number in blocks if whose == key] for key in lineage.get("sources", {})}
+    names = {key: f"`{source['name']}`" for key, source in lineage.get("sources", {}).items()}
+    found = [f"blocks {', '.join(taken[key]) or '(none)'} of {name}" for key, name in names.items()]
+    return " and ".join(found) or "random weights"
