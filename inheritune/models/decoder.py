@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
 from inheritune.weights.gpt2_format import CONFIG, NO_EOT, find_tokenizer, stored_tensors
-from inheritune.weights.tensors import Lazy, pieces
+from inheritune.weights.tensors import Lazy, copy_rows
 from model import cross_entropy, next_token
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
@@ -191,10 +191,7 @@ class Decoder(nn.Module):
                 state = own_tensors(type(self.theirs).from_pretrained(None, config=c, state_dict=whole))
         with torch.no_grad():
             for name, tensor in own.items():
-                start = 0
-                for piece in pieces(state[name]):
-                    tensor[start : start + len(piece)].copy_(piece)
-                    start += len(piece)
+                copy_rows(tensor, state[name])
         self.plain_head = has_plain_head(self.theirs)
 
     @property

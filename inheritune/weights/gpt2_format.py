@@ -1,12 +1,15 @@
-"""The Hugging Face GPT-2 layout, which is also ours: `config.json` + `model.safetensors`, read and written.
+"""Hugging Face's layout of a GPT-2, which is also ours: `config.json` and `model.safetensors`, read and
+written.
 
-transformers and lm-eval open a checkpoint folder as it is. Extra keys in config.json hold what GPT-2's layout
-has no room for: `bias` (a model without biases stores zeros and drops them when read), `n_vocab` and
-`tokenizer`. Both forms of files are read, those on the hub and those of `save_pretrained`; what model.py does
-not implement is refused by name.
+transformers and lm-eval open a checkpoint folder as it is. Keys that we add to config.json hold what the
+layout
+has no room for: `n_vocab`, `tokenizer` and `bias` (a model without biases stores zeros, which are dropped
+when it is read). Both forms of files are read, those of the hub and those of `save_pretrained`. What model.py
+does not implement is refused by name.
 
-Here a configuration is a dict with the fields of model.GPTConfig, and a state dict maps canonical names
-(`transformer.h.0.attn.c_attn.weight` …) to tensors in Hugging Face's orientation (in, out), torch's or Lazy.
+In this file a configuration is a dict with the fields of model.GPTConfig. A state dict maps full names
+(`transformer.h.0.attn.c_attn.weight` …) to tensors, torch's or Lazy, in Hugging Face's orientation: (in,
+out).
 """
 
 import os
@@ -18,14 +21,14 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
 from inheritune.base.tokenizer_identity import tokenizer_name
-from inheritune.weights.tensors import Lazy, pieces, read_tensors, write_tensors
+from inheritune.weights.tensors import Lazy, copy_rows, read_tensors, row_runs, write_tensors
 
 # frozen: checkpoint layout
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# stored as (in, out)
+# matrices that are stored as (in, out) and that torch's linear layers hold as (out, in)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
-NO_EOT = -1  # as `eot`: nothing ends a text
+NO_EOT = -1  # the `eot` of a model for which no token ends a text
 # how the hub's client calls the folders of the released GPT-2s
 GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
 
@@ -45,14 +48,15 @@ def is_other(folder: str) -> bool:
 
 
 def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
-    """(state dict, configuration) of a checkpoint folder, checked against each other."""
+    """(state dict, configuration) of a checkpoint folder. Raises UserError unless they fit each other."""
     config, weights = read_config(folder), read_weights(folder)
     check_weights(weights, config, folder)
     return weights, config
 
 
 def read_config(folder: str) -> dict:
-    """The configuration of a checkpoint folder; what model.py does not implement is refused by name."""
+    """The configuration of a checkpoint folder. Raises UserError that names what model.py does not
+    implement."""
     path = os.path.join(folder, CONFIG)
     c = read_json(path)
     check_architecture(path, c)
@@ -72,7 +76,7 @@ def read_config(folder: str) -> dict:
         "scale_attn_by_inverse_layer_idx": bool(c.get("scale_attn_by_inverse_layer_idx", False)),
         "n_vocab": n_vocab,
         "tokenizer": tokenizer,
-        # small vocabularies made by hand often keep GPT-2's 50256 in their config
+        # a config.json with a small vocabulary, made by hand, often keeps GPT-2's 50256
         "eot": eot if type(eot) is int and 0 <= eot < n_vocab else NO_EOT,
     }
 
@@ -116,15 +120,17 @@ def find_tokenizer(folder: str) -> str:
 
 
 def has_biases(folder: str) -> bool:
-    """Whether the weights in a folder, if there are any, have a bias that is not zero. A model without biases
-    gets them when transformers trains it, and its config.json goes on saying bias: false."""
+    """Whether a folder's weights, if it has any, hold a bias that is not zero.
+
+    transformers gives a model biases when it trains it, and the config.json goes on saying `bias: false`.
+    """
     if not any(os.path.exists(os.path.join(folder, name)) for name in (WEIGHTS, INDEX)):
         return False
     return any(name.endswith(".bias") and tensor[:].any() for name, tensor in read_weights(folder).items())
 
 
 def config_json(config: dict) -> dict:
-    """config.json's content for a configuration: what transformers reads, and our extra keys last."""
+    """config.json's content for a configuration: what transformers reads, then the keys that we add."""
     eot = None if config["eot"] == NO_EOT else config["eot"]
     return {  # frozen: checkpoint layout
         "architectures": ["GPT2LMHeadModel"],
@@ -155,9 +161,9 @@ def config_json(config: dict) -> dict:
 
 
 def read_weights(folder: str) -> dict[str, Lazy]:
-    """The state dict of a checkpoint folder, Lazy and in the file's dtype: only headers are read here.
+    """The state dict of a checkpoint folder, in the stored dtype. Only the files' headers are read here.
 
-    Names without the `transformer.` prefix are accepted; causal masks and the tied head's copy are left out.
+    Names may lack the prefix `transformer.`. Causal masks and a second copy of the tied head are left out.
     """
     tensors = {}
     for key, tensor in stored_tensors(folder):
@@ -170,22 +176,23 @@ def read_weights(folder: str) -> dict[str, Lazy]:
 
 
 def tie_head(tensors: dict, source: str) -> None:
-    """Leave out the head, which must be that of the embeddings, or take it for them where a file holds the
-    two once. Raises UserError, naming `source`, when they differ."""
+    """Drop lm_head.weight, which must equal wte.weight (they are tied). If only the head is stored, it
+    becomes wte.weight. Raises UserError, naming `source`, when the two differ."""
     head = tensors.pop("lm_head.weight", None)
     wte = tensors.get("transformer.wte.weight", head)
     if head is not None:
         same = head.shape == wte.shape and len(wte.shape) == 2
-        if not same or not all(map(torch.equal, pieces(head), pieces(wte))):
+        if not same or not all(map(torch.equal, row_runs(head), row_runs(wte))):
             what = "lm_head.weight differs from wte.weight; untied heads are not implemented"
             raise UserError(f"{source}: {what}")
         tensors["transformer.wte.weight"] = wte
 
 
 def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
-    """(name, tensor) of all that a folder's safetensors files hold, by the files' own names."""
+    """Yield (name, tensor) of everything in a folder's safetensors files, by the names that stand there."""
     files, index = [WEIGHTS], os.path.join(folder, INDEX)
-    # {tensor name: file name} of a sharded model; save_pretrained leaves an older one beside a whole file
+    # An index is {tensor name: file name} of a sharded model. save_pretrained writes a whole file beside an
+    # old index, which then says nothing any more.
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
         shards = read_json(index).get("weight_map")
         files = list(shards.values()) if isinstance(shards, dict) else [None]
@@ -201,7 +208,7 @@ def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
 
 
 def shapes(config: dict) -> dict[str, tuple]:
-    """{canonical name: shape in Hugging Face's orientation} of all tensors of a checkpoint."""
+    """{full name: shape in Hugging Face's orientation} of all tensors of a checkpoint."""
     C = config["n_embd"]
     layers = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
     layers |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
@@ -214,7 +221,7 @@ def shapes(config: dict) -> dict[str, tuple]:
 
 
 def check_weights(weights: Mapping, config: dict, source: str) -> None:
-    """Raise UserError, naming `source`, unless these are the tensors and shapes that `config` asks for."""
+    """Raise UserError, naming `source`, unless these are all tensors of `config`, in the right shapes."""
     wanted = shapes(config)
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
     wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
@@ -226,22 +233,23 @@ def check_weights(weights: Mapping, config: dict, source: str) -> None:
 
 
 def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
-    """Copy a state dict of any float dtype into a model's own parameters. Raises UserError, naming `source`,
-    when a model without biases would lose biases that are not zero."""
+    """Copy a state dict of any float dtype into the parameters of a model.
+
+    Raises UserError, naming `source`, when the model has no biases and the state dict has some that are not
+    zero.
+    """
     with torch.no_grad():
         for name in state:
             if name in parameters:
-                p = parameters[name].t() if name.endswith(INPUT_FIRST) else parameters[name]
-                start = 0
-                for piece in pieces(state[name]):
-                    p[start : start + len(piece)].copy_(piece)
-                    start += len(piece)
+                p = parameters[name]
+                copy_rows(p.t() if name.endswith(INPUT_FIRST) else p, state[name])
             elif state[name][:].any():
                 raise UserError(f"{source}: {name} is not zero, though its config.json says bias: false")
 
 
 def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """A model's own parameters as a state dict: fp32 on the CPU, zeros for biases that it does not have."""
+    """The state dict of a model's parameters: fp32, on the CPU, with zeros for biases that it does not
+    have."""
     state = {}
     for name, shape in shapes(config).items():
         if name in parameters:
@@ -253,12 +261,18 @@ def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torc
 
 
 def write_model(folder: str, state: Mapping, config: dict, files: dict[str, bytes]) -> None:
-    """Write a state dict, config.json with the content `config`, and other files into an existing folder;
-    fsync them. Nobody looks for the folder yet: the caller renames it into place."""
+    """Write a model into a folder that nobody looks for yet: the caller renames it into place.
+
+    state: the tensors of model.safetensors.
+    config: the content of config.json.
+    files: {name: bytes} of other files; a name may lie in a subfolder.
+    """
     write_tensors(os.path.join(folder, WEIGHTS), state)
     write_json(os.path.join(folder, CONFIG), config)
     for name, content in files.items():
-        with open(os.path.join(folder, name), "wb") as f:
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())

@@ -1,7 +1,12 @@
-"""Tensors in safetensors files, read and written a few megabytes at a time.
+"""Tensors in safetensors files, read and written a few megabytes at a time: a model of 6 GB is cut, checked
+and written in the memory of a few of its rows.
 
-So a model of 6 GB is cut, checked and written in the memory of one piece. A file holds eight bytes that give
-the length of the header, the header in JSON, and the tensors one after the other.
+Why not by safetensors' own `safe_open` and `save_file`? They map files into memory: one that is cut off while
+it is read kills the process by SIGBUS, where this says which file it was. `save_file` needs the whole model
+in memory, refuses one tensor under two names (the recipe `stack`), and a full disk is no OSError with a
+file's name.
+
+The format: eight bytes with the length of the header, the header in JSON, the tensors one after the other.
 """
 
 import json
@@ -17,15 +22,19 @@ from safetensors import SafetensorError, safe_open
 
 from inheritune.base.errors import UserError
 
-PIECE = 2**22  # bytes; stays in the processor's cache while it is read, checked and written
+RUN = (
+    2**22
+)  # bytes of rows at a time, which stay in the processor's cache while they are read, checked, written
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# causal masks, which the released GPT-2 files hold as tensors
+# the causal masks that the released GPT-2 files hold among their tensors
 MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 
 
 class Lazy:
-    """A tensor that is read or computed row by row: `lazy[a:b]` is rows(a, b), the torch.Tensor of rows a to
-    b. Functions that take these take torch tensors as well: both have `shape`, `dtype` and `[a:b]`."""
+    """A tensor whose rows are read or computed when they are asked for: `lazy[a:b]` calls rows(a, b).
+
+    Where a Lazy is taken, a torch.Tensor will do: both have `shape`, `dtype` and `[a:b]`, a torch.Tensor.
+    """
 
     def __init__(self, shape: tuple, dtype: torch.dtype, rows: Callable[[int, int], torch.Tensor]):
         self.shape, self.dtype, self.rows = tuple(shape), dtype, rows
@@ -35,45 +44,54 @@ class Lazy:
         return self.rows(start, stop)
 
 
-def pieces(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
-    """The rows of a tensor of at least one dimension, in runs of PIECE bytes or of one row."""
-    step = max(1, PIECE // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+def row_runs(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
+    """Yield the rows of a tensor of at least one dimension, some RUN bytes at a time, or one row."""
+    step = max(1, RUN // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for start in range(0, tensor.shape[0], step):
         yield tensor[start : start + step]
 
 
-def raw(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of a contiguous CPU tensor as an array of uint8 that shares its memory."""
+def copy_rows(target: torch.Tensor, tensor: torch.Tensor | Lazy) -> None:
+    """Copy a tensor into `target` of the same shape, which may have another dtype or layout."""
+    start = 0
+    for rows in row_runs(tensor):
+        target[start : start + len(rows)].copy_(rows)
+        start += len(rows)
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a contiguous CPU tensor, as an array of uint8 that shares its memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def check_finite(tensor: torch.Tensor, name: str, source: str) -> torch.Tensor:
-    """The tensor itself. Raises UserError if it holds NaN or infinity: the run that wrote it had diverged, or
-    the file is damaged."""
+    """Returns the tensor. Raises UserError if it holds NaN or infinity: the run that wrote it had diverged,
+    or the file is damaged."""
     values = tensor.detach().float() if tensor.dtype == torch.bfloat16 else tensor.detach()
-    if not np.isfinite(values.numpy()).all():  # numpy uses one core: the other one writes meanwhile
+    if not np.isfinite(values.numpy()).all():  # numpy, as it leaves the other cores to the thread that writes
         raise UserError(f"{source}: {name:.80} holds NaN or infinity: take an earlier checkpoint")
     return tensor
 
 
 def read_tensors(path: str) -> dict[str, Lazy]:
-    """The tensors of a safetensors file but causal masks; only the header is read here.
+    """{name: tensor} of a safetensors file, without causal masks. Only the header is read here.
 
-    Raises UserError when the file is damaged, and later for rows that are not finite or have been cut off.
+    Raises UserError when the file is damaged. Reading rows raises it when they are not finite or missing.
     """
     try:
-        safe_open(path, framework="pt")  # checks lengths, shapes and offsets against each other
-        file = open(path, "rb")  # noqa: SIM115  (open as long as one of its tensors is in use)
+        safe_open(path, framework="pt")  # checks that lengths, shapes and offsets agree
+        file = open(path, "rb")  # noqa: SIM115  (stays open as long as one of its tensors is in use)
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
     entries.pop("__metadata__", None)
-    return {name: stored(file, name, e, 8 + length) for name, e in entries.items() if not MASKS.search(name)}
+    entries = {name: entry for name, entry in entries.items() if not MASKS.search(name)}
+    return {name: stored_tensor(file, name, entry, 8 + length) for name, entry in entries.items()}
 
 
-def stored(file, name: str, entry: dict, start: int) -> Lazy:
-    """The tensor of a header's `entry` in an open file whose tensors begin at byte `start`."""
+def stored_tensor(file, name: str, entry: dict, start: int) -> Lazy:
+    """The tensor that a header's `entry` describes, in an open file whose tensors begin at byte `start`."""
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{file.name}: {name} is of type {entry['dtype']}, not one of {', '.join(DTYPES)}")
     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
@@ -82,7 +100,7 @@ def stored(file, name: str, entry: dict, start: int) -> Lazy:
     def rows(a, b):
         tensor = torch.empty((b - a, *shape[1:]), dtype=dtype)
         file.seek(begin + a * row)
-        if file.readinto(raw(tensor)) != tensor.nbytes:
+        if file.readinto(bytes_of(tensor)) != tensor.nbytes:
             raise UserError(f"{file.name} ends within {name:.80}: do not change it while it is read")
         return check_finite(tensor, name, file.name)
 
@@ -90,8 +108,10 @@ def stored(file, name: str, entry: dict, start: int) -> Lazy:
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
-    """Write tensors (Lazy, or torch's, contiguous and on the CPU) to a safetensors file and fsync it. The
-    bytes are those of safetensors' own save_file. Raises OSError when the disk is full or the like."""
+    """Write tensors to a safetensors file and fsync it. The bytes are those of safetensors' own save_file.
+
+    tensors: Lazy, or torch's that are contiguous and on the CPU. Raises OSError, for example of a full disk.
+    """
     # header: largest dtype first, then by name
     names = {dtype: name for name, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda item: (list(names).index(item[1].dtype), item[0]))
@@ -102,18 +122,18 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
 
-    # one thread writes a piece while this one reads and checks the next
-    def write(piece):
-        f.write(piece)
-        if hasattr(os, "posix_fadvise"):  # Linux starts to write the piece to the disk now, not all at fsync
-            os.posix_fadvise(f.fileno(), f.tell() - len(piece), len(piece), os.POSIX_FADV_DONTNEED)
+    # one thread writes rows while this one reads and checks the next
+    def write(rows):
+        f.write(rows)
+        if hasattr(os, "posix_fadvise"):  # Linux then begins to write to the disk now, not all at the fsync
+            os.posix_fadvise(f.fileno(), f.tell() - len(rows), len(rows), os.POSIX_FADV_DONTNEED)
 
     with open(path, "wb") as f, ThreadPoolExecutor(1) as writer:
         written = writer.submit(f.write, len(header).to_bytes(8, "little") + header)
         for _, tensor in ordered:
-            for piece in pieces(tensor if tensor.shape else tensor.reshape(1)):
-                written.result()  # at most two pieces in memory
-                written = writer.submit(write, raw(piece))
+            for rows in row_runs(tensor if tensor.shape else tensor.reshape(1)):
+                written.result()  # so that at most two runs are in memory
+                written = writer.submit(write, bytes_of(rows))
         written.result()
         f.flush()
         os.fsync(f.fileno())

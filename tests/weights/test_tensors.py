@@ -1,4 +1,4 @@
-"""Tensors in pieces: the bytes of safetensors' own writer, whatever the size of a piece, and no more in
+"""Tensors a few rows at a time: the bytes of safetensors' own writer, however many rows, and no more in
 memory.
 
 pytest tests/weights/test_tensors.py
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import inherit
 from inheritune.base.errors import UserError
 from inheritune.weights import gpt2_format, tensors
-from inheritune.weights.tensors import Lazy, check_finite, pieces, read_tensors, write_tensors
+from inheritune.weights.tensors import Lazy, check_finite, read_tensors, row_runs, write_tensors
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint
 
 
@@ -30,9 +30,9 @@ def some_tensors():
     }
 
 
-@pytest.mark.parametrize("piece", [1, 24, 2**22])
-def test_the_file_is_what_safetensors_writes(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(tensors, "PIECE", piece)
+@pytest.mark.parametrize("run", [1, 24, 2**22])
+def test_the_file_is_what_safetensors_writes(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(tensors, "RUN", run)
     made = some_tensors()
     save_file(made, tmp_path / "theirs", metadata={"format": "pt"})
     write_tensors(tmp_path / "ours", made)
@@ -55,17 +55,17 @@ def test_what_is_stored_is_read_by_rows(tmp_path):
     "flags", [["--layers=2"], ["--blocks=2,0,0"], ["--recipe=half_width"], ["--recipe=stack", "--layers=6"]]
 )
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
-def test_no_more_than_a_piece_is_in_memory(tmp_path, monkeypatch, flags, shards):
-    """Every recipe that keeps what it takes gives the same file in pieces of 300 bytes, and never holds
+def test_no_more_than_a_run_of_rows_is_in_memory(tmp_path, monkeypatch, flags, shards):
+    """Every recipe that keeps what it takes gives the same file from runs of 300 bytes, and never holds
     more."""
     gpt2(tiny_model()).save_pretrained(tmp_path / "ref", max_shard_size=shards)
     command = ["--ckpt", str(tmp_path / "ref"), *flags, "--out"]
     inherit.main([*command, str(tmp_path / "whole")])
     sizes, check = [], tensors.check_finite
-    monkeypatch.setattr(tensors, "PIECE", 300)
+    monkeypatch.setattr(tensors, "RUN", 300)
     monkeypatch.setattr(tensors, "check_finite", lambda t, *a: sizes.append(t.nbytes) or check(t, *a))
-    inherit.main([*command, str(tmp_path / "pieces")])
-    made, whole = (tmp_path / name / "model.safetensors" for name in ("pieces", "whole"))
+    inherit.main([*command, str(tmp_path / "runs")])
+    made, whole = (tmp_path / name / "model.safetensors" for name in ("runs", "whole"))
     assert made.read_bytes() == whole.read_bytes()
     assert max(sizes) <= (600 if "half_width" in flags[0] else 300), "half of what is read is kept there"
     assert sum(sizes) > os.path.getsize(tmp_path / "whole/model.safetensors") * 0.8, (
@@ -83,8 +83,8 @@ def test_finite_is_what_has_no_nan_and_no_infinity(dtype):
                 check_finite(row.to(dtype), "x", "f")
 
 
-def test_a_nan_in_the_last_piece_is_found_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "PIECE", 64)
+def test_a_nan_in_the_last_row_is_found_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "RUN", 64)
     write_checkpoint(tmp_path / "ref")
     path = tmp_path / "ref/model.safetensors"
     state = {name: t.clone() for name, t in load_file(path).items()}
@@ -108,16 +108,16 @@ def test_a_full_disk_is_an_oserror_with_the_name(tmp_path):
     assert e.value.errno == 28
 
 
-def test_pieces_are_runs_of_rows(monkeypatch):
-    monkeypatch.setattr(tensors, "PIECE", 100)
+def test_runs_of_rows(monkeypatch):
+    monkeypatch.setattr(tensors, "RUN", 100)
     made = torch.arange(7 * 10.0).reshape(7, 10)
     lazy = Lazy(made.shape, made.dtype, lambda a, b: made[a:b])
     for tensor in (made, lazy):
-        found = list(pieces(tensor))
+        found = list(row_runs(tensor))
         assert [len(p) for p in found] == [2, 2, 2, 1] and torch.equal(torch.cat(found), made)
-    assert [len(p) for p in pieces(torch.zeros(2, 30))] == [1, 1], "a row is never cut"
-    assert list(pieces(torch.zeros(0, 3))) == []
-    assert [p.shape for p in pieces(torch.zeros(3, 0))] == [(3, 0)]
+    assert [len(p) for p in row_runs(torch.zeros(2, 30))] == [1, 1], "a row is never cut"
+    assert list(row_runs(torch.zeros(0, 3))) == []
+    assert [p.shape for p in row_runs(torch.zeros(3, 0))] == [(3, 0)]
 
 
 def test_an_untied_head_of_any_shape_is_refused(tmp_path):
