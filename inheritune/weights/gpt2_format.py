@@ -1,15 +1,12 @@
-"""Hugging Face's layout of a GPT-2, which is also ours: `config.json` and `model.safetensors`, read and
-written.
+"""Hugging Face's layout of a GPT-2, which is also ours: reads and writes config.json and model.safetensors.
 
 transformers and lm-eval open a checkpoint folder as it is. Keys that we add to config.json hold what the
-layout
-has no room for: `n_vocab`, `tokenizer` and `bias` (a model without biases stores zeros, which are dropped
-when it is read). Both forms of files are read, those of the hub and those of `save_pretrained`. What model.py
-does not implement is refused by name.
+layout has no room for: `n_vocab`, `tokenizer` and `bias` (a model without biases stores zeros, which are
+dropped when it is read). The files of the hub and those of `save_pretrained` are read. What model.py does not
+implement is refused by name.
 
 In this file a configuration is a dict with the fields of model.GPTConfig. A state dict maps full names
-(`transformer.h.0.attn.c_attn.weight` …) to tensors, torch's or Lazy, in Hugging Face's orientation: (in,
-out).
+(`transformer.h.0.attn.c_attn.weight` …) to tensors, torch's or Lazy, as Hugging Face lays them: (in, out).
 """
 
 import os

@@ -1,10 +1,9 @@
 """Tensors in safetensors files, read and written a few megabytes at a time: a model of 6 GB is cut, checked
 and written in the memory of a few of its rows.
 
-Why not by safetensors' own `safe_open` and `save_file`? They map files into memory: one that is cut off while
-it is read kills the process by SIGBUS, where this says which file it was. `save_file` needs the whole model
-in memory, refuses one tensor under two names (the recipe `stack`), and a full disk is no OSError with a
-file's name.
+Why not by safetensors' own `safe_open` and `save_file`? They map files into memory, and one that is cut off
+while it is read kills the process by SIGBUS; here it is an error with the file's name. `save_file` needs the
+whole model in memory, refuses one tensor under two names (the recipe `stack`), and does not name a full disk.
 
 The format: eight bytes with the length of the header, the header in JSON, the tensors one after the other.
 """
@@ -22,9 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from inheritune.base.errors import UserError
 
-RUN = (
-    2**22
-)  # bytes of rows at a time, which stay in the processor's cache while they are read, checked, written
+RUN = 2**22  # bytes of rows at a time: they stay in the processor's cache while they are read and checked
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # the causal masks that the released GPT-2 files hold among their tensors
 MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
@@ -33,19 +30,23 @@ MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 class Lazy:
     """A tensor whose rows are read or computed when they are asked for: `lazy[a:b]` calls rows(a, b).
 
-    Where a Lazy is taken, a torch.Tensor will do: both have `shape`, `dtype` and `[a:b]`, a torch.Tensor.
+    Where a Lazy is taken, a torch.Tensor will do: both have `shape`, `dtype` and `[a:b]`, a torch.Tensor. A
+    Lazy without dimensions has one row.
     """
 
     def __init__(self, shape: tuple, dtype: torch.dtype, rows: Callable[[int, int], torch.Tensor]):
         self.shape, self.dtype, self.rows = tuple(shape), dtype, rows
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        start, stop, _ = rows.indices(self.shape[0])
+        start, stop, _ = rows.indices(self.shape[0] if self.shape else 1)
         return self.rows(start, stop)
 
 
 def row_runs(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
-    """Yield the rows of a tensor of at least one dimension, some RUN bytes at a time, or one row."""
+    """Yield the rows of a tensor, some RUN bytes at a time, or one row."""
+    if not tensor.shape:
+        yield tensor[:] if isinstance(tensor, Lazy) else tensor.reshape(1)
+        return
     step = max(1, RUN // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for start in range(0, tensor.shape[0], step):
         yield tensor[start : start + step]
@@ -53,7 +54,7 @@ def row_runs(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
 
 def copy_rows(target: torch.Tensor, tensor: torch.Tensor | Lazy) -> None:
     """Copy a tensor into `target` of the same shape, which may have another dtype or layout."""
-    start = 0
+    start, target = 0, target if target.shape else target.view(1)
     for rows in row_runs(tensor):
         target[start : start + len(rows)].copy_(rows)
         start += len(rows)
@@ -131,7 +132,7 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
     with open(path, "wb") as f, ThreadPoolExecutor(1) as writer:
         written = writer.submit(f.write, len(header).to_bytes(8, "little") + header)
         for _, tensor in ordered:
-            for rows in row_runs(tensor if tensor.shape else tensor.reshape(1)):
+            for rows in row_runs(tensor):
                 written.result()  # so that at most two runs are in memory
                 written = writer.submit(write, bytes_of(rows))
         written.result()
