@@ -72,10 +72,7 @@ class GPTConfig:
         return 6 * (self.vocab_size * C + L * 12 * C * C) + 12 * L * C * T
 
     def with_blocks(self, blocks: list[int]) -> "GPTConfig":
-        """The config of a model that has these blocks of this one. Raises UserError if they cannot move."""
-        if self.scale_attn_by_inverse_layer_idx and blocks != list(range(len(blocks))):
-            scaled = "attention in this model depends on the block's number (scale_attn_by_inverse_layer_idx)"
-            raise UserError(f"{scaled}: only its first blocks can be taken, not {blocks}")
+        """The config of a model that has these blocks of this one."""
         return replace(self, n_layer=len(blocks))
 
     def content(self) -> dict:

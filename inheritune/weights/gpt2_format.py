@@ -79,7 +79,7 @@ def read_config(folder: str) -> dict:
 
 
 def check_architecture(path: str, c: dict) -> None:
-    """Raise UserError unless config.json's content is that of a GPT-2 which model.py implements."""
+    """Raise UserError unless config.json's content `c` is that of a GPT-2 that model.py implements."""
     if c.get("model_type") != "gpt2":
         others = "transformers' Trainer, litgpt and torchtitan train others"
         found = f"model_type is {c.get('model_type')!r}; only gpt2 is implemented here"
