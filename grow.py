@@ -146,7 +146,7 @@ def describe_recipe(settings: TrainSettings, grow: GrowSettings, c: Common) -> s
     control = "random init at equal steps, and at the compute of the pipeline" if grow.control else "none"
     rounds = f"{' then '.join(depths)} blocks ({grow.growth}), until validation loss is ≤ the reference's"
     lines = [f"reference    {c.reference}: {c.config.n_layer} blocks{train_it}", f"rounds       {rounds}"]
-    return "\n".join([*lines, f"controls     {control}", "first round:", planning.describe(plan, first)])
+    return "\n".join([*lines, f"controls     {control}", "first round:", planning.plan_text(plan, first)])
 
 
 def write_growth_report(out_dir: str, rows: list[dict]) -> str:

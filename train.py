@@ -3,9 +3,9 @@
     python train.py config/replicate_mini_reference.py --seed=2
     torchrun --nproc_per_node=8 train.py config/inheritune_gpt2_large.py
 
-`setup` (inheritune/training/build_run.py) builds everything a run needs, `fit` is the loop. A step's state is
-saved before anything else happens at that step, so a killed run goes on from there (--resume=auto) exactly as
-if it had not been.
+`build_run` (inheritune/training/build_run.py) builds everything that a run needs, and `fit` is the loop. When
+a checkpoint is due, the state is saved before anything else happens at that step. So a killed run goes on
+from there (--resume=auto) exactly as if it had not been killed.
 """
 
 import contextlib
@@ -20,14 +20,15 @@ import torch
 
 from inheritune.base.errors import Stopped, UserError, one_line, rank_info
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.training.build_run import Run, setup
+from inheritune.training.build_run import Run, build_run
 from inheritune.training.command_line import parse
 from inheritune.training.device import pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
 from inheritune.training.losses import mean_loss, to_device
-from inheritune.training.optimizer import learning_rate, snapshot
-from inheritune.training.planning import describe, make_plan
+from inheritune.training.optimizer import snapshot
+from inheritune.training.planning import make_plan, plan_text
+from inheritune.training.schedule import learning_rate
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights.model_card import write_card
@@ -38,30 +39,28 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 def fit(run: Run) -> float:
     """Train until max_iters or stop_at_val_loss; returns the last validation loss (nats/token).
 
-    Raises Stopped, its state saved, when any rank was asked to stop or could not write.
+    Raises Stopped, with the state saved, when any rank was asked to stop or could not write.
     """
     s, state = run.settings, run.state
     save_interval = s.save_interval or s.eval_interval
     while True:
         last = state.step >= s.max_iters
-        due = state.step > 0 and (state.step % save_interval == 0 or last)
-        if due:
-            save(run)
+        if state.step > 0 and (state.step % save_interval == 0 or last):
+            save_checkpoint(run)
         val_loss = validate(run) if state.step % s.eval_interval == 0 or last else None
         run.recorder.report(state.step, state.row, val_loss)
         reached = None not in (s.stop_at_val_loss, val_loss) and val_loss <= s.stop_at_val_loss
-        if reached:
-            save(run)
-        if (due or reached) and val_loss is not None:
+        if val_loss is not None and (state.step > 0 or reached):
             keep_best(run, val_loss)
         if last or reached:
-            settle(run)
+            save_checkpoint(run)
+            wait_for_checkpoint(run)
             return val_loss
         train_step(run)
 
 
 def train_step(run: Run) -> None:
-    """One optimizer step on one global batch; the new state.row says what it was like.
+    """One optimizer step on one global batch. The new state.row says what it was like.
 
     The loss is the mean over all tokens of the batch on all ranks. If it or the gradient is not finite, no
     rank updates anything; MAX_BAD_STEPS such steps in a row raise AgreedError.
@@ -70,27 +69,29 @@ def train_step(run: Run) -> None:
     began = time.perf_counter()
     lr = learning_rate(state.step, s)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
 
-    # gradients, micro-batch by micro-batch
-    windows = next(run.data.batches)  # (micro_batch · accumulation, T + 1)
-    # over micro-batches: [whether to stop, loss], with a teacher also its terms [CE, KL]
-    sums = torch.zeros(4 if run.teacher else 2, device=model.device)
+    # forward and backward, micro-batch by micro-batch: gradients add up to those of the whole batch
+    windows = next(run.data.batches)  # (micro_batch · accumulation, T + 1); a thread reads the next step's
+    sums = torch.zeros(3 if run.teacher else 1, device=model.device)  # loss; with a teacher also CE and KL
     for m in range(plan.accumulation):
         x, y = to_device(windows[m * plan.micro_batch : (m + 1) * plan.micro_batch], model.device)
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)  # frozen: the seeds of dropout
-        with model.gradients_of(last=m == plan.accumulation - 1):
-            with torch.autocast(model.device.type, model.autocast, enabled=model.autocast != torch.float32):
-                losses = run.teacher(model.forward, x, y) if run.teacher else (model.forward(x, y),)
+        with model.gradients_of(last=m == plan.accumulation - 1):  # DDP averages in the last one only
+            losses = forward(run, x, y)
+            # divided here, as each backward pass adds its gradients to those before
             run.scaler.scale(losses[0] / plan.accumulation).backward()
-        sums[1:] += torch.stack(losses).detach()
-    run.scaler.unscale_(run.optimizer)
+        sums += torch.stack(losses).detach()  # stays on the device: reading it would wait for the GPU
+    run.scaler.unscale_(run.optimizer)  # fp16 gradients were scaled up, and would be clipped too early
     grad_norm = model.clip_gradients(s.grad_clip)
 
-    # update; gradient and summed loss are the same on every rank, so all ranks decide alike
-    sums[0] = run.request.signal is not None or run.saver.failed()
-    asked, loss, *terms = (ranks.sum(sums.cpu() / plan.accumulation, model.device) / ranks.world).tolist()
+    # One all-reduce tells every rank the mean losses, and whether any rank wants to stop
+    stopping = torch.tensor([float(run.request.signal is not None or run.saver.failed())])
+    shared = torch.cat((sums.cpu() / plan.accumulation, stopping))
+    loss, *terms, stopping = (ranks.sum(shared, model.device) / ranks.world).tolist()
+
+    # update; loss and gradient norm are the same on every rank, so all ranks decide alike
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
         run.scaler.step(run.optimizer)
@@ -109,26 +110,37 @@ def train_step(run: Run) -> None:
             f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; the last good checkpoint is "
             f"{s.out_dir}/latest: continue from an earlier one with a lower learning_rate"
         )
-    if asked:
+    if stopping:
         stop(run)
 
 
+def forward(run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The losses of ids x with targets y, (B, T) each: (loss,), or with a teacher (loss, CE, KL)."""
+    model, teacher = run.model, run.teacher
+    with torch.autocast(model.device.type, model.autocast, enabled=model.autocast != torch.float32):
+        if teacher is None:
+            return (model.forward(x, y),)
+        # before the student's forward pass, so that their activations are not in memory together
+        teacher_logits = teacher.logits(x)
+        return teacher.loss(model.forward(x), teacher_logits, y)
+
+
 def validate(run: Run) -> float:
-    """The loss (nats/token) over the validation tokens. Stops the run if a rank is asked to, meanwhile."""
+    """The loss (nats/token) over the validation tokens. Saves and stops if a rank is asked to meanwhile."""
     began, model, device = time.perf_counter(), run.model, run.model.device
 
-    def asked():  # of any rank
+    def any_rank_is_asked():
         return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
     with model.validating() as module:
-        loss = mean_loss(module, run.data.val, run.ranks, device, model.autocast, asked, model.sharded)
+        loss = mean_loss(module, run.data.val, run.ranks, device, model.autocast, any_rank_is_asked)
     run.recorder.validated(time.perf_counter() - began)
     if loss is None:
         stop(run)
     return loss
 
 
-def save(run: Run) -> None:
+def save_checkpoint(run: Run) -> None:
     """Copy this step's state. Rank 0 writes it as a checkpoint and deletes old ones while training goes on.
 
     Waits for the checkpoint before, and raises what went wrong with it. A step is saved once.
@@ -136,7 +148,7 @@ def save(run: Run) -> None:
     s, state, saver = run.settings, run.state, run.saver
     if saver.step == state.step:
         return
-    settle(run)
+    wait_for_checkpoint(run)
     saver.step = state.step
     tensors = snapshot(run.model.module, run.optimizer, saver.copies if run.ranks.first else None)
     if not run.ranks.first:
@@ -158,34 +170,37 @@ def save(run: Run) -> None:
     saver.start(write)
 
 
-def settle(run: Run) -> None:
-    """Wait until the checkpoint under way is whole; what went wrong with it is raised on all ranks."""
+def wait_for_checkpoint(run: Run) -> None:
+    """Wait until the checkpoint under way is whole. What went wrong with it is raised on all ranks."""
     run.ranks.agree(run.saver.finish)
 
 
 def keep_best(run, val_loss):
-    """Let the link `best` point at this step's checkpoint, if no saved one has a lower validation loss."""
+    """If no earlier step has a lower validation loss, save this one, and let the link `best` point at it."""
     state = run.state
-    if val_loss < (math.inf if state.best_val_loss is None else state.best_val_loss):
-        state.best_val_loss, state.best_step = val_loss, state.step
-        if run.ranks.first:
-            best, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
-            run.saver.start(functools.partial(checkpoint.link, best, name))
+    best = math.inf if state.best_val_loss is None else state.best_val_loss
+    if not val_loss < best:  # not >=: nan is never the best
+        return
+    save_checkpoint(run)
+    state.best_val_loss, state.best_step = val_loss, state.step
+    if run.ranks.first:
+        link, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
+        run.saver.start(functools.partial(checkpoint.link, link, name))
 
 
 def stop(run):
     """Save this step and raise Stopped."""
-    save(run)
-    settle(run)
+    save_checkpoint(run)
+    wait_for_checkpoint(run)
     s, step = run.settings, run.state.step
     folder = os.path.join(s.out_dir, checkpoint.step_name(step))
-    how = "run the same command again" if s.resume != "never" else "add --resume=auto"
+    cure = "run the same command again" if s.resume != "never" else "add --resume=auto"
     number = signal.Signals(run.request.signal or signal.SIGTERM)  # None here if another rank got the signal
-    raise Stopped(number, f"{number.name}: saved {folder} after step {step:,}; {how} to go on from there")
+    raise Stopped(number, f"{number.name}: saved {folder} after step {step:,}; {cure} to go on from there")
 
 
 def write_cards(run, val_loss):
-    """The model cards of the last and of the best checkpoint."""
+    """Write the model cards of the last and of the best checkpoint."""
     s, state = run.settings, run.state
     source = None
     if s.init_from != "scratch":
@@ -204,18 +219,18 @@ def write_cards(run, val_loss):
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
     description = "Train a GPT from scratch, from a checkpoint, or from the first blocks of one."
-    settings, given = parse((TrainSettings,), argv, description)
+    settings, explicit = parse((TrainSettings,), argv, description)
     ranks = Ranks(*rank_info())
     if settings.dry_run:
-        plan = make_plan(settings, given, ranks.world)
+        plan = make_plan(settings, explicit, ranks.world)
         if ranks.first:
-            print(describe(plan, settings))
+            print(plan_text(plan, settings))
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(ranks.joined(settings.device))
         device = ranks.agree(lambda: pick(settings.device, ranks.local))
-        plan = ranks.once(lambda: make_plan(settings, given, ranks.world))  # rank 0 decides what to resume
-        run = stack.enter_context(contextlib.closing(setup(settings, plan, ranks, device)))
+        plan = ranks.once(lambda: make_plan(settings, explicit, ranks.world))  # rank 0 decides what to resume
+        run = stack.enter_context(contextlib.closing(build_run(settings, plan, ranks, device)))
         if ranks.first:
             c, n_params = plan.config, run.model.module.num_params()
             epoch = run.data.train.n_windows / plan.sequences

@@ -26,8 +26,7 @@ import torch
 from gpu_harness import Place, command, dry_run, flags, measured, random_model, train, train_command, waits
 from harness import ROOT, events, read, report, row, seconds
 
-from inheritune.training.cost import peak_flops
-from inheritune.training.device import pick, pick_dtype
+from inheritune.training.device import peak_flops, pick, pick_dtype
 from model import GPT, GPTConfig
 
 LIMIT = 1800  # seconds for all steps

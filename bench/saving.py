@@ -30,8 +30,8 @@ def make_run(folder):
         rng.integers(0, 50257, 20_000, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
     argv = f"--dataset={folder} --out_dir={folder}/out --device=cpu --block_size=128 --batch_size=1"
     argv += " --batch_tokens=128"
-    settings, given = parse((TrainSettings,), argv.split(), "bench")
-    run = train.setup(settings, planning.make_plan(settings, given, 1), Ranks(), torch.device("cpu"))
+    settings, explicit = parse((TrainSettings,), argv.split(), "bench")
+    run = train.build_run(settings, planning.make_plan(settings, explicit, 1), Ranks(), torch.device("cpu"))
     train.train_step(run)
     return run
 
@@ -47,7 +47,7 @@ def plainly(run):
 
 def steps_while_writing(run):
     """Seconds of each step taken while a checkpoint is written."""
-    train.save(run)
+    train.save_checkpoint(run)
     times = []
     while not run.saver.newest.done():
         times.append(harness.seconds(lambda: train.train_step(run)))
@@ -59,19 +59,19 @@ def main():
     folder = tempfile.mkdtemp(dir=harness.ROOT, prefix=".bench-save-")
     try:
         run = make_run(folder)
-        first = harness.seconds(lambda: train.save(run))
+        first = harness.seconds(lambda: train.save_checkpoint(run))
 
         def prepare(_):
-            train.settle(run)
+            train.wait_for_checkpoint(run)
             os.sync()
             run.state.step += 1
 
-        works = {"blocked": lambda: train.save(run), "plain": lambda: plainly(run)}
+        works = {"blocked": lambda: train.save_checkpoint(run), "plain": lambda: plainly(run)}
         times = harness.interleaved(works, prepare=prepare)
         prepare("")
         alone = np.median([harness.seconds(lambda: train.train_step(run)) for _ in range(7)])
         beside = steps_while_writing(run)
-        train.settle(run)
+        train.wait_for_checkpoint(run)
         copied = sum(t.nbytes for t in run.saver.copies.values()) / 1e6
     finally:
         shutil.rmtree(folder)

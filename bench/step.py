@@ -131,7 +131,7 @@ def contend(sizes, name, folder, root):
         serve(step=lambda: trainer.step(*reference.random_batch(path, sizes["batch_size"], T)))
 
     before = harness.memory_mb("VmRSS")
-    train_step, setup, tokens = train.train_step, train.setup, sizes["batch_size"] * T
+    train_step, setup, tokens = train.train_step, train.build_run, sizes["batch_size"] * T
 
     def timed_setup(*args):
         began = time.perf_counter()
@@ -141,11 +141,14 @@ def contend(sizes, name, folder, root):
 
     def answer(run):
         works = {"step": lambda: train_step(run), "evaluate": lambda: train.validate(run)}
-        works |= {"save": lambda: train.save(run), "settle": lambda: train.settle(run)}
+        works |= {
+            "save": lambda: train.save_checkpoint(run),
+            "settle": lambda: train.wait_for_checkpoint(run),
+        }
         works |= {"setup": lambda: run.took, "events": lambda: harness.events(lambda: train_step(run))}
         serve(**works)
 
-    train.setup, train.train_step = timed_setup, answer
+    train.build_run, train.train_step = timed_setup, answer
     settings = {"batch_tokens": tokens, "eval_tokens": tokens, "bias": False, "warmup_iters": 0}
     settings |= {"dataset": folder, "out_dir": os.path.join(folder, f"out-{os.getpid()}"), "device": "cpu"}
     settings |= {"learning_rate": 1e-3, "min_lr": 1e-3} | sizes

@@ -167,7 +167,7 @@ def test_only_a_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, caps
 def slow_writing(monkeypatch):
     """What happens in order: ("step", n) begun, ("writing", n) and ("written", n); writing ends only when two
     more steps have begun, or the training is over."""
-    events, step, save, settle = [], train.train_step, checkpoint.write_step, train.settle
+    events, step, save, settle = [], train.train_step, checkpoint.write_step, train.wait_for_checkpoint
     free = threading.Event()
 
     def slow(run, tensors, config, state, *more, **named):
@@ -188,7 +188,7 @@ def slow_writing(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_step", slow)
     monkeypatch.setattr(train, "train_step", stepping)
-    monkeypatch.setattr(train, "settle", settling)
+    monkeypatch.setattr(train, "wait_for_checkpoint", settling)
     return events
 
 
@@ -354,7 +354,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(plain, data, tmp_path, damage,
 
 def test_a_checkpoint_that_was_mended_meanwhile_is_not_set_aside(plain, data, tmp_path, monkeypatch):
     """By another run, between the look at the folder and the lock on it."""
-    out, setup = tmp_path / "out", train.setup
+    out, setup = tmp_path / "out", train.build_run
     shutil.copytree(plain, out, symlinks=True)
     os.truncate(out / "step_00000012/state.json", 5)
 
@@ -362,7 +362,7 @@ def test_a_checkpoint_that_was_mended_meanwhile_is_not_set_aside(plain, data, tm
         shutil.copy(os.path.join(plain, "step_00000012/state.json"), out / "step_00000012/state.json")
         return setup(*arguments)
 
-    monkeypatch.setattr(train, "setup", late)
+    monkeypatch.setattr(train, "build_run", late)
     assert "another process has just trained in" in refusal(train.main, arguments(data, out, resume="auto"))
     assert contents(out) == contents(plain)
 
@@ -429,14 +429,14 @@ def test_a_run_holds_its_folder_while_it_trains_and_no_longer(data, tmp_path, mo
 
 def test_a_plan_that_another_run_has_overtaken_is_refused(plain, data, tmp_path, monkeypatch):
     """Between the look at the folder and the lock on it, another run ended there."""
-    out, setup = tmp_path / "out", train.setup
+    out, setup = tmp_path / "out", train.build_run
     shutil.copytree(plain, out, symlinks=True)
 
     def late(*arguments):
         shutil.copytree(out / "step_00000012", out / "step_00000016")
         return setup(*arguments)
 
-    monkeypatch.setattr(train, "setup", late)
+    monkeypatch.setattr(train, "build_run", late)
     message = refusal(train.main, arguments(data, out, resume="auto"))
     assert (
         message == f"train.py: another process has just trained in {out}: run the same command again to go on"

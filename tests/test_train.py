@@ -27,7 +27,7 @@ from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks, seed_all
 from inheritune.training.logs import read_rows
 from inheritune.training.losses import to_device
-from inheritune.training.optimizer import learning_rate, make_optimizer, optimizer_tensors
+from inheritune.training.optimizer import make_optimizer, optimizer_tensors
 from inheritune.training.planning import split_batch
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
@@ -52,8 +52,8 @@ CPU = torch.device("cpu")
 
 def make_run(data, out, **changes):
     """A Run at its first step, not yet fitted."""
-    settings, given = parse((TrainSettings,), arguments(data, out, **changes), "test")
-    return train.setup(settings, planning.make_plan(settings, given, 1), Ranks(), CPU)
+    settings, explicit = parse((TrainSettings,), arguments(data, out, **changes), "test")
+    return train.build_run(settings, planning.make_plan(settings, explicit, 1), Ranks(), CPU)
 
 
 # Arithmetic
@@ -88,21 +88,6 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch_tokens, wo
         split_batch(batch_tokens, 8, 4, world)
 
 
-def test_the_schedule_is_warm_up_cosine_floor():
-    s = TrainSettings(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=12, max_iters=20)
-    cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8))
-    by_hand = np.concatenate(([0.2, 0.4, 0.6, 0.8], cosine, np.full(8, 0.1)))
-    np.testing.assert_allclose([learning_rate(i, s) for i in range(20)], by_hand, rtol=1e-12)
-    assert cosine[0] == 1.0
-
-
-@pytest.mark.parametrize("warmup, decay", [(0, None), (5, 5), (5, 3), (0, 0), (20, None)])
-def test_no_schedule_divides_by_zero_or_starts_at_zero(warmup, decay):
-    s = TrainSettings(learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay, max_iters=10)
-    lrs = [learning_rate(i, s) for i in range(30)]
-    assert all(0 < lr <= 1 for lr in lrs) and lrs[-1] == 0.1
-
-
 def test_only_the_blocks_matrices_decay():
     model = GPT(tiny_config())
     decayed, rest = make_optimizer(model, TrainSettings(weight_decay=0.3), CPU).param_groups
@@ -115,6 +100,27 @@ def test_only_the_blocks_matrices_decay():
     }
     assert {names[p] for p in decayed["params"]} == by_hand
     assert len(decayed["params"]) + len(rest["params"]) == len(names), "each once"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_fall_from_block_to_block(data, tmp_path, optimizer):
+    """... down to the embeddings; a factor of 0 trains the last block and norm alone."""
+    how = {"n_layer": 3, "optimizer": optimizer}
+    run = make_run(data, tmp_path / "a", **how, layer_lr_decay=0.5)
+    train.train_step(run)
+    rates = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    peak = run.state.row["lr"]
+    for name, p in run.model.module.named_parameters():
+        below = {"ln_f": 0, "h.2": 0, "h.1": 1, "h.0": 2, "wte": 3, "wpe": 3}
+        (power,) = (n for part, n in below.items() if f"transformer.{part}." in name)
+        assert rates[p] == peak * 0.5**power
+
+    run = make_run(data, tmp_path / "b", **how, layer_lr_decay=0.0)
+    before = {name: p.clone() for name, p in run.model.module.named_parameters()}
+    for _ in range(3):
+        train.train_step(run)
+    for name, p in run.model.module.named_parameters():
+        assert torch.equal(p, before[name]) != (".h.2." in name or "ln_f" in name), name
 
 
 def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
@@ -349,8 +355,17 @@ def test_every_step_can_be_saved(data, tmp_path):
 
 
 def test_checkpoints_come_every_save_interval(data, tmp_path):
-    train.main(arguments(data, tmp_path / "a", save_interval=5, eval_interval=6, keep_last=9))
+    train.main(arguments(data, tmp_path / "a", save_interval=5, eval_interval=12, keep_last=9))
     assert checkpoint.list_steps(tmp_path / "a") == ["step_00000005", "step_00000010", "step_00000012"]
+
+
+def test_the_best_validation_has_a_checkpoint_wherever_it_comes(data, tmp_path, monkeypatch):
+    """... and takes the place of the best one before."""
+    losses = iter([9.0, 5.0, 4.0, 4.5, 4.6, 3.0, 7.0])
+    monkeypatch.setattr(train, "validate", lambda run: next(losses))
+    train.main(arguments(data, tmp_path / "a", eval_interval=2, save_interval=99, keep_last=1))
+    assert checkpoint.list_steps(tmp_path / "a") == ["step_00000010", "step_00000012"]
+    assert os.readlink(tmp_path / "a/best") == "step_00000010"
 
 
 def test_stop_at_val_loss_stops_saves_and_is_the_best(plain, data, tmp_path):
@@ -460,14 +475,14 @@ def test_a_non_finite_step_changes_nothing_and_the_next_goes_on(data, tmp_path, 
 
 
 def test_ten_non_finite_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, monkeypatch):
-    setup = train.setup
+    setup = train.build_run
 
     def poisoned(*args):
         run = setup(*args)
         run.model.forward = Poison(run.model.module, set(range(9, 99)), "loss")  # from step 5 on
         return run
 
-    monkeypatch.setattr(train, "setup", poisoned)
+    monkeypatch.setattr(train, "build_run", poisoned)
     message = refusal(train.main, arguments(data, tmp_path / "a", max_iters=30))
     assert "10 steps in a row without a finite loss and gradient" in message and "\n" not in message
     loaded = GPT.from_pretrained(checkpoint.find(str(tmp_path / "a"), prefer="latest"))
@@ -618,6 +633,34 @@ def test_a_run_can_be_made_longer(plain, data, tmp_path):
     assert contents(tmp_path / "a") == contents(plain)
 
 
+def test_a_wsd_run_can_be_made_longer_until_its_decay_begins(data, tmp_path):
+    """Of 8 steps whose last 4 decay, 4 are those of 12 steps whose last 2 decay."""
+    wsd = {"schedule": "wsd", "keep_last": 9}
+    train.main(arguments(data, tmp_path / "whole", **wsd, cooldown_iters=2))
+    train.main(arguments(data, tmp_path / "a", **wsd, max_iters=8, cooldown_iters=4))
+    longer = arguments(data, tmp_path / "a", **wsd, cooldown_iters=2, resume="must")
+    said = refusal(train.main, longer)
+    assert "(cooldown_iters was 4, is 2; max_iters was 8, is 12): restore them" in said
+    shutil.rmtree(tmp_path / "a/step_00000008")
+    train.main(longer)
+    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
+
+
+def test_a_log_can_gain_columns(plain, data, tmp_path, monkeypatch):
+    """The rows of old steps leave them empty. A column that is gone is no reason to lose its numbers."""
+    out = tmp_path / "a"
+    shutil.copytree(plain, out, symlinks=True)
+    shutil.rmtree(out / "step_00000012")
+    monkeypatch.setattr(logs, "LOG_COLUMNS", ("weight_norm", *logs.LOG_COLUMNS))
+    train.main(arguments(data, out, resume="must"))
+    assert [{k: v for k, v in row.items() if k != "weight_norm"} for row in rows(out)] == rows(plain)
+    assert {row["weight_norm"] for row in rows(out)} == {None}
+    monkeypatch.undo()
+    assert "log.csv has columns ['weight_norm', 'step'," in refusal(
+        train.main, arguments(data, out, resume="must")
+    )
+
+
 def test_fp16_continues_with_its_scaler(data, tmp_path, monkeypatch):
     half = {"dtype": "float16", "keep_last": 9}
     train.main(arguments(data, tmp_path / "a", **half))
@@ -661,7 +704,7 @@ def test_a_run_from_before_a_setting_existed_had_its_default(plain, data, tmp_pa
         ({"seed": 1}, "seed was 1337, is 1"),
         ({"n_layer": 3}, "n_layer was 2, is 3"),
         ({"optimizer": "muon"}, "optimizer was 'adamw', is 'muon'"),
-        ({"max_iters": 13}, "lr_decay_iters was 12, is 13"),
+        ({"max_iters": 13}, "max_iters was 12, is 13"),
         ({"dropout": 0.1, "data_end": 0.5}, "data_end was 1.0, is 0.5; dropout was 0.0, is 0.1"),
     ],
 )
@@ -700,7 +743,7 @@ def test_resume_never_auto_must(plain, data, tmp_path):
 
 
 def test_a_run_that_had_not_saved_yet_starts_afresh(plain, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "save", lambda run: (_ for _ in ()).throw(UserError("cut")))
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: (_ for _ in ()).throw(UserError("cut")))
     refusal(train.main, arguments(data, tmp_path / "a"))
     monkeypatch.undo()
     assert "already holds a run" in refusal(train.main, arguments(data, tmp_path / "a"))

@@ -355,7 +355,7 @@ def check_stages(stages: list[Stage]) -> list[str]:
     problems = []
     for stage in stages:
         settings = stage.settings
-        found = [*planning.check_settings(planning.Plan(1), settings, frozenset())]
+        found = planning.check_settings(settings)
         try:
             planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
         except UserError as e:

@@ -16,13 +16,13 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, Arm, find_arm
 from inheritune.experiments.tables import (
-    SCHEDULE,
     best_variant,
     by_arm,
     mean_and_error,
     mean_val_loss,
     most_seeds_first,
 )
+from inheritune.training.settings import SCHEDULE
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"

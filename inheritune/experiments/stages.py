@@ -126,8 +126,9 @@ def measure(settings: TrainSettings, config: Config, folder: str) -> float:
     torch.set_float32_matmul_precision("high")
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
     dtype, module = machine.pick_dtype(settings.dtype, device), load_model(folder)
-    model = DistributedModel(module, ranks, device, dtype, settings.compile, shard=False)
-    loss = mean_loss(model.validated, val, ranks, device, dtype)
+    compiled = machine.is_compiled(settings.compile, device)
+    model = DistributedModel(module, ranks, device, dtype, compiled, shard=False)
+    loss = mean_loss(model.local_forward, val, ranks, device, dtype)
     del model, module
     release(device)
     return loss

@@ -12,12 +12,11 @@ import statistics
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import Arm, find_arm
 from inheritune.training.logs import show
+from inheritune.training.settings import SCHEDULE
 
 COLUMNS = ("arm", "seed", "val_loss", "curve_loss", "steps", "flops", "params", "settings_hash", "wall_s")
 COLUMNS += ("n_layer", "layer_steps", "flops_with_reference", "layer_steps_with_reference")
 COLUMNS += ("reached_step", "reached_flops", "reached_layer_steps", "lazy_before", "lazy_after")
-# arms that differ in these settings alone are tries of the same experiment: the best one is reported
-SCHEDULE = {"learning_rate", "min_lr", "warmup_iters", "lr_decay_iters"}
 FEW = "†"  # marks a standard error of two seeds
 NOTES = (
     "Validation loss is in nats per token after the last step, on the same fixed tokens for all arms: mean ± "

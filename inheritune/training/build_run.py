@@ -1,4 +1,4 @@
-"""Builds a run for train.py's loop: data, model, optimizer, run folder, and the state of a step."""
+"""Builds what train.py's loop needs: data, model, teacher, optimizer, the first state, the run folder."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from inheritune.base.files import lock_folder, unlock_folder
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
 from inheritune.training.cost import flops_per_token
-from inheritune.training.device import pick_dtype
+from inheritune.training.device import is_compiled, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import Recorder
 from inheritune.training.losses import Teacher, pad_head
@@ -28,14 +28,14 @@ from model import GPT
 
 @dataclass
 class State:
-    """What changes from step to step besides weights and moments: saved whole, restored whole."""
+    """What changes from step to step, besides the weights and the optimizer's state. state.json holds it."""
 
-    step: int = 0  # optimizer steps behind us
-    best_val_loss: float | None = None  # nats/token, among saved checkpoints
-    best_step: int | None = None
+    step: int = 0  # optimizer steps made
+    best_val_loss: float | None = None  # nats/token
+    best_step: int | None = None  # of the checkpoint that has it
     bad_steps: int = 0  # steps skipped so far because loss or gradient was not finite
     bad_in_a_row: int = 0
-    row: dict = field(default_factory=dict)  # loss, lr, grad_norm of the step that led here
+    row: dict = field(default_factory=dict)  # loss, lr, grad_norm of the newest step
 
 
 @dataclass
@@ -49,34 +49,41 @@ class Data:
 
 @dataclass
 class Saver:
-    """Writes checkpoints, in a thread, while the training goes on. Only rank 0 hands it work."""
+    """Writes checkpoints in a thread while the training goes on. Only rank 0 hands it work.
+
+    The thread does one piece of work after the other. After a failure it does nothing more, until `finish`
+    has raised the error.
+    """
 
     lineage: dict  # for lineage.json
     step: int | None  # of the newest checkpoint, written or under way
     copies: dict = field(default_factory=dict)  # the tensors that the thread writes
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    newest: Future | None = None  # work handed over last
+    newest: Future | None = None  # of the work that was handed over last
+    error: Exception | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """work() after what was handed over before it; not at all if that failed."""
-        before = self.newest
+        """Have the thread call work()."""
+        self.newest = self.pool.submit(self.attempt, work)
 
-        def in_order():
-            if before:
-                before.result()
-            work()
-
-        self.newest = self.pool.submit(in_order)
+    def attempt(self, work):
+        if self.error is None:
+            try:
+                work()
+            except Exception as e:
+                self.error = e
 
     def failed(self) -> bool:
         """Whether work has failed; `finish` raises what it was."""
-        return bool(self.newest and self.newest.done() and self.newest.exception())
+        return self.error is not None
 
     def finish(self) -> None:
         """Wait for all work, and raise what went wrong, if anything did."""
-        newest, self.newest = self.newest, None
-        if newest:
-            newest.result()
+        if self.newest:
+            self.newest.result()  # of one thread: all that came before is done, too
+        error, self.error = self.error, None
+        if error:
+            raise error
 
 
 @dataclass
@@ -94,21 +101,22 @@ class Run:
     state: State
     recorder: Recorder
     saver: Saver
-    request: StopRequest = field(default_factory=StopRequest)  # to stop; of this process
+    request: StopRequest = field(default_factory=StopRequest)  # that this process got
 
     def close(self) -> None:
-        """Release the run folder, once nothing is being written there any more."""
+        """Release the run folder, after waiting for what is being written there."""
         self.data.batches.close()
         self.saver.pool.shutdown()
         self.recorder.close()
 
 
-def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.device) -> Run:
+def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.device) -> Run:
     """Build the Run, on every rank. A failure on any rank is the same AgreedError on all."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect elsewhere
     seed_all(settings.seed)  # frozen: alike on all ranks, which start from the same weights
+    dtype, compiled = pick_dtype(settings.dtype, device), is_compiled(settings.compile, device)
 
     # data, model and teacher
     data = ranks.agree(lambda: open_data(settings, plan))
@@ -116,22 +124,17 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     module, lineage = ranks.agree(lambda: load_weights(plan, folder))
-    compiled = device.type == "cuda" if settings.compile is None else settings.compile
     module.checkpoint_activations = settings.checkpoint_activations
-    padded = compiled or device.type == "cuda"
-    if padded:
-        pad_head(module)
-    dtype = pick_dtype(settings.dtype, device)
-    model = DistributedModel(module, ranks, device, dtype, settings.compile, settings.shard)
+    pad_head(module, device, compiled)
+    model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
     teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
-        theirs, n_vocab = ranks.agree(lambda: GPT.from_pretrained(found)), plan.tokenizer["n_vocab"]
-        if padded:
-            pad_head(theirs)
-        teacher = Teacher(theirs, settings, n_vocab, device, dtype, compiled)
+        theirs = ranks.agree(lambda: GPT.from_pretrained(found))
+        pad_head(theirs, device, compiled)
+        teacher = Teacher(theirs, settings, plan.n_vocab, device, dtype, compiled)
 
-    # what is restored, and the run folder
+    # what a checkpoint restores, and the run folder
     optimizer = make_optimizer(module, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
@@ -144,14 +147,17 @@ def setup(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.devic
 
 
 def open_data(settings, plan):
-    """The Data of a run. Validation comes in groups of batch_size windows on any number of ranks."""
+    """The Data of a run. Validation comes in groups of batch_size windows, on any number of ranks."""
     T = plan.config.block_size
     train = TrainData(settings.dataset, T, settings.seed, settings.data_start, settings.data_end)
     return Data(train, ValData(settings.dataset, T, settings.eval_tokens, settings.batch_size))
 
 
 def load_weights(plan, folder):
-    """(GPT, lineage) of the plan's config: fresh, or a checkpoint folder's first blocks and positions."""
+    """(GPT of the plan's config, its lineage). Without a folder it has random weights.
+
+    folder: a checkpoint, of which the model takes as many blocks and positions as it has, the first ones
+    """
     if folder is None:
         return GPT(plan.config), {}
     module = GPT.empty(plan.config)
@@ -160,15 +166,15 @@ def load_weights(plan, folder):
     if not plan.resume_from:
         blocks = list(range(plan.config.n_layer))
         weights, _ = inherit(weights, source, blocks)
-        wpe = "transformer.wpe.weight"
-        weights[wpe] = weights[wpe][: plan.config.block_size]
+        positions = "transformer.wpe.weight"
+        weights[positions] = weights[positions][: plan.config.block_size]
         lineage = checkpoint.new_lineage(folder, blocks)
     fill(dict(module.named_parameters()), weights, folder)
     return module, lineage
 
 
 def restore(folder, module, optimizer, scaler):
-    """The State of a checkpoint folder, which fills optimizer and scaler; that of step 0 without a folder."""
+    """The State of a checkpoint, whose optimizer and scaler are filled too; without a folder, of step 0."""
     if folder is None:
         return State()
     load_optimizer(folder, module, optimizer)
@@ -184,9 +190,9 @@ def restore(folder, module, optimizer, scaler):
 
 
 def open_run_folder(settings, plan, state, recorder):
-    """Make or take the run folder, clear what a kill left in it, and open the recorder at the state's step.
+    """Lock the run folder, remove what a killed run left in it, and open the recorder at the state's step.
 
-    Raises UserError when another run has the folder, or had it since the plan was made.
+    Raises UserError when another run has the folder, or has written there since the plan was made.
     """
     out = settings.out_dir
     os.makedirs(out, exist_ok=True)
@@ -195,7 +201,7 @@ def open_run_folder(settings, plan, state, recorder):
         cure = "wait for it or stop it, or choose another --out_dir"
         raise UserError(f"another process is training in {out}: {cure}")
     try:
-        # damaged checkpoints are set aside, unless another run has mended them meanwhile
+        # set damaged checkpoints aside, unless another run has mended them since the plan was made
         for folder in plan.damaged:
             try:
                 checkpoint.examine(folder)
@@ -206,7 +212,7 @@ def open_run_folder(settings, plan, state, recorder):
         if steps[-1:] != ([os.path.basename(plan.resume_from)] if plan.resume_from else []):
             raise UserError(f"another process has just trained in {out}: run the same command again to go on")
 
-        # what a kill left: temporary files, links that were not moved yet, rows after the checkpoint
+        # a killed run leaves temporary files, links that were not moved yet, and rows after the checkpoint
         checkpoint.sweep(out)
         if plan.resume_from:
             checkpoint.link(os.path.join(out, "latest"), steps[-1])

@@ -26,24 +26,28 @@ ARITHMETIC = {
     ast.USub: operator.neg,
 }
 
-# nanoGPT's settings that have no namesake here, and what to write instead
+# nanoGPT's settings that do not exist here, and what to write instead
 NANOGPT = {
     "gradient_accumulation_steps": "write batch_tokens = this times batch_size times block_size",
     "eval_iters": "write eval_tokens: each validation reads the same first tokens of val",
     "eval_only": "leave it out, and run score.py on the checkpoint",
     "always_save_checkpoint": "write save_interval; the best checkpoint is kept in any case",
-    "decay_lr": "leave it out; for a constant rate write min_lr equal to learning_rate",
+    "decay_lr": "leave it out; for a constant rate set min_lr to learning_rate",
     "backend": "leave it out: it is NCCL on GPUs and gloo elsewhere",
     "wandb_log": "write log_to = 'wandb'",
     "wandb_project": "leave it out: the project is called nanoInheritune",
-    "wandb_run_name": "leave it out: the run is called like its out_dir",
+    "wandb_run_name": "leave it out: the run has the name of its out_dir",
 }
 
 
 def parse(classes: tuple, argv: list[str] | None, description: str) -> tuple:
-    """Read a command line into one instance of each dataclass of `classes`, and the set of keys given.
+    """(an instance of each dataclass in `classes`, …, the frozenset of keys that were set explicitly).
 
-    All problems are raised together, in one UserError.
+    classes: dataclasses of settings.py
+    argv: the command line without the script's name; None: that of this process
+    description: what --help begins with
+
+    Raises one UserError with all problems.
     """
     fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
     typed = vars(make_parser(fields, description).parse_args(argv))
@@ -52,38 +56,44 @@ def parse(classes: tuple, argv: list[str] | None, description: str) -> tuple:
     found = {key: (f"{config}:{line}: {key}", str(value)) for key, (value, line) in lines.items()}
     found |= {key: (f"--{key}", text) for key, text in typed.items()}
 
-    given, problems = {}, []
+    explicit, problems = {}, []
     for key, (where, text) in found.items():
         try:
             if key not in fields:
                 raise ValueError(f"is not a setting{hint(key, fields)}")
-            given[key] = convert(fields[key], text)
+            explicit[key] = convert(fields[key], text)
         except ValueError as e:
             problems.append(f"{where} {e}")
     raise_all(problems)
-    made = [c(**{k: v for k, v in given.items() if k in c.__dataclass_fields__}) for c in classes]
-    return *made, frozenset(given)
+    made = [c(**{k: v for k, v in explicit.items() if k in c.__dataclass_fields__}) for c in classes]
+    return *made, frozenset(explicit)
 
 
 def make_parser(fields: dict, description: str) -> Parser:
-    """The parser of these dataclass fields, each flag spelled with _ or -; what is not given is left out."""
-    how = {"formatter_class": argparse.HelpFormatter, "argument_default": argparse.SUPPRESS}
-    parser = Parser(description=description, instead=NANOGPT, **how)
+    """The parser of these dataclass fields, each flag spelled with _ or -. Flags that are left out are not in
+    its result, so that a config file can set them."""
+    options = {"formatter_class": argparse.HelpFormatter, "argument_default": argparse.SUPPRESS}
+    parser = Parser(description=description, instead=NANOGPT, **options)
     parser.add_argument(
         "config", nargs="?", default=None, help="config file of key = value lines, read as data"
     )
+    groups = {}
     for f in fields.values():
+        heading = f.metadata["heading"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
         base, *_ = kinds(f)
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # both spellings, once each
-        how = {"nargs": "?", "const": "True"} if base is bool else {}
-        how["metavar"] = "|".join(typing.get_args(base)) or base.__name__
+        options = {"nargs": "?", "const": "True"} if base is bool else {}
+        options["metavar"] = "|".join(typing.get_args(base)) or base.__name__
         default = "" if f.default is None else f" (default: {f.default})"
-        parser.add_argument(*names, dest=f.name, help=f.metadata["help"].replace("%", "%%") + default, **how)
+        text = f.metadata["help"].replace("%", "%%") + default
+        groups[heading].add_argument(*names, dest=f.name, help=text, **options)
     return parser
 
 
 def kinds(field: dataclasses.Field) -> tuple:
-    """(type or choices of a dataclass field, and NoneType where it may be None)."""
+    """The types of a dataclass field: `int | None` → (int, NoneType), `bool` → (bool,)."""
     return typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
 
 
@@ -120,7 +130,7 @@ def convert(field: dataclasses.Field, text: str) -> Any:
 
 
 def hint(key: str, fields: dict) -> str:
-    """What else `key` may be: another script's setting, nanoGPT's, or a misspelled one of `fields`."""
+    """What the unknown `key` may be: another script's setting, nanoGPT's, or a misspelled one of `fields`."""
     others = {"grow.py": GrowSettings, "replicate.py": ReplicateSettings}
     scripts = [script for script, c in others.items() if key in c.__dataclass_fields__]
     if scripts:

@@ -1,6 +1,7 @@
-"""The machine a run is on: which device, which number format, how full it is."""
+"""The machine a run is on: which device, which number format, how fast it is and how full."""
 
 import os
+import re
 import resource
 import sys
 
@@ -8,12 +9,48 @@ import torch
 
 from inheritune.base.errors import UserError
 
+# Peaks of dense matrix products in bf16 (V100, T4: fp16) with sums in fp32, in TFLOP/s; and memory in GB. The
+# numbers are from the makers' data sheets. find_card says which one a device is.
+PEAKS = {
+    "GB300": (2500, 288),
+    "B300": (2250, 288),
+    "GB200": (2500, 186),
+    "B200": (2250, 180),
+    "H200 NVL": (835, 141),
+    "H200": (989, 141),
+    "GH200": (989, 96),
+    "H100 NVL": (835, 94),
+    "H100 PCIe": (756, 80),
+    "H100": (989, 80),
+    "A100 80GB": (312, 80),
+    "A100 40GB": (312, 40),
+    "RTX PRO 6000 Blackwell": (504, 96),
+    "RTX 6000 Ada": (364, 48),
+    "RTX A6000": (155, 48),
+    "L40S": (362, 48),
+    "L40": (181, 48),
+    "L4": (121, 24),
+    "A40": (150, 48),
+    "A30": (165, 24),
+    "A10G": (70, 24),
+    "A10": (125, 24),
+    "RTX 5090": (209, 32),
+    "RTX 4090": (165, 24),
+    "RTX 3090": (71, 24),
+    "V100": (125, 32),
+    "T4": (65, 16),
+}
+# words of a device's name that say nothing of its speed: maker, form factor, memory size
+FORMS = re.compile(
+    r"NVIDIA|Tesla|GeForce|Generation|Server|Workstation|Edition|SXM\d*|PCIE?|AC|HBM\d\w*|\d+GB", re.I
+)
+
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
     """The torch.device for the setting `device`. Raises UserError when it is not there.
 
-    On Linux, torch is told to put large CPU tensors on huge pages, which makes training steps there some 5 %
-    shorter; it must be told before it makes the first one.
+    Call it before the first tensor is made: on Linux it tells torch to put large CPU tensors on huge pages,
+    which makes training steps there some 5 % shorter.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if name == "auto":
@@ -37,8 +74,10 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype that autocast uses; float32 means no autocast. GPUs before Ampere only emulate bfloat16
-    (slower than float32): float16 there."""
+    """The torch dtype that autocast uses; float32 means no autocast.
+
+    GPUs before Ampere emulate bfloat16, which is slower than float32: auto is float16 there.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type != "cuda":
@@ -47,9 +86,36 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def is_compiled(compile: bool | None, device: torch.device) -> bool:
+    """Whether models are compiled under the setting `compile`, of which None means: on CUDA only."""
+    return device.type == "cuda" if compile is None else compile
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """The most memory (MB) this process has held so far: on the GPU if it uses one, else resident in RAM."""
     if device.type == "cuda":  # needs a GPU
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak in FLOP/s of a CUDA device that PEAKS knows, else None: a guess would make MFU a lie."""
+    if device.type != "cuda":
+        return None
+    card = find_card(torch.cuda.get_device_name(device))  # needs a GPU
+    return PEAKS[card][0] * 1e12 if card else None  # needs a GPU
+
+
+def find_card(name: str) -> str | None:
+    """The key of PEAKS for a device's name: `"NVIDIA A100-SXM4-40GB"` → `"A100 40GB"`, else None.
+
+    It is the first key whose words all occur in the name, if every other word of the name is one of FORMS. So
+    an A10G is no A10, and a laptop's RTX 4090 is none that we know.
+    """
+    words = set(re.split(r"[ -]", name))
+    for card in PEAKS:
+        own = set(card.split())
+        if own <= words and all(FORMS.fullmatch(word) for word in words - own):
+            return card
+    return None

@@ -1,6 +1,6 @@
-"""The processes of one run: how they agree, and how all of them train one model (DDP, or FSDP2 with --shard).
+"""The processes of one run: how they agree, and how they train one model (DDP, or FSDP2 with --shard).
 
-torch.distributed's FSDP2 part takes a second to import, so only runs with --shard do it.
+FSDP2 is imported by runs with --shard alone, because that takes a second.
 """
 
 import contextlib
@@ -19,28 +19,29 @@ from torch.nn.parallel import DistributedDataParallel
 from inheritune.base.errors import Stopped, UserError, error_line
 from model import GPT, CausalSelfAttention
 
-BUCKETS = 12  # of DDP in large models, about: a compiled model is cut into a graph for each
+BUCKETS = 12  # of DDP in large models, about; a compiled model is cut into as many graphs
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
 
 class AgreedError(UserError):
-    """A UserError that every rank raises alike, so that rank 0 can print it for all."""
+    """A UserError that every rank raises at the same place, so that rank 0 can print it for all."""
 
 
 class Ranks:
-    """This process's place among `world` processes: alone, or where torchrun has put it (rank_info)."""
+    """The processes of a run, as one of them sees them. `Ranks()` is a process on its own."""
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0):
-        self.rank, self.world, self.local = rank, world, local  # local: among those of this machine
+        self.rank, self.world = rank, world  # this process's number, and how many there are
+        self.local = local  # this process's number on its machine
         self.first = self.rank == 0
         self.patient = None  # gloo group for objects, with a timeout that outlasts a download
 
     @contextlib.contextmanager
     def joined(self, device: str | torch.device) -> Iterator[None]:
-        """The process group, while the run lasts: NCCL for GPUs, gloo for the rest.
+        """A context with torch's process group: NCCL for GPUs, gloo for other devices.
 
-        An error that only this rank raises ends the process here, at once: the other ranks may be in the
-        middle of a collective, and taking the group down would wait for them.
+        An error that only this rank raises ends the process at once. To take the group down would wait for
+        the other ranks, which may be in the middle of a collective.
         """
         if self.world == 1:
             yield
@@ -48,7 +49,7 @@ class Ranks:
         self.join(device)
         try:
             yield
-        except (AgreedError, Stopped):  # all ranks are here, or on their way
+        except (AgreedError, Stopped):  # all ranks raise these
             dist.destroy_process_group()
             raise
         except (Exception, KeyboardInterrupt) as e:
@@ -62,13 +63,14 @@ class Ranks:
         dist.destroy_process_group()
 
     def join(self, device):
+        """Make the process group."""
         lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if lacking:
             raise UserError(
                 f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: use torchrun, or unset it"
             )
-        # torchrun's own store outlives a restart, and with it the addresses of dead ranks: another name for
-        # each attempt, which the torchruns of several machines would count differently
+        # torchrun's store survives a restart, and still holds the addresses of the dead ranks. So its keys
+        # begin with the number of restarts. Several machines may count these differently: that is refused.
         env = os.environ
         shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shared and env["GROUP_WORLD_SIZE"] != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
@@ -84,7 +86,7 @@ class Ranks:
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """work() on every rank, and its result; UserError or OSError on any is AgreedError on all."""
+        """work() on every rank. A UserError or OSError on one of them becomes an AgreedError on all."""
         result = error = None
         try:
             result = work()
@@ -99,14 +101,14 @@ class Ranks:
         return result
 
     def once(self, work: Callable[[], Any]) -> Any:
-        """work() on rank 0 alone, its result on every rank; its failure is everybody's."""
+        """work() on rank 0 alone. All ranks return its result, or raise its AgreedError."""
         result = [self.agree(work if self.first else lambda: None)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.patient)
         return result[0]
 
     def once_per_node(self, work: Callable[[], Any]) -> Any:
-        """work() on the first rank of each node, then on the others, which find it done: for downloads."""
+        """work() on the first rank of each machine, then on the others, which find a download there."""
         result = self.agree(work if self.local == 0 else lambda: None)
         return result if self.local == 0 else work()
 
@@ -120,34 +122,43 @@ class Ranks:
 
 
 class DistributedModel:
-    """A GPT that all ranks train: whole on each rank (DDP), or in shards (FSDP2). Nothing else asks which.
+    """A GPT that all ranks train: each has all of it (DDP), or a part of every tensor (FSDP2, --shard).
 
-    Ranks must call a sharded model equally often: every call gathers parameters. dtype: what it computes in;
-    callers run it under autocast to `autocast` (fp32: none). compile None: on CUDA only.
+    module: the plain model, whose parameters are trained and saved
+    forward: what training calls; it averages gradients over ranks
+    local_forward: what validation calls. With DDP ranks may call it unequally often; with FSDP2 they may not,
+        because every call gathers parameters.
+    autocast: the dtype under which callers run both; fp32 is no autocast
+
+    dtype: what the model computes in
+    compiled: whether torch compiles it
+    shard: FSDP2 in place of DDP, if there are several ranks
     """
 
-    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, dtype: torch.dtype, compile, shard):
-        self.module, self.device = module, device  # the unwrapped model: this is what gets saved
+    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, dtype: torch.dtype, compiled, shard):
+        self.module, self.device = module, device
         self.sharded = shard and ranks.world > 1
-        self.autocast = torch.float32 if self.sharded else dtype
-        compiled = device.type == "cuda" if compile is None else compile
+        self.autocast = torch.float32 if self.sharded else dtype  # FSDP2 has a dtype of its own
         if self.sharded:
             shard_blocks(module, ranks, device, dtype, compiled)
-            self.forward = self.validated = module
+            self.forward = self.local_forward = module
             return
         module.to(device)
-        # static shapes: a smaller last group of a validation would make the graphs after it dynamic
-        self.forward = self.validated = torch.compile(module, dynamic=False) if compiled else module
-        if ranks.world > 1:  # which may validate unequally often: without DDP
+        # dynamic=False: a smaller last group of a validation would make all graphs after it dynamic
+        self.forward = self.local_forward = torch.compile(module, dynamic=False) if compiled else module
+        if ranks.world > 1:
             ids, mb = [device.index] if device.type == "cuda" else None, 4 * module.num_params() / 2**20
-            bucket = mb / BUCKETS if mb > 25 * BUCKETS else None  # torch's own 25 MB
+            bucket = mb / BUCKETS if mb > 25 * BUCKETS else None  # None: torch's own 25 MB
             self.forward = DistributedDataParallel(
-                self.validated, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket
+                self.local_forward, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket
             )
 
     def gradients_of(self, last: bool) -> contextlib.AbstractContextManager:
-        """The context of a micro-batch's forward and backward pass. DDP averages gradients over ranks with
-        the last one of a step; FSDP with every one (waiting takes the memory of all gradients, whole)."""
+        """The context of a micro-batch's forward and backward pass.
+
+        DDP averages gradients over ranks in the last micro-batch of a step. FSDP does it in every one, as
+        gradients that wait are not sharded.
+        """
         ddp = isinstance(self.forward, DistributedDataParallel)
         return self.forward.no_sync() if ddp and not last else contextlib.nullcontext()
 
@@ -157,31 +168,34 @@ class DistributedModel:
         return gather(norm).item()
 
     def zero_gradients(self) -> None:
-        """Drop the gradients; zero DDP's, which are views of its buckets and would be made a second time."""
+        """Drop the gradients. DDP's are set to zero: they are views of its buckets, which it keeps."""
         self.module.zero_grad(set_to_none=not isinstance(self.forward, DistributedDataParallel))
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[torch.nn.Module]:
-        """What validation calls, in eval mode or not; back to training at the end. FSDP keeps embeddings and
-        head gathered after a forward pass, for a backward pass that does not come: they are sharded again."""
-        yield self.validated
-        self.forward.train()  # walks over all modules: not in every step
+        """A context that gives validation its forward, and returns to training afterwards.
+
+        After a forward pass FSDP keeps embeddings and head gathered, for a backward pass. None comes here, so
+        they are sharded again.
+        """
+        yield self.local_forward
+        self.forward.train()  # here and not in every step, because it walks over all modules
         if self.sharded:
             self.module.reshard()
 
 
 def shard_blocks(module, ranks, device, dtype, compiled):
-    """Shard a GPT (alike on every rank) over all ranks, in place: its parameters become DTensors on the
-    device, where no more than a block at a time has been whole.
+    """Shard a GPT, alike on every rank, over all ranks: its parameters become DTensors on the device.
 
-    Parameters are gathered, and the model computes, in `dtype`: autocast would gather fp32 and then make
-    16-bit copies. Gradients are summed in fp32.
+    Block after block goes to the device, so that it never holds the whole model. FSDP gathers parameters in
+    `dtype`, and the model computes in it. (Under autocast it would gather fp32, and 16-bit copies would come
+    on top.) Gradients are summed in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.world,))
-    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
     scale = module.transformer.h[0].attn.scale
     for block in module.transformer.h:
         if compiled and module.config.scale_attn_by_inverse_layer_idx:
@@ -189,13 +203,16 @@ def shard_blocks(module, ranks, device, dtype, compiled):
             block.attn.scale, block.attn.__class__ = scale, EvenAttention
         if compiled:
             block.compile(dynamic=False)
-        fully_shard(block, **how)
-    fully_shard(module, **how)  # embeddings, the tied head, the last LayerNorm
+        fully_shard(block, **options)
+    fully_shard(module, **options)  # embeddings, the tied head, the last LayerNorm
 
 
 class EvenAttention(CausalSelfAttention):
-    """Attention whose own part of the scale is a tensor. Numbers are constants for the compiler: it would
-    compile each block anew, up to its limit of eight, and leave the others to Python."""
+    """Attention that keeps its block's own part of the scale as a tensor.
+
+    Numbers are constants for the compiler. With one for each block it would compile block after block, up to
+    its limit of eight, and run the others in Python.
+    """
 
     def heads(self, x):
         q, k, v = super().heads(x)
@@ -203,12 +220,12 @@ class EvenAttention(CausalSelfAttention):
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor, whole on every rank (all must call); any other as it is."""
+    """A sharded tensor, whole on every rank (all ranks must call); any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def distribute(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor that every rank has whole, sharded like `parameter`."""
+    """A copy of a tensor that every rank has, sharded if `parameter` is."""
     if not hasattr(parameter, "full_tensor"):
         return tensor.clone()
     from torch.distributed.tensor import distribute_tensor
@@ -217,7 +234,7 @@ def distribute(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed torch's generators of this process from whole numbers, alike for alike numbers."""
+    """Seed torch's generators in this process from whole numbers."""
     # frozen: the mixing of seeds
     mixed = 0
     for n in numbers:

@@ -16,33 +16,34 @@ from inheritune.training import cost
 from inheritune.training.device import peak_memory_mb
 from inheritune.training.settings import TrainSettings
 
-# frozen: log columns and number format
+# frozen: log columns and number format. A column may be added: older logs leave it empty.
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
 TERMS = ("ce", "kl")  # further columns with a teacher: the terms of the loss, unweighted
 TIMING_COLUMNS = ("step", "tokens_per_s", "mfu", "memory_mb", "train_s", "val_s")
 
 
 def show(value: float | None) -> str:
-    """A log's text for a number or None: nine significant digits are enough for any fp32."""
+    """The text of a number in a log, "" for None. Nine significant digits tell any two fp32 apart."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.9g}"
 
 
 class Recorder:
-    """Reports a run's steps. It does nothing until it is opened, which rank 0 alone does.
+    """Reports a run's steps. Only rank 0 opens its recorder; those of the other ranks do nothing.
 
-    Speeds are those since the last line. The first step of a process is left out: it compiles.
+    Speeds are those since the last line. They leave out the first step of a process, which compiles.
     """
 
     def __init__(self, settings: TrainSettings, per_token: float, device: torch.device, world: int):
-        self.settings, self.per_token, self.device, self.world = settings, per_token, device, world  # FLOPs
+        self.settings, self.device, self.world = settings, device, world
+        self.per_token = per_token  # FLOPs
         self.lock = None
-        self.train_s = self.val_s = self.last_val_s = 0.0  # in this process, saving excluded
+        self.train_s = self.val_s = self.last_val_s = 0.0  # seconds in this process; saving does not count
         self.since = None  # (step, train_s) after the first step, then at the last line
 
     def open(self, lock: int, step: int) -> None:
-        """Open the logs in the run folder that `lock` holds, for the rows from `step` on."""
+        """Open the logs of the run folder that `lock` locks, for the rows from `step` on."""
         out, names = self.settings.out_dir, LOG_COLUMNS + (TERMS if self.settings.teacher else ())
         self.log = CsvLog(os.path.join(out, "log.csv"), names, before=step)
         self.timing = CsvLog(os.path.join(out, "timing.csv"), TIMING_COLUMNS, before=step)
@@ -111,15 +112,17 @@ def clock(seconds: float) -> str:
 class CsvLog:
     """A CSV file with one row per step, appended to as the run goes.
 
-    Opening an existing file keeps its rows of steps before `before` and drops the rest, and a line that a
-    kill cut short: the run will write them again. Raises UserError when the file has other columns.
+    Opening an existing file keeps its rows of steps before `before`. It drops the others, because the run
+    will write them again, and a line that a kill cut short. Columns that the file lacks are empty in its old
+    rows. Raises UserError when the file has columns that are not in `columns`.
     """
 
     def __init__(self, path: str, columns: tuple, before: int = 0):
         self.path, self.columns = path, columns
         rows = [r for r in read_rows(path, columns) if int(r["step"]) < before]
+        texts = [columns, *([r.get(name, "") for name in columns] for r in rows)]
         with replacing(path, "w") as f:
-            f.writelines(",".join(values) + "\n" for values in (columns, *(r.values() for r in rows)))
+            f.writelines(",".join(values) + "\n" for values in texts)
 
     def write(self, row: dict) -> None:
         """Append a row {column: number or None}."""
@@ -128,7 +131,10 @@ class CsvLog:
 
 
 def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
-    """The whole rows of a CSV log as [{column: text}], [] when there is no file."""
+    """The whole rows of a CSV log as [{column: text}], [] when there is no file.
+
+    columns: those that the file may have. Raises UserError when it has others.
+    """
     if not os.path.lexists(path):
         return []
     if not os.path.isfile(path):  # a pipe would be waited for
@@ -137,7 +143,7 @@ def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
         text = f.read()
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     rows = [r for r in reader if None not in r and None not in r.values()]
-    if columns and text and reader.fieldnames != list(columns):
+    if columns and text and not set(columns) >= set(reader.fieldnames or [None]) >= {"step"}:
         raise UserError(
             f"{path} has columns {reader.fieldnames}, not {list(columns)}; it is not this run's log"
         )
@@ -145,7 +151,9 @@ def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
 
 
 def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, float]], Any]:
-    """A function write(step, {name: number}) that feeds TensorBoard or W&B from `step` on, or does nothing.
+    """A function write(step, {name: number}) that feeds TensorBoard or W&B, or does nothing (log_to=none).
+
+    step: the first one that it will get
 
     Raises UserError when the package is missing, or W&B cannot be reached.
     """
@@ -160,7 +168,7 @@ def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, fl
     except ImportError:
         raise UserError(f"--log_to={kind} needs a package: pip install -r requirements-extra.txt") from None
     if kind == "tensorboard":
-        # what a killed run wrote from `step` on is written again: purge_step hides it
+        # purge_step hides what a killed run wrote from `step` on, which is written again now
         writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=step)
 
         def write(step, values):
@@ -170,15 +178,15 @@ def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, fl
 
         return write
 
-    # W&B: the run's id is kept in its folder, so that a resumed run goes on in it
+    # the run folder keeps W&B's id of the run, so that a resumed run goes on in the same curves
     path = os.path.join(out_dir, "wandb_id")
     if not os.path.exists(path):
         with replacing(path, "w") as f:
             f.write(secrets.token_hex(4))
     with open(path, encoding="utf-8") as f:
-        how = {"project": "nanoInheritune", "name": os.path.basename(out_dir), "id": f.read().strip()}
+        names = {"project": "nanoInheritune", "name": os.path.basename(out_dir), "id": f.read().strip()}
     try:
-        run = wandb.init(**how, resume="allow", config=dataclasses.asdict(settings), dir=out_dir)
+        run = wandb.init(**names, resume="allow", config=dataclasses.asdict(settings), dir=out_dir)
     except wandb.Error as e:
         fix = "run `wandb login`, set WANDB_MODE=offline, or leave it out"
         raise UserError(f"--log_to=wandb: W&B says: {str(e).strip().splitlines()[0]}; {fix}") from None

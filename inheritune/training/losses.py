@@ -13,36 +13,37 @@ from model import GPT, pad_vocab
 
 @torch.no_grad()
 def total_nats(
-    model, data, ranks: Ranks, device: torch.device, dtype: torch.dtype, title=None, stop=None, sharded=False
+    model, data, ranks: Ranks, device: torch.device, dtype: torch.dtype, title=None, stop=None
 ) -> float | None:
     """The summed loss (nats) over all targets of `data`, the same number on any number of ranks.
 
-    data has `n_groups` and `batch(g)`, the windows of group g (ValData, score.SplitWindows); ranks take
-    turns with the groups. `stop()` is asked before each turn, equally often on every rank, and must
-    answer alike on all: True ends the work, and the result is None. A title shows a progress bar on rank 0.
-    Leaves the model in eval mode.
+    model: a GPT, or what wraps one; left in eval mode
+    data: has `n_groups`, and `batch(g)` with the windows of group g (ValData, score.SplitWindows)
+    dtype: what autocast computes in
+    title: of a progress bar on rank 0; None shows none
+    stop: asked before each group. It must answer alike on all ranks; True ends the work, the result is None.
     """
     model.eval()
-    nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; the others' stay zero
+    nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; zero for those of others
     turns = range(ranks.rank, data.n_groups + ranks.rank, ranks.world)
     for g in tqdm(turns, desc=title, unit="batch", disable=title is None or not ranks.first):
         if stop is not None and stop():
             return None
-        # ranks without work repeat the last group: FSDP needs the same number of forward passes everywhere
-        if g < data.n_groups or sharded:
-            idx, targets = to_device(data.batch(min(g, data.n_groups - 1)), device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model(idx, targets)
+        # In the last turn some ranks have no group left. They run the last one once more, because FSDP needs
+        # the same number of forward passes on every rank.
+        idx, targets = to_device(data.batch(min(g, data.n_groups - 1)), device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(idx, targets)
         if g < data.n_groups:
             nats[g] = loss.cpu().double() * targets.numel()
     return ranks.sum(nats, device).sum().item()
 
 
 def mean_loss(
-    model, val: ValData, ranks: Ranks, device: torch.device, dtype: torch.dtype, stop=None, sharded=False
+    model, val: ValData, ranks: Ranks, device: torch.device, dtype: torch.dtype, stop=None
 ) -> float | None:
     """Mean loss (nats/token) over the fixed validation tokens of `val`, or None; see `total_nats`."""
-    nats = total_nats(model, val, ranks, device, dtype, stop=stop, sharded=sharded)
+    nats = total_nats(model, val, ranks, device, dtype, stop=stop)
     return None if nats is None else nats / (val.n_windows * val.block_size)
 
 
@@ -52,22 +53,27 @@ class Teacher:
     def __init__(
         self, model: GPT, settings: TrainSettings, n_vocab: int, device, dtype: torch.dtype, compiled: bool
     ):
-        # autocast makes 16-bit copies of these at every call; to keep the copies alone gives the same logits
+        # Autocast would make 16-bit copies of these weights at every call. The copies give the same logits.
         for layer in (m for m in model.modules() if isinstance(m, nn.Linear) and dtype != torch.float32):
             for name, p in layer.named_parameters():
                 setattr(layer, name, nn.Parameter(p.to(dtype)))
-        self.model, self.loss = model.to(device).eval().requires_grad_(False), distillation_loss
+        self.model, self.distillation_loss = model.to(device).eval().requires_grad_(False), distillation_loss
         if compiled:  # the loss too: as one kernel it holds no fp32 copies of the logits
             self.model = torch.compile(model, dynamic=False)
-            self.loss = torch.compile(distillation_loss, dynamic=False)
-        self.dtype, self.how = dtype, (n_vocab, settings.kd_alpha, settings.kd_temperature)
+            self.distillation_loss = torch.compile(distillation_loss, dynamic=False)
+        self.dtype = dtype
+        self.options = n_vocab, settings.kd_alpha, settings.kd_temperature
 
-    def __call__(self, student, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, CE, KL) of the student on ids idx (B, T); see `distillation_loss`."""
-        autocast = torch.autocast(idx.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with torch.no_grad(), autocast:  # a sharded student needs none
-            logits = self.model(idx)
-        return self.loss(student(idx), logits, targets, *self.how)
+    @torch.no_grad()
+    def logits(self, idx: Tensor) -> Tensor:
+        """Logits (B, T, vocab_size) of ids idx (B, T)."""
+        # an autocast of its own: a sharded student runs without
+        with torch.autocast(idx.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(idx)
+
+    def loss(self, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, CE, KL) of a student; see `distillation_loss`."""
+        return self.distillation_loss(logits, teacher_logits, targets, *self.options)
 
 
 def distillation_loss(
@@ -76,23 +82,23 @@ def distillation_loss(
     """(loss, ce, kl), fp32 scalars: alpha CE + (1 - alpha) T² KL(teacher ‖ student) (paper, App. D).
 
     logits, teacher_logits: (B, T, ≥ n_vocab); targets: (B, T) ids. CE is the mean over tokens, as in training
-    without a teacher. KL is summed over the tokenizer's n_vocab ids, both sides normalised over these alone
-    at the temperature, then averaged over tokens. (A mean over the vocabulary instead would divide it by
-    fifty thousand; the published logs look as if theirs did.)
+    without a teacher. KL is summed over the tokenizer's n_vocab ids (both sides are normalised over these
+    alone, at the temperature) and averaged over tokens. A mean over the vocabulary would make it fifty
+    thousand times smaller; the published logs look as if theirs was.
     """
     ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     student = F.log_softmax(logits[..., :n_vocab].float() / temperature, dim=-1).flatten(0, 1)
     teacher = F.log_softmax(teacher_logits[..., :n_vocab].float() / temperature, dim=-1).flatten(0, 1)
-    # batchmean: the sum over ids, the mean over tokens
+    # "batchmean" is the sum over ids and the mean over tokens
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return alpha * ce + (1 - alpha) * temperature**2 * kl, ce, kl
 
 
 class PaddedHead(nn.Linear):
-    """The head of a vocabulary such as GPT-2's 50,257, in the product of 50,304 rows that tensor cores want.
+    """A head of 50,257 rows that multiplies as one of 50,304, because tensor cores want multiples of 64.
 
-    The last columns are cut off before anything looks at them, and the weight itself stays as it is: loss,
-    gradients and what is saved are those of the plain head.
+    The added columns of the logits are cut off at once, and the weight keeps its shape. So loss, gradients
+    and checkpoints are those of the plain head.
     """
 
     def forward(self, x):
@@ -100,15 +106,18 @@ class PaddedHead(nn.Linear):
         return F.linear(x, F.pad(self.weight, (0, 0, 0, pad_vocab(V) - V)))[..., :V]
 
 
-def pad_head(model: GPT) -> None:
-    """Make the model's head a PaddedHead, in place, where that makes a difference."""
-    if model.config.vocab_size % 64:
+def pad_head(model: GPT, device: torch.device, compiled: bool) -> None:
+    """Make the model's head a PaddedHead, in place, where that makes it faster: compiled, or on a GPU."""
+    if model.config.vocab_size % 64 and (compiled or device.type == "cuda"):
         model.lm_head.__class__ = PaddedHead
 
 
 def to_device(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) int64 on the device, of windows (B, T+1): one copy, which a GPU makes without
-    anybody waiting for it, and contiguous tensors."""
+    """Inputs and targets (B, T) int64 on the device, of windows (B, T+1) on the CPU.
+
+    The windows are copied to the device as one pinned tensor, which a GPU does in the background, and cut
+    there. Copying two slices would make the CPU wait, because they are not contiguous.
+    """
     on_gpu = device.type == "cuda"
     windows = (windows.pin_memory() if on_gpu else windows).to(device, non_blocking=on_gpu)
     return windows[:, :-1].long(), windows[:, 1:].long()

@@ -1,6 +1,5 @@
-"""The optimizer and the learning-rate schedule, and how the optimizer's state is saved and loaded."""
+"""The optimizer, each parameter's own learning rate, and how the optimizer's state is saved and loaded."""
 
-import math
 import os
 
 import torch
@@ -19,42 +18,66 @@ ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 def make_optimizer(model: GPT, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (paper, sec. 3), or Muon for the blocks' matrices and AdamW for the rest.
 
-    The blocks' matrices decay; embeddings (and with them the tied head), LayerNorms and biases do not.
+    Each of its parameter groups has a "rate": train.py multiplies the schedule's learning rate by it.
     """
-    parts = {True: [], False: []}  # a block's matrix or not: parameters
-    for name, p in model.named_parameters():
-        parts[p.dim() == 2 and ".h." in name].append(p)
-    groups = [
-        {"params": parts[True], "weight_decay": settings.weight_decay},
-        {"params": parts[False], "weight_decay": 0.0},
-    ]
-    how = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
-    how["fused"] = device.type in ("cpu", "cuda")  # one kernel, where torch has it
-    return MuonAndAdamW(*groups, how) if settings.optimizer == "muon" else torch.optim.AdamW(groups, **how)
+    groups = parameter_groups(model, settings)
+    options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
+    options["fused"] = device.type in ("cpu", "cuda")  # one kernel, where torch has it
+    return (
+        MuonAndAdamW(groups, options)
+        if settings.optimizer == "muon"
+        else torch.optim.AdamW(groups, **options)
+    )
+
+
+def parameter_groups(model: GPT, settings: TrainSettings) -> list[dict]:
+    """The parameters of a model in torch's groups, matrices of the blocks first.
+
+    Only the blocks' matrices decay. Embeddings (and a tied head), norms and biases do not.
+    """
+    n, decay = len(model.blocks), settings.layer_lr_decay
+    layer = {p: i for i, block in enumerate(model.blocks) for p in block.parameters()}
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    embeddings = {p for table in tables for p in table.parameters()}
+    groups = {}
+    for p in model.parameters():
+        matrix = p in layer and p.dim() == 2
+        # layer_lr_decay=0.8 in a model of 12 blocks: the last norm and block 11 × 1, block 10 × 0.8, …,
+        # block 0 × 0.8^11, embeddings × 0.8^12
+        below = n if p in embeddings else n - 1 - layer.get(p, n - 1)
+        rate = decay**below
+        group = {"params": [], "matrices": matrix, "rate": rate}
+        group["weight_decay"] = settings.weight_decay if matrix else 0.0
+        groups.setdefault((not matrix, rate), group)["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the first group of parameters and AdamW for the second, as one optimizer with one state.
+    """Muon for the groups of matrices and AdamW for the others, as one optimizer with one state.
 
     torch's Muon takes matrices only. Its update is scaled to the size of AdamW's (`match_rms_adamw`), so both
-    groups share one learning rate.
+    share one learning rate.
     """
 
-    def __init__(self, matrices: dict, rest: dict, how: dict):
-        muon = torch.optim.Muon([matrices], lr=how["lr"], adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW([rest], **how)
+    def __init__(self, groups: list[dict], options: dict):
+        matrices = [group for group in groups if group["matrices"]]
+        others = [group for group in groups if not group["matrices"]]
+        muon = torch.optim.Muon(matrices, lr=options["lr"], adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, **options)
         super().__init__(muon.param_groups + adamw.param_groups, {})
         self.parts = muon, adamw
         self.share()
 
     def share(self):
         """Make the parts work on this optimizer's groups and state."""
-        for part, group in zip(self.parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state
+        muon, adamw = self.parts
+        muon.param_groups = [group for group in self.param_groups if group["matrices"]]
+        adamw.param_groups = [group for group in self.param_groups if not group["matrices"]]
+        muon.state = adamw.state = self.state
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.share()  # loading has replaced both
+        self.share()  # loading has replaced groups and state
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -62,24 +85,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of the update after `step` updates: linear warm-up (not from 0), cosine, then min_lr."""
-    peak, low, warm = settings.learning_rate, settings.min_lr, settings.warmup_iters
-    end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
-    if step < warm:
-        return peak * (step + 1) / (warm + 1)
-    if step >= end:
-        return low
-    return low + (peak - low) * (1 + math.cos(math.pi * (step - warm) / (end - warm))) / 2
-
-
 def snapshot(
     model: GPT, optimizer: torch.optim.Optimizer, into: dict | None
 ) -> dict[str, torch.Tensor] | None:
-    """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU, to `into`.
+    """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU.
 
-    Reuses the tensors in `into` (allocating is slower than copying), which are pinned for a GPU. With FSDP
-    every rank must call, and tensors are gathered one at a time; a rank whose `into` is None keeps nothing.
+    into: where they go, and what is returned. Tensors that it has already are used again, because allocating
+        takes longer than copying; for a GPU they are pinned. A rank whose `into` is None keeps nothing.
+
+    With FSDP every rank must call, because tensors are gathered, one at a time.
     """
     tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
     for name, tensor in tensors.items():
@@ -101,9 +115,9 @@ def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Fill the optimizer of `model` from a checkpoint folder, whose file may hold no state at all.
+    """Fill the optimizer of `model` from a checkpoint folder. Its file is empty if no step was made.
 
-    Raises UserError when the file is missing, damaged, or another model's.
+    Raises UserError when the file is missing, damaged, or of another model.
     """
     path = os.path.join(folder, "optimizer.safetensors")
     try:
@@ -117,12 +131,12 @@ def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer) ->
     parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for i, (p, group) in enumerate(parameters if tensors else ()):
         packed[i] = {}
-        for key in MUON if "ns_steps" in group else ADAMW:
+        for key in MUON if "ns_steps" in group else ADAMW:  # Muon's groups have ns_steps
             name = f"{names[p]}/{key}"
             tensor, shape = tensors.pop(name, None), () if key == "step" else p.shape
             if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is missing or does not fit the model; it is another run's")
-            # a copy, because the optimizer keeps what it is given, and this is the mapped file
+            # a copy: the optimizer keeps the tensor, and this one is a part of the mapped file
             packed[i][key] = distribute(tensor, p) if tensor.dim() else tensor.clone()
     if tensors:
         raise UserError(f"{path}: {next(iter(tensors))} does not fit the model; it is another run's")

@@ -1,18 +1,21 @@
 """What a run is going to be, worked out and checked before anything is loaded: model, batch, cost.
 
-`make_plan` finds everything that is wrong and says it at once; `describe` is what --dry_run prints.
+`make_plan` finds everything that is wrong and says it at once; `plan_text` is what --dry_run prints.
 """
 
 import dataclasses
 import os
 from dataclasses import dataclass, field
 
+import torch
+
 from inheritune.base.errors import UserError, raise_all
-from inheritune.data.reader import GPT2, Tokens, check_tokenizer, identity, read_meta
-from inheritune.data.tokenizer import TOKENIZER_FILE
-from inheritune.training.cost import PEAKS, flops_per_token, training_memory
+from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
+from inheritune.training.cost import flops_per_token, training_memory
+from inheritune.training.device import PEAKS, is_compiled
 from inheritune.training.logs import read_rows
-from inheritune.training.settings import HARMLESS, TrainSettings
+from inheritune.training.schedule import decay_end, learning_rate
+from inheritune.training.settings import HARMLESS, SCHEDULE, TrainSettings
 from inheritune.weights import checkpoint
 from model import ARCHITECTURE, GPTConfig, pad_vocab
 
@@ -34,58 +37,180 @@ class Plan:
     teacher: GPTConfig | None = None
     resume_from: str | None = None  # the checkpoint folder that this run continues
     damaged: list[str] = field(default_factory=list)  # newer ones that cannot be continued
-    tokenizer: dict = field(default_factory=lambda: GPT2)  # of the data: name, n_vocab, eot
-    data: str | None = None  # identity of its tokens, where known
+    data: str | None = None  # which tokens these are: the same string for the same tokens
     train_tokens: int | None = None  # in this run's part of the corpus; None when the data is not prepared
+    n_vocab: int = 0  # ids of the data's tokenizer
     sequences: int = 0  # per optimizer step, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank
     accumulation: int = 0  # forward passes per step on each rank
     warning: str = ""  # of what is allowed, but hardly meant
 
 
-def make_plan(settings: TrainSettings, given: frozenset[str], world: int) -> Plan:
+def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> Plan:
     """Check a run's settings against each other, its data and the model it starts from.
 
-    given: the keys set explicitly; world: number of ranks. Raises one UserError with every problem found. A
-    dry run may lack its data.
+    explicit: the keys that the user has set
+    world: number of ranks
+
+    Raises one UserError with every problem found. A dry run may lack its data.
     """
-    plan, problems = Plan(world), []
-    steps = plan_resume, plan_data, check_settings, plan_model, check_teacher, plan_batch
-    for step in steps:
+    plan, problems = Plan(world, warning=warn_of_warmup(settings)), check_settings(settings)
+
+    def attempt(work, *arguments):
+        """What work(*arguments) returns. A UserError joins the other problems, and the planning goes on."""
         try:
-            for problem in step(plan, settings, given):
-                problems.append(problem)
-        except UserError as e:  # the step ends here, planning goes on
+            return work(*arguments)
+        except UserError as e:
             problems.append(str(e))
+
+    # what the run folder and the data folder hold
+    if not settings.dry_run:
+        plan.resume_from, plan.damaged = attempt(find_resumable, settings) or (None, [])
+    tokenizer = None  # of the data; data that is not prepared is taken to fit the models
+    if os.path.isdir(settings.dataset) or not settings.dry_run:
+        tokenizer, plan.data, plan.train_tokens = attempt(read_data, settings) or (None, None, None)
+    if plan.resume_from:
+        problems += check_same_run(settings, plan)
+
+    # the model, and its teacher
+    if settings.teacher:
+        plan.teacher = attempt(source_config, settings.teacher)
+    if plan.resume_from:
+        saved = attempt(GPTConfig.from_folder, plan.resume_from)
+        plan.config = saved and dataclasses.replace(saved, dropout=settings.dropout)
+    elif is_from_settings(settings, explicit):
+        plan.config = new_config(settings, tokenizer or tokenizer_of(plan.teacher or GPTConfig()))
+    elif source := attempt(source_config, settings.init_from):
+        wrong = check_inherited(settings, explicit, source)
+        problems += wrong
+        plan.config = None if wrong else inherited_config(settings, explicit, source, tokenizer)
+        if tokenizer:
+            attempt(check_tokenizer, settings.dataset, config_folder(settings.init_from), source)
+    if plan.teacher and plan.config:
+        attempt(check_teacher, settings, plan)
+
+    # the batch
+    if plan.config:
+        tokens, block_size = plan.train_tokens, plan.config.block_size
+        plan.n_vocab = (tokenizer or tokenizer_of(plan.config))["n_vocab"]
+        if tokens is not None and tokens <= block_size:
+            part = f"this run's part of {settings.dataset} has {tokens:,} tokens"
+            problems.append(f"{part}, fewer than block_size + 1")
+        split = attempt(split_batch, settings.batch_tokens, block_size, settings.batch_size, world)
+        plan.sequences, plan.micro_batch, plan.accumulation = split or (0, 0, 0)
     raise_all(problems)
     return plan
 
 
-def plan_resume(plan, settings, given):
-    """Fill in resume_from, the newest whole checkpoint of out_dir, and the damaged ones after it."""
-    out = settings.out_dir
-    steps = checkpoint.list_steps(out)
-    if settings.dry_run:
-        return
+# What can be wrong
+
+
+def check_settings(settings: TrainSettings) -> list[str]:
+    """What is wrong with settings, whatever model and data they meet."""
+    s, problems = settings, []
+    if s.data_start >= s.data_end:
+        problems.append(f"data_start {s.data_start} is not below data_end {s.data_end}")
+    if s.min_lr > s.learning_rate:
+        problems.append(f"min_lr {s.min_lr:g} is above learning_rate {s.learning_rate:g}: set both")
+    if s.cooldown_iters is not None and s.schedule != "wsd":
+        problems.append(f"cooldown_iters is of schedule=wsd, not {s.schedule}: leave one of them out")
+    if s.shard and s.optimizer == "muon":
+        problems.append("optimizer=muon needs whole matrices and shard=True cuts them: choose one of the two")
+    if s.init_from == "scratch" and s.inherit_layers is not None:
+        problems.append("inherit_layers needs a model to inherit from: set init_from")
+    if s.init_from == "scratch" and s.n_embd % s.n_head:
+        problems.append(f"n_embd {s.n_embd} is not a multiple of n_head {s.n_head}")
+    return problems
+
+
+def check_same_run(settings: TrainSettings, plan: Plan) -> list[str]:
+    """What forbids to continue the run that saved plan.resume_from.
+
+    A run that is continued must end as if it had never been interrupted. So all settings must be the same,
+    except for HARMLESS ones. Those of the SCHEDULE may change if all steps so far keep their rates: a run
+    with schedule=wsd can be made longer, or decayed earlier, until its decay begins.
+    """
+    saved = checkpoint.read_state(plan.resume_from)
+    defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
+    before = TrainSettings(**{key: saved["settings"].get(key, value) for key, value in defaults.items()})
+    differ = [key for key in defaults if getattr(before, key) != getattr(settings, key)]
+    changed = [key for key in differ if key not in HARMLESS | SCHEDULE]
+    if not same_rates(before, settings, saved["step"]):
+        changed += [key for key in differ if key in SCHEDULE]
+        if "max_iters" in differ and settings.lr_decay_iters is None:  # the decay would end elsewhere
+            changed.append("max_iters")
+    problems, cure = [], "restore them, or use another out_dir"
+    if changed:
+        pairs = [f"{key} was {getattr(before, key)!r}, is {getattr(settings, key)!r}" for key in changed]
+        other = f"cannot continue {settings.out_dir} with other settings ({'; '.join(pairs)})"
+        problems.append(f"{other}: {cure}")
+    if plan.data and saved.get("data") not in (None, plan.data):
+        other = f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on"
+        problems.append(f"{other}: {cure}")
+    return problems
+
+
+def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
+    """Whether the learning rates of the first `steps` steps are the same."""
+    steps = min(steps, decay_end(before) + decay_end(after))  # constant from there on
+    return all(learning_rate(step, before) == learning_rate(step, after) for step in range(steps))
+
+
+def check_inherited(settings: TrainSettings, explicit: frozenset, source: GPTConfig) -> list[str]:
+    """What forbids to start from a model with the config `source`. Only depth and context may differ."""
+    name, n_layer = settings.init_from, settings.inherit_layers or source.n_layer
+    problems = []
+    if n_layer > source.n_layer:
+        problems.append(f"inherit_layers {n_layer} is more than the {source.n_layer} blocks of {name}")
+    if "block_size" in explicit and settings.block_size > source.block_size:
+        problems.append(
+            f"block_size {settings.block_size} is above the {source.block_size} positions of {name}"
+        )
+    has = dataclasses.asdict(source) | {"n_layer": n_layer}
+    for key in ARCHITECTURE:
+        asked = getattr(settings, key)
+        if key in explicit and key != "block_size" and asked != has[key]:
+            problems.append(
+                f"{key} {asked} was asked for, but the model from {name} has {has[key]}: leave it out"
+            )
+    return problems
+
+
+def check_teacher(settings: TrainSettings, plan: Plan) -> None:
+    """Raise UserError unless the teacher reads the student's windows and has the data's tokenizer."""
+    name, theirs, ours = settings.teacher, plan.teacher.block_size, plan.config.block_size
+    if theirs < ours:
+        raise UserError(f"teacher {name} reads {theirs} tokens, the student {ours}: too short")
+    if plan.data:
+        check_tokenizer(settings.dataset, config_folder(name), plan.teacher)
+
+
+def warn_of_warmup(settings: TrainSettings) -> str:
+    """A warning if warm-up leaves no step for the decay, else ""."""
+    steps = min(decay_end(settings), settings.max_iters)
+    if settings.warmup_iters < steps:
+        return ""
+    took = f"warm-up takes {settings.warmup_iters:,} steps of {steps:,}"
+    return f"warning: {took}, so there is no decay: lower warmup_iters"
+
+
+# What is found
+
+
+def find_resumable(settings: TrainSettings) -> tuple[str | None, list[str]]:
+    """(the newest whole checkpoint of out_dir, the damaged ones after it); (None, []) for a fresh run.
+
+    Raises UserError when out_dir holds what `resume` does not allow.
+    """
+    out, steps = settings.out_dir, checkpoint.list_steps(settings.out_dir)
     if os.path.exists(os.path.join(out, "config.json")):
-        yield f"{out} is a checkpoint, not a run folder: choose another --out_dir"
-    elif settings.resume == "never" and (steps or read_rows(os.path.join(out, "log.csv"))):
-        yield f"{out} already holds a run: continue it with --resume=auto, or choose another --out_dir"
-    elif settings.resume == "must" and not steps:
-        yield f"{out} holds no checkpoint to continue (--resume=must); --resume=auto would start afresh"
-    elif steps:
-        plan.resume_from, plan.damaged = newest_whole(out, steps)
-        now = comparable(dataclasses.asdict(settings))
-        defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
-        before = comparable(defaults | checkpoint.read_state(plan.resume_from)["settings"])
-        changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
-        if changed:
-            cure = "Restore them, or use another out_dir"
-            yield f"cannot continue {out} with other settings: {'; '.join(changed)}. {cure}"
-
-
-def newest_whole(out, steps):
-    """(the newest checkpoint folder that a run can continue from, the damaged ones after it)."""
+        raise UserError(f"{out} is a checkpoint, not a run folder: choose another --out_dir")
+    if settings.resume == "never" and (steps or read_rows(os.path.join(out, "log.csv"))):
+        cure = "continue it with --resume=auto, or choose another --out_dir"
+        raise UserError(f"{out} already holds a run: {cure}")
+    if settings.resume == "must" and not steps:
+        cure = "--resume=auto would start afresh"
+        raise UserError(f"{out} holds no checkpoint to continue (--resume=must); {cure}")
     damaged = {}  # folder: why
     for step in reversed(steps):
         folder = os.path.join(out, step)
@@ -94,28 +219,17 @@ def newest_whole(out, steps):
             return folder, list(damaged)
         except UserError as e:
             damaged[folder] = str(e)
-    why = next(iter(damaged.values()))
-    raise UserError(f"{out} holds no whole checkpoint to continue ({why}): restore one, or delete {out}")
+    if damaged:
+        why = next(iter(damaged.values()))
+        raise UserError(f"{out} holds no whole checkpoint to continue ({why}): restore one, or delete {out}")
+    return None, []
 
 
-def comparable(settings: dict) -> dict:
-    """The settings that a continued run must share, with the end of the schedule spelled out."""
-    kept = {k: v for k, v in settings.items() if k not in HARMLESS}
-    if kept.get("lr_decay_iters") is None:
-        kept["lr_decay_iters"] = settings.get("max_iters")
-    return kept
-
-
-def plan_data(plan, settings, given):
-    """Fill in tokenizer, data and train_tokens."""
-    if os.path.isdir(settings.dataset) or not settings.dry_run:
-        plan.tokenizer = read_meta(settings.dataset)["tokenizer"]
-        plan.data = identity(settings.dataset)
-        plan.train_tokens = part_tokens(settings)
-    before = plan.resume_from and checkpoint.read_state(plan.resume_from).get("data")
-    if before and plan.data and before != plan.data:
-        cure = "restore them, or use another out_dir"
-        yield f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on: {cure}"
+def read_data(settings: TrainSettings) -> tuple[dict, str, int]:
+    """(a GPTConfig's fields on the tokenizer, which tokens these are, how many this run has) of the data."""
+    theirs = read_meta(settings.dataset)["tokenizer"]
+    tokenizer = {"tokenizer": theirs["name"], "n_vocab": theirs["n_vocab"], "eot": theirs["eot"]}
+    return tokenizer, identity(settings.dataset) or os.path.abspath(settings.dataset), part_tokens(settings)
 
 
 def part_tokens(settings: TrainSettings) -> int | None:
@@ -126,122 +240,55 @@ def part_tokens(settings: TrainSettings) -> int | None:
     return int(length * settings.data_end) - int(length * settings.data_start)
 
 
-def check_settings(plan, settings, given):
-    if settings.data_start >= settings.data_end:
-        yield f"data_start {settings.data_start} is not below data_end {settings.data_end}"
-    if settings.min_lr > settings.learning_rate:
-        yield f"min_lr {settings.min_lr:g} is above learning_rate {settings.learning_rate:g}: set both"
-    if settings.shard and settings.optimizer == "muon":
-        yield "optimizer=muon needs whole matrices and shard=True cuts them: choose one of the two"
-    end = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
-    if settings.warmup_iters >= min(end, settings.max_iters):
-        took = f"warm-up takes {settings.warmup_iters:,} steps of {min(end, settings.max_iters):,}"
-        plan.warning = f"warning: {took}, so there is no decay: lower warmup_iters"
+def is_from_settings(settings: TrainSettings, explicit: frozenset) -> bool:
+    """Whether the settings describe the model: from scratch, or in a dry run of what is not there yet."""
+    name = settings.init_from
+    missing = not (os.path.isdir(name) or name in RELEASED)
+    return name == "scratch" or (settings.dry_run and missing and {"n_head", "n_embd"} <= explicit)
 
 
-def plan_model(plan, settings, given):
-    """Fill in config: that of the checkpoint to resume, of the settings, or of the model to start from."""
-    # a dry run takes the architecture from the settings when the model to start from is not there
-    name, scratch = settings.init_from, settings.init_from == "scratch"
-    there = os.path.isdir(name) or name in RELEASED
-    assumed = settings.dry_run and not there and {"n_head", "n_embd"} <= given
-    if plan.resume_from:
-        plan.config = dataclasses.replace(GPTConfig.from_folder(plan.resume_from), dropout=settings.dropout)
-    elif name == "resume":
-        yield "init_from = resume is nanoGPT's: write resume = auto; the run in out_dir is continued"
-    elif scratch or assumed:
-        if settings.n_embd % settings.n_head:
-            yield f"n_embd {settings.n_embd} is not a multiple of n_head {settings.n_head}"
-        if scratch and settings.inherit_layers is not None:
-            yield "inherit_layers needs a model to inherit from: set init_from"
-        sizes = {key: getattr(settings, key) for key in (*ARCHITECTURE, "dropout")}
-        if assumed and settings.inherit_layers:
-            sizes["n_layer"] = settings.inherit_layers
-        if settings.teacher:
-            assume_tokenizer(plan, source_config(settings.teacher))
-        rows = pad_vocab(plan.tokenizer["n_vocab"])
-        plan.config = GPTConfig(**sizes, vocab_size=rows, **of_tokenizer(plan.tokenizer))
-    else:
-        yield from plan_inherited(plan, settings, given, source_config(name))
+def new_config(settings: TrainSettings, tokenizer: dict) -> GPTConfig:
+    """The config of the model that the settings describe."""
+    sizes = {key: getattr(settings, key) for key in (*ARCHITECTURE, "dropout")}
+    sizes["n_layer"] = settings.inherit_layers or settings.n_layer
+    return GPTConfig(**sizes, vocab_size=pad_vocab(tokenizer["n_vocab"]), **tokenizer)
 
 
-def of_tokenizer(tokenizer):
-    """What a GPTConfig says of the tokenizer in a data folder's meta.json."""
-    return {"tokenizer": tokenizer["name"], "n_vocab": tokenizer["n_vocab"], "eot": tokenizer["eot"]}
+def config_folder(name: str) -> str:
+    """The folder with the configuration and the tokenizer of a model to start from.
+
+    Weights are not fetched. Nothing at all is fetched of a released GPT-2, which is known: its name will do.
+    """
+    released = name in RELEASED and not os.path.isdir(name)
+    return name if released else checkpoint.find(name, weights=False)
 
 
-def assume_tokenizer(plan, source):
-    """For a dry run before the data is there: take it to be tokenised as the model `source` needs it."""
-    if plan.train_tokens is None and source.tokenizer:
-        plan.tokenizer = {"name": source.tokenizer, "n_vocab": source.n_vocab, "eot": source.eot}
-
-
-def source_config(init_from: str) -> GPTConfig:
+def source_config(name: str) -> GPTConfig:
     """The GPTConfig of a model to start from, before its weights are fetched."""
-    if init_from in RELEASED and not os.path.isdir(init_from):
-        n_layer, n_head, n_embd = RELEASED[init_from]
+    if name == "resume":
+        raise UserError(
+            "init_from = resume is nanoGPT's: write resume = auto; the run in out_dir is continued"
+        )
+    folder = config_folder(name)
+    if folder in RELEASED:
+        n_layer, n_head, n_embd = RELEASED[name]
         return GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    return GPTConfig.from_folder(checkpoint.find(init_from, weights=False))
+    return GPTConfig.from_folder(folder)
 
 
-def plan_inherited(plan, settings, given, source):
-    """Fill in the config of a model that starts from a checkpoint with the config `source`: only depth, a
-    shorter context and dropout may differ."""
-    assume_tokenizer(plan, source)
-    prepared = plan.train_tokens is not None
-    name, theirs = settings.init_from, plan.tokenizer
+def inherited_config(settings, explicit, source: GPTConfig, tokenizer: dict | None) -> GPTConfig:
+    """The config of a model that starts from one of the config `source`."""
     changes = {"n_layer": settings.inherit_layers or source.n_layer, "dropout": settings.dropout}
-    if changes["n_layer"] > source.n_layer:
-        yield f"inherit_layers {changes['n_layer']} is more than the {source.n_layer} blocks of {name}"
-    for key in ARCHITECTURE:
-        asked, has = getattr(settings, key), changes.get(key, getattr(source, key))
-        if key in given and asked != has and key != "block_size":
-            yield f"{key} {asked} was asked for, but the model from {name} has {has}: leave it out"
-    if "block_size" in given:
+    if "block_size" in explicit:
         changes["block_size"] = settings.block_size
-        if settings.block_size > source.block_size:
-            yield f"block_size {settings.block_size} is above the {source.block_size} positions of {name}"
-
-    # a model that does not say what tokenizer it was trained with takes the data's
-    if source.tokenizer not in ("", theirs["name"]):
-        yield (
-            f"{settings.dataset} was tokenised with {theirs['name']!r}, but {name} was trained with "
-            f"{source.tokenizer!r}: prepare the data with that one"
-        )
-    elif theirs["n_vocab"] > source.vocab_size:
-        yield f"{settings.dataset} has {theirs['n_vocab']} ids, {name} only {source.vocab_size}"
-    elif source.tokenizer == TOKENIZER_FILE and prepared:
-        check_tokenizer(settings.dataset, checkpoint.find(name, weights=False), source)
-    elif not source.tokenizer:
-        changes |= of_tokenizer(theirs)
-    plan.config = dataclasses.replace(source, **changes)
+    if not source.tokenizer and tokenizer:  # a model that names no tokenizer is taken to have the data's
+        changes |= tokenizer
+    return dataclasses.replace(source, **changes)
 
 
-def check_teacher(plan, settings, given):
-    """Fill in teacher. Its vocabulary may be padded, as that of a model to start from."""
-    if not settings.teacher or not plan.config:
-        return
-    name, theirs, block_size = settings.teacher, plan.tokenizer, plan.config.block_size
-    teacher = source_config(name)
-    if teacher.tokenizer not in ("", theirs["name"]) or theirs["n_vocab"] > teacher.vocab_size:
-        yield (
-            f"teacher {name} has the {teacher.n_vocab} ids of {teacher.tokenizer!r}, the student the "
-            f"{theirs['n_vocab']} of {theirs['name']!r}: they must be the same vocabulary"
-        )
-    elif teacher.block_size < block_size:
-        yield f"teacher {name} reads {teacher.block_size} tokens, the student {block_size}: too short"
-    plan.teacher = teacher
-
-
-def plan_batch(plan, settings, given):
-    """Fill in sequences, micro_batch and accumulation."""
-    if not plan.config:
-        return
-    T, tokens = plan.config.block_size, plan.train_tokens
-    if tokens is not None and tokens <= T:
-        yield f"this run's part of {settings.dataset} has {tokens:,} tokens, fewer than block_size + 1"
-    split = split_batch(settings.batch_tokens, T, settings.batch_size, plan.world)
-    plan.sequences, plan.micro_batch, plan.accumulation = split
+def tokenizer_of(config: GPTConfig) -> dict:
+    """The fields of a GPTConfig that say what its tokenizer is."""
+    return {key: getattr(config, key) for key in ("tokenizer", "n_vocab", "eot")}
 
 
 def split_batch(batch_tokens: int, block_size: int, batch_size: int, world: int) -> tuple[int, int, int]:
@@ -263,13 +310,16 @@ def split_batch(batch_tokens: int, block_size: int, batch_size: int, world: int)
     return per_rank * world, micro, per_rank // micro
 
 
-def describe(plan: Plan, settings: TrainSettings) -> str:
-    """The text of --dry_run."""
+# What --dry_run prints
+
+
+def plan_text(plan: Plan, settings: TrainSettings) -> str:
+    """The plan, its cost, and the time it takes on the GPUs that we know."""
     c, s = plan.config, settings
     total_tokens = s.max_iters * s.batch_tokens
     flops = flops_per_token(c, plan.teacher) * total_tokens
     blocks = f", its first {s.inherit_layers} blocks" if s.inherit_layers else ""
-    data = f"not prepared: {plan.tokenizer['n_vocab']:,} ids are assumed"
+    data = f"not prepared: {c.n_vocab:,} ids are assumed"
     if plan.train_tokens is not None:
         data = f"{plan.train_tokens:,} tokens, {total_tokens / plan.train_tokens:.2f} epochs"
     lines = [
@@ -284,11 +334,11 @@ def describe(plan: Plan, settings: TrainSettings) -> str:
         f"compute      {flops:.3g} FLOPs{', the teacher among them' if plan.teacher else ''}",
     ]
     lines += [plan.warning] if plan.warning else []
-    return "\n".join(lines + describe_cost(plan, settings, flops))
+    return "\n".join(lines + cost_lines(plan, settings, flops))
 
 
-def describe_cost(plan, settings, flops):
-    """Lines on memory, on one GPU and in shards, and on the time that each kind of GPU takes."""
+def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
+    """Memory on one GPU and in shards, and the time that each kind of GPU takes, line by line."""
     world = plan.world if plan.world > 1 else 8
     terms = [run_memory(plan, settings, shards) for shards in (1, world)]
     whole, shared = (sum(t.values()) / 1e9 for t in terms)
@@ -302,33 +352,31 @@ def describe_cost(plan, settings, flops):
     ]
     for name, (peak, gigabytes) in PEAKS.items():
         seconds, room = flops / (peak * 1e12 * ASSUMED_MFU), 0.9 * gigabytes
-        cure = (
-            "shard=True, or lower batch_size" if shared < room and not settings.shard else "lower batch_size"
-        )
+        shard = "shard=True, or " if shared < room and not settings.shard else ""
         fits = (shared if settings.shard else whole) < room
-        note = "" if fits else f"   does not fit {gigabytes} GB: {cure}"
+        note = "" if fits else f"   does not fit {gigabytes} GB: {shard}lower batch_size"
         lines.append(f"  {name:22} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{note}")
     return lines
 
 
 def run_memory(plan: Plan, settings: TrainSettings, shards: int) -> dict[str, float]:
     """cost.training_memory of a planned run; on a GPU unless the settings say otherwise."""
-    s, cpu = settings, settings.device == "cpu"
+    s, device = settings, torch.device("cpu" if settings.device == "cpu" else "cuda")
     return training_memory(
         plan.config,
         plan.micro_batch,
         plan.accumulation,
-        half=not (s.dtype == "float32" or (s.dtype == "auto" and cpu)),
+        half=not (s.dtype == "float32" or (s.dtype == "auto" and device.type == "cpu")),
         shards=shards,
         checkpoint_activations=s.checkpoint_activations,
-        compiled=not cpu if s.compile is None else s.compile,
+        compiled=is_compiled(s.compile, device),
         teacher=plan.teacher,
         ranks=plan.world if shards == 1 else 1,
     )
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the largest unit that leaves a number of at least 1."""
+    """Seconds in the largest unit that leaves a number of at least 1: `5400` → `1.5 hours`."""
     units = {"days": 86400, "hours": 3600, "minutes": 60}
     unit = next((unit for unit, size in units.items() if seconds >= size), "s")
     return f"{seconds / units.get(unit, 1):.1f} {unit}"

@@ -8,23 +8,32 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+_heading = ""  # of the settings that follow
+
+
+def heading(text: str) -> None:
+    """Begin a group of settings: --help shows those that follow under this heading."""
+    global _heading
+    _heading = text
+
 
 def setting(default, help, low=None, high=None):
-    """A dataclass field with its line of help and, for a number, its range, both ends included."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+    """A dataclass field with its line of help and, for a number, its range (both ends are allowed)."""
+    metadata = {"help": help, "low": low, "high": high, "heading": _heading}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class TrainSettings:
-    """What one run of train.py does. `sec.` and `app.` are the paper's."""
+    """What one run of train.py does. `sec.` and `app.` refer to the paper."""
 
-    # paths
+    heading("paths")
     out_dir: str = setting("out", "run folder: checkpoints, log.csv, timing.csv")
     dataset: str = setting("data/openwebtext", "data folder with train and val bins")
     data_start: float = setting(0.0, "fraction of the training stream where this run's part begins", 0.0, 1.0)
     data_end: float = setting(1.0, "fraction of the training stream where this run's part ends", 0.0, 1.0)
 
-    # model
+    heading("model")
     init_from: str = setting("scratch", "scratch, or what to start from: checkpoint, run folder or hub id")
     inherit_layers: int | None = setting(None, "take only the first this many blocks of init_from", 1)
     n_layer: int = setting(12, "transformer blocks", 1, 1000)  # the three sizes: sec. 3, Small
@@ -36,27 +45,23 @@ class TrainSettings:
     # the released model.py has it on; v2 of the paper names it, v4 does not
     scale_attn_by_inverse_layer_idx: bool = setting(False, "divide attention logits by (block number + 1)")
 
-    # batch and length
+    heading("batch and length")
     # the paper does not state Small's batch: half a million tokens, as GPT-3 small
     batch_tokens: int = setting(491_520, "tokens per optimizer step, whatever the number of ranks", 1)
     batch_size: int = setting(12, "upper limit of sequences per micro-batch on one rank", 1)
     max_iters: int = setting(100_000, "optimizer steps", 1)  # sec. 3: T = 100K everywhere
     stop_at_val_loss: float | None = setting(None, "stop once validation loss (nats/token) reaches this")
 
-    # distillation
+    heading("distillation")
     teacher: str = setting("", "checkpoint, run folder or hub id to distil from (default: none)")
     # app. D, and T from v2
     kd_alpha: float = setting(0.6, "loss = kd_alpha CE + (1 - kd_alpha) T^2 KL(teacher to student)", 0.0, 1.0)
     kd_temperature: float = setting(1.0, "T, by which both sides' logits are divided in KL", 0.01)
 
-    # optimisation
+    heading("optimizer")
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon: for the blocks' matrices; AdamW for the rest"
+        "adamw", "muon: for the blocks' matrices, and AdamW for the rest"
     )
-    learning_rate: float = setting(6e-4, "peak learning rate", 0.0)  # not stated for Small: GPT-3 small's
-    min_lr: float = setting(1e-5, "learning rate from lr_decay_iters on", 0.0)  # sec. 3
-    warmup_iters: int = setting(2000, "steps of linear warm-up", 0)  # sec. 3
-    lr_decay_iters: int | None = setting(None, "step where the cosine reaches min_lr (default: max_iters)", 0)
     # sec. 3: on linear layers only
     weight_decay: float = setting(0.1, "decay of the blocks' matrices; embeddings and norms have none", 0.0)
     beta1: float = setting(0.9, "AdamW beta1", 0.0, 0.9999999)  # sec. 3
@@ -64,7 +69,24 @@ class TrainSettings:
     # sec. 3; the released scripts clip the sum over micro-batches, we clip the mean
     grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0 does not clip", 0.0)
 
-    # evaluation and checkpoints
+    heading("learning rate")
+    learning_rate: float = setting(6e-4, "peak learning rate", 0.0)  # not stated for Small: GPT-3 small's
+    min_lr: float = setting(1e-5, "learning rate at the end of the decay, and after it", 0.0)  # sec. 3
+    warmup_iters: int = setting(2000, "steps of linear warm-up", 0)  # sec. 3
+    # sec. 3
+    schedule: Literal["cosine", "linear", "wsd"] = setting(
+        "cosine", "from the peak to min_lr; wsd: stay at the peak, then linear over cooldown_iters"
+    )
+    lr_decay_iters: int | None = setting(None, "step where the decay ends (default: max_iters)", 0)
+    cooldown_iters: int | None = setting(None, "steps of wsd's decay (default: a fifth of lr_decay_iters)", 1)
+    layer_lr_decay: float = setting(
+        1.0,
+        "each block's rate is that of the block above times this; embeddings come below block 0",
+        0.0,
+        1.0,
+    )
+
+    heading("evaluation and checkpoints")
     eval_interval: int = setting(1000, "steps between validations", 1)  # the released logs
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
@@ -75,7 +97,7 @@ class TrainSettings:
         "never", "if out_dir holds a run: never: refuse; auto: continue it; must: that, and fail without one"
     )
 
-    # machine
+    heading("machine")
     seed: int = setting(1337, "seeds the initialisation, the data order and dropout", 0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     # sec. 3: bf16
@@ -85,9 +107,9 @@ class TrainSettings:
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
     checkpoint_activations: Literal["none", "cheap", "full"] = setting(
-        "none", "compute again for backward: cheap: norms and GELU; full: all but each block's input"
+        "none", "recompute in the backward pass: cheap: norms and GELU; full: all but each block's input"
     )
-    shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and moments")
+    shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and optimizer state")
     threads: int | None = setting(None, "CPU threads (default: torch's choice); bits depend on it", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
 
@@ -96,6 +118,7 @@ class TrainSettings:
 class GrowSettings:
     """What grow.py does around train.py: the Inheritune recipe (paper, Algorithm 1)."""
 
+    heading("growth")
     reference: str = setting("", "checkpoint, run folder or hub id (default: out_dir/reference)")
     reference_config: str = setting("", "train.py config of the reference, trained if need be")
     k_start: int | None = setting(
@@ -115,6 +138,7 @@ class GrowSettings:
 class ReplicateSettings:
     """What replicate.py does around train.py: arms × seeds, compared (experiments/arms.py lists the arms)."""
 
+    heading("comparison")
     results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
     reference: str = setting("", "checkpoint, run folder or hub id (default: one for each seed)")
     reference_config: str = setting("", "train.py config that trains each seed's reference")
@@ -129,11 +153,17 @@ class ReplicateSettings:
     report: bool = setting(False, "train nothing: table and figures from what results and out_dir hold")
 
 
-# Where and how a run is made, not what comes out: not part of an arm's identity (replicate.py).
+# Where and how a run is made, not what comes out of it: no part of an arm's identity (replicate.py).
 MACHINE = frozenset(
     {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "device"}
     | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}
 )
 
-# What may change when a run is resumed: it alters neither the mathematics nor the meaning of the log's rows.
-HARMLESS = MACHINE | {"stop_at_val_loss", "max_iters", "eval_interval"}
+# What may change when a run is resumed: neither the mathematics nor the meaning of a log's row depends on it.
+# (Of data the tokens are compared, not the path.)
+HARMLESS = MACHINE | {"stop_at_val_loss", "max_iters", "eval_interval", "dataset"}
+
+# What decides the learning rate of each step. It may change for the steps to come (planning.check_same_run).
+SCHEDULE = frozenset(
+    {"learning_rate", "min_lr", "warmup_iters", "schedule", "lr_decay_iters", "cooldown_iters"}
+)

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from inheritune.base.files import read_json
-from inheritune.training import build_run
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import pad_head, to_device, total_nats
 from tests.tiny import arguments, column, tiny_model, write_checkpoint
@@ -49,31 +48,17 @@ def rank_of(rank, world):
     return ranks
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_ranks_without_work_repeat_the_last_group_only_with_shards(sharded):
-    seen, asked = [], []
+def test_ranks_without_work_repeat_the_last_group_which_counts_once():
+    """Forward passes and stop() may be collectives: every rank makes as many of them."""
+    seen, asked, nats = [], [], []
     for rank in range(3):
         model, questions = Model(), []
-        total_nats(
-            model,
-            Groups(),
-            rank_of(rank, 3),
-            CPU,
-            torch.float32,
-            stop=lambda q=questions: q.append(1) and False,
-            sharded=sharded,
-        )
+        stop = lambda q=questions: q.append(1) and False  # noqa: E731
+        nats.append(total_nats(model, Groups(), rank_of(rank, 3), CPU, torch.float32, stop=stop))
         seen.append(model.seen)
         asked.append(len(questions))
-    assert seen == ([[0, 3], [1, 3], [2, 3]] if sharded else [[0, 3], [1], [2]])
-    assert asked == [2, 2, 2], "stop() may be a collective: it is asked equally often everywhere"
-
-
-def test_repeated_groups_do_not_count():
-    parts = [
-        total_nats(Model(), Groups(), rank_of(rank, 3), CPU, torch.float32, sharded=True) for rank in range(3)
-    ]
-    assert sum(parts) == 2 * (0 + 1 + 2 + 3)
+    assert seen == [[0, 3], [1, 3], [2, 3]] and asked == [2, 2, 2]
+    assert sum(nats) == 2 * (0 + 1 + 2 + 3)
 
 
 def test_it_ends_between_groups_when_asked():
@@ -101,7 +86,7 @@ def test_a_padded_head_multiplies_64s_and_gives_what_the_plain_one_does(half):
     """Logits, loss, gradients (of 257 rows, like the weight) and generated ids."""
     plain = tiny_model(vocab_size=257)
     padded = copy.deepcopy(plain)
-    pad_head(padded)
+    pad_head(padded, CPU, compiled=True)
     idx, targets = torch.randint(257, (2, 2, 8)).unbind(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         torch.testing.assert_close(padded(idx), plain(idx))
@@ -119,27 +104,24 @@ def test_a_padded_head_multiplies_64s_and_gives_what_the_plain_one_does(half):
     assert torch.equal(one, two)
 
 
-def test_only_odd_vocabularies_are_padded():
-    model = tiny_model(vocab_size=320)
-    pad_head(model)
-    assert type(model.lm_head) is torch.nn.Linear
+def test_only_odd_vocabularies_are_padded_where_it_pays():
+    for rows, device, compiled in ((320, "cuda", True), (257, "cpu", False)):
+        model = tiny_model(vocab_size=rows)
+        pad_head(model, torch.device(device), compiled)
+        assert type(model.lm_head) is torch.nn.Linear
 
 
 def test_a_run_goes_on_padded_or_not_and_writes_the_rows_it_was_given(data, tmp_path, monkeypatch):
     """A run that is compiled (in name: it pads) for four steps, plain for four, compiled again, is the plain
     one."""
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    padded = []
-    monkeypatch.setattr(build_run, "pad_head", lambda model: padded.append(pad_head(model)))
     write_checkpoint(tmp_path / "odd", vocab_size=257, bias=False)  # keys' biases have gradients of noise
     how = {"init_from": tmp_path / "odd", "inherit_layers": 2, "lr_decay_iters": 12, "keep_last": 9}
     how |= dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
     train.main(arguments(data, tmp_path / "plain", **how))
-    assert not padded
     for steps, compiled in ((4, True), (8, False), (12, True)):
         part = {"max_iters": steps, "compile": compiled, "resume": "auto"}
         train.main(arguments(data, tmp_path / "mixed", **how | part))
-    assert len(padded) == 2
     for name in ("loss", "grad_norm", "val_loss"):
         a, b = (column(tmp_path / run, name) for run in ("plain", "mixed"))
         np.testing.assert_allclose(b, a, rtol=1e-5)

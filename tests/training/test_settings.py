@@ -222,6 +222,7 @@ def test_every_setting_says_what_it_is(capsys):
     for field in dataclasses.fields(TrainSettings):
         assert f"--{field.name}" in text
         assert field.metadata["help"].split()[0] in text
+        assert f"\n{field.metadata['heading']}:\n" in text
     assert {f.name for f in dataclasses.fields(TrainSettings)} >= HARMLESS
 
 
