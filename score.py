@@ -4,44 +4,33 @@
     torchrun --nproc_per_node=8 score.py --ckpt out/ --data data/openwebtext
     python score.py --ckpt out/ --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai --out scores.json
 
-The split is cut into windows of block_size inputs that do not overlap, the last one shorter, so that every
-token but the very first is predicted exactly once, from the inputs that its window has up to there. Nothing
-is drawn at random, and the sum does not depend on how many processes share the work.
+The split is cut into windows of block_size inputs that do not overlap; the last one is shorter. So every
+token but the very first is predicted exactly once, from the inputs that stand before it in its window.
+Nothing is drawn at random, and the sum does not depend on how many processes share the work.
 """
 
+import json
 import math
 import os
 import sys
-import tempfile
 
 from torch import Tensor
 
 from inheritune.base.errors import Parser, UserError, nearest, one_line, rank_info
 from inheritune.base.files import write_json
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
-from inheritune.data.tokenizer import has_tokenizer, tokenizer_files
+from inheritune.data.tokenizer import has_tokenizer
 from inheritune.experiments.tables import markdown
+from inheritune.models.interface import Config, load_model, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import total_nats
 from inheritune.weights import checkpoint
-from model import GPT, GPTConfig
-
-# The paper's downstream tables: what stands above a column, and the metric in it.
-PAPER = {
-    "arc_easy": ("ARC-E", "acc_norm"),
-    "piqa": ("PIQA", "acc_norm"),
-    "sciq": ("SciQ", "acc_norm"),
-    "hellaswag": ("HellaSwag", "acc_norm"),
-    "lambada_openai": ("LAMBADA", "acc"),
-    "winogrande": ("WinoGrande", "acc"),
-    "boolq": ("BoolQ", "acc"),
-}
 
 
 class SplitWindows:
-    """A split (a `Tokens`) as windows that do not overlap, in groups of `group`; the shorter last window is a
-    group of its own. Raises UserError when there is nothing to predict."""
+    """A split as windows that do not overlap, in groups of `group`, for losses.total_nats. The shorter last
+    window is a group of its own. Raises UserError when there is nothing to predict."""
 
     def __init__(self, tokens: Tokens, block_size: int, group: int):
         if len(tokens) < 2:
@@ -58,11 +47,11 @@ class SplitWindows:
         return self.tokens.windows([0], self.rest, first=self.n_windows * self.block_size)
 
 
-def score_split(args, folder: str, config: GPTConfig, ranks: Ranks, device) -> dict:
+def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict:
     """{loss in nats/token, perplexity, bits_per_byte, …} of a checkpoint folder on --data's --split.
 
-    The bits are those of all scored tokens, end-of-text marks included: where a text ends has to be told,
-    too. The bytes are those of the split's text alone, as in meta.json; None where the folder does not say.
+    The bits are those of all scored tokens, end-of-text marks included, as where a text ends has to be told
+    too. The bytes are those of the split's text alone, from meta.json; None where the folder does not say.
     """
 
     def open_split():
@@ -70,7 +59,7 @@ def score_split(args, folder: str, config: GPTConfig, ranks: Ranks, device) -> d
         return SplitWindows(Tokens(args.data, args.split), config.block_size, args.batch_size)
 
     windows = ranks.agree(open_split)
-    model = ranks.agree(lambda: GPT.from_pretrained(folder)).to(device)
+    model = ranks.agree(lambda: load_model(folder)).to(device)
     dtype = machine.pick_dtype(args.dtype, device)
     nats = total_nats(model, windows, ranks, device, dtype, title=f"loss on {args.data}")
     n_bytes = read_meta(args.data).get("splits", {}).get(args.split, {}).get("bytes")
@@ -83,91 +72,11 @@ def score_split(args, folder: str, config: GPTConfig, ranks: Ranks, device) -> d
         "data": args.data,
         "split": args.split,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),  # any more and it is no float
+        "perplexity": math.exp(min(loss, 700)),  # exp overflows a float above 709
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
         "tokens_scored": scored,
         "bytes": n_bytes,
     }
-
-
-def find_tasks(names: list[str], include_path: str | None):
-    """lm-evaluation-harness's TaskManager, which knows all of `names`. Raises UserError."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as e:
-        raise UserError(f"--tasks needs {e.name}: pip install -r requirements-extra.txt") from None
-    if include_path and not os.path.isdir(include_path):  # needs an extra package
-        raise UserError(f"--include_path: no folder {include_path!r}")
-    manager = TaskManager(include_path=include_path)  # needs an extra package
-    for name in names:  # needs an extra package
-        if name not in manager.all_tasks:
-            meant = nearest(name, manager.all_tasks)
-            raise UserError(f"lm_eval knows no task {name!r}{meant}; see --include_path")
-    return manager  # needs an extra package
-
-
-def score_tasks(args, names, manager, folder, config, device):  # needs an extra package
-    """What lm-evaluation-harness says of the tasks, as in its own results.json.
-
-    The model is Hugging Face's, with its weights in --dtype; number of shots, prompts and seeds are the
-    tasks' own.
-    """
-    import lm_eval
-
-    how = {"task_manager": manager, "limit": args.limit, "batch_size": args.batch_size, "device": str(device)}
-    dtype = str(machine.pick_dtype(args.dtype, device)).removeprefix("torch.")
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer = folder if has_tokenizer(folder) else temporary
-        if tokenizer == temporary:
-            files = tokenizer_files(config)
-            if not files:
-                missing = f"its vocabulary {config.tokenizer!r} is not to be had"
-                raise UserError(f"{folder} has no tokenizer files and {missing}")
-            for name, content in files.items():
-                with open(os.path.join(temporary, name), "wb") as f:
-                    f.write(content)
-        model = {"pretrained": folder, "tokenizer": tokenizer, "dtype": dtype}
-        said = lm_eval.simple_evaluate(model="hf", model_args=model, tasks=names, **how)
-    kept = {key: finite(said[key]) for key in ("results", "versions", "n-shot", "n-samples")}
-    return kept | {"limit": args.limit}
-
-
-def finite(value):
-    """`value` with the numbers for which JSON has no form, in it or in dicts in it, spelled out as text."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def headline(name: str, result: dict) -> tuple:
-    """(column title, metric, value, standard error or None) of one task's results; fractions become per cent.
-
-    The metric is the paper's, for a task that the paper does not have accuracy, or else the first there is.
-    """
-    title, wanted = PAPER.get(name, (name, "acc"))
-    keys = [k for k, v in result.items() if "," in k and "_stderr," not in k and isinstance(v, int | float)]
-    if not keys:
-        return title, "–", None, None
-    key = next((k for k in keys if k.split(",")[0] == wanted), keys[0])
-    metric, kept = key.split(",", 1)
-    error = result.get(f"{metric}_stderr,{kept}")
-    scale = 100 if metric in ("acc", "acc_norm") else 1
-    return title, metric, result[key] * scale, error * scale if isinstance(error, int | float) else None
-
-
-def task_table(names: list[str], results: dict) -> str:
-    """The tasks as a Markdown table in the paper's form: a column each and the average of the accuracies, in
-    per cent, with standard errors (the average's as if the tasks' errors were independent)."""
-    columns = [headline(name, results[name]) for name in names]
-    accuracies = [c for c in columns if c[1] in ("acc", "acc_norm")]
-    if accuracies:
-        n, errors = len(accuracies), [c[3] for c in accuracies]
-        error = math.hypot(*errors) / n if None not in errors else None
-        columns.append(("average", "", sum(c[2] for c in accuracies) / n, error))
-    titles, metrics, values, errors = zip(*columns, strict=True)
-    shown = [["–" if v is None else f"{v:.2f}" for v in row] for row in (values, errors)]
-    rows = [("metric", *metrics), ("score", *shown[0]), ("standard error", *shown[1])]
-    return markdown(["", *titles], rows)
 
 
 def loss_table(found: dict) -> str:
@@ -176,6 +85,38 @@ def loss_table(found: dict) -> str:
     bits = "n/a" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
     losses = [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}", bits]
     return markdown(columns, [[found["data"], found["split"], f"{found['tokens_scored']:,}", *losses]])
+
+
+def open_tasks(names: list[str], include_path: str | None):
+    """lm-evaluation-harness's TaskManager, which knows all of `names`. Raises UserError."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as e:
+        raise UserError(f"--tasks needs {e.name}: pip install -r requirements-extra.txt") from None
+    manager = TaskManager(include_path=include_path)  # needs an extra package
+    for name in names:  # needs an extra package
+        if name not in manager.all_tasks:
+            meant = nearest(name, manager.all_tasks)
+            raise UserError(f"lm_eval knows no task {name!r}{meant}; see --include_path")
+    return manager  # needs an extra package
+
+
+def score_tasks(args, names: list[str], manager, folder: str, device) -> dict:  # needs an extra package
+    """Run tasks by lm-evaluation-harness, print its table, and return what its results.json holds. Shots,
+    prompts and seeds are the tasks' own; the weights are in --dtype."""
+    import lm_eval
+    from lm_eval.utils import make_table
+
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder} has no tokenizer files: copy its tokenizer's tokenizer.json into it")
+    dtype = str(machine.pick_dtype(args.dtype, device)).removeprefix("torch.")
+    options = {"limit": args.limit, "batch_size": args.batch_size, "device": str(device)}
+    model = {"pretrained": folder, "dtype": dtype}
+    said = lm_eval.simple_evaluate("hf", model, tasks=names, task_manager=manager, **options)
+    print(make_table(said))
+    kept = {key: said[key] for key in ("results", "versions", "n-shot", "n-samples")}
+    # JSON has no form for NaN and infinity: they become text
+    return json.loads(json.dumps(kept, default=str), parse_constant=str) | {"limit": args.limit}
 
 
 def make_parser() -> Parser:
@@ -195,8 +136,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def check(args, world: int) -> list[str]:
-    """Raise UserError for values that make no sense; return the names of the tasks."""
+def parse_tasks(args, world: int) -> list[str]:
+    """The names of --tasks. Raises UserError for arguments that make no sense."""
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     if not args.data and not names:
         raise UserError("nothing to score: give --data FOLDER for the loss, --tasks LIST, or both")
@@ -206,6 +147,8 @@ def check(args, world: int) -> list[str]:
         raise UserError("--batch_size and --limit must be at least 1")
     if names and world > 1:
         raise UserError("--tasks runs in one process: leave torchrun to a command of its own for --data")
+    if args.include_path and not os.path.isdir(args.include_path):
+        raise UserError(f"--include_path: no folder {args.include_path!r}")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         raise UserError(f"--out {args.out}: there is no such folder")
     return names
@@ -216,20 +159,19 @@ def main(argv=None):
     """Command line: score, show tables on standard output, and write the JSON file."""
     args = make_parser().parse_args(argv)
     ranks = Ranks(*rank_info())
-    names = check(args, ranks.world)
-    manager = find_tasks(names, args.include_path) if names else None  # a typo shows before the long work
+    names = parse_tasks(args, ranks.world)
+    manager = open_tasks(names, args.include_path) if names else None  # a typo shows before the long work
     device = machine.pick(args.device, ranks.local)
     with ranks.joined(device):
         folder = ranks.once_per_node(lambda: checkpoint.find(args.ckpt))
-        config = ranks.agree(lambda: GPTConfig.from_folder(folder))
+        config = ranks.agree(lambda: open_config(folder))
         found = {"checkpoint": args.ckpt, "folder": folder}
         if args.data:
             found["loss"] = score_split(args, folder, config, ranks, device)
             if ranks.first:
                 print(loss_table(found["loss"]), flush=True)
     if names:  # needs an extra package
-        found["tasks"] = score_tasks(args, names, manager, folder, config, device)
-        print(task_table(names, found["tasks"]["results"]))
+        found["tasks"] = score_tasks(args, names, manager, folder, device)
     if args.out and ranks.first:
         write_json(args.out, found)
         print(f"written: {args.out}", file=sys.stderr)
