@@ -201,16 +201,16 @@ def demo(p):
     yield row("a sample's characters", len(text), "", ">= 50")
 
 
-STEPS = dict(peak=60, losses=300, graphs=300, gpt2=180, large18=240, xl=420, two=150, resume=200)  # seconds
-STEPS |= dict(sampling=60, analysis=120, variants=300, large=300, medium=240, demo=400)
-VITAL = ("peak", "losses")  # without these the others mean nothing
+# seconds at most; in this order fifteen minutes on a card tell the most
+STEPS = dict(peak=60, gpt2=180, graphs=300, variants=300, losses=300, sampling=60, two=150, resume=200)
+STEPS |= dict(xl=420, large18=240, analysis=120, large=300, medium=240, demo=400)
 
 
 def answer(name, place):
     """Print the rows of a step, and nothing else, to standard output."""
     rows, p = os.fdopen(os.dup(1), "w"), Place(**place)
     os.dup2(2, 1)
-    for found in training(p, name) if name in gpu_harness.SHAPES else globals()[name](p):
+    for found in training(p, name) if name in SHAPES else globals()[name](p):
         print(json.dumps(found), file=rows, flush=True)
 
 
@@ -240,8 +240,6 @@ def main():
             rows = gpu_harness.run_step(__file__, name, p, limit)
             report([r | facts for r in rows], table)
             missed = gpu_harness.write_report(os.path.join(out, "gpu.md"), read(table), facts)
-            if name in VITAL and any(r["verdict"] not in ("", "reached") for r in rows):
-                sys.exit(f"gpu.py: {name} is not as it should be, and the rest would mean nothing")
     sys.exit(f"gpu.py: {len(missed)} rows are not as they should be: {out}/gpu.md" if missed else 0)
 
 

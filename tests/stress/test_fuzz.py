@@ -1,6 +1,6 @@
 """100,000 random inputs for the parsers that are ours: config files, command lines, meta.json, state.json,
-the config.json of a checkpoint, tokenizer.json. Each is taken or refused in one line, at once, without memory
-that stays.
+the config.json of a checkpoint, tokenizer.json. Each is taken or refused in one line, without memory that
+stays.
 
 pytest tests/stress -m slow        (a tenth of it, always: python -m pytest tests/stress/test_fuzz.py)
 """
@@ -8,7 +8,6 @@ pytest tests/stress -m slow        (a tenth of it, always: python -m pytest test
 import dataclasses
 import json
 import resource
-import time
 import warnings
 
 import pytest
@@ -70,17 +69,16 @@ def mutated(valid):
 
 
 def fuzz(strategy, take):
-    """Hand `take` as many cases as asked for: each is taken or refused within two seconds of work, in one
-    line."""
+    """Hand `take` as many cases as asked for: each is taken, or refused in one line."""
 
     def run(count):
-        slowest, refusals, seen = 0.0, 0, 0
+        refusals, seen = 0, 0
 
         @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(strategy)
         def one(case):
-            nonlocal slowest, refusals, seen
-            began, seen = time.process_time(), seen + 1
+            nonlocal refusals, seen
+            seen += 1
             try:
                 take(case)
             except (
@@ -90,8 +88,6 @@ def fuzz(strategy, take):
                 refusals += 1
                 message = str(e)
                 assert len(message) < 20_000 and ("\n" not in message or " problems:\n" in message)
-            slowest = max(slowest, time.process_time() - began)
-            assert slowest < 2
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with warnings.catch_warnings():
