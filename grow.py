@@ -65,12 +65,11 @@ def run_to_end(stage: Stage) -> None:
 
 def run_row(arm: str, run: str, out_dir: str) -> dict:
     """The entry in results.json of a finished run folder, or of a lone checkpoint, whose compute may be
-    unknown. Paths inside out_dir become relative to it."""
+    unknown."""
     folder = checkpoint.find(run, prefer="latest")
     config = open_config(folder)
     state = os.path.join(folder, "state.json")
     tokens = read_json(state)["tokens"] if os.path.exists(state) else None
-    inside = os.path.abspath(run).startswith(os.path.abspath(out_dir) + os.sep)
     return {
         "arm": arm,  # reference, inheritune, random, random_matched
         "n_layer": config.n_layer,
@@ -78,7 +77,7 @@ def run_row(arm: str, run: str, out_dir: str) -> dict:
         "tokens": tokens,  # that it was trained on; None when unknown
         "flops": tokens * config.flops_per_token if tokens is not None else None,  # of its own training
         "val_loss": (loss_curve(run)[1] or [None])[-1],  # nats/token, after the last step
-        "folder": os.path.relpath(run, out_dir) if inside else run,
+        "folder": os.path.relpath(run, out_dir),
     }
 
 

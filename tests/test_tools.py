@@ -17,7 +17,7 @@ def test_paper_figure(tmp_path):
     shutil.copy(os.path.join(ROOT, "results/paper.csv"), tmp_path / "paper.csv")
     plot_paper.main([str(tmp_path / "paper.csv")])
     assert (tmp_path / "paper.png").read_bytes()[:8] == PNG
-    assert "has columns" in refusal(plot_paper.main, [__file__])
+    assert "holds no rows" in refusal(plot_paper.main, [__file__])
     assert "holds no rows" in refusal(plot_paper.main, [tmp_path / "nowhere.csv"])
 
 

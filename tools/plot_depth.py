@@ -1,4 +1,4 @@
-"""Draw what inheriting gives at references of several depths, from a comparison's results.csv for each.
+"""Plot what inheriting gives at references of several depths, from a comparison's results.csv for each.
 
 python tools/plot_depth.py results/depth/4 results/mini results/depth/12 --out results/depth/depth.png
 """
@@ -11,7 +11,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.experiments.arms import find_arm
 from inheritune.experiments.plots import COLOURS, finish_axes, plt, save_figure
-from inheritune.experiments.tables import COLUMNS
 from inheritune.training.logs import read_rows
 
 ARMS = ("reference", "random@max_iters=1000", "inheritune@max_iters=1000")  # as in runs/depth.sh
@@ -20,8 +19,8 @@ SEED = "1"
 
 def losses(folder: str) -> tuple[int, list[float]]:
     """(blocks of the reference, final validation losses of ARMS) in a comparison's folder."""
-    rows = read_rows(os.path.join(folder, "results.csv"), COLUMNS)
-    found = {row["arm"]: row for row in rows if row["seed"] == SEED}
+    rows = read_rows(os.path.join(folder, "results.csv"))
+    found = {row["arm"]: row for row in rows if row.get("seed") == SEED}
     if missing := [arm for arm in ARMS if arm not in found]:
         raise UserError(f"{folder}/results.csv has no row of seed {SEED} of {', '.join(missing)}")
     return int(found["reference"]["n_layer"]), [float(found[arm]["val_loss"]) for arm in ARMS]
@@ -29,8 +28,8 @@ def losses(folder: str) -> tuple[int, list[float]]:
 
 @one_line
 def main(argv=None):
-    """Command line: draw the folders' losses over depth."""
-    parser = Parser(description="Draw what inheriting gives at references of several depths.")
+    """Command line: plot the folders' losses over depth."""
+    parser = Parser(description="Plot what inheriting gives at references of several depths.")
     parser.add_argument("folders", nargs="+", help="results of replicate.py, a reference each")
     parser.add_argument("--out", required=True, help="the picture, a PNG file")
     args = parser.parse_args(argv)

@@ -264,24 +264,6 @@ def plot_ranks(path: str, arms: dict, title: str) -> None:
     save_figure(figure, path)
 
 
-def plot_point_panels(path: str, panels, title: str) -> None:
-    """Plot panels [(title, xlabel, points)] side by side, points as for `plot_points`."""
-    columns = min(3, len(panels))
-    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    heights = [0.9 + 0.22 * max(len(points) for *_, points in row) for row in rows]
-    shape = {"squeeze": False, "height_ratios": heights, "figsize": (6 * columns, 0.4 + sum(heights))}
-    figure, axes = plt.subplots(len(rows), columns, **shape)
-    for place in axes.flat[len(panels) :]:
-        place.axis("off")
-    for place, (name, xlabel, points) in zip(axes.flat, panels, strict=False):
-        plot_points(place, points)
-        place.set_title(name)
-        place.set_xlabel(xlabel, fontsize=8)
-        place.tick_params(axis="x", labelsize=8)
-    figure.suptitle(title)
-    save_figure(figure, path)
-
-
 def plot_analysis(path: str, found: dict, title: str) -> None:
     """Plot an analysis (a dict as from `analyse`): rank of each head, and MaxRank and AvgMass by depth."""
     tau, layers = found["taus"][0], found["layers"]
