@@ -9,47 +9,54 @@ it in front of each document instead, so its shards differ from ours by one toke
 anywhere, it goes on when started again.
 """
 
-import itertools
 import sys
 
+from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.sources import open_files, open_hub, parse_corpus
+from inheritune.data.sources import open_files, open_hub
 from inheritune.data.tokenizer import load_tokenizer
-from inheritune.data.writer import BinWriter, write_tokens
+from inheritune.data.writer import write_tokens
 
-DOCUMENTS = {
-    "sample-10BT": 9.67e6,
-    "sample-100BT": 97.3e6,
-}  # roughly; only the remaining time follows from them
+# roughly; only the remaining time follows from them
+DOCUMENTS = {"sample-10BT": 9.67e6, "sample-100BT": 97.3e6}
 
 
 @one_line
 def main(argv=None):
     """Command line: FineWeb-Edu, from the hub or from local files, into a data folder of shards."""
     parser = Parser(description=__doc__)
+    parser.add_argument("--out", default="data/fineweb-edu", help="folder to write")
+    parser.add_argument(
+        "--dataset", default="HuggingFaceFW/fineweb-edu", help="hub dataset, or such a folder"
+    )
     parser.add_argument("--name", default="sample-10BT", help="which part: sample-10BT, sample-100BT, ...")
-    parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in each file but the last")
-    parser.add_argument("--max_tokens", type=int, default=0, help="stop after so many tokens; 0: at the end")
-    args = parse_corpus(parser, argv, out="data/fineweb-edu", dataset="HuggingFaceFW/fineweb-edu")
+    help = "read these instead: text files, tables, folders or glob patterns, as prepare.py does"
+    parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
+    parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a shard, about")
+    parser.add_argument("--max_tokens", type=int, default=0, help="stop after about so many; 0: at the end")
+    parser.add_argument("--tokenizer", default="gpt2", help="as for prepare.py")
+    parser.add_argument("--text_column", help="where a table keeps the text (default: text)")
+    parser.add_argument(
+        "--split_on", default="", metavar="TEXT", help="what parts the documents of a text file"
+    )
+    parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
+    args = parser.parse_args(argv)
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens} must be at least 1")
     if args.max_tokens and args.max_tokens <= args.shard_tokens:
         shard = f"--shard_tokens {args.shard_tokens}"
         raise UserError(f"--max_tokens {args.max_tokens} leaves nothing to train on; it must exceed {shard}")
+    if args.split_on and not args.data_files:
+        raise UserError("--split_on parts the documents of text files: name some with --data_files")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, args.text_column, args.split_on)
+        source = open_files(args.data_files, None, args.text_column, args.split_on, args.out)
     else:
-        which = {"name": args.name, "revision": args.revision}
-        source = open_hub(args.dataset, True, args.text_column, DOCUMENTS.get(args.name), **which)
-    arguments = source.arguments | {"text_column": args.text_column}
-    arguments |= {"shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens}
-
-    names = itertools.chain(["val_000000.bin"], (f"train_{i:06d}.bin" for i in itertools.count()))
-    limits = {"shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens or sys.maxsize}
-    with BinWriter(args.out, "prepare_fineweb.py", arguments, tokenizer, {"all": names}, **limits) as writer:
-        if writer.open():
-            write_tokens(writer, source.pieces, lambda i: "all", args.num_proc)
+        column, about = args.text_column or "text", DOCUMENTS.get(args.name)
+        source = open_hub(args.dataset, True, column, about, name=args.name)
+    sizes = {"shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens or sys.maxsize}
+    source.arguments.update(sizes)
+    write_tokens(args.out, "prepare_fineweb.py", source, tokenizer, args.num_proc, **sizes)
 
 
 if __name__ == "__main__":

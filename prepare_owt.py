@@ -9,13 +9,15 @@ goes on when started again.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
+from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.sources import Source, open_files, open_hub, parse_corpus
+from inheritune.data.sources import Piece, Source, open_files, open_hub
 from inheritune.data.tokenizer import load_tokenizer
-from inheritune.data.writer import BinWriter, write_tokens
+from inheritune.data.writer import write_tokens
 
 DATASET = "Skylion007/openwebtext"
 PARQUET = "7577b918bd30b25df0b88bb718dc8a6c80cb619b"  # where this dataset is parquet, not a loading script
@@ -26,13 +28,13 @@ DOCUMENTS = 8_013_769
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
 
 
-def load(dataset: str, revision: str, column: str) -> Source:
-    """The hub dataset. Where `main` still holds a loading script, which the datasets library no longer runs,
-    the revision in which the hub itself converted it to parquet."""
+def load(dataset: str, column: str) -> Source:
+    """The hub dataset. Where it still holds a loading script, which the datasets library no longer runs, the
+    revision in which the hub itself converted it to parquet."""
     try:
-        return open_hub(dataset, False, column, revision=revision)
+        return open_hub(dataset, False, column)
     except UserError as e:
-        if "scripts are no longer supported" not in str(e) or (dataset, revision) != (DATASET, "main"):
+        if "scripts are no longer supported" not in str(e) or dataset != DATASET:
             raise
     print(f"{dataset} holds a loading script; taking revision {PARQUET}")
     return open_hub(dataset, False, column, revision=PARQUET)
@@ -64,26 +66,44 @@ def compare(meta: dict) -> None:
     print(f"warning: {found}; the whole OpenWebText has {expected}")
 
 
+def hold_out(pieces: Iterator[Piece], held_out: np.ndarray) -> Iterator[Piece]:
+    """Yield the pieces, those of the documents numbered in `held_out` as validation text."""
+    document = 0
+    for piece in pieces:
+        yield piece._replace(split="val" if held_out[document] else "train")
+        document += piece.end
+
+
 @one_line
 def main(argv=None):
     """Command line: OpenWebText, from the hub or from local files, into a data folder."""
     parser = Parser(description=__doc__)
-    args = parse_corpus(parser, argv, out="data/openwebtext", dataset=DATASET)
+    parser.add_argument("--out", default="data/openwebtext", help="folder to write")
+    parser.add_argument(
+        "--dataset", default=DATASET, help="hub dataset, or a local folder in the hub's layout"
+    )
+    help = "read these instead: text files, tables, folders or glob patterns, as prepare.py does"
+    parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
+    parser.add_argument("--tokenizer", default="gpt2", help="as for prepare.py")
+    parser.add_argument("--text_column", help="where a table keeps the text (default: text)")
+    parser.add_argument(
+        "--split_on", default="", metavar="TEXT", help="what parts the documents of a text file"
+    )
+    parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
+    args = parser.parse_args(argv)
+    if args.split_on and not args.data_files:
+        raise UserError("--split_on parts the documents of text files: name some with --data_files")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, args.text_column, args.split_on)
+        source = open_files(args.data_files, None, args.text_column, args.split_on, args.out)
     else:
-        source = load(args.dataset, args.revision, args.text_column)
+        source = load(args.dataset, args.text_column or "text")
     n = source.documents()
     if n < 2:
         raise UserError(f"{n} documents cannot be parted into training and validation; give more")
-    arguments = source.arguments | {"text_column": args.text_column, "documents": n}
-
-    with BinWriter(args.out, "prepare_owt.py", arguments, tokenizer) as writer:
-        if writer.open():
-            held_out = validation_documents(n)
-            split_of = lambda i: "val" if held_out[i] else "train"  # noqa: E731
-            compare(write_tokens(writer, source.pieces, split_of, args.num_proc))
+    held_out = validation_documents(n)
+    source = source._replace(pieces=hold_out(source.pieces, held_out))
+    compare(write_tokens(args.out, "prepare_owt.py", source, tokenizer, args.num_proc))
 
 
 if __name__ == "__main__":

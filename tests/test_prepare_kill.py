@@ -18,16 +18,15 @@ import prepare
 import prepare_fineweb
 import prepare_owt
 from inheritune.base.errors import UserError
-from inheritune.base.files import read_json
 from inheritune.data import sources, writer
 from inheritune.data.reader import read_meta
 from tests.assets import english
 from tests.test_prepare import ROOT, check_meta, same, write_tables
 
-# The script with small batches and a record after each, so that a small corpus has many of both.
+# The script with small batches and parts, so that a small corpus has many of both.
 RUN = (
     "from inheritune.data import text_files, writer; import sys, {0}; "
-    "writer.BATCH = text_files.PIECE = 10_000; writer.RECORD_EVERY = 0; "
+    "writer.BATCH = text_files.PIECE = 5_000; writer.PART = 10_000; "
     "{0}.main(sys.argv[1:])"
 )
 
@@ -70,10 +69,9 @@ def finish(command):
 
 def tokens_recorded(out):
     try:
-        streams = json.loads((out / "progress.json").read_text())["streams"]
-    except (FileNotFoundError, KeyError):
+        return sum(entry["tokens"] for entry in json.loads((out / "progress.json").read_text())["files"])
+    except FileNotFoundError:
         return 0
-    return sum(shard["tokens"] for shards in streams.values() for shard in shards)
 
 
 @pytest.mark.parametrize("script, num_proc", [("prepare", 1), ("prepare_owt", 2), ("prepare_fineweb", 2)])
@@ -119,16 +117,17 @@ class Killed(BaseException):
     pass
 
 
-FILES = ("fsync", "replace", "truncate", "unlink", "makedirs")
+FILES = ("fsync", "replace", "unlink", "makedirs")
 
 
-@pytest.mark.parametrize("script", [prepare_owt, prepare_fineweb])
+@pytest.mark.parametrize("script", [prepare, prepare_owt, prepare_fineweb])
 def test_killed_at_every_file_operation(tmp_path, monkeypatch, script):
     """As if killed before the first, the second, … operation that changes a file; nothing works after it."""
     monkeypatch.setattr(writer, "BATCH", 100)
-    monkeypatch.setattr(writer, "RECORD_EVERY", 0)
+    monkeypatch.setattr(writer, "PART", 300)
     write_tables(tmp_path, [str(i) * 5 * i for i in range(14)])
-    argv = ["--data_files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
+    argv = [str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
+    argv = argv if script is prepare else ["--data_files", *argv]
     argv += ["--shard_tokens", "200"] if script is prepare_fineweb else []
     script.main([*argv, "--out", str(tmp_path / "undisturbed")])
 
@@ -158,47 +157,62 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, script):
             script.main([*argv, "--out", str(out)])
             script.main([*argv, "--out", str(out)])  # finished, whatever the kill left in it
             assert same(tmp_path / "undisturbed", out), f"killed at operation {n}"
-    assert 50 < n < 999
+    assert 20 < n < 999
 
 
-def test_changed_settings_start_afresh(tmp_path, monkeypatch, capsys):
-    """What was made from another input, in other shards, does not get into the result."""
-    monkeypatch.setattr(writer, "BATCH", 100)
-    monkeypatch.setattr(writer, "RECORD_EVERY", 0)
-    write_tables(tmp_path, [str(i) * i for i in range(60)])
-    argv = ["--data_files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
-    out = tmp_path / "out"
-
+def stop_after(monkeypatch, pieces):
+    """Let every source fail after so many pieces."""
     read_files = sources.read_files
 
-    def stops(*arguments):
-        yield from itertools.islice(read_files(*arguments), 50)
+    def stops(**options):
+        yield from itertools.islice(read_files(**options), pieces)
         raise UserError("stop here")
 
     monkeypatch.setattr(sources, "read_files", stops)
-    with pytest.raises(SystemExit, match="stop here"):
-        prepare_fineweb.main([*argv, "--out", str(out), "--shard_tokens", "70"])
+
+
+def test_what_was_begun_with_other_settings_is_refused_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PART", 70)
+    write_tables(tmp_path, [str(i) * i for i in range(60)])
+    argv = ["--data_files", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
+    out, argv70 = tmp_path / "out", [*argv, "--shard_tokens", "70"]
+    with monkeypatch.context() as m:
+        stop_after(m, 50)
+        with pytest.raises(SystemExit, match="stop here"):
+            prepare_fineweb.main([*argv70, "--out", str(out)])
     assert tokens_recorded(out) > 0 and (out / "train_000005.bin").exists()
     with pytest.raises(UserError, match="is unfinished: run its preparation"):
         read_meta(out)  # although the finished shards look like a nanoGPT folder
-    monkeypatch.undo()
-    prepare_fineweb.main([*argv, "--out", str(out), "--shard_tokens", "700"])
-    assert "other settings; starting afresh" in capsys.readouterr().err
-    prepare_fineweb.main([*argv, "--out", str(tmp_path / "fresh"), "--shard_tokens", "700"])
+    with pytest.raises(SystemExit, match="is begun, but with shard_tokens 70, not 700; choose another --out"):
+        prepare_fineweb.main([*argv, "--out", str(out), "--shard_tokens", "700"])
+
+    # the same text at another path, touched, is the same input
+    os.rename(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    os.utime(tmp_path / "b.jsonl", ns=(0, 0))
+    argv70[1] = str(tmp_path / "b.jsonl")
+    prepare_fineweb.main([*argv70, "--out", str(out)])
+    prepare_fineweb.main([*argv70, "--out", str(tmp_path / "fresh")])
     assert same(tmp_path / "fresh", out)
 
 
-def test_lost_partial_file(tmp_path, monkeypatch):
+def test_a_failure_before_a_whole_part_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 50)
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="stop here"):
+        stop_after(m, 40)
+        prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_part(tmp_path, monkeypatch):
     """A record of tokens that are not there is refused, not padded with zeros."""
+    monkeypatch.setattr(writer, "PART", 10)
+    monkeypatch.setattr(writer, "BATCH", 20)
     out = tmp_path / "out"
-    out.mkdir()
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 5)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 50)
     argv = [str(tmp_path / "a.jsonl"), "--out", str(out), "--tokenizer", "bytes", "--num_proc", "1"]
-    monkeypatch.setattr(writer, "totals", lambda _: (_ for _ in ()).throw(UserError("stop here")))
-    with pytest.raises(SystemExit, match="stop here"):
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="stop here"):
+        stop_after(m, 40)
         prepare.main(argv)
-    monkeypatch.undo()
-    assert read_json(out / "progress.json")["documents"] == 5
-    os.truncate(out / "train.bin", 3)
-    with pytest.raises(SystemExit, match=r"train\.bin is missing or too short"):
+    os.truncate(out / "train_000001.part", 3)
+    with pytest.raises(SystemExit, match=r"train_000001\.part is missing or not as long as it was"):
         prepare.main(argv)

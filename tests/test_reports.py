@@ -1,37 +1,27 @@
 """What people ran into: each test is named by what somebody did. pytest tests/test_reports.py"""
 
-import csv
 import dataclasses
 import errno
-import gzip
 import importlib
-import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tiktoken
 import torch
 import transformers
-import zstandard
 
 import analyze
 import inherit
 import prepare
-import prepare_fineweb
-import prepare_owt
 import sample
 import score
 import train
 from inheritune.base.errors import UserError
-from inheritune.data import sources, text_files, writer
 from inheritune.data.reader import Tokens
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training.command_line import NANOGPT, parse
@@ -39,7 +29,6 @@ from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainS
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 from tests.assets import english, gpt2_ranks, original_files, read_ranks
-from tests.assets import gpt2 as english_gpt2
 from tests.data.test_tokenizer import save
 from tests.tiny import (
     ROOT,
@@ -481,164 +470,6 @@ def test_a_persons_model_has_more_rows_than_the_tokenizer_has_ids(tmp_path, caps
 # Text
 
 
-TWO = ['one, "two"\nthree é', "four"]
-
-
-def table(folder, name, texts=TWO):
-    """A file with these texts as rows, in the form that its name says."""
-    rows = [{"id": 1, "text": text} for text in texts]
-    kind = name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
-    if kind in ("csv", "tsv"):
-        out = io.StringIO()
-        writer = csv.DictWriter(out, ["id", "text"], delimiter="," if kind == "csv" else "\t")
-        writer.writeheader()
-        writer.writerows(rows)
-        content = out.getvalue().encode()
-    elif name.startswith("array"):
-        content = json.dumps(rows, indent=1).encode()
-    else:
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if name.startswith("bom"):
-        content = b"\xef\xbb\xbf" + content
-    pack = {"gz": gzip.compress, "st": zstandard.compress}.get(name[-2:].lower(), bytes)
-    (folder / name).write_bytes(pack(content))
-    return folder / name
-
-
-def prepared(out, *argv, script=prepare):
-    """{split: its text, with | for end-of-text} of what a prepare script makes as bytes."""
-    script.main([*map(str, argv), "--tokenizer", "bytes", "--out", str(out)])
-    tokenizer = load_tokenizer("bytes")
-    found = {}
-    for split in ("train", "val"):
-        tokens = Tokens(str(out), split)
-        found[split] = tokenizer.decode(tokens.read(0, len(tokens)).tolist()).replace("<|endoftext|>", "|")
-    return found
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("a.json", "a.ndjson", "A.JSONL", "a.csv", "a.tsv", "array.json", "a.json.gz", "A.CSV.ZST"),
-        *("array.json.zst", "bom.jsonl", "bom.csv", "bom.tsv.gz", "bom-array.json", "array-bom.JSON.GZ"),
-    ],
-)
-def test_a_person_gives_tables_of_other_kinds(tmp_path, name):
-    path = table(tmp_path, name)
-    assert prepared(tmp_path / "out", path) == {"train": TWO[0] + "|", "val": TWO[1] + "|"}
-    files = sources.find_files([str(path)])
-    pieces = list(sources.read_files(files, "text", ""))
-    for i, piece in enumerate(pieces):
-        assert list(sources.read_files(files, "text", "", piece.at)) == pieces[i + 1 :]
-
-
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
-def test_a_person_gives_a_compressed_text(tmp_path, monkeypatch, pack):
-    monkeypatch.setattr(text_files, "PIECE", 1000)
-    text = "Zwölf Boxkämpfer jagen Viktor.\n" * 500
-    name = tmp_path / {bytes: "a.TXT", gzip.compress: "a.txt.gz"}.get(pack, "a.md.zst")
-    name.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
-    found = prepared(tmp_path / "out", name)
-    assert found["train"][:-1] + found["val"][:-1] == text and len(found["val"]) > 1000
-    files = sources.find_files([str(name)])
-    pieces = list(sources.read_files(files, "text", ""))
-    assert len(pieces) > 10 and [p.done for p in pieces] == sorted(p.done for p in pieces)
-    for i in range(0, len(pieces), 5):
-        assert list(sources.read_files(files, "text", "", pieces[i].at)) == pieces[i + 1 :]
-
-
-@pytest.mark.parametrize("name", ["a.pdf", "a.docx.gz", "a.parquet.gz", "a.xml"])
-def test_a_person_gives_what_is_not_read(tmp_path, name):
-    (tmp_path / name).write_text("text")
-    said = refusal(prepare.main, [tmp_path / name, "--out", tmp_path / "out", "--tokenizer", "bytes"])
-    assert f"{name}: only .txt," in said and "rename it to .txt" in said
-    url = f"https://host/{name}"
-    said = refusal(prepare.main, [url, "--out", tmp_path / "out", "--tokenizer", "bytes"])
-    assert f"{name}: only .txt," in said
-
-
-def test_a_persons_folder_holds_other_files_too(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    table(tmp_path / "in", "A.CSV")
-    for name in ("b.pdf", "c.PDF", "d", ".hidden.pdf"):
-        (tmp_path / "in" / name).write_text("x")
-    assert prepared(tmp_path / "out", tmp_path / "in")["val"] == "four|"
-    assert "in: 3 files left out (2 .pdf, 1 without a suffix)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.json", b'[{"text": "a"}, 3]', "a.json, element 2: a JSON int"),
-        ("a.json", b'[{"text": "a"}', "a.json: not JSON"),
-        ("a.json", b'{\n"text": "a"}', "a.json, line 1: not JSON"),
-        ("a.csv", b"id,body\n1,a\n", "a.csv, line 2: no column 'text' among id, body"),
-        ("a.csv", b"id,text\n1\n", "a.csv, line 2: 'text' holds a NoneType"),
-        ("a.csv", b"id,text\n1,a\n2,\xe9\n", "a.csv, after line 0: not UTF-8"),
-        ("a.csv", 'id,text\n1,"a"\n'.encode("utf-16"), "a.csv: UTF-16"),
-        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "a.jsonl: UTF-16"),
-        (
-            "a.txt",
-            "Zwölf Boxkämpfer".encode("utf-16"),
-            "a.txt: UTF-16 or no text at all, not UTF-8",
-        ),
-        ("a.txt", b"plain text" * 50 + b"\xff\n", "a.txt, byte 500: not UTF-8"),
-        ("a.txt", "plain text".encode("utf-16-be"), "a.txt: UTF-16"),
-        ("a.txt.gz", gzip.compress(b"text" * 9999)[:-9], "a.txt.gz: cannot be read after byte"),
-    ],
-)
-def test_a_persons_file_is_broken(tmp_path, name, content, said):
-    (tmp_path / name).write_bytes(content)
-    table(tmp_path, "b.jsonl")
-    argv = [tmp_path / name, tmp_path / "b.jsonl", "--out", tmp_path / "out", "--tokenizer", "bytes"]
-    assert said in refusal(prepare.main, argv)
-
-
-def test_a_persons_array_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "MAX_ARRAY", 10)
-    argv = [table(tmp_path, "array.json"), "--out", tmp_path / "out", "--tokenizer", "bytes"]
-    assert "write an object a line (.jsonl) instead" in refusal(prepare.main, argv)
-
-
-def test_a_person_changes_an_input_without_changing_its_size(tmp_path, monkeypatch, capsys):
-    path, out = tmp_path / "a.jsonl", tmp_path / "out"
-    table(tmp_path, "a.jsonl", ["cat"] * 9)
-    prepared(out, path)
-    table(tmp_path, "a.jsonl", ["dog"] * 9)
-    said = refusal(prepare.main, [path, "--tokenizer", "bytes", "--out", out])
-    assert (
-        said == f"prepare.py: {out} is finished, but its input has changed; choose another --out or delete it"
-    )
-
-    # changed between a kill and the next run
-    monkeypatch.setattr(writer, "BATCH", 1)
-    monkeypatch.setattr(writer, "RECORD_EVERY", 0)
-    real, other = sources.read_text, tmp_path / "other"
-    (tmp_path / "b.txt").write_text("cat")
-
-    def stops(*arguments):
-        raise UserError("stop here")
-
-    monkeypatch.setattr(sources, "read_text", stops)
-    assert "stop here" in refusal(
-        prepare.main, [path, tmp_path / "b.txt", "--tokenizer=bytes", "--out", other]
-    )
-    monkeypatch.setattr(sources, "read_text", real)
-    os.utime(path, ns=(0, 0))
-    table(tmp_path, "a.jsonl", ["cow"] * 9)
-    assert prepared(other, path, tmp_path / "b.txt")["train"] == "cow|" * 9
-    assert "starting afresh" in capsys.readouterr().err
-
-
-def test_a_long_input_changes_at_one_place_and_keeps_its_time(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"a" * 1_000_000)
-    before, when = sources.fingerprint([], sources.find_files([str(path)])), os.stat(path).st_mtime_ns
-    path.write_bytes(b"a" * 500_000 + b"b" + b"a" * 499_999)
-    os.utime(path, ns=(when, when))
-    assert sources.fingerprint([], sources.find_files([str(path)])) != before
-
-
 def test_a_person_trains_on_nanogpts_characters(tmp_path, capsys):
     data = write_data(tmp_path / "shakespeare_char", meta=False)
     Tokens(data, "val")
@@ -654,83 +485,11 @@ def test_a_person_trains_on_nanogpts_characters(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_persons_text_spells_out_the_end_of_text(tmp_path, monkeypatch, capsys):
-    """Ordinary text, which is said; --split_on makes documents of it, wherever the pieces of the file end."""
-    documents = [f"document {i} " + "words " * (i % 50) for i in range(200)]
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents) + "<|endoftext|>\n")
-    prepared(tmp_path / "plain", tmp_path / "a.txt")
-    shown = capsys.readouterr().out
-    assert re.search(r"the text holds <\|endoftext\|> (199|200) times", shown)  # one may be cut in two
-    assert "--split_on '<|endoftext|>'" in shown
-    assert (Tokens(str(tmp_path / "plain"), "train").read(0, 20_000) == 256).sum() == 0
-    for size in (1 << 17, 300, 40):
-        monkeypatch.setattr(text_files, "PIECE", size)
-        found = prepared(tmp_path / f"{size}", tmp_path / "a.txt", "--split_on", "<|endoftext|>")
-        assert (found["train"] + found["val"]).split("|") == [*documents, ""]
-        assert found["val"].count("|") == 20 and "ordinary" not in capsys.readouterr().out
-    files = sources.find_files([str(tmp_path / "a.txt")])
-    pieces = list(sources.read_files(files, "text", "<|endoftext|>"))
-    for i in range(0, len(pieces), 37):
-        assert list(sources.read_files(files, "text", "<|endoftext|>", pieces[i].at)) == pieces[i + 1 :]
-    for script in (prepare_owt, prepare_fineweb):
-        argv = ["--data_files", tmp_path / "a.txt", "--split_on", "<|endoftext|>"]
-        argv += ["--shard_tokens", 5000] if script is prepare_fineweb else []
-        found = prepared(tmp_path / script.__name__, *argv, script=script)
-        assert (found["train"] + found["val"]).count("|") == 200
-    assert "--split_on parts the documents of text files" in refusal(prepare.main, ["--split_on=x"])
-
-
-def test_a_persons_files_begin_with_a_byte_order_mark(tmp_path):
-    bom = b"\xef\xbb\xbf"
-    (tmp_path / "a.txt").write_bytes(bom + b"one")
-    (tmp_path / "b.txt").write_bytes(bom + b"two" + bom)
-    found = prepared(tmp_path / "out", tmp_path / "a.txt", tmp_path / "b.txt")
-    assert found == {"train": "one|", "val": "two\ufeff|"}
+def test_a_persons_config_begins_with_a_byte_order_mark(tmp_path):
     write_checkpoint(tmp_path / "ckpt")
     config = tmp_path / "ckpt/config.json"
-    config.write_bytes(bom + config.read_bytes())
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
     GPTConfig.from_folder(str(tmp_path / "ckpt"))
-
-
-def test_a_persons_lines_end_in_cr_lf(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n\r\n')
-    assert prepared(tmp_path / "a", tmp_path / "a.jsonl") == {"train": "one|", "val": "two\r\n|"}
-    (tmp_path / "a.csv").write_bytes(b'text\r\none\r\n"two\r\n"\r\n')
-    assert prepared(tmp_path / "b", tmp_path / "a.csv") == {"train": "one|", "val": "two\r\n|"}
-
-
-@pytest.mark.parametrize("blank", [" ", "\n", "\t"])
-def test_a_persons_document_has_a_million_blanks(tmp_path, blank):
-    texts = ["a" + blank * 1_000_000 + "b", "c"]
-    out = tmp_path / "out"
-    prepare.main([str(table(tmp_path, "a.jsonl", texts)), "--tokenizer", english_gpt2(), "--out", str(out)])
-    tokens = Tokens(str(out), "train")
-    assert load_tokenizer("gpt2").decode(tokens.read(0, len(tokens)).tolist()) == texts[0] + "<|endoftext|>"
-
-
-def test_a_persons_parquet_has_views_or_a_dictionary(tmp_path):
-    for name, kind in (
-        ("view", pyarrow.string_view()),
-        ("dictionary", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
-        ("large", pyarrow.large_string()),
-    ):
-        column = pyarrow.array(TWO, pyarrow.string()).cast(kind)
-        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
-        found = prepared(tmp_path / name, tmp_path / f"{name}.parquet")
-        assert found == {"train": TWO[0] + "|", "val": TWO[1] + "|"}
-
-
-def test_a_person_pipes_text_in(tmp_path):
-    argv = ["/dev/stdin", "--tokenizer=bytes", "--out"]
-    command = [sys.executable, os.path.join(ROOT, "prepare.py"), *argv]
-    done = subprocess.run([*command, str(tmp_path / "a")], input=b"text", capture_output=True, timeout=60)
-    assert (
-        done.returncode == 1
-        and b"/dev/stdin is a pipe or a device, which cannot be read twice" in done.stderr
-    )
-    (tmp_path / "b.txt").write_text("some text")
-    with open(tmp_path / "b.txt") as f:
-        subprocess.run([*command, str(tmp_path / "b")], stdin=f, capture_output=True, timeout=60, check=True)
 
 
 def test_a_persons_cached_gpt2_is_another(tmp_path, monkeypatch):
@@ -740,7 +499,8 @@ def test_a_persons_cached_gpt2_is_another(tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(tiktoken, "get_encoding", differs)
-    argv = [table(tmp_path, "a.jsonl"), "--out", tmp_path / "out", "--tokenizer=gpt2"]
+    (tmp_path / "a.txt").write_text("text")
+    argv = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer=gpt2"]
     assert "tiktoken could not fetch the gpt2 vocabulary (AssertionError)" in refusal(prepare.main, argv)
 
 

@@ -155,6 +155,13 @@ def raise_all(problems: Sequence[str]) -> None:
         raise UserError(head + "\n  ".join(problems))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: …)" to the help of each argument that has a default."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, "", []) else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are a UserError of one line that names the nearest flag.
 
@@ -165,7 +172,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None = None, instead: dict[str, str] | None = None, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(description=(description or "").split("\n\n")[0], allow_abbrev=False, **kwargs)
         self.instead = instead or {}
 

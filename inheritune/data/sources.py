@@ -1,26 +1,21 @@
-"""Where text comes from: files, the Hugging Face hub, and the English in every Python.
+"""Where text comes from: files, folders, the Hugging Face hub.
 
 A document is a text file (or a part of one, see --split_on), or a row of a table or of a hub dataset. It
-reaches the tokenizer as one or more `Piece`s. Each says where to go on after it, so an interrupted run need
-not start again.
+reaches the tokenizer as one or more `Piece`s.
 """
 
-import ast
 import collections
-import contextlib
 import functools
 import glob
 import hashlib
-import json
+import itertools
 import os
 import re
 import sys
-import sysconfig
-import tokenize
-import warnings
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from pyarrow import parquet
 
 from inheritune.base.errors import UserError
 from inheritune.data.text_files import (
@@ -28,215 +23,248 @@ from inheritune.data.text_files import (
     TEXT,
     File,
     check_column,
-    first_line,
-    is_known,
-    is_text,
-    open_parquet,
+    examine,
+    holds,
+    named_kind,
+    open_bytes,
     read_table,
     read_text,
-    rows_of,
-    text_of,
 )
 
-LITERAL = re.compile(r"\s*[\[(]?[-\"'\\\d]|\s*b[\"']")  # how a line of a table in source code begins
-UNSET = "%(default).0s"  # in a help text that tells its default itself: keeps argparse from adding one
+# A part of a path that says that its text is not for training, as the hub's rules have it.
+HELD_OUT = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
+CARD = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|citation|changelog)\b")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "index.json")
 
 
 class Piece(NamedTuple):
     text: str
     end: bool  # does its document end with it?
-    at: list  # [file number, item in it]: where reading goes on after this piece
-    done: float | None  # the share of the input read so far, where it is known
+    split: str = "train"
+    goes_on: bool = False  # did its document begin before it?
+    done: float | None = None  # the share of the input read so far, where it is known
 
 
 class Source(NamedTuple):
     """A corpus, opened."""
 
     arguments: dict  # what tells it from others, for meta.json
-    documents: Callable[[], int]
-    pieces: Callable[[list], Iterator[Piece]]  # from a position on
-
-
-def add_shared_flags(parser: ArgumentParser) -> None:
-    """The flags of all three commands."""
-    parser.add_argument("--text_column", default="text", help="where a table keeps the text")
-    help = "text that parts the documents of a text file, such as '<|endoftext|>'"
-    parser.add_argument("--split_on", default="", metavar="TEXT", help=help + UNSET)
-    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="threads that tokenise")
-
-
-def check_shared_flags(args: Namespace, paths: list[str] | None) -> None:
-    if args.num_proc < 1:
-        raise UserError(f"--num_proc {args.num_proc} must be at least 1")
-    if args.split_on and not paths:
-        raise UserError("--split_on parts the documents of text files: name some, or leave it out")
-    for path in filter(os.path.isdir, paths or []):
-        inside = os.path.realpath(path)
-        if args.out and os.path.commonpath([inside, os.path.realpath(args.out)]) == inside:
-            raise UserError(f"--out {args.out} lies in {path}, which is read: choose a folder outside of it")
-
-
-def parse_corpus(parser: ArgumentParser, argv: list[str] | None, out: str, dataset: str) -> Namespace:
-    """The arguments, checked, of a command that prepares a known corpus, from the hub or from files."""
-    parser.add_argument("--out", default=out, help="folder to write")
-    help = "hub dataset, or a local folder in the hub's layout"
-    parser.add_argument("--dataset", default=dataset, help=help)
-    parser.add_argument("--revision", default="main", help="its branch or commit")
-    help = "a tiktoken name, bytes, or the path of a tokenizer.json or of a folder that holds one"
-    parser.add_argument("--tokenizer", default="gpt2", help=help)
-    help = "read these instead of the hub: .parquet, .jsonl[.gz|.zst], .txt, folders or glob patterns"
-    parser.add_argument("--data_files", nargs="+", metavar="PATH", help=help + UNSET)
-    add_shared_flags(parser)
-    args = parser.parse_args(argv)
-    check_shared_flags(args, args.data_files)
-    return args
+    pieces: Iterator[Piece]
+    documents: Callable[[], int]  # how many there are; may take as long as reading them
+    has_val: bool = False  # does some of it have the split "val"?
 
 
 # Files
 
 
-def open_files(paths: list[str], column: str, split_on: str) -> Source:
-    """Files, folders and patterns as a Source."""
-    files = find_files(paths)
-    check_tables(files, column)
-    documents = functools.partial(count_documents, files, column, split_on)
-    pieces = functools.partial(read_files, files, column, split_on)
-    return Source(fingerprint(paths, files, split_on), documents, pieces)
+def open_files(
+    paths: list[str], val_paths: list[str] | None, column: str | None, split_on: str, out: str
+) -> Source:
+    """Files, folders and patterns as a Source.
+
+    val_paths: the same for validation; []: what folders in the hub's layout hold for it; None: must be none
+    column: where tables keep the text; None: "text"
+    split_on: what parts the documents of a text file; "": nothing
+    out: the folder that will be written, which may not lie in one that is read
+    """
+    files = []
+    for given, path in [*(("train", path) for path in paths), *(("val", path) for path in val_paths or [])]:
+        if os.path.isdir(path) and contains(path, out):
+            raise UserError(f"--out {out} lies in {path}, which is read: choose a folder outside of it")
+        found = find_files(path, given)
+        if "val" in found and given == "train" and val_paths:
+            raise UserError(
+                f"{path} holds validation text of its own: leave --val_files out, or name its files"
+            )
+        files += [(split, examine(name)) for split, names in found.items() for name in names]
+    names = collections.Counter(os.path.abspath(file.path) for _, file in files)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise UserError(f"{twice[0]} is given twice; name each file once")
+    check_options([file for _, file in files], column, split_on)
+    arguments = {
+        "sources": [*paths, *(val_paths or [])],
+        "text_column": column or "text",
+        "split_on": split_on,
+    }
+    options = {"files": files, "column": column or "text", "split_on": split_on}
+    count, has_val = functools.partial(count_documents, **options), any(split == "val" for split, _ in files)
+    return Source(arguments | fingerprint(files), read_files(**options), count, has_val)
 
 
-def find_files(paths: list[str]) -> list[File]:
-    """The files that `paths` stand for.
+def contains(folder: str, path: str) -> bool:
+    inside = os.path.realpath(folder)
+    return os.path.commonpath([inside, os.path.realpath(path)]) == inside
+
+
+def check_options(files: list[File], column: str | None, split_on: str) -> None:
+    """Raise UserError for an option that has no effect on these files, or a column that a table lacks."""
+    texts = [file for file in files if file.kind == "text"]
+    tables = [file for file in files if file.kind != "text"]
+    if column and not tables:
+        raise UserError("--text_column says where a table keeps the text, but there are text files only")
+    if split_on and not texts:
+        raise UserError("--split_on parts the documents of text files, but there are tables only")
+    if split_on and not any(holds(file, split_on) for file in texts):
+        cure = f"; a line end is written $'{split_on}', with the $" if "\\" in split_on else ""
+        raise UserError(
+            f"--split_on {split_on!r} stands nowhere in the text files, such as {texts[0].path}{cure}"
+        )
+    for file in tables:
+        next(read_table(file, column or "text"), None)
+
+
+def find_files(path: str, split: str) -> dict[str, list[str]]:
+    """{split: paths of the files} that `path` stands for; `split` is what it was given as.
 
     A file stands for itself, a folder for the text files and tables under it (sorted; names that start with a
     dot are left out), and anything else is tried as a glob pattern. Raises UserError where nothing is found.
     """
-    found = []
-    for path in paths:
-        if os.path.isdir(path):
-            names, what = known_files(path), "holds no " + ", ".join(TEXT + TABLES)
-        elif os.path.lexists(path) and not os.path.isfile(path):
-            what = "is a pipe or a device, which cannot be read twice"
-            raise UserError(f"{path} {what}; save it to a file first")
-        else:
-            matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-            names, what = [name for name in matches if os.path.isfile(name)], "does not exist"
-            if "**" not in path and (others := len(matches) - len(names)):
-                print(f"{path}: {others} folders left out; name them to have their files", file=sys.stderr)
-        if not names:
-            raise UserError(f"{path} {what}; give text files, .jsonl[.gz|.zst], .parquet or folders of them")
-        found += names
-    if twice := [name for name, n in collections.Counter(map(os.path.abspath, found)).items() if n > 1]:
-        raise UserError(f"{twice[0]} is given twice; name each file once")
-    for name in found:
-        check_known(name)
-    return [File(name) for name in found]
+    if os.path.isfile(path):
+        return {split: [path]}
+    if os.path.isdir(path):
+        return find_in_folder(path, split)
+    if "://" in path:  # (which may hold a password, so it is not shown)
+        raise UserError("a URL is not fetched: download it (curl -LO URL) and give the file")
+    if os.path.lexists(path):
+        raise UserError(f"{path} is a pipe or a device, which cannot be read twice; save it to a file first")
+    matches = sorted(glob.glob(path, recursive=True))
+    names = [name for name in matches if os.path.isfile(name)]
+    if not names:
+        raise UserError(f"{path} does not exist; give text files, tables or folders of them")
+    if split == "train":
+        refuse_held_out(path, names)
+    if "**" not in path and len(names) < len(matches):
+        left = f"{len(matches) - len(names)} folders or other than files left out"
+        print(f"{path}: {left}; name folders to have their files", file=sys.stderr)
+    return {split: names}
 
 
-def check_known(path: str) -> None:
-    """Raise UserError unless files of this name are read."""
-    if not is_known(path):
-        kinds = ", ".join(TEXT + TABLES) + " are read, also as .gz or .zst"
-        raise UserError(f"{path}: only {kinds}; if it is plain text, rename it to .txt")
-
-
-def known_files(folder: str) -> list[str]:
-    """The files under `folder` that are read; stderr says how many there are besides."""
-    found, others = [], collections.Counter()
+def find_in_folder(folder: str, split: str) -> dict[str, list[str]]:
+    """The same of a folder; stderr says what is left out."""
+    names, left = [], collections.Counter()
     for path in walk(folder):
         suffix = os.path.splitext(path)[1].lower()
-        if suffix and is_known(path):
-            found.append(path)
+        if not os.path.isfile(path):
+            left["no regular file"] += 1  # a pipe would be waited for
+        elif not suffix or named_kind(path)[0] is None:
+            left[suffix or "without a suffix"] += 1
+        elif os.path.basename(path) in METADATA:
+            left["metadata"] += 1
         else:
-            others[suffix or "without a suffix"] += 1
-    if others:
-        kinds = ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items()))
-        print(f"{folder}: {others.total()} files left out ({kinds})", file=sys.stderr)
-    return found
+            names.append(path)
+    found = {split: names}
+    if split == "train" and any(HELD_OUT.search(os.path.relpath(name, folder)) for name in names):
+        splits = hub_splits(folder, names)
+        found = {"train": splits.pop("train"), "val": splits.pop("validation", [])}
+        left["of no split"] = len(names) - sum(map(len, [*found.values(), *splits.values()]))
+        left |= {f"of the split {name}": len(paths) for name, paths in splits.items()}
+    elif any(named_kind(name)[0] != "text" for name in names):  # what explains a data set is no text of it
+        found[split] = [n for n in names if named_kind(n)[0] != "text" or not CARD.match(os.path.basename(n))]
+        left["cards and licences"] = len(names) - len(found[split])
+    if total := sum(left.values()):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(left.items()) if n)
+        print(f"{folder}: {total} files left out ({kinds})", file=sys.stderr)
+    if not found[split]:
+        raise UserError(f"{folder} holds no {', '.join(TEXT + TABLES)}")
+    return {split: paths for split, paths in found.items() if paths}
 
 
 def walk(folder: str, skip: tuple = ()) -> Iterator[str]:
     """Yield the paths of the files under `folder`, hidden ones left out, always in one order. Links to
-    folders are followed, but none to where it was before."""
+    folders are followed, but none to where it was before. Raises OSError where a folder cannot be listed."""
     seen = {os.path.realpath(folder)}
 
     def is_new(path):
         real = os.path.realpath(path)
         return not (real in seen or seen.add(real))
 
-    for here, folders, names in os.walk(folder, followlinks=True):
+    def fail(error):
+        raise error
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
         folders[:] = [f for f in folders if is_new(os.path.join(here, f))]
         yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
 
 
-def fingerprint(paths: list[str], files: list[File], split_on: str = "") -> dict:
-    """What tells this input from another, for meta.json: how it was named, and its files' names, sizes, times
-    of change and sampled content (16 blocks of 4 kB, evenly spaced over a file)."""
-    listing, total = [], 0
-    for file in files:
-        stat, digest = os.stat(file.path), hashlib.sha256()
+def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
+    """{split: paths} of a folder in the hub's layout, by the hub library's own rules: the names of its files
+    and folders, or its card. Raises UserError where they leave open which of `names` are for training."""
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    try:
+        files = datasets.load_dataset_builder(os.path.abspath(folder)).config.data_files or {}
+    except Exception as e:  # there is no common class
+        print(f"{folder} is no data set in the hub's layout ({first_line(e)})", file=sys.stderr)
+        files = {}
+    found = {str(split): list(map(str, paths)) for split, paths in files.items()}
+    refuse_held_out(folder, found.get("train", names))
+    return found
+
+
+def refuse_held_out(where: str, names: list[str]) -> None:
+    """Raise UserError for training files whose names say validation or test."""
+    for name in names:
+        if found := HELD_OUT.search(os.path.basename(name)):
+            raise UserError(
+                f"{where}: {name} says {found[0]}; name the training files yourself, and what is for "
+                "validation with --val_files"
+            )
+
+
+def fingerprint(files: list[tuple[str, File]]) -> dict:
+    """What tells these files from others, for meta.json: sizes and sampled content (16 blocks of 4 kB, evenly
+    spaced over a file), not where they lie."""
+    digest = hashlib.sha256()
+    for split, file in files:
+        digest.update(f"{split} {file.size} ".encode())
         with open(file.path, "rb") as f:
-            for i in range(16):
-                f.seek(stat.st_size * i // 16)
-                digest.update(f.read(4096))
-        listing.append([file.path, stat.st_size, stat.st_mtime_ns, digest.hexdigest()])
-        total += stat.st_size
-    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    found = {"sources": list(paths), "files": len(files), "bytes": total, "listing_sha256": digest}
-    return found | {"split_on": split_on} if split_on else found
+            if file.size <= 1 << 16:
+                digest.update(f.read())
+            else:
+                for i in range(16):
+                    f.seek(file.size * i // 16)
+                    digest.update(f.read(4096))
+    total = sum(file.size for _, file in files)
+    return {"files": len(files), "bytes": total, "content_sha256": digest.hexdigest()}
 
 
-def check_tables(files: list[File], column: str) -> None:
-    """Read one document of every table, so that a wrong column is reported before anything is written."""
-    for file in files:
-        if not is_text(file.path):
-            next(read_table(file.path, column, 0), None)
+def count_documents(files: list[tuple[str, File]], column: str, split_on: str) -> int:
+    """How many documents there are; of a .parquet its metadata tells."""
+    tables = [file for _, file in files if file.kind == ".parquet"]
+    others = [(split, file) for split, file in files if file.kind != ".parquet"]
+    rows = sum(parquet.read_metadata(open_bytes(file)[0]).num_rows for file in tables)
+    return rows + sum(piece.end for piece in read_files(others, column, split_on))
 
 
-def count_documents(files: list[File], column: str, split_on: str = "") -> int:
-    """How many documents there are, by the cheapest pass that can tell."""
-    total = 0
-    for file in files:
-        if is_text(file.path):
-            total += sum(ends for _, ends, *_ in read_text(file, 0, split_on)) if split_on else 1
-        elif file.path.lower().endswith(".parquet"):
-            total += open_parquet(file.path, column).metadata.num_rows
-        else:
-            total += sum(1 for _ in rows_of(file.path, column))
-    return total
+def read_files(files: list[tuple[str, File]], column: str, split_on: str) -> Iterator[Piece]:
+    """Yield the `Piece`s of [(split, file)] in order.
 
-
-def read_files(files: list[File], column: str, split_on: str, at: list = (0, 0)) -> Iterator[Piece]:
-    """Yield the `Piece`s of `files` in order, from position `at` on.
-
-    `column` names the text in tables, `split_on` what parts the documents of a text file ("": nothing).
-    Memory is one piece of a text file, one row of a table (256 of a .parquet) or a whole .json array. Raises
-    UserError naming file and place for anything broken: compressed data, JSON, UTF-8, a missing column, a
-    value that is no text.
+    Raises UserError naming file and place for anything broken: compressed data, JSON, UTF-8, a missing
+    column, a value that is no text.
     """
-    sizes = [os.path.getsize(file.path) for file in files]
-    for number in range(at[0], len(files)):
-        file, start = files[number], at[1] if number == at[0] else 0
-        before, total = sum(sizes[:number]), sum(sizes) or 1
-        if is_text(file.path):
-            pieces = read_text(file, start, split_on)
-        else:
-            pieces = read_table(file.path, column, start)
-        for text, end, item, share in pieces:
-            # A finished text file is left behind; a table is left by reading on to its end.
-            place = [number + 1, 0] if item is None else [number, item]
-            yield Piece(text, end, place, (before + share * sizes[number]) / total)
+    total, before = sum(file.size for _, file in files) or 1, 0
+    for split, file in files:
+        goes_on = False
+        rows = read_text(file, split_on) if file.kind == "text" else read_table(file, column)
+        for text, end, share in rows:
+            yield Piece(text, end, split, goes_on, (before + share * file.size) / total)
+            goes_on = not end
+        before += file.size
 
 
 # The Hugging Face hub
 
 
-def open_hub(dataset: str, streaming: bool, column: str, documents: float | None = None, **which) -> Source:
+def open_hub(dataset: str, streaming: bool, column: str, documents: float | None = None, **options) -> Source:
     """The `train` split of a hub dataset (or of a local folder in the hub's layout) as a Source.
 
-    `which` goes to `datasets.load_dataset` (revision, name); `documents` is how many there are about, for a
-    streamed one. Raises UserError, after the hub library's own 20 seconds of trying again, when the hub
-    cannot be reached, and when it refuses or there is no such column.
+    documents: how many there are about, for a streamed one
+    options: revision and name, for `datasets.load_dataset`
+
+    Raises UserError, after the hub library's own 20 seconds of trying again, when the hub cannot be reached,
+    and when it refuses or there is no such column.
     """
     import datasets
     from huggingface_hub.utils import logging
@@ -244,7 +272,7 @@ def open_hub(dataset: str, streaming: bool, column: str, documents: float | None
     logging.set_verbosity_error()  # it would report every attempt
     print(f"asking the Hugging Face hub for {dataset} ...", file=sys.stderr)
     try:
-        found = datasets.load_dataset(dataset, split="train", streaming=streaming, **which)
+        found = datasets.load_dataset(dataset, split="train", streaming=streaming, **options)
     except Exception as e:  # there is no common class, and every one of them means this
         raise UserError(
             f"{dataset} could not be loaded ({first_line(e)}); check the network, point HF_HOME at a filled "
@@ -252,106 +280,26 @@ def open_hub(dataset: str, streaming: bool, column: str, documents: float | None
         ) from e
     if found.column_names:
         check_column(column, found.column_names, dataset)
+    arguments = {"dataset": dataset, "text_column": column} | options
     n = documents if streaming else len(found)
-    pieces = functools.partial(read_hub, found.select_columns([column]), column, n)
-    return Source({"dataset": dataset} | which, lambda: n, pieces)
+    return Source(arguments, read_hub(found.select_columns([column]), column, n), lambda: n)
 
 
-def read_hub(dataset, column: str, n: float | None, at: list = (0, 0)) -> Iterator[Piece]:
-    """Yield a `Piece` for each of about `n` rows of a hub dataset, mapped or streamed, from `at[1]` on."""
-    row = at[1]
-    rows = iter(dataset.skip(row))
-    while True:
+def read_hub(dataset, column: str, n: float | None) -> Iterator[Piece]:
+    """Yield a `Piece` for each of about `n` rows of a hub dataset, mapped or streamed."""
+    rows = iter(dataset)
+    for row in itertools.count(1):
         try:
             found = next(rows, None)
         except Exception as e:
             raise UserError(f"reading from the hub failed ({first_line(e)}); run again to go on") from e
         if found is None:
             return
-        row += 1
-        text = text_of(found, column, f"row {row} of the dataset")
-        yield Piece(text, True, [0, row], n and min(1.0, row / n))
+        if not isinstance(found[column], str):
+            kind = type(found[column]).__name__
+            raise UserError(f"row {row} of the dataset: {column!r} holds a {kind}, not text")
+        yield Piece(found[column], True, done=n and min(1.0, row / n))
 
 
-# The embedded corpus
-
-
-def python_documentation() -> list[tuple[str, str]]:
-    """[(name, text)] of the English that this Python carries: no network, and the same on every run.
-
-    The topics of `pydoc`'s help, and for each module of the standard library (tests left out) its docstrings,
-    each after the name it documents. A docstring that appeared before, or of less than 40 characters, is left
-    out.
-    """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions split it off
-        topics = {}
-    texts = [(f"help on {topic}", text) for topic, text in sorted(topics.items())]
-    seen = set()
-    for module, code in standard_library():
-        if entries := list(docstrings(code, module, seen)):
-            texts.append((module, "\n\n".join(entries) + "\n"))
-    if not texts:
-        raise UserError(f"this Python ({sys.executable}) came without its sources; give a PATH to text")
-    return texts
-
-
-def docstrings(code: str, name: str, seen: set[str]) -> Iterator[str]:
-    """Yield name and docstring of a module and all that it defines, `seen` ones left out."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # old escapes in old modules
-            todo = [(ast.parse(code), name)]
-    except (SyntaxError, ValueError):  # a template
-        return
-    while todo:
-        node, name = todo.pop(0)
-        text = (ast.get_docstring(node) or "").strip()
-        if len(text) >= 40 and text not in seen:
-            seen.add(text)
-            yield f"{name}\n\n{text}"
-        defs = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        todo[:0] = [(child, f"{name}.{child.name}") for child in node.body if isinstance(child, defs)]
-
-
-def python_sources() -> list[tuple[str, str]]:
-    """[(module name, text)] of the standard library's own source files, tests left out.
-
-    Generated tables are left out too: the build's own variables (_sysconfigdata…), and files of whose lines
-    more than half begin with a number or a string, as encodings' character maps do.
-    """
-    texts = []
-    for module, code in standard_library():
-        lines = [line for line in code.splitlines() if line.strip()]
-        literals = sum(LITERAL.match(line) is not None for line in lines)
-        if lines and literals <= len(lines) / 2 and not module.startswith("_sysconfigdata"):
-            texts.append((module, code))
-    return texts
-
-
-def standard_library() -> Iterator[tuple[str, str]]:
-    """Yield (module name, text) of the standard library's files without its tests, always in one order."""
-    folder = sysconfig.get_path("stdlib")
-    skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
-    for path in walk(folder, skip):
-        module, suffix = os.path.splitext(os.path.relpath(path, folder).replace(os.sep, "."))
-        if suffix == ".py":
-            # in the encoding that the file declares; templates are left out
-            with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as f:
-                yield module.removesuffix(".__init__"), f.read()
-
-
-def by_hash(documents: list[tuple[str, str]]) -> list[str]:
-    """The texts of [(name, text)] in the order of their hashes, so that the last tenth resembles the rest."""
-    return sorted((text for _, text in documents), key=lambda text: hashlib.sha256(text.encode()).digest())
-
-
-def held_out(name: str) -> bool:
-    """Whether a document of this name is for validation: one in ten, the same in every version of Python."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
-
-
-def read_texts(texts: list[str], at: list = (0, 0)) -> Iterator[Piece]:
-    """Yield a `Piece` for each of a list of documents, from number `at[1]` on."""
-    for i in range(at[1], len(texts)):
-        yield Piece(texts[i], True, [0, i + 1], (i + 1) / len(texts))
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

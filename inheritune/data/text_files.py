@@ -1,78 +1,101 @@
-"""Files of text in constant memory: plain text in pieces, tables (.jsonl, .json, .csv, .parquet) row by row.
+"""What is in a file: plain text in pieces, tables row by row, both in constant memory.
 
-Every reader can begin after any item that it gave before. Whatever is broken in a file is one line that
-names the file and the place.
+Content decides how a file is read, its name only suggests. gzip, zstd and Parquet begin with bytes of their
+own, and a text whose first line is a JSON object is a table. Whatever is broken is one line that names the
+file and the place.
+
+pyarrow reads .parquet and .arrow and unpacks; its decompressors notice a file that was cut off. The standard
+library reads JSON and CSV: pyarrow's readers refuse long rows and half surrogate pairs, and take a quotation
+mark that is never closed for one long field.
 """
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import pyarrow  # its decompressors, unlike zstandard's, notice a file that was cut short
+import pyarrow
 from pyarrow import parquet
 
 from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import CUT
 
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-PACKED = {".gz": "gzip", ".zst": "zstd"}  # read as what the suffix before it says
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+ARROW = (".parquet", ".arrow")  # packed inside
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
+POINTER = b"version https://git-lfs"  # how the stand-in begins that Git LFS leaves for a large file
 PIECE = 1 << 17  # bytes of a text file held at a time
+MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
 MAX_ARRAY = 1 << 30  # bytes of a JSON array, which is held whole
 csv.field_size_limit(sys.maxsize)
 
 
 class File(NamedTuple):
-    """The bytes `start` to `stop` of a text file's content, or a whole table."""
-
     path: str
-    start: int = 0
-    stop: int = sys.maxsize
+    kind: str  # "text", or the suffix of a table
+    packed: str | None  # its compression
+    size: int  # in bytes
 
 
-def kind_of(path: str) -> tuple[str, str | None]:
-    """What a file's name says: (".txt" for all plain text, or the suffix of a table or of what is not read,
-    compression)."""
+def named_kind(path: str) -> tuple[str | None, str | None]:
+    """What a name suggests: `"a.md.gz"` → `("text", "gzip")`, `"a.csv"` → `(".csv", None)`, `"a.pdf"` →
+    `(None, None)`. A name without a suffix suggests text."""
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     packed = PACKED.get(suffix)
-    if packed:
-        suffix = os.path.splitext(stem)[1]
-    return (".txt" if suffix in (*TEXT, "") else suffix), packed
+    suffix = os.path.splitext(stem)[1] if packed else suffix
+    return ("text" if suffix in (*TEXT, "") else suffix if suffix in TABLES else None), packed
 
 
-def is_text(path: str) -> bool:
-    return kind_of(path)[0] == ".txt"
+def examine(path: str) -> File:
+    """How a regular file is to be read. Raises UserError where it is none that we read."""
+    kind, named = named_kind(path)
+    with open(path, "rb") as f:
+        head = f.read(64)
+        size = os.fstat(f.fileno()).st_size
+    packed = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
+    if head.startswith(POINTER):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there")
+    if named and not packed:
+        raise UserError(f"{path} holds no {named}, though its name says so; fetch it again or rename it")
+    if head.startswith(b"PAR1"):
+        kind = ".parquet"
+    if kind is None or (packed and kind in ARROW):
+        kinds = ", ".join(TEXT + TABLES) + " are read, text, JSON and CSV also as .gz or .zst"
+        raise UserError(f"{path}: only {kinds}; if it is plain text, rename it to .txt")
+    file = File(path, kind, packed, size)
+    is_table = kind == "text" and (packed or head.lstrip(BLANKS).startswith(b"{")) and begins_with_json(file)
+    return file._replace(kind=".jsonl") if is_table else file
 
 
-def is_known(path: str) -> bool:
-    """Whether files of this name are read. (A .parquet has its own compression.)"""
-    kind, packed = kind_of(path)
-    return kind == ".txt" or (kind in TABLES and not (kind == ".parquet" and packed))
+def begins_with_json(file: File) -> bool:
+    """Whether the first line of a text file is a JSON object."""
+    with contextlib.suppress(ValueError, RecursionError, OSError):  # damaged files are told of when read
+        lines = io.BufferedReader(open_bytes(file)[1])
+        if lines.peek(64).lstrip(BLANKS).startswith(b"{"):
+            return isinstance(json.loads(lines.readline(MAX_LINE).decode("utf-8-sig")), dict)
+    return False
 
 
-def open_bytes(path: str, start: int = 0) -> tuple:
-    """(The raw file, the stream of its decompressed bytes from number `start` on)."""
-    raw = pyarrow.OSFile(os.fsencode(path))
-    packed = kind_of(path)[1]
-    if not packed:
-        raw.seek(start)
-        return raw, raw
-    stream = pyarrow.CompressedInputStream(raw, packed)
-    while start > 0 and (block := stream.read(min(start, 1 << 20))):
-        start -= len(block)
-    return raw, stream
+def open_bytes(file: File) -> tuple:
+    """(The raw file, the stream of its decompressed bytes)."""
+    raw = pyarrow.OSFile(os.fsencode(file.path))
+    return raw, pyarrow.CompressedInputStream(raw, file.packed) if file.packed else raw
 
 
 def check_encoding(path: str, block: bytes) -> None:
     """Raise UserError for the first bytes of a file in UTF-16."""
-    start = block[:1000]
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4:
+    begin = block[:1000]
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or begin.count(0) > len(begin) // 4:
         cure = "convert it first (iconv -f UTF-16 -t UTF-8)"
         raise UserError(f"{path}: UTF-16 or no text at all, not UTF-8; {cure}")
 
@@ -83,131 +106,127 @@ def check_column(column: str, names: Iterable[str], where: str) -> None:
         raise UserError(f"{where}: no column {column!r} among {names}; choose with --text_column")
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def unreadable(path: str, where: str, error: Exception) -> UserError:
+    """What to say of a file that cannot be read beyond a place: most were cut off."""
+    why, cure = str(error).strip().split("\n")[0], "fetch it again"
+    if "too much memory" in why:  # only zstd --long asks for more than 128 MiB
+        cure = f"it was packed by zstd --long: unpack it with zstd -d --long=31 {path}"
+    return UserError(f"{path}: cannot be read after {where} ({why}); {cure}")
 
 
 # Plain text
 
 
-def read_text(file: File, start: int, split_on: str = "") -> Iterator[tuple]:
-    """Yield (text, ends, next item or None, share read) for the pieces of a text file; items are its bytes.
-
-    A long text is cut where the tokens of the parts are the tokens of the whole (tokenizer.CUT), or at the
-    end of a piece without any such place. Where a piece ends depends only on where it starts, so a second run
-    cuts at the same places. With `split_on`, a document ends wherever that text stands; blanks after the last
-    place are no document.
-    """
-    start, marker = max(start, file.start), split_on.encode()
+def read_blocks(file: File) -> Iterator[tuple[str, float]]:
+    """Yield (text, share of the file read by then) of a text file, a PIECE at a time."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     try:
-        begun = max(file.start, start - len(marker))
-        raw, stream = open_bytes(file.path, begun)
-        inside = stream.read(start - begun) not in (b"", marker)  # the middle of a document
-        block = b""
+        raw, stream = open_bytes(file)
         while True:
-            # the bytes that begin here, and one more to see whether they are the last
-            block += stream.read(min(PIECE + 1, file.stop - start) - len(block))
-            last = len(block) <= PIECE
-            if start == 0:
+            block = stream.read(PIECE)
+            if position == 0:
                 check_encoding(file.path, block)
-            text = codecs.utf_8_decode(block[:PIECE], "strict", last)[0]
-
-            # how much of them is this piece
-            bom = start == 0 and text.startswith("\ufeff")  # 0 or 1 characters to leave out
-            place = text.find(split_on) if split_on else -1
-            if place >= 0:
-                piece, used = text[bom:place], text[: place + len(split_on)]
-            elif last:
-                if text.strip() or inside or not split_on:
-                    yield text[bom:], True, None, 1.0
+                block = block.removeprefix(codecs.BOM_UTF8)
+            pending = len(decoder.getstate()[0])
+            yield decoder.decode(block, final=not block), raw.tell() / (file.size or 1)
+            position += len(block)
+            if not block:
                 return
-            else:
-                end = len(text) - max(0, len(split_on) - 1)  # the rest may begin a `split_on`
-                found = CUT.match(text, 0, end)
-                used = found.group() if found else text[:end]
-                piece = used[bom:]
-            size, inside = len(used.encode()), place < 0
-            start, block = start + size, block[size:]
-            yield piece, not inside, start, raw.tell() / raw.size()
     except UnicodeDecodeError as e:
-        where = f"{file.path}, byte {start + e.start}"
+        where = f"{file.path}, byte {position - pending + e.start}"
         raise UserError(f"{where}: not UTF-8; convert the file to UTF-8 first") from None
     except OSError as e:
-        raise UserError(f"{file.path}: cannot be read after byte {start} ({e}); fetch it again") from None
+        raise unreadable(file.path, f"byte {position}", e) from None
 
 
-def cut_in_two(path: str, val_fraction: float) -> list[File]:
-    """A text file as two, the second of about `val_fraction` of its bytes, parted between characters."""
-    _, stream = open_bytes(path)
-    size = sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
-    cut = round(size * (1 - val_fraction))
-    _, stream = open_bytes(path, cut)
-    while (stream.read(1) or b"a")[0] & 0xC0 == 0x80:  # in the middle of a character
-        cut += 1
-    if not 0 < cut < size:
-        raise UserError(f"{path} is too short to part into training and validation; give more text")
-    return [File(path, 0, cut), File(path, cut)]
+def pattern_of(split_on: str) -> re.Pattern:
+    """The pattern that parts documents: `split_on` as it stands, where a line may end in LF or CRLF."""
+    return re.compile(re.escape(split_on).replace("\\\n", "\r?\n"))
+
+
+def holds(file: File, split_on: str) -> bool:
+    """Whether a text file has a place at which `split_on` parts documents."""
+    pattern, text = pattern_of(split_on), ""
+    for block, _ in read_blocks(file):
+        text = text[-2 * len(split_on) :] + block
+        if pattern.search(text):
+            return True
+    return False
+
+
+def read_text(file: File, split_on: str = "") -> Iterator[tuple[str, bool, float]]:
+    """Yield (text, whether its document ends with it, share read) for the pieces of a text file.
+
+    A long text is cut where the tokens of the parts are the tokens of the whole (tokenizer.CUT), or at the
+    end of a piece without any such place. With `split_on`, a document ends wherever that text stands; blanks
+    after the last such place are no document.
+    """
+    pattern = pattern_of(split_on) if split_on else None
+    text, inside = "", False  # inside: a part of this document was given out before
+    for block, share in read_blocks(file):
+        text += block
+        if pattern:
+            *documents, text = pattern.split(text)
+            for document in documents:
+                yield document, True, share
+            inside = inside and not documents
+        end = len(text) - 2 * len(split_on)  # what follows may begin a `split_on`
+        if end >= PIECE // 2:
+            place = CUT.match(text, 0, end)
+            used = place.end() if place else end
+            yield text[:used], False, share
+            text, inside = text[used:], True
+    if text.strip() or inside or not split_on:
+        yield text, True, 1.0
 
 
 # Tables
 
 
-def read_table(path: str, column: str, start: int) -> Iterator[tuple]:
-    """Yield (text, True, next item, share read) for the documents of a table; items are documents."""
-    rows = itertools.islice(rows_of(path, column), start, None)
-    for item, (row, where, share) in enumerate(rows, start + 1):
-        yield text_of(row, column, where), True, item, share
-
-
-def text_of(row: dict, column: str, where: str) -> str:
-    """The text in a row. Raises UserError when it has no such column, or something else there."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with the text")
-    check_column(column, row, where)
-    if not isinstance(row[column], str):
-        raise UserError(f"{where}: {column!r} holds a {type(row[column]).__name__}, not text")
-    return row[column]
-
-
-def rows_of(path: str, column: str) -> Iterator[tuple]:
-    """Yield (row, where it stands, share read) for the rows of a table."""
-    kind = kind_of(path)[0]
-    if kind == ".parquet":
-        yield from parquet_rows(path, column)
-        return
-    number, unit = 0, "line"
+def read_table(file: File, column: str) -> Iterator[tuple[str, bool, float]]:
+    """Yield (text, True, share read) for the rows of a table, in memory of one row (256 of a .parquet) or of
+    a whole JSON array. Raises UserError for a row that is broken or holds no text in `column`."""
+    where = "its beginning"
     try:
-        raw, stream = open_bytes(path)
-        lines = io.BufferedReader(stream, 1 << 20)
-        begin = lines.peek(1000)
-        check_encoding(path, begin)
-        if kind in (".csv", ".tsv"):
-            content = io.TextIOWrapper(lines, "utf-8-sig", newline="")
-            reader = csv.DictReader(content, delimiter="," if kind == ".csv" else "\t", strict=True)
-            rows = ((reader.line_num, row) for row in reader)
-        elif kind == ".json" and begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            rows, unit = enumerate(read_array(lines, path), 1), "element"
+        raw, stream = open_bytes(file)
+        if file.kind in ARROW:
+            rows = arrow_rows(raw, file, column)
         else:
-            numbered = ((n, line) for n, line in enumerate(lines, 1) if not line.isspace())
-            rows = ((n, parse(line, f"{path}, line {n}")) for n, line in numbered)
-        for number, row in rows:
-            yield row, f"{path}, {unit} {number}", raw.tell() / raw.size()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read after line {number} ({e}); fetch it again") from None
+            lines = io.BufferedReader(stream, 1 << 20)
+            check_encoding(file.path, lines.peek(1000))
+            rows = (csv_rows if file.kind in (".csv", ".tsv") else json_rows)(lines, file, column)
+        for where, value in rows:
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                raise UserError(f"{file.path}, {where}: {column!r} holds a {kind}, not text; remove the row")
+            yield value, True, raw.tell() / (file.size or 1)
     except (UnicodeDecodeError, csv.Error) as e:
         kind = "UTF-8" if isinstance(e, UnicodeDecodeError) else "CSV"
-        raise UserError(f"{path}, after line {number}: not {kind} ({e}); repair the file") from None
+        raise UserError(f"{file.path}, after {where}: not {kind} ({e}); repair the file") from None
+    except (pyarrow.ArrowException, OSError) as e:
+        raise unreadable(file.path, where, e) from None
 
 
-def read_array(lines: io.BufferedReader, path: str) -> list:
-    content = lines.read(MAX_ARRAY + 1)
-    if len(content) > MAX_ARRAY:
-        size = f"{MAX_ARRAY >> 30} GiB"
-        raise UserError(f"{path}: an array of over {size}; write an object a line (.jsonl) instead")
-    return parse(content, path)
+def json_rows(lines: io.BufferedReader, file: File, column: str) -> Iterator[tuple]:
+    """Yield (where it stands, what is in `column`) for JSON lines, or for the elements of one array."""
+    if lines.peek(64).lstrip(BLANKS).startswith(b"["):
+        content = lines.read(MAX_ARRAY + 1)
+        if len(content) > MAX_ARRAY:
+            size = f"{MAX_ARRAY >> 30} GiB"
+            raise UserError(f"{file.path}: an array of over {size}; write an object a line (.jsonl) instead")
+        rows = ((f"element {n}", row) for n, row in enumerate(parse_json(content, file.path), 1))
+    else:
+        numbered = ((f"line {n}", line) for n, line in enumerate(lines, 1) if not line.isspace())
+        rows = ((where, parse_json(line, f"{file.path}, {where}")) for where, line in numbered)
+    for where, row in rows:
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise UserError(f"{file.path}, {where}: a JSON {kind}, not an object with the text")
+        check_column(column, row, f"{file.path}, {where}")
+        yield where, row[column]
 
 
-def parse(content: bytes, where: str) -> dict | list:
+def parse_json(content: bytes, where: str) -> dict | list:
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
@@ -215,29 +234,34 @@ def parse(content: bytes, where: str) -> dict | list:
         raise UserError(f"{where}: not {what} ({e}); repair or remove the line") from None
 
 
-def parquet_rows(path: str, column: str) -> Iterator[tuple]:
-    """The rows of a .parquet, with `column` alone."""
-    table = open_parquet(path, column)
-    row, total = 0, table.metadata.num_rows
-    try:
-        for group in range(table.num_row_groups):
-            # One at a time: asked for all at once, Arrow keeps the buffers of each until the last is read.
-            for batch in table.iter_batches(256, row_groups=[group], columns=[column], use_threads=False):
-                for value in batch.column(0):
-                    row += 1
-                    yield {column: value.as_py()}, f"{path}, row {row}", row / total
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-        why = first_line(e)
-        raise UserError(f"{path}: cannot be read after row {row} ({why}); fetch it again") from None
+def csv_rows(lines: io.BufferedReader, file: File, column: str) -> Iterator[tuple]:
+    """The same for CSV. In .tsv a quotation mark is text."""
+    content = io.TextIOWrapper(lines, "utf-8-sig", newline="")
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.kind == ".tsv" else {"strict": True}
+    reader = csv.reader(content, **options)
+    names = next(reader, [])
+    check_column(column, names, f"{file.path}, line 1")
+    place = names.index(column)
+    for row in filter(None, reader):
+        if len(row) != len(names):
+            found = f"{len(row)} fields, but line 1 names {len(names)}"
+            raise UserError(f"{file.path}, line {reader.line_num}: {found}; repair the row")
+        yield f"line {reader.line_num}", row[place]
 
 
-def open_parquet(path: str, column: str) -> parquet.ParquetFile:
-    """A .parquet that has this column."""
-    try:
+def arrow_rows(raw: pyarrow.OSFile, file: File, column: str) -> Iterator[tuple]:
+    """The same for .parquet and .arrow. Binary columns are read as UTF-8."""
+    if file.kind == ".parquet":
         # Buffered: otherwise a whole row group of the column, often a gigabyte, is read at once.
-        table = parquet.ParquetFile(path, buffer_size=1 << 20)
-    except (pyarrow.ArrowException, OSError, UnicodeError) as e:  # the last: in the file's name
-        why = first_line(e)
-        raise UserError(f"{path}: no parquet file or a damaged one ({why}); fetch it again") from None
-    check_column(column, table.schema_arrow.names, path)
-    return table
+        table = parquet.ParquetFile(raw, buffer_size=1 << 20)
+        names, groups = table.schema_arrow.names, range(table.num_row_groups)
+        # One group at a time: asked for all at once, Arrow keeps the buffers of each until the last is read.
+        options = {"columns": [column], "use_threads": False}
+        batches = (batch for g in groups for batch in table.iter_batches(256, row_groups=[g], **options))
+    else:
+        batches = pyarrow.ipc.open_stream(raw)
+        names = batches.schema.names
+    check_column(column, names, file.path)
+    values = itertools.chain.from_iterable(batch.column(column).to_pylist() for batch in batches)
+    for n, value in enumerate(values, 1):
+        yield f"row {n}", value.decode() if isinstance(value, bytes) else value

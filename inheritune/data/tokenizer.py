@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tiktoken
@@ -95,8 +95,9 @@ class Tokenizer:
         """The ids of `text`, without an end-of-text."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """One array of ids for each text."""
+    def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> list[np.ndarray]:
+        """One array of ids for each text. Where `goes_on`, it is the rest of a text that was cut at CUT, and
+        gets the ids that it has in the whole text."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -155,7 +156,7 @@ class Bytes(Tokenizer):
 
     name, n_vocab, eot = "bytes", 257, 256
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, goes_on=()):
         return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
 
     def decode_bytes(self, ids):
@@ -169,7 +170,7 @@ class TikToken(Tokenizer):
         self.encoding, self.name = encoding, encoding.name
         self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
-    def encode_batch(self, texts):  # the ids of `encode_ordinary`, without Python lists
+    def encode_batch(self, texts, goes_on=()):  # the ids of `encode_ordinary`, without Python lists
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
         return [np.concatenate([encode(part) for part in cut(utf8(text).decode())]) for text in texts]
 
@@ -234,13 +235,24 @@ class HuggingFace(Tokenizer):
         config["eos_token"] = self.end_of_text
         self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), CONFIG_FILE: as_json(config)}
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, goes_on=()):
         # one thread: the caller has its own (the package would take one a core)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         texts = [utf8(text).decode() for text in texts]
         with package_errors(self.path):
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+            ids = [encoding.ids for encoding in encodings]
+            for i in np.flatnonzero(goes_on):
+                ids[i] = self.encode_rest(texts[i])
+        return [np.array(some, np.uint32) for some in ids]
+
+    def encode_rest(self, text: str) -> list[int]:
+        """The ids of the rest of a text. Llama's tokenizers put a blank before any text, so the rest comes
+        after a letter, which stands in for what was before it and whose id is left out."""
+        stand_in = "a" if text[:1] in (" ", "\n") else ""
+        encoding = self.tokenizer.encode(stand_in + text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return [i for i, (_, end) in spans if end > len(stand_in)] if stand_in else encoding.ids
 
     def recognise_special(self):
         self.tokenizer.encode_special_tokens, self.n_vocab = False, self.n_ids

@@ -11,9 +11,7 @@ ways.
 
 import argparse
 import contextlib
-import functools
 import hashlib
-import http.server
 import json
 import os
 import pathlib
@@ -21,11 +19,9 @@ import platform
 import random
 import shutil
 import signal
-import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
@@ -300,55 +296,6 @@ class PrepareFineweb(Prepare):
     script = "prepare_fineweb"
 
 
-class Slow(http.server.SimpleHTTPRequestHandler):
-    """Serves a file in pieces, so that there is time to kill who fetches it."""
-
-    def copyfile(self, source, outputfile):
-        while piece := source.read(8_000):
-            outputfile.write(piece)
-            time.sleep(0.01)
-
-    def log_message(self, *_):
-        pass
-
-    def handle(self):
-        with contextlib.suppress(OSError):  # killed clients hang up
-            super().handle()
-
-
-class Download(Prepare):
-    """prepare.py on an https address of this machine, with a certificate made here and now."""
-
-    def __init__(self, place, rng):
-        made = [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=localhost",
-        ]
-        made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
-        subprocess.run(made, cwd=place, check=True, capture_output=True)
-        os.environ["REQUESTS_CA_BUNDLE"] = os.path.join(place, "cert.pem")
-        inputs = os.path.join(place, "inputs")
-        server = http.server.ThreadingHTTPServer(("localhost", 0), functools.partial(Slow, directory=inputs))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(os.path.join(place, "cert.pem"), os.path.join(place, "key.pem"))
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.url = f"https://localhost:{server.server_port}/a.txt"
-        super().__init__(place, rng)
-
-    def command(self, out):
-        whole = super().command(out)
-        return [a for a in whole if not a.endswith(".txt")] + [self.url]
-
-
 KINDS = (
     ("train.py: SIGKILL before a disk operation or a step", Train, "killed_at_moments"),
     ("train.py: SIGKILL at any time", Train, "killed_at_any_time"),
@@ -366,7 +313,6 @@ KINDS = (
     ("replicate.py: SIGTERM or SIGINT", Replicate, "asked_to_end"),
     ("prepare.py: everything SIGKILLed", Prepare, "killed"),
     ("prepare.py: SIGTERM or SIGINT", Prepare, "asked_to_end"),
-    ("prepare.py: SIGKILL while it downloads", Download, "killed"),
     ("prepare_owt.py: everything SIGKILLed", PrepareOwt, "killed"),
     ("prepare_fineweb.py: everything SIGKILLed", PrepareFineweb, "killed"),
 )

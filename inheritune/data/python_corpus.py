@@ -1,0 +1,102 @@
+"""The text that every Python carries, the corpus of the demo: no network, and the same on every run.
+
+One document is the documentation of a module, another its source; both have the module's name, and by their
+names they are parted into training and validation.
+"""
+
+import ast
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import sys
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+
+from inheritune.base.errors import UserError
+from inheritune.data.sources import Piece, Source, walk
+
+LITERAL = re.compile(r"\s*[\[(]?[-\"'\\\d]|\s*b[\"']")  # how a line of a table in source code begins
+
+
+def open_python() -> Source:
+    """The corpus, in the order of the hashes of the documents' names. One name in ten is for validation, the
+    same in every version of Python."""
+    documents = python_documentation() + python_sources()
+    digests = {name: hashlib.sha256(name.encode()) for name, _ in documents}
+    documents.sort(key=lambda document: digests[document[0]].digest())
+
+    def read() -> Iterator[Piece]:
+        for i, (name, text) in enumerate(documents, 1):
+            held_out = int(digests[name].hexdigest(), 16) % 10 == 0
+            yield Piece(text, True, "val" if held_out else "train", done=i / len(documents))
+
+    arguments = {"corpus": f"Python {platform.python_version()}"}
+    return Source(arguments, read(), lambda: len(documents), True)
+
+
+def python_documentation() -> list[tuple[str, str]]:
+    """[(name, text)] of the topics of `pydoc`'s help, and for each module of the standard library (tests left
+    out) its docstrings, each after the name it documents.
+
+    A docstring that appeared before, or of less than 40 characters, is left out.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions split it off
+        topics = {}
+    texts = [(f"help on {topic}", text) for topic, text in sorted(topics.items())]
+    seen = set()
+    for module, code in standard_library():
+        if entries := list(docstrings(code, module, seen)):
+            texts.append((module, "\n\n".join(entries) + "\n"))
+    if not texts:
+        raise UserError(f"this Python ({sys.executable}) came without its sources; give a PATH to text")
+    return texts
+
+
+def docstrings(code: str, name: str, seen: set[str]) -> Iterator[str]:
+    """Yield name and docstring of a module and all that it defines, `seen` ones left out."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # old escapes in old modules
+            todo = [(ast.parse(code), name)]
+    except (SyntaxError, ValueError):  # a template
+        return
+    while todo:
+        node, name = todo.pop(0)
+        text = (ast.get_docstring(node) or "").strip()
+        if len(text) >= 40 and text not in seen:
+            seen.add(text)
+            yield f"{name}\n\n{text}"
+        defs = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        todo[:0] = [(child, f"{name}.{child.name}") for child in node.body if isinstance(child, defs)]
+
+
+def python_sources() -> list[tuple[str, str]]:
+    """[(module name, text)] of the standard library's own source files, tests left out.
+
+    Generated tables are left out too: the build's own variables (_sysconfigdata…), and files of whose lines
+    more than half begin with a number or a string, as encodings' character maps do.
+    """
+    texts = []
+    for module, code in standard_library():
+        lines = [line for line in code.splitlines() if line.strip()]
+        literals = sum(LITERAL.match(line) is not None for line in lines)
+        if lines and literals <= len(lines) / 2 and not module.startswith("_sysconfigdata"):
+            texts.append((module, code))
+    return texts
+
+
+def standard_library() -> Iterator[tuple[str, str]]:
+    """Yield (module name, text) of the standard library's files without its tests, always in one order."""
+    folder = sysconfig.get_path("stdlib")
+    skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
+    for path in walk(folder, skip):
+        module, suffix = os.path.splitext(os.path.relpath(path, folder).replace(os.sep, "."))
+        if suffix == ".py":
+            # in the encoding that the file declares; templates are left out
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as f:
+                yield module.removesuffix(".__init__"), f.read()

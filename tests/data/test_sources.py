@@ -1,0 +1,464 @@
+"""Text as people have it: what is read of it, what is refused, and what is said to be left out.
+
+pytest tests/data/test_sources.py
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+import prepare
+import prepare_fineweb
+import prepare_owt
+from inheritune.base.errors import UserError
+from inheritune.data import text_files
+from inheritune.data.reader import Tokens
+from inheritune.data.sources import open_files
+from inheritune.data.tokenizer import load_tokenizer
+from tests.assets import gpt2
+from tests.tiny import ROOT, refusal
+
+TWO = ['one, "two"\nthree é', "four"]
+
+
+def table(folder, name, texts=TWO):
+    """A file with these texts as rows, in the form that its name says."""
+    rows = [{"id": 1, "text": text} for text in texts]
+    kind = name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    if kind == "csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, ["id", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+        content = out.getvalue().encode()
+    elif kind == "tsv":
+        content = "\n".join(["id\ttext", *(f"1\t{text}" for text in texts)]).encode()
+    elif name.startswith("array"):
+        content = json.dumps(rows, indent=1).encode()
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if name.startswith("bom"):
+        content = b"\xef\xbb\xbf" + content
+    pack = {"gz": gzip.compress, "st": zstandard.compress}.get(name[-2:].lower(), bytes)
+    (folder / name).write_bytes(pack(content))
+    return folder / name
+
+
+def write(folder, files):
+    """The folder, with these files: {path in it: text or bytes}."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def opened(*paths, column=None, split_on="", val=()):
+    return open_files([str(p) for p in paths], [str(p) for p in val], column, split_on, "out")
+
+
+def documents(*paths, **options):
+    """[(split, text)] of the documents."""
+    found, text = [], ""
+    for piece in opened(*paths, **options).pieces:
+        text += piece.text
+        if piece.end:
+            found.append((piece.split, text))
+            text = ""
+    assert not text
+    return found
+
+
+def texts(*paths, **options):
+    return [text for _, text in documents(*paths, **options)]
+
+
+def prepared(out, *argv, script=prepare):
+    """{split: its text, with | for end-of-text} of what a prepare script makes as bytes."""
+    script.main([*map(str, argv), "--tokenizer", "bytes", "--out", str(out)])
+    tokenizer, found = load_tokenizer("bytes"), {}
+    for split in ("train", "val"):
+        tokens = Tokens(str(out), split)
+        found[split] = tokenizer.decode(tokens.read(0, len(tokens)).tolist()).replace("<|endoftext|>", "|")
+    return found
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.json", "a.ndjson", "A.JSONL", "a.csv", "a.tsv", "array.json", "a.json.gz", "A.CSV.ZST"),
+        *("array.json.zst", "bom.jsonl", "bom.csv", "bom.tsv.gz", "bom-array.json", "array-bom.JSON.GZ"),
+    ],
+)
+def test_tables_of_all_kinds(tmp_path, name):
+    rows = ['say "one', "four"] if "tsv" in name else TWO
+    assert texts(table(tmp_path, name, rows)) == rows
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", b'[{"text": "a"}, 3]', "a.json, element 2: a JSON int"),
+        ("a.json", b'[{"text": "a"}', "a.json: not JSON"),
+        ("a.json", b'{\n"text": "a"}', "a.json, line 1: not JSON"),
+        ("a.csv", b"id,body\n1,a\n", "a.csv, line 1: no column 'text' among id, body"),
+        ("a.csv", b"id,text\n1\n", "a.csv, line 2: 1 fields, but line 1 names 2"),
+        ("a.csv", b"id,text\n1,Hello, world, lost\n", "a.csv, line 2: 4 fields, but line 1 names 2"),
+        ("a.tsv", b"id\ttext\n1\ta\n2\tHello\tworld\n", "a.tsv, line 3: 3 fields, but line 1 names 2"),
+        ("a.csv", b"id,text\n1,a\n2,\xe9\n", "a.csv, after its beginning: not UTF-8"),
+        ("a.csv", b'text\n"one\ntwo\n', "a.csv, after its beginning: not CSV"),
+        ("a.csv", 'id,text\n1,"a"\n'.encode("utf-16"), "a.csv: UTF-16"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "a.jsonl: UTF-16"),
+        ("a.txt", "Zwölf Boxkämpfer".encode("utf-16"), "a.txt: UTF-16 or no text at all, not UTF-8"),
+        ("a.txt", b"plain text" * 50 + b"\xff\n", "a.txt, byte 500: not UTF-8"),
+        ("a.txt", "plain text".encode("utf-16-be"), "a.txt: UTF-16"),
+        ("a.txt.gz", gzip.compress(b"text" * 9999)[:-9], "a.txt.gz: cannot be read after byte"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz holds no gzip"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, said):
+    with pytest.raises(UserError) as e:
+        documents(write(tmp_path, {name: content}) / name)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rows_of_tsv_have_no_quoting(tmp_path):
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"he said\n2\tsecond\n3\tthird"\n')
+    assert texts(tmp_path / "a.tsv") == ['"he said', "second", 'third"']
+
+
+def test_an_array_may_be_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_ARRAY", 10)
+    with pytest.raises(UserError, match=r"write an object a line \(.jsonl\) instead"):
+        documents(table(tmp_path, "array.json"))
+
+
+def test_a_parquet_may_have_views_a_dictionary_or_binary(tmp_path):
+    for name, kind in (
+        ("view", pyarrow.string_view()),
+        ("dictionary", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+        ("large", pyarrow.large_string()),
+        ("binary", pyarrow.binary()),
+    ):
+        column = pyarrow.array(TWO, pyarrow.string()).cast(kind)
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        assert texts(tmp_path / f"{name}.parquet") == TWO
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a", b"\xff"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, after row 1: not UTF-8"):
+        documents(tmp_path / "a.parquet")
+
+
+# What a file is, its content decides
+
+
+@pytest.mark.parametrize("name", ["RC_2015-01.zst", "RC_2015-01", "a.txt", "a.md.gz"])
+def test_json_lines_under_any_name_are_a_table(tmp_path, name):
+    pack = zstandard.compress if name.endswith("zst") else gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(pack(b'{"id": 1, "body": "one"}\n{"id": 2, "body": "two"}\n'))
+    assert texts(tmp_path / name, column="body") == ["one", "two"]
+    with pytest.raises(UserError, match=f"{name}, line 1: no column 'text' among id, body"):
+        documents(tmp_path / name)
+
+
+def test_what_only_looks_like_json_is_text(tmp_path):
+    for text in ("{not json}\nat all", "[a list]", "{\n}", '"words"\n'):
+        (tmp_path / "a.txt").write_text(text)
+        assert texts(tmp_path / "a.txt") == [text]
+
+
+def test_compression_and_parquet_under_any_name(tmp_path):
+    (tmp_path / "a.txt").write_bytes(gzip.compress(b"packed"))
+    assert texts(tmp_path / "a.txt") == ["packed"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": TWO}), tmp_path / "b.txt")
+    assert texts(tmp_path / "b.txt") == TWO
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.docx.gz", "a.parquet.gz", "a.xml"])
+def test_what_is_not_read_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
+    with pytest.raises(UserError, match=rf"{name}: only .txt, .* rename it to .txt"):
+        documents(tmp_path / name)
+
+
+def test_a_pointer_of_git_lfs_says_git_lfs_pull(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.txt", "b.parquet", "c.jsonl.gz"):
+        (tmp_path / name).write_text(pointer)
+        for path in (tmp_path / name, tmp_path):
+            with pytest.raises(UserError, match=r"is a pointer of Git LFS, .* run `git lfs pull` there"):
+                documents(path)
+
+
+def test_a_long_window_of_zstd_has_the_true_cure(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    (tmp_path / "a.txt.zst").write_bytes(compressor.compress(b"words " * (1 << 26)))
+    with pytest.raises(UserError, match=r"a.txt.zst: cannot be read .* zstd -d --long=31"):
+        documents(tmp_path / "a.txt.zst")
+
+
+# Plain text
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_a_compressed_text(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(text_files, "PIECE", 1000)
+    text = "Zwölf Boxkämpfer jagen Viktor.\n" * 500
+    name = tmp_path / {bytes: "a.TXT", gzip.compress: "a.txt.gz"}.get(pack, "a.md.zst")
+    name.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
+    pieces = list(opened(name).pieces)
+    assert "".join(piece.text for piece in pieces) == text and len(pieces) > 10
+    assert [p.done for p in pieces] == sorted(p.done for p in pieces)
+
+
+def test_byte_order_marks_and_cr_lf(tmp_path):
+    bom = b"\xef\xbb\xbf"
+    write(tmp_path, {"a.txt": bom + b"one", "b.txt": bom + b"two" + bom})
+    assert texts(tmp_path / "a.txt", tmp_path / "b.txt") == ["one", "two\ufeff"]
+    write(tmp_path, {"a.jsonl": b'{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n\r\n'})
+    assert texts(tmp_path / "a.jsonl") == ["one", "two\r\n"]
+    write(tmp_path, {"a.csv": b'text\r\none\r\n"two\r\n"\r\n'})
+    assert texts(tmp_path / "a.csv") == ["one", "two\r\n"]
+
+
+@pytest.mark.parametrize("piece", [1 << 17, 300, 40])
+def test_split_on_parts_wherever_the_pieces_of_a_file_end(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(text_files, "PIECE", piece)
+    parts = [f"document {i} " + "words " * (i % 50) for i in range(200)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(parts) + "<|endoftext|>\n")
+    assert texts(tmp_path / "a.txt", split_on="<|endoftext|>") == parts
+    (tmp_path / "b.txt").write_bytes("\r\n\r\n".join(parts).encode())
+    assert texts(tmp_path / "b.txt", split_on="\n\n") == parts
+
+
+def test_the_end_of_text_spelled_out_is_ordinary_text_and_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(["some words"] * 200))
+    prepared(tmp_path / "plain", tmp_path / "a.txt")
+    shown = capsys.readouterr().out
+    assert "the text holds <|endoftext|> 199 times" in shown and "--split_on '<|endoftext|>'" in shown
+    assert (Tokens(str(tmp_path / "plain"), "train").read(0, 2000) == 256).sum() == 0
+    for script in (prepare, prepare_owt, prepare_fineweb):
+        argv = [] if script is prepare else ["--data_files"]
+        argv += [tmp_path / "a.txt", "--split_on", "<|endoftext|>"]
+        argv += ["--shard_tokens", 500] if script is prepare_fineweb else []
+        found = prepared(tmp_path / script.__name__, *argv, script=script)
+        assert (found["train"] + found["val"]).count("|") == 200
+        assert "ordinary" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "written, cure", [("\\n\\n", "a line end is written $'\\n\\n', with the $"), ("<eot>", "")]
+)
+def test_a_split_on_that_never_occurs(tmp_path, written, cure):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    with pytest.raises(UserError) as e:
+        documents(tmp_path / "a.txt", split_on=written)
+    assert f"--split_on {written!r} stands nowhere in the text files" in str(e.value) and cure in str(e.value)
+
+
+def test_an_option_without_effect_is_an_error(tmp_path):
+    write(tmp_path, {"a.txt": "text", "b.jsonl": '{"text": "one"}\n', "c.txt": "val"})
+    for options, said in (
+        ({"column": "body"}, "--text_column says where a table keeps the text"),
+        ({"split_on": "x"}, "--split_on parts the documents of text files"),
+    ):
+        with pytest.raises(UserError, match=said):
+            opened(tmp_path / ("b.jsonl" if "split_on" in options else "a.txt"), **options)
+    for argv, said in (
+        (["--split_on=x"], "--split_on is for files"),
+        (["--text_column=x"], "--text_column is for files"),
+        (["--val_files", tmp_path / "c.txt"], "--val_files is for files"),
+        (["--val_fraction=0.1"], "--val_fraction has no effect where validation text is given"),
+        (
+            [tmp_path / "a.txt", "--out=o", "--val_fraction=0.2", "--val_files", tmp_path / "c.txt"],
+            "has no effect",
+        ),
+    ):
+        assert said in refusal(prepare.main, argv)
+    for script in (prepare_owt, prepare_fineweb):
+        assert "--split_on parts the documents of text files" in refusal(script.main, ["--split_on=x"])
+
+
+def test_a_line_a_document_is_read_fast(tmp_path):
+    """Not quadratic: the time of four times the text is not much over four times the time."""
+    line, spent = "一行中文文本。" * 4 + "\n", []
+    for copies in (20_000, 80_000):
+        (tmp_path / "a.txt").write_text(line * copies)
+        began = time.process_time()
+        assert len(texts(tmp_path / "a.txt", split_on="\n")) == copies
+        spent.append(time.process_time() - began)
+    assert spent[1] < 12 * spent[0]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t"])
+def test_a_document_of_a_million_blanks(tmp_path, blank):
+    rows = ["a" + blank * 1_000_000 + "b", "c" * 2_000_000]
+    out = tmp_path / "out"
+    prepare.main([str(table(tmp_path, "a.jsonl", rows)), "--tokenizer", gpt2(), "--out", str(out)])
+    tokens = Tokens(str(out), "train")
+    assert load_tokenizer("gpt2").decode(tokens.read(0, len(tokens)).tolist()).startswith(rows[0] + "<|endof")
+
+
+# Folders
+
+
+def test_a_folder_of_text_and_of_other_files(tmp_path, capsys):
+    files = {
+        "b.pdf": "x",
+        "c.PDF": "x",
+        "d": "x",
+        ".hidden.pdf": "x",
+        "README.md": "a note",
+        "LICENSE.txt": "x",
+    }
+    write(tmp_path / "in", files)
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    assert texts(tmp_path / "in") == ["x", "a note"]  # of text files all are text
+    left = "in: 4 files left out (2 .pdf, 1 no regular file, 1 without a suffix)"
+    assert left in capsys.readouterr().err
+    table(tmp_path / "in", "A.CSV")
+    assert texts(tmp_path / "in") == TWO
+    left = "in: 6 files left out (2 .pdf, 2 cards and licences, 1 no regular file, 1 without a suffix)"
+    assert left in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed_ends_it(tmp_path):
+    write(tmp_path / "in", {"a.txt": "text", "sub/b.txt": "text"})
+    os.chmod(tmp_path / "in/sub", 0)
+    with pytest.raises(PermissionError) as e:
+        documents(tmp_path / "in")
+    assert e.value.filename == str(tmp_path / "in/sub")
+
+
+def test_a_failure_to_list_a_folder_is_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path / "in", {"a.txt": "text", "sub/b.txt": "text"})
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    said = refusal(prepare.main, [tmp_path / "in", "--out", tmp_path / "out", "--tokenizer=bytes"])
+    assert "Permission denied" in said and str(tmp_path / "in/sub") in said
+
+
+def test_a_data_set_in_the_hubs_layout(tmp_path, capsys):
+    for split in ("train", "validation", "test"):
+        path = tmp_path / f"in/data/{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [split]}), path)
+    write(tmp_path / "in", {"README.md": "# card", "dataset_infos.json": "{}", "index.json": "{}"})
+    assert documents(tmp_path / "in") == [("train", "train"), ("val", "validation")]
+    said = capsys.readouterr().err
+    assert "2 metadata" in said and "1 of no split" in said and "1 of the split test" in said
+    assert prepared(tmp_path / "out", tmp_path / "in") == {"train": "train|", "val": "validation|"}
+    argv = [tmp_path / "in", "--out", tmp_path / "o", "--tokenizer=bytes"]
+    assert "has no effect where validation text is given" in refusal(
+        prepare.main, [*argv, "--val_fraction=0.2"]
+    )
+    said = refusal(prepare.main, [*argv, "--val_files", tmp_path / "in/data/test-00000-of-00001.parquet"])
+    assert "holds validation text of its own" in said
+
+
+def test_tinystories_layout_follows_its_card(tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
+    card += "  - split: validation\n    path: data/validation-*\n---\n"
+    files = {"TinyStories-train.txt": "as text", "TinyStories-valid.txt": "as text", "README.md": card}
+    write(tmp_path, files)
+    for split in ("train", "validation"):
+        path = tmp_path / f"data/{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [split]}), path)
+    assert documents(tmp_path) == [("train", "train"), ("val", "validation")]
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    data = datasets.Dataset.from_dict({"text": TWO})
+    data.save_to_disk(tmp_path / "one")
+    assert documents(tmp_path / "one") == [("train", text) for text in TWO]
+    datasets.DatasetDict({"train": data, "validation": data.select([1])}).save_to_disk(tmp_path / "more")
+    assert documents(tmp_path / "more") == [*documents(tmp_path / "one"), ("val", "four")]
+
+
+def test_names_that_say_validation_are_refused_until_the_user_says_what_they_are(tmp_path):
+    write(tmp_path, {"a.txt": "one", "notes_test.txt": "two"})
+    for path in (tmp_path, f"{tmp_path}/*.txt"):
+        with pytest.raises(UserError, match=r"notes_test\.txt says test; name the training files yourself"):
+            documents(path)
+    assert texts(tmp_path / "a.txt", tmp_path / "notes_test.txt") == ["one", "two"]
+    found = documents(tmp_path / "a.txt", val=[f"{tmp_path}/*_test.txt"])
+    assert found == [("train", "one"), ("val", "two")]
+
+
+def test_many_small_files_take_linear_time(tmp_path):
+    spent = []
+    for n in (500, 2000):
+        write(tmp_path / str(n), {f"{i}.txt": "text" for i in range(n)})
+        began = time.process_time()
+        assert len(texts(tmp_path / str(n))) == n
+        spent.append(time.process_time() - began)
+    assert spent[1] < 10 * spent[0]
+
+
+# The share for validation
+
+
+def test_validation_is_a_share_of_tokens_however_unequal_the_documents(tmp_path):
+    write(
+        tmp_path, {"a.txt": "short words " * 333, "b.txt": "long words " * 20_000, "readme.md": "a note here"}
+    )
+    for names in (["a.txt", "b.txt"], ["b.txt", "a.txt"], ["b.txt", "readme.md"]):
+        found = prepared(tmp_path / "-".join(names), *(tmp_path / name for name in names))
+        assert 0.08 < len(found["val"]) / sum(map(len, found.values())) < 0.12
+        whole = "".join((tmp_path / name).read_text() + "|" for name in names)
+        assert (found["train"] + found["val"]).replace("|", "") == whole.replace("|", "")
+        assert found["train"].endswith("|") and found["val"].endswith("|")
+
+
+# Changed inputs
+
+
+def test_an_input_that_changed_without_changing_its_size(tmp_path):
+    path, out = table(tmp_path, "a.jsonl", ["cat"] * 9), tmp_path / "out"
+    prepared(out, path)
+    table(tmp_path, "a.jsonl", ["dog"] * 9)
+    said = refusal(prepare.main, [path, "--tokenizer", "bytes", "--out", out])
+    expected = f"{out} is finished, but its input has changed; choose another --out or delete it"
+    assert said == f"prepare.py: {expected}"
+
+
+def test_a_long_input_that_changed_at_one_place_and_kept_its_time(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a" * 1_000_000)
+    before, when = opened(path).arguments, os.stat(path).st_mtime_ns
+    path.write_bytes(b"a" * 500_000 + b"b" + b"a" * 499_999)
+    os.utime(path, ns=(when, when))
+    assert opened(path).arguments != before
+
+
+def test_text_from_a_pipe(tmp_path):
+    argv = ["/dev/stdin", "--tokenizer=bytes", "--out"]
+    command = [sys.executable, os.path.join(ROOT, "prepare.py"), *argv]
+    done = subprocess.run([*command, str(tmp_path / "a")], input=b"text", capture_output=True, timeout=60)
+    said = b"/dev/stdin is a pipe or a device, which cannot be read twice"
+    assert done.returncode == 1 and said in done.stderr
+    (tmp_path / "b.txt").write_text("some text" * 20)
+    with open(tmp_path / "b.txt") as f:
+        subprocess.run([*command, str(tmp_path / "b")], stdin=f, capture_output=True, timeout=60, check=True)
