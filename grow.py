@@ -49,9 +49,10 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, given: frozenset) -
     k = grow.k_start or config.n_layer // 2
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
-    raise_all(problems)
+    named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
+    raise_all(problems + planning.check_inherited(named, given, config))
     if "block_size" in given:
-        config = dataclasses.replace(config, block_size=min(settings.block_size, config.block_size))
+        config = dataclasses.replace(config, block_size=settings.block_size)
     c = Common(settings.out_dir, small_flags(settings, given), k, config, name, reference_stage=stage)
     raise_all(check_stages([*([stage] if stage else []), c.random("random", k)]))
     return c

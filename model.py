@@ -71,6 +71,11 @@ class GPTConfig:
         C, T, L = self.n_embd, self.block_size, self.n_layer
         return 6 * (self.vocab_size * C + L * 12 * C * C) + 12 * L * C * T
 
+    @property
+    def scratch_settings(self) -> dict:
+        """train.py's settings that make a new model of this architecture."""
+        return {key: getattr(self, key) for key in ARCHITECTURE}
+
     def with_blocks(self, blocks: list[int]) -> "GPTConfig":
         """The config of a model that has these blocks of this one."""
         return replace(self, n_layer=len(blocks))

@@ -65,7 +65,8 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, given: froz
     """Check everything that can be checked before training. Raises UserError with every problem found."""
     decided = given & set(FIXED) - {"out_dir", "dry_run", "dataset"}
     problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in decided]
-    problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in given - decided]
+    fixed = given & set(ARCHITECTURE) - ({"block_size"} if rep.reference else set())
+    problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in fixed - decided]
     if bool(rep.reference) == bool(rep.reference_config):
         problems.append("set one of reference_config (to train references) and reference (to take one)")
     raise_all(problems)
@@ -104,6 +105,10 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, given: frozenset,
     else:
         name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
         config, flops, layer_steps = given_reference(name)
+        named = dataclasses.replace(settings, init_from=name)
+        raise_all(planning.check_inherited(named, given & {"block_size"}, config))
+        if "block_size" in given:
+            config = dataclasses.replace(config, block_size=settings.block_size)
 
     # the small models
     k = rep.layers or config.n_layer // 2

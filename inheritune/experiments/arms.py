@@ -20,7 +20,6 @@ from inheritune.training.command_line import parse
 from inheritune.training.cost import flops_per_token
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
-from model import ARCHITECTURE
 
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # with the reference
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
@@ -100,15 +99,18 @@ class Common:
     def random(self, run: str, n_layer: int | None = None) -> Stage:
         """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder `run`,
         a path relative to `folder`."""
-        config = self.config.with_blocks(range(n_layer or self.k))
-        shape = {key: getattr(config, key) for key in ARCHITECTURE}
-        return Stage(os.path.join(self.folder, run), config, self.flags | shape)
+        n_layer = n_layer or self.k
+        config = self.config.with_blocks(list(range(n_layer)))
+        if config.scratch_settings is None:  # inherit.py can make it, train.py cannot
+            return self.inherited(run, recipe="random", layers=n_layer)
+        return Stage(os.path.join(self.folder, run), config, self.flags | config.scratch_settings)
 
     def inherited(self, run: str, **options) -> Stage:
         """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
         recipe="last". ckpt=... takes another source."""
         inherit = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
-        config = self.config.with_blocks(range(options.get("layers", self.config.n_layer)))
+        n_layer = options.get("layers", self.config.n_layer)
+        config = self.config.with_blocks(list(range(n_layer)))
         flags = self.flags | {"block_size": config.block_size}
         return Stage(os.path.join(self.folder, run), config, flags, inherit)
 
@@ -220,6 +222,10 @@ ARMS = {
 }
 
 
+# these take parts of GPT-2's blocks and tensors, by their names
+PARTS_OF_GPT2 = ("released_slice", "half_width", "attn", "mlp", "attn_mlp")
+
+
 @dataclass(frozen=True, eq=False)  # find_arm makes one Arm for each name
 class Arm:
     """One of ARMS, perhaps with settings of its own: NAME@key=value@…"""
@@ -311,6 +317,8 @@ def impossible(c: Common) -> dict[str, str]:
         reasons |= dict.fromkeys(("stacking", "hybrid"), f"{c.k} blocks are not twice a whole number")
     if c.config.n_head == 1:
         reasons["half_width"] = "it needs two heads"
+    if c.config.scratch_settings is None:
+        reasons |= dict.fromkeys(PARTS_OF_GPT2, "of this model only whole blocks can be taken")
     return reasons
 
 

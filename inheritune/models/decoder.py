@@ -45,6 +45,8 @@ class DecoderConfig:
     block_size: int  # tokens that this run reads at once
     dropout: float = 0.0
 
+    scratch_settings = None  # train.py has none for it: only config.json describes it
+
     def __post_init__(self):
         kind = json.loads(self.source)["model_type"]
         if self.dropout:

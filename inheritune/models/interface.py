@@ -9,6 +9,7 @@ A configuration is a frozen dataclass:
     num_params block_params     parameters of the model, and of its largest block
     flops_per_token             FLOPs of training, forward and backward
     block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors
+    scratch_settings            train.py's settings that make a new model like it; None: there are none
     with_blocks(blocks)         the configuration of a model that has these blocks of this one
     content()                   what config.json holds; tensors beside it are fp32
     arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU
