@@ -79,7 +79,25 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
     prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
+    add_tokens(tokenizer, path)
     return tokenizer
+
+
+def add_tokens(tokenizer: tokenizers.Tokenizer, folder: str) -> None:
+    """Add the tokens of added_tokens.json, `{"<user>": 50257}`. Those of special_tokens_map.json are special:
+    spelled out in a text they are ordinary text. Raises UserError where one does not get its id."""
+    special = set()
+    for token in (read_optional(folder, "special_tokens_map.json") or {}).values():
+        for one in token if isinstance(token, list) else [token]:
+            special.add(one.get("content") if isinstance(one, dict) else one)
+    added = read_optional(folder, "added_tokens.json") or {}
+    for token, number in sorted(added.items(), key=lambda item: str(item[1]).zfill(9)):
+        tokenizer.add_tokens([tokenizers.AddedToken(token, special=token in special)])
+        if tokenizer.token_to_id(token) != number:
+            raise UserError(
+                f"{folder}/added_tokens.json: {token} cannot get the id {number}; where transformers' "
+                "AutoTokenizer can open the model, its save_pretrained writes a tokenizer.json"
+            )
 
 
 @contextlib.contextmanager

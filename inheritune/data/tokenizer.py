@@ -37,9 +37,9 @@ HF_FILES = (
     *("sentencepiece.bpe.model", "vocab.txt"),
 )
 PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
-# Before a blank that follows a letter or digit all of tiktoken's vocabularies begin a new word: there the
-# tokens of the parts are the tokens of the whole. The end of a match is the last such place.
-CUT = re.compile(r"(?s).*[^\W_](?=[ \n])")
+# Before a blank that follows a letter or digit all vocabularies begin a new word, tiktoken's before a line
+# end too: there the tokens of the parts are the tokens of the whole. A match ends at the last such place.
+CUT = re.compile(r"(?s).*[^\W_](?= )|.*[^\W_](?=\n)")
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -248,11 +248,11 @@ class HuggingFace(Tokenizer):
 
     def encode_rest(self, text: str) -> list[int]:
         """The ids of the rest of a text. Llama's tokenizers put a blank before any text, so the rest comes
-        after a letter, which stands in for what was before it and whose id is left out."""
-        stand_in = "a" if text[:1] in (" ", "\n") else ""
-        encoding = self.tokenizer.encode(stand_in + text, add_special_tokens=False)
-        spans = zip(encoding.ids, encoding.offsets, strict=True)
-        return [i for i, (_, end) in spans if end > len(stand_in)] if stand_in else encoding.ids
+        after an "a", which stands in for what was before it and whose id is left out."""
+        encoding = self.tokenizer.encode("a" + text, add_special_tokens=False)
+        if any(start < 1 < end for start, end in encoding.offsets):  # a token of the "a" and more
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [i for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
 
     def recognise_special(self):
         self.tokenizer.encode_special_tokens, self.n_vocab = False, self.n_ids

@@ -20,7 +20,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
 from inheritune.base.tokenizer_identity import package_errors
+from inheritune.data import text_files
 from inheritune.data import tokenizer as tokenizer_module
+from inheritune.data.sources import open_files
 from inheritune.data.tokenizer import (
     GPT2_FILES,
     TextStream,
@@ -293,6 +295,55 @@ def test_a_gpt2_with_other_ids_in_a_text_is_told_from_gpt2(tmp_path, added):
     assert (model["tokenizer"], model["n_vocab"], model["eot"]) == (ours.name, ours.n_vocab, ours.eot)
     text = "a <user> b"
     assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+def test_added_tokens_beside_gpt2s_own_files_are_those_of_transformers(tmp_path):
+    folder = write_gpt2(tmp_path / "a")
+    (tmp_path / "a/added_tokens.json").write_text('{"<bot>": 50258, "[PAD]": 50259, "<user>": 50257}')
+    (tmp_path / "a/special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    (tmp_path / "a/tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert (ours.name, ours.n_vocab) == ("tokenizer.json", len(theirs)) and len(theirs) == 50260
+    for text in ("a <user> b <bot>c", " <user>  x", "a<|endoftext|>b", "a [PAD] b"):
+        assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
+    (tmp_path / "a/added_tokens.json").write_text('{"<user>": 50300}')
+    with pytest.raises(UserError, match=r"added_tokens.json: <user> cannot get the id 50300"):
+        load_tokenizer(folder)
+
+
+def llama_like(folder):
+    """A tokenizer that puts a blank before every text, as Llama 2's does, and has no pre-tokenizer."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special[:1], show_progress=False)
+    tokenizer.train_from_iterator([*english()[:20], "".join(map(chr, range(32, 127)))], trainer)
+    content = json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] |= {token: len(vocab) + i for i, token in enumerate(special[1:])}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+    os.makedirs(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}'
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", *KINDS])
+def test_a_long_text_in_pieces_has_transformers_ids_of_the_whole(tmp_path, monkeypatch, kind):
+    folder = llama_like(tmp_path / "a") if kind == "llama" else save(tmp_path / "a", kind)
+    monkeypatch.setattr(text_files, "PIECE", 1000)
+    text = "".join(english()[:5])[:30_000] + "a b\nc  d\n\n e 1 2" * 50
+    text += "日本語のテキスト。\n" * 500 if kind == "llama" else ""  # (each letter is a token)
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(open_files([str(tmp_path / "a.txt")], [], None, "", "out").pieces)
+    ours, theirs = load_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    encoded = ours.encode_batch([piece.text for piece in pieces], [piece.goes_on for piece in pieces])
+    expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert len(pieces) > 20 and np.concatenate(encoded).tolist() == expected
 
 
 def test_the_digest_is_of_the_vocabulary_not_of_the_file(tmp_path):
