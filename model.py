@@ -80,9 +80,9 @@ class GPTConfig:
         """The config of a model that has these blocks of this one."""
         return replace(self, n_layer=len(blocks))
 
-    def content(self) -> dict:
-        """What config.json holds."""
-        return config_json(asdict(self))
+    def content(self, dtype: torch.dtype = torch.float32) -> dict:
+        """What config.json holds beside tensors of this dtype."""
+        return config_json(asdict(self)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
     def arrange(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A model's parameters as its folder stores them: fp32 on the CPU, in Hugging Face's layout."""

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -21,11 +22,25 @@ from torch.utils.checkpoint import checkpoint
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
-from inheritune.weights.gpt2_format import CONFIG, NO_EOT, find_tokenizer, stored_tensors
+from inheritune.base.tokenizer_identity import tokenizer_name
+from inheritune.models.cut import cut_content
+from inheritune.models.skeleton import (
+    build,
+    cannot_open,
+    find_blocks,
+    no_weights,
+    own_tensors,
+    skeleton,
+    stored_form,
+    stored_shapes,
+    transformers_config,
+)
+from inheritune.weights.gpt2_format import CONFIG, NO_EOT, stored_tensors
 from inheritune.weights.tensors import Lazy, copy_rows
 from model import cross_entropy, next_token
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
+AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
 NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
 
 
@@ -44,6 +59,7 @@ class DecoderConfig:
     limit: int  # the most positions that the model can read
     block_size: int  # tokens that this run reads at once
     dropout: float = 0.0
+    warning: str = dataclasses.field(default="", compare=False)  # what readers of a cut config.json must know
 
     scratch_settings = None  # train.py has none for it: only config.json describes it
 
@@ -61,13 +77,18 @@ class DecoderConfig:
     @classmethod
     def from_folder(cls, folder: str) -> "DecoderConfig":
         """The config of a transformers folder. Raises UserError when it is none with one stack of blocks."""
-        return cls.from_content(read_json(os.path.join(folder, CONFIG)), folder)
+        path = os.path.join(folder, CONFIG)
+        try:
+            return cls.from_content(read_json(path), folder)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
 
     @classmethod
     def from_content(cls, content: dict, folder: str) -> "DecoderConfig":
-        """The config of config.json's content; the tokenizer is looked for in `folder`, which errors name."""
+        """The config of config.json's content; the tokenizer is looked for in `folder`."""
+        content = content | ({AHEAD: 0} if content.get(AHEAD) else {})
         source = json.dumps(content)
-        c = transformers_config(source, folder)
+        c = transformers_config(source)
         eot = c.eos_token_id[0] if isinstance(c.eos_token_id, list) and c.eos_token_id else c.eos_token_id
         limit = getattr(c, "max_position_embeddings", None)
         limit = limit if type(limit) is int and limit > 0 else NO_LIMIT
@@ -78,29 +99,25 @@ class DecoderConfig:
             n_embd=c.hidden_size,
             vocab_size=c.vocab_size,
             n_vocab=content.get("n_vocab", c.vocab_size),
-            tokenizer=content.get("tokenizer") or find_tokenizer(folder),
+            tokenizer=content.get("tokenizer") or tokenizer_name(folder),
             eot=eot if type(eot) is int and 0 <= eot < c.vocab_size else NO_EOT,
             limit=limit,
             block_size=content.get("run_block_size", min(BLOCK_SIZE, limit)),
         )
-        config.skeleton(folder)  # transformers builds it, and it has one stack of blocks
+        skeleton(source)  # transformers builds it, and it has one stack of blocks
         return config
-
-    def skeleton(self, folder: str = "the model") -> nn.Module:
-        """transformers' model, its parameters on the meta device; shared, so never to be changed."""
-        return build_skeleton(self.source, folder)
 
     @property
     def block_prefix(self) -> str:
-        return find_blocks(self.skeleton(), self.n_layer)[0]
+        return find_blocks(skeleton(self.source))[0]
 
     @property
     def num_params(self) -> int:
-        return sum(p.numel() for p in self.skeleton().parameters())
+        return sum(p.numel() for p in skeleton(self.source).parameters())
 
     @property
     def block_params(self) -> int:
-        blocks = find_blocks(self.skeleton(), self.n_layer)[1]
+        blocks = find_blocks(skeleton(self.source))[1]
         return max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
     @property
@@ -110,7 +127,7 @@ class DecoderConfig:
         Parameters of two or more dimensions are matrices, but for embeddings that are looked up alone; of a
         mixture's experts those count that a token is sent to.
         """
-        model, c = self.skeleton(), transformers_config(self.source)
+        model, c = skeleton(self.source), transformers_config(self.source)
         looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         head = model.get_output_embeddings()
         looked_up -= {id(head.weight)} if head is not None else set()
@@ -126,20 +143,15 @@ class DecoderConfig:
 
     def with_blocks(self, blocks: list[int]) -> "DecoderConfig":
         """The config of the model with these blocks. Raises UserError when its config.json cannot say so."""
-        content = json.loads(self.source)
-        full = transformers_config(self.source).to_dict()
-        content |= {
-            key: [v[i] for i in blocks] for key, v in full.items() if is_per_layer(key, v, self.n_layer)
-        }
-        content |= {"num_hidden_layers": len(blocks)}
-        new = dataclasses.replace(self, source=json.dumps(content), n_layer=len(blocks))
-        new.skeleton()
-        return new
+        content, warning = cut_content(json.loads(self.source), blocks)
+        return dataclasses.replace(self, source=json.dumps(content), n_layer=len(blocks), warning=warning)
 
-    def content(self) -> dict:
-        """config.json: the source's, fp32, and keys of ours where transformers has no room for them."""
+    def content(self, dtype: torch.dtype = torch.float32) -> dict:
+        """config.json: the source's with the dtype of the tensors beside it, and keys of ours that
+        transformers has none for."""
         content = json.loads(self.source)
-        content |= {key: "float32" for key in ("torch_dtype", "dtype") if key in content}
+        name = str(dtype).removeprefix("torch.")
+        content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
         ours = {"n_vocab": self.n_vocab, "tokenizer": self.tokenizer, "run_block_size": self.block_size}
         plain = {"n_vocab": self.vocab_size, "run_block_size": min(BLOCK_SIZE, self.limit)}
         kept = {
@@ -149,15 +161,11 @@ class DecoderConfig:
 
     def arrange(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model's parameters under the names and in the shapes in which transformers stores them."""
-        names = {name for name, _ in self.skeleton().named_parameters()}
+        names = {name for name, _ in skeleton(self.source).named_parameters()}
         state = {
             n: p.detach().to("cpu", torch.float32).contiguous() for n, p in parameters.items() if n in names
         }
-        return stored_form(self.skeleton(), state)
-
-
-def is_per_layer(key: str, value, n: int) -> bool:
-    return isinstance(value, list) and len(value) == n and key not in ("architectures", "eos_token_id")
+        return stored_form(skeleton(self.source), state)
 
 
 class Decoder(nn.Module):
@@ -172,11 +180,11 @@ class Decoder(nn.Module):
             theirs = build(config.source)
         theirs.tie_weights()
         # in a tuple, so that neither is a child: parameters would have other names, or two
-        self._held = theirs.eval(), find_blocks(theirs, config.n_layer)[1]
+        self._held = theirs.eval(), find_blocks(theirs)[1]
         self._modules, self._parameters, self._buffers = theirs._modules, theirs._parameters, theirs._buffers
         self._activations, self.plain_head = "none", False
         if not unset:
-            self.plain_head = has_plain_head(theirs)
+            self.plain_head = probe(theirs, config.vocab_size)
 
     @classmethod
     def empty(cls, config: DecoderConfig) -> "Decoder":
@@ -194,7 +202,7 @@ class Decoder(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 copy_rows(tensor, state[name])
-        self.plain_head = has_plain_head(self.theirs)
+        self.plain_head = probe(self.theirs, self.config.vocab_size)
 
     @property
     def theirs(self) -> nn.Module:
@@ -305,19 +313,27 @@ def recomputed(forward: Callable, *args, **kwargs):
 def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
     """The state dict of a folder, checked against `config`: names and shapes as transformers stores them.
 
-    A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. A tied tensor that the folder holds
-    a second time, and what transformers leaves out itself, are left out.
+    A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. Left out are a tied tensor that the
+    folder holds a second time, what transformers leaves out itself, and blocks that predict a second token.
     """
-    model = config.skeleton(folder)
-    wanted = {n: tuple(t.shape) for n, t in stored_form(model, own_tensors(model)).items()}
+    model, wanted = skeleton(config.source), stored_shapes(config.source)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    tensors = {}
+    tensors, prefix = {}, config.block_prefix
     for name, tensor in stored_tensors(folder):
         longer = f"{model.base_model_prefix}.{name}"
         name = longer if name not in wanted and longer in wanted else name
         tied = model.all_tied_weights_keys.get(name)
         if name in wanted or not (tied in wanted or any(p.search(name) for p in ignored)):
             tensors[name] = tensor
+    # {number: names within} of blocks behind the last; what no other block has belongs to another task
+    extra = {}
+    for name in tensors.keys() - wanted.keys():
+        if match := re.match(rf"{re.escape(prefix)}(\d+)\.(.*)", name):
+            extra.setdefault(int(match[1]), {})[match[2]] = name
+    for number, names in extra.items():
+        if number >= config.n_layer and not all(f"{prefix}0.{inner}" in wanted for inner in names):
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}{number}.")}
+            print(f"{folder}: block {number} predicts a second token and is left out", file=sys.stderr)
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} is no tensor of a {model.config.model_type}" for n in tensors if n not in wanted]
     shapes = {n: tuple(t.shape) for n, t in tensors.items() if n in wanted}
@@ -328,87 +344,22 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
     return tensors
 
 
-def transformers_config(source: str, folder: str = "the model"):
-    """transformers' configuration of a config.json. Code in the folder is never run."""
-    with cannot_open(folder) as transformers:
-        content = json.loads(source)
-        c = transformers.CONFIG_MAPPING[content.get("model_type")].from_dict(content)
-    if c.get_text_config(decoder=True) is not c:
-        raise UserError(f"{folder} holds more than a text model: only models of text alone are implemented")
-    lacking = [
-        n for n in ("num_hidden_layers", "hidden_size", "vocab_size") if type(getattr(c, n, None)) is not int
-    ]
-    if lacking:
-        raise UserError(f"{folder}: a {c.model_type} has no {', '.join(lacking)}; it cannot be opened here")
-    return c
-
-
-def build(source: str, folder: str = "the model") -> nn.Module:
-    """transformers' fp32 model of a config.json, with random weights."""
-    c = transformers_config(source, folder)
-    if getattr(c, "quantization_config", None):
-        raise UserError(f"{folder} is quantised: save it in 16 or 32 bits first (transformers' dequantize)")
-    with cannot_open(folder) as transformers:
-        return transformers.AutoModelForCausalLM.from_config(c, dtype=torch.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def build_skeleton(source: str, folder: str) -> nn.Module:
-    """`build` with parameters on the meta device, and buffers as they are."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self, name, parameter):
-        parameter = None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        with no_weights():
-            model = build(source, folder)
-    finally:
-        nn.Module.register_parameter = register
-    model.tie_weights()
-    find_blocks(model, model.config.num_hidden_layers, folder)
-    return model
-
-
-def no_weights():
-    """The context in which transformers' models are built without computing random weights."""
-    from transformers.initialization import no_init_weights
-
-    return no_init_weights()
-
-
-def find_blocks(model: nn.Module, n: int, folder: str = "the model") -> tuple[str, nn.ModuleList]:
-    """(what the names of its tensors begin with, the list of all n blocks) of a model of transformers."""
-    lists = [
-        (f"{name}.", m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n
-    ]
-    if len(lists) != 1:
-        found = ", ".join(name for name, _ in lists) or "none"
-        raise UserError(
-            f"{folder}: a {model.config.model_type} is no single stack of {n} blocks (found: {found})"
-        )
-    return lists[0]
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and stored buffers of a model of transformers by name; tied ones once."""
-    stored = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in stored.items() if name not in model.all_tied_weights_keys}
-
-
-def stored_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in transformers' own names as it is stored: for example, with a layer's experts apart."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)
-
-
 @torch.no_grad()
-def has_plain_head(model: nn.Module) -> bool:
+def probe(model: nn.Module, vocab_size: int) -> bool:
     """Whether logits are what a linear head makes of the base model's output, without a soft cap or a factor.
-    The head is made to return large numbers, which must come out as they are."""
+
+    The head is made to return large numbers, which must come out as they are. Raises UserError for a model
+    whose logits depend on later tokens: it is not causal, so its loss would mean nothing.
+    """
+    idx = torch.arange(8).remainder(vocab_size)[None]
+    with cannot_open():
+        logits = model(input_ids=idx, use_cache=False).logits
+        changed = model(input_ids=idx.index_fill(1, torch.tensor(7), vocab_size - 1), use_cache=False).logits
+    if logits.shape != (1, 8, vocab_size) or not torch.allclose(logits[:, :7], changed[:, :7], 1e-3, 1e-4):
+        kind = model.config.model_type
+        raise UserError(
+            f"this {kind} does not predict each token from those before it: it is no causal model"
+        )
     head, seen = model.get_output_embeddings(), {}
     if not isinstance(head, nn.Linear) or model.base_model is model:
         return False
@@ -418,30 +369,11 @@ def has_plain_head(model: nn.Module) -> bool:
         seen["output"] = torch.linspace(-300, 300, output.numel()).view_as(output)
         return seen["output"]
 
-    idx = torch.zeros(1, 4, dtype=torch.int64, device=head.weight.device)
     handle = head.register_forward_hook(replace)
     try:
         logits = model(input_ids=idx, use_cache=False).logits
     finally:
         handle.remove()
     x = model.base_model(input_ids=idx, use_cache=False).last_hidden_state
-    return bool(seen) and torch.equal(logits, seen["output"]) and torch.allclose(x, seen["input"], rtol=1e-6)
-
-
-@contextlib.contextmanager
-def cannot_open(folder: str) -> Iterator:
-    """Yield the package transformers, without its messages; whatever it raises is a UserError of one line."""
-    try:
-        import transformers
-    except ImportError:  # needs an extra package
-        cure = "for others: pip install -r requirements-extra.txt"
-        raise UserError(f"{folder} is no GPT-2 of ours; {cure}") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield transformers
-    except UserError:
-        raise
-    except Exception as e:  # transformers raises what it likes: treat all of it as: cannot be opened
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"transformers cannot open {folder} ({type(e).__name__}: {reason:.150})") from None
+    same = bool(seen) and torch.equal(logits, seen["output"]) and x.shape == seen["input"].shape
+    return same and torch.allclose(x, seen["input"], rtol=1e-6)

@@ -11,7 +11,7 @@ A configuration is a frozen dataclass:
     block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors
     scratch_settings            train.py's settings that make a new model like it; None: there are none
     with_blocks(blocks)         the configuration of a model that has these blocks of this one
-    content()                   what config.json holds; tensors beside it are fp32
+    content(dtype=torch.float32)  what config.json holds beside tensors of this dtype
     arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU
 
 A model is an nn.Module whose named_parameters() carry the names of its folder's tensors:

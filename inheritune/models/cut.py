@@ -1,0 +1,213 @@
+"""The config.json of a model that has some blocks of another, whatever its keys mean.
+
+No key is trusted for its name. The depth is changed, lists with an entry for each block are cut, and the
+skeletons of both models are compared: block j of the result must be what block blocks[j] of the source is,
+module by module, and all else must be the same. Where they differ, other values are tried for numbers and
+lists that may depend on the place of a block (`first_k_dense_replace`, `mlp_only_layers`). Where nothing
+helps, the cut is refused, and the difference is named.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from inheritune.base.errors import UserError
+from inheritune.models.skeleton import cannot_open, find_blocks, skeleton, stored_shapes, transformers_config
+
+DEPTHS = "num_hidden_layers", "n_layer", "num_layers", "n_layers"  # names of the depth: some have two
+TRIES = 60  # configurations that are compared before a cut is refused
+
+
+def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
+    """(config.json of the model with these blocks, what a reader of it must know, if anything).
+
+    Raises UserError when no config.json gives these blocks.
+    """
+    c = transformers_config(json.dumps(content))
+    n = c.num_hidden_layers
+    missing = [i for i in blocks if not 0 <= i < n]
+    if missing or not blocks:
+        what = f"block {missing[0]}" if missing else "at least one block"
+        raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
+    depth = {key: len(blocks) for key in DEPTHS if content.get(key) == n} or {DEPTHS[0]: len(blocks)}
+    with cannot_open() as transformers:
+        general = transformers.PreTrainedConfig().to_dict().keys() | {"architectures"}
+    own = {key: v for key, v in c.to_dict().items() if key not in (general | depth.keys())}
+    lists = {key: cut for key, v in own.items() if (cut := cut_list(v, n, blocks)) is not None}
+
+    reason = None
+    for changes in itertools.islice(alternatives(own, lists, n, blocks), TRIES):
+        wanted = lists | changes
+        new = add_computed(content | depth, wanted)
+        problem = difference(json.dumps(content), json.dumps(new), blocks)
+        if problem is None:
+            return without_contradiction(
+                content, new, {k: v for k, v in wanted.items() if k in lists}, blocks
+            )
+        reason = reason or problem
+    raise UserError(f"blocks {', '.join(map(str, blocks))} alone are no {c.model_type}: {reason}")
+
+
+def cut_list(value, n: int, blocks: list[int]) -> list | None:
+    """What becomes of a list with an entry for each of n blocks, as [[["global", "local"], 6]] has 12; None
+    for any other value."""
+    if not isinstance(value, list):
+        return None
+    if all(
+        isinstance(v, list) and len(v) == 2 and isinstance(v[0], list) and type(v[1]) is int for v in value
+    ):
+        entries = [entry for pattern, times in value for entry in pattern * times]
+        return [[[entries[i] for i in blocks], 1]] if len(entries) == n else None
+    return [value[i] for i in blocks] if len(value) == n else None
+
+
+def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[dict]:
+    """Changes of configuration keys to try, the likeliest first: none, one, two."""
+    options = []
+    for key, value in own.items():
+        if key in lists:  # as long as the model is deep by chance
+            options.append({key: value})
+        elif isinstance(value, dict):
+            cuts = {k: cut for k, v in value.items() if (cut := cut_list(v, n, blocks)) is not None}
+            options += [{key: value | cuts}] if cuts else []
+        elif isinstance(value, list) and value and all(type(v) is int and 0 <= v < n for v in value):
+            options.append({key: [j for j, i in enumerate(blocks) if i in value]})  # numbers of blocks
+        elif type(value) is int and 0 < value <= n:
+            count = sum(i < value for i in blocks)  # the first blocks, or every so many: all, or none
+            options += [
+                {key: other} for other in dict.fromkeys((count, 1, len(blocks) + 1)) if other != value
+            ]
+    yield {}
+    yield from options
+    yield from (a | b for a, b in itertools.combinations(options, 2) if not a.keys() & b.keys())
+
+
+def add_computed(content: dict, wanted: dict) -> dict:
+    """config.json's content with the wanted values of keys that it has, and of those that would be others."""
+    new = content | {key: value for key, value in wanted.items() if key in content}
+    try:
+        found = transformers_config(json.dumps(new)).to_dict()
+    except UserError:
+        found = {}
+    return new | {key: value for key, value in wanted.items() if found.get(key) != value}
+
+
+def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[int]) -> tuple[dict, str]:
+    """(new, a warning or ""): without the numbers by which other readers would compute other lists."""
+
+    def computed(content):  # by a reader to whom the lists say nothing
+        try:
+            found = transformers_config(json.dumps({k: v for k, v in content.items() if k not in lists}))
+        except UserError:
+            return None
+        return {key: found.to_dict().get(key) for key in lists}
+
+    if not lists or computed(new) in (lists, None):
+        return new, ""
+    source, alone = json.dumps(content), computed(new)
+    for key in [k for k, v in new.items() if type(v) is int and k not in DEPTHS]:
+        if computed(new | {key: new[key] + 1}) in (alone, None):
+            continue
+        count = new | {key: sum(i < new[key] for i in blocks)}
+        rest = {k: v for k, v in new.items() if k != key}
+        for other in [count] if computed(count) == lists else [rest]:
+            new = new if difference(source, json.dumps(other), blocks) else other
+    if computed(new) == lists:
+        return new, ""
+    names = " and ".join(key for key in lists if computed(new)[key] != lists[key])
+    return (
+        new,
+        f"{names} in config.json must be read: programs that go by a block's number compute something else",
+    )
+
+
+def difference(source: str, new: str, blocks: list[int]) -> str | None:
+    """A line on how the model of the config.json `new` is not that of `source` with these blocks, or None."""
+    try:
+        before, after = skeleton(source), skeleton(new)
+    except UserError as e:
+        return str(e)
+    if after.config.num_hidden_layers != len(blocks):
+        return f"it has {after.config.num_hidden_layers} blocks"
+    (prefix, _), (_, kept) = find_blocks(before), find_blocks(after)
+    sources, results = facts_of_blocks(source), [facts(block) for block in kept]
+    numbers = block_numbers(sources)
+    was, became = before.config.to_dict(), after.config.to_dict()
+    lists = [(was[key], became.get(key)) for key, value in was.items() if isinstance(value, list)]
+    for j, i in enumerate(blocks):
+        for key in sorted(sources[i].keys() | results[j].keys()):
+            a, b = sources[i].get(key), results[j].get(key)
+            if a != b and (a, b) not in lists and not (key in numbers and b == numbers[key] + j):
+                name = ".".join(part for part in key if part)
+                return f"{name} of block {i} is {a!s:.60}, that of the new block {j} {b!s:.60}"
+    rest = outside(before, prefix)
+    if changed := [name for name, what in outside(after, prefix).items() if rest.get(name) != what]:
+        return f"{changed[0]}, outside of the blocks, becomes another"
+    return wrong_tensors(stored_shapes(source), stored_shapes(new), prefix, blocks)
+
+
+def wrong_tensors(before: dict, after: dict, prefix: str, blocks: list[int]) -> str | None:
+    """A stored tensor, in a line, that the blocks of `before` do not give to `after`; both {name: shape}."""
+    moved = {name: shape for name, shape in before.items() if not name.startswith(prefix)}
+    for j, i in enumerate(blocks):
+        old = f"{prefix}{i}."
+        moved |= {f"{prefix}{j}.{n[len(old) :]}": s for n, s in before.items() if n.startswith(old)}
+    wrong = next((name for name in moved.keys() | after.keys() if moved.get(name) != after.get(name)), None)
+    return wrong and f"{wrong} is {moved.get(wrong)} of the blocks and {after.get(wrong)} of the new model"
+
+
+@functools.lru_cache(maxsize=2)
+def facts_of_blocks(source: str) -> list[dict]:
+    return [facts(block) for block in find_blocks(skeleton(source))[1]]
+
+
+def facts(block: nn.Module) -> dict[tuple, object]:
+    """{(module, what): value} of a block: types, shapes of parameters, buffers, and plain attributes."""
+    found, internal = {}, vars(nn.Module())
+    for name, module in block.named_modules():
+        found[name, "type"] = type(module).__qualname__
+        for key, value in vars(module).items():
+            if key not in internal:
+                found[name, key] = plain(value)
+        for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found[name, key] = plain(value)
+    return found
+
+
+def plain(value):
+    """What can be compared of a value: a tensor's shape and content, the name of what is no plain value."""
+    if isinstance(value, torch.Tensor):
+        data = b"" if value.is_meta else value.detach().float().numpy().tobytes()
+        return f"{tuple(value.shape)} {hashlib.sha256(data).hexdigest()[:8] if data else ''}"
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    simple = isinstance(value, (bool, int, float, str, type(None), torch.dtype))
+    return value if simple else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def block_numbers(blocks: list[dict]) -> dict[tuple, int]:
+    """{key: its value in block 0} of the facts that number the blocks, which a cut numbers anew."""
+    numbers = {}
+    for key in {key for block in blocks for key in block}:
+        starts = {
+            block[key] - i if type(block[key]) is int else None
+            for i, block in enumerate(blocks)
+            if key in block
+        }
+        if len(starts) == 1 and None not in starts:
+            numbers[key] = starts.pop()
+    return numbers
+
+
+def outside(model: nn.Module, prefix: str) -> dict[str, object]:
+    """{name: what it is} of modules and tensors outside of the blocks."""
+    found = {name: type(module).__qualname__ for name, module in model.named_modules()}
+    found |= {name: plain(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value for name, value in found.items() if not name.startswith(prefix)}

@@ -1,0 +1,135 @@
+"""Blocks of any model: the same modules in a new order, or a refusal that says why. pytest tests/models"""
+
+import json
+
+import pytest
+import torch
+
+from inheritune.base.errors import UserError
+from inheritune.models.interface import model_class, open_config, open_weights
+from inheritune.weights.initialisations import assemble
+from tests.other_models import build, without
+
+IDX = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(5))
+CUTS = {"first half": [0, 1], "last half": [2, 3], "every second": [0, 2], "ends": [0, 3]}
+
+
+def cut(folder, blocks):
+    """(config, model) of the model in a folder with these blocks."""
+    config = open_config(folder)
+    weights, new = open_weights(folder, config), config.with_blocks(blocks)
+    model = model_class(new).empty(new)
+    model.fill(assemble(weights, [(weights, i) for i in blocks], False, config.block_prefix), folder)
+    return new, model
+
+
+def save(kind, folder, **changes):
+    """A tiny model, saved in a folder."""
+    model = build(kind, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def edit(folder, remove=(), **changes):
+    """Change a folder's config.json."""
+    content = json.loads((folder / "config.json").read_text()) | changes
+    content = {key: value for key, value in content.items() if key not in remove}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def assert_cut(model, folder, blocks):
+    """The logits are those of the model whose other blocks do nothing. Returns the new config.json."""
+    config, ours = cut(str(folder), blocks)
+    with torch.no_grad():
+        assert torch.allclose(ours(IDX), without(model, blocks, IDX), rtol=1e-4, atol=1e-4)
+    return config.content()
+
+
+@pytest.mark.parametrize("blocks", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "qwen2_moe", "gpt_neo", "smollm3", "bloom"])
+def test_a_cut_has_the_blocks_of_the_source(kind, blocks, tmp_path):
+    assert_cut(
+        save(kind, tmp_path, **({"attn_implementation": "eager"} if kind == "gemma2" else {})),
+        tmp_path,
+        blocks,
+    )
+
+
+def test_blocks_may_repeat(tmp_path):
+    save("llama", tmp_path)
+    config, model = cut(str(tmp_path), [0, 1, 0, 1])
+    assert config.n_layer == 4
+    assert torch.equal(*(model.blocks[i].mlp.up_proj.weight for i in (1, 3)))
+
+
+def test_lists_that_an_old_config_leaves_out_are_written(tmp_path):
+    """Gemma 2 on the hub has no layer_types: every second layer is local by its place, which cuts change."""
+    model = save("gemma2", tmp_path, attn_implementation="eager")
+    types = model.config.layer_types
+    edit(tmp_path, remove=["layer_types"])
+    assert assert_cut(model, tmp_path, [1, 3])["layer_types"] == [types[1], types[3]]
+
+
+def test_numbers_follow(tmp_path):
+    model = save("deepseek_v3", tmp_path, first_k_dense_replace=2)
+    edit(tmp_path, remove=["mlp_layer_types"])
+    assert_cut(model, tmp_path, [1, 2])
+
+
+def test_nested_lists_are_cut(tmp_path):
+    assert assert_cut(save("gpt_neo", tmp_path), tmp_path, [1, 3])["attention_types"] == [
+        [["local", "local"], 1]
+    ]
+
+
+def test_the_depth_under_two_names(tmp_path):
+    model = save("mamba", tmp_path)
+    edit(tmp_path, n_layer=4)
+    content = assert_cut(model, tmp_path, [0, 2])
+    assert content["n_layer"] == content["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    "kind, key, changes",
+    [
+        ("gemma3_text", "sliding_window_pattern", {"sliding_window_pattern": 2}),
+        ("smollm3", "no_rope_layer_interval", {"no_rope_layer_interval": 2}),
+    ],
+)
+def test_config_json_says_one_thing(kind, key, changes, tmp_path):
+    """A number from which other readers compute the lists goes when it gives other ones."""
+    model = save(kind, tmp_path, **changes)
+    edit(tmp_path, **changes)
+    assert key in assert_cut(model, tmp_path, [0, 1])  # as before: every second block
+    assert key not in assert_cut(model, tmp_path, [1, 2, 3])
+    assert "must be read" in open_config(str(tmp_path)).with_blocks([1, 2, 3]).warning
+    assert not open_config(str(tmp_path)).with_blocks([0, 1]).warning
+
+
+@pytest.mark.parametrize(
+    "kind, blocks, answer",
+    [
+        ("diffllama", [1, 2], "lambda_init of block 1 is"),
+        ("minimax", [0, 1], "of block 1 is .* that of the new block 1"),
+        ("modernbert-decoder", [1, 2], "attn_norm.* of block 1"),
+        ("llama", [4], "asked for block 4, but the model has blocks 0 to 3"),
+        ("llama", [], "asked for at least one block"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(kind, blocks, answer, tmp_path):
+    save(kind, tmp_path)
+    with pytest.raises(UserError, match=answer):
+        open_config(str(tmp_path)).with_blocks(blocks)
+
+
+@pytest.mark.parametrize(
+    "kind, answer",
+    [
+        ("bert", "this bert does not predict each token from those before it"),
+        ("xlm", "no single stack of 4 blocks"),
+    ],
+)
+def test_what_is_no_causal_stack_is_refused(kind, answer, tmp_path):
+    save(kind, tmp_path)
+    with pytest.raises(UserError, match=answer):
+        cut(str(tmp_path), [0])
