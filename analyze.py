@@ -4,7 +4,8 @@
 
 For every layer and head: rank, mass, entropy and sink of its attention matrices, averaged over random windows
 of the validation split. A layer is lazy when every head has rank 1 on every window (MaxRank = 1). For every
-layer: how far the block turns the residual stream, how long that is then, and the loss without the block.
+layer: how far the block turns the hidden states, how long they are then, and the loss without the block. A
+model without attention matrices gets only these.
 """
 
 import os
@@ -19,10 +20,10 @@ from inheritune.experiments.attention_metrics import (
     SEQUENCES,
     analyse,
     attention_maps,
-    classes_for,
     open_with_windows,
 )
 from inheritune.experiments.plots import plot_analysis, plot_maps
+from inheritune.models.interface import open_config
 from inheritune.training import device as machine
 from inheritune.weights import checkpoint
 
@@ -94,37 +95,44 @@ def choose_heads(text: str, ranks: list[list[float]]) -> list[tuple[int, int]]:
 def table(found: dict) -> str:
     """The analysis as text, a line for each layer."""
     layers, heads = found["layers"], found["heads"]
-    lines = [
-        "layer  MaxRank  rank w/o col 0  AvgMass  sink  entropy  near-1 heads"
-        "  influence     norm  loss without"
-    ]
-    for i, rank in enumerate(layers["max_rank"]):
-        skipped = "–"
+    columns = "MaxRank  rank w/o col 0  AvgMass  sink  entropy  near-1 heads  " if heads else ""
+    lines = [f"layer  {columns}influence     norm  loss without"]
+    for i, influence in enumerate(layers["block_influence"]):
+        skipped, lazy, line = "–", "", ""
         if found["loss"] is not None:
             skipped = f"{layers['loss_without'][i]:.4f} ({layers['loss_without'][i] - found['loss']:+.4f})"
-        lines.append(
-            f"{i:5}  {rank:7.2f}  {max(heads['rank_without_first'][i]):14.2f}  {layers['avg_mass'][i]:7.2f}"
-            f"  {np.mean(heads['sink'][i]):4.2f}  {np.mean(heads['entropy'][i]):7.3f}"
-            f"  {layers['near_rank_one'][i]:12.0%}  {layers['block_influence'][i]:9.4f}"
-            f"  {layers['residual_norm'][i]:7.2f}  {skipped}{'   lazy' if layers['lazy'][i] else ''}"
-        )
+        if heads:
+            lazy = "   lazy" if layers["lazy"][i] else ""
+            line = (
+                f"{layers['max_rank'][i]:7.2f}  {max(heads['rank_without_first'][i]):14.2f}  "
+                f"{layers['avg_mass'][i]:7.2f}  {np.mean(heads['sink'][i]):4.2f}  "
+                f"{np.mean(heads['entropy'][i]):7.3f}  {layers['near_rank_one'][i]:12.0%}  "
+            )
+        lines.append(f"{i:5}  {line}{influence:9.4f}  {layers['residual_norm'][i]:7.2f}  {skipped}{lazy}")
+    lines += heads_in_words(found) if heads else ["this model has no attention matrices to measure"]
+    if found["loss"] is not None:
+        few = found["loss_sequences"]
+        lines.append(f"loss of the whole model on {few} of the windows: {found['loss']:.4f}")
+    suggestion = found["suggestion"]
+    blocks = ", ".join(map(str, suggestion["blocks"]))
+    lines.append(f"inherit.py --layers auto takes blocks {blocks}: {suggestion['reason']}")
+    return "\n".join(lines)
+
+
+def heads_in_words(found: dict) -> list[str]:
+    """Lines on groups of layers, lazy layers and learned sinks."""
+    lines = []
     for g in found["groups"]:
         lazy = ", lazy as a group" if g["lazy"] else ""
         lines.append(f"layers {g['first']} to {g['last']}: AvgRank {g['avg_rank']:.2f}{lazy}")
     lines.append(
-        f"{found['lazy_layers']} of {len(layers['lazy'])} layers are lazy "
+        f"{found['lazy_layers']} of {len(found['layers']['lazy'])} layers are lazy "
         f"(MaxRank 1 at tau {found['taus'][0]:g}), {found['near_rank_one_heads']:.0%} of the heads "
         f"near rank 1 (mean rank at most {NEAR})"
     )
-    if found["loss"] is not None:
-        lines.append(
-            f"loss of the whole model on {found['loss_sequences']} of the windows: {found['loss']:.4f}"
-        )
-    lines.append(
-        f"inherit.py --layers auto takes blocks {', '.join(map(str, found['suggestion']['blocks']))}: "
-        f"{found['suggestion']['reason']}"
-    )
-    return "\n".join(lines)
+    if found["learned_sink"]:
+        lines.append("rows sum to less than 1: the rest goes to learned sinks, and counts as sink")
+    return lines
 
 
 @one_line
@@ -140,8 +148,9 @@ def main(argv=None):
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"{args.out} is a file; --out names a folder")
     folder = checkpoint.find(args.ckpt)
-    config = classes_for(folder)[0].from_folder(folder)
-    choose_heads(args.heads, [[0] * config.n_head] * config.n_layer)
+    config = open_config(folder)
+    if config.n_head:
+        choose_heads(args.heads, [[0] * config.n_head] * config.n_layer)
     device = machine.pick(args.device)
 
     # analyse
@@ -151,16 +160,22 @@ def main(argv=None):
     model.to(device)
     found = {"checkpoint": args.ckpt, "data": args.data, "split": args.split, "seed": args.seed}
     found |= analyse(model, idx, targets, taus, eta, args.groups, max(0, args.skip_sequences))
-    chosen = choose_heads(args.heads, found["heads"][f"rank_{taus[0]:g}"])
-    maps = attention_maps(model, idx[0, :MAP_LENGTH], chosen)
+    maps = {}
+    if found["heads"]:
+        chosen = choose_heads(args.heads, found["heads"][f"rank_{taus[0]:g}"])
+        maps = attention_maps(model, idx[0, :MAP_LENGTH], chosen)
 
     # write
     os.makedirs(args.out, exist_ok=True)
-    plot_analysis(os.path.join(args.out, "rank.png"), found, os.path.basename(os.path.normpath(args.ckpt)))
-    plot_maps(os.path.join(args.out, "maps.png"), maps)
+    files = ["analysis.json"]
+    if maps:
+        name = os.path.basename(os.path.normpath(args.ckpt))
+        plot_analysis(os.path.join(args.out, "rank.png"), found, name)
+        plot_maps(os.path.join(args.out, "maps.png"), maps)
+        files += ["rank.png", "maps.png"]
     write_json(os.path.join(args.out, "analysis.json"), found)
     print(table(found))
-    print(f"written: {args.out}/analysis.json, rank.png, maps.png")
+    print(f"written: {args.out}/{', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,18 @@ import re
 from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.attention_metrics import choose_for
+from inheritune.models.interface import open_config, open_weights
 from inheritune.weights import checkpoint
-from inheritune.weights.any_layout import cut_model
 from inheritune.weights.gpt2_format import is_other
-from inheritune.weights.initialisations import PARTS, RECIPES, Recipe, choose_blocks, make_checkpoint
+from inheritune.weights.initialisations import (
+    PARTS,
+    RECIPES,
+    Recipe,
+    assemble,
+    choose_blocks,
+    make_checkpoint,
+    write_inherited,
+)
 from model import GPT, GPTConfig
 
 RECIPE_HELP = (
@@ -103,6 +111,19 @@ def check_other(args: argparse.Namespace, folder: str) -> None:
         raise UserError(f"{folder} is no GPT-2: only whole blocks can be taken of it: leave out {given}")
 
 
+def cut_model(source: str, out: str, blocks: list[int] | None, recipe: str, layers: int | None, notes) -> str:
+    """Make a new folder with some blocks of the model in `source`; says in a text what it is."""
+    config = open_config(source)
+    blocks = blocks or choose_blocks(recipe, config.n_layer, layers)
+    new, weights = config.with_blocks(blocks), open_weights(source, config)
+    state = assemble(weights, [(weights, i) for i in blocks], False, config.block_prefix)
+    content = new.content(next(iter(state.values())).dtype)
+    lineage = checkpoint.new_lineage(source, blocks, **notes)
+    size = write_inherited(source, out, state, content, {}, lineage)
+    warning = f"\n{new.warning}" if new.warning else ""
+    return f"{out}: {len(blocks)} of {config.n_layer} blocks, {size}{warning}"
+
+
 @one_line
 def main(argv=None):
     """Command line: make a new checkpoint folder out of another."""
@@ -119,8 +140,8 @@ def main(argv=None):
         layers = int(args.layers)
     if is_other(folder):
         check_other(args, folder)
-        made = cut_model(folder, args.out, lambda n: blocks or choose_blocks(args.recipe, n, layers), **notes)
-        print(f"{made}; transformers' Trainer, litgpt and torchtitan train it")
+        made = cut_model(folder, args.out, blocks, args.recipe, layers, notes)
+        print(f"{made}\ntrain it with\n  python train.py --init_from={args.out} …")
         return
     onto = checkpoint.find(args.onto) if args.onto else None
     files = tokenizer_files(GPTConfig.from_folder(folder), folder)

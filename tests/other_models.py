@@ -58,7 +58,7 @@ def build(kind: str, seed=0, **changes):
     if count > 2e7:
         raise ValueError(f"{kind} has {count:,} parameters")
     torch.manual_seed(seed)
-    model = make(config, dtype=torch.float32).eval()
+    model = make(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)

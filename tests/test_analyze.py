@@ -6,7 +6,7 @@ import os
 import pytest
 
 import analyze
-from inheritune.experiments.attention_metrics import draw_windows, look, max_rank, skip_losses
+from inheritune.experiments.attention_metrics import draw_windows, max_rank, measure_layers, skip_losses
 from inheritune.weights import checkpoint
 from model import GPT
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint, write_data
@@ -32,8 +32,8 @@ def test_command_line(setting, tmp_path, capsys):
     model = GPT.from_pretrained(checkpoint.find(ckpt))
     idx, targets = draw_windows(data, "val", 9, 16, seed=1337)  # the model's context is shorter than 100
     assert (found["sequences"], found["length"], found["taus"]) == (9, 16, [0.9, 0.5])
-    heads = look(model, idx, (0.9, 0.5))[0]
-    assert found["heads"] == {name: values.tolist() for name, values in heads.items()}
+    heads = measure_layers(model, idx, (0.9, 0.5))[0]
+    assert found["heads"] == {name: values.tolist() for name, values in heads.items() if name != "rest"}
     layers = found["layers"]
     assert layers["max_rank"] == heads["rank_0.9"].amax(-1).tolist()
     assert layers["max_rank"] == pytest.approx(max_rank(model, idx).tolist())
@@ -59,7 +59,7 @@ def test_opens_a_transformers_folder(tmp_path):
     with open(tmp_path / "o/analysis.json") as f:
         ranks = json.load(f)["heads"]["rank_0.9"]
     idx, _ = draw_windows(data, "val", 3, 16, 1337)
-    assert ranks == look(model, idx)[0]["rank_0.9"].tolist()
+    assert ranks == measure_layers(model, idx)[0]["rank_0.9"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
         return new, ""
     source, alone = json.dumps(content), computed(new)
     for key in [k for k, v in new.items() if type(v) is int and k not in DEPTHS]:
-        if computed(new | {key: new[key] + 1}) in (alone, None):
+        if all(computed(new | {key: new[key] + d}) in (alone, None) for d in (1, -1)):
             continue
         count = new | {key: sum(i < new[key] for i in blocks)}
         rest = {k: v for k, v in new.items() if k != key}

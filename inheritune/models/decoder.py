@@ -282,7 +282,11 @@ class Decoder(nn.Module):
 
     def attention_steps(self, idx: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield (None, what enters block 0 (B, T, C)), then for each block (its attention matrices
-        (B, nh, T, T) or None, its output). The matrices of all layers are in memory at once."""
+        (B, nh, T, T), its output). All are in memory at once.
+
+        The matrices are None unless every block has one for each of n_head heads. Raises UserError when the
+        output of a block is not what enters the next one.
+        """
         inputs, outputs = [], []
 
         def record(_block, args, kwargs, output):
@@ -296,11 +300,19 @@ class Decoder(nn.Module):
             self.theirs.set_attn_implementation("eager")
             stack.callback(self.theirs.set_attn_implementation, implementation)
             result = self.theirs(input_ids=idx, use_cache=False, output_attentions=True)
-        matrices = getattr(result, "attentions", None) or ()
+        n, shape = self.config.n_layer, (*idx.shape, self.config.n_embd)
+        chain = len(inputs) == n and all(map(torch.equal, inputs[1:], outputs))
+        if not chain or {x.shape for x in (*inputs, *outputs)} != {shape}:
+            kind = self.theirs.config.model_type
+            raise UserError(
+                f"the blocks of a {kind} do not pass hidden states on to one another: not analysed"
+            )
+        matrices, (B, T) = list(getattr(result, "attentions", None) or ()), idx.shape
+        wanted = (B, self.config.n_head, T, T)
+        if len(matrices) != n or any(A is None or A.shape != wanted for A in matrices):
+            matrices = [None] * n
         yield None, inputs[0]
-        yield from zip(
-            matrices if len(matrices) == len(outputs) else [None] * len(outputs), outputs, strict=True
-        )
+        yield from zip(matrices, outputs, strict=True)
 
 
 def recomputed(forward: Callable, *args, **kwargs):

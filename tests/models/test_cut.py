@@ -48,11 +48,7 @@ def assert_cut(model, folder, blocks):
 @pytest.mark.parametrize("blocks", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "qwen2_moe", "gpt_neo", "smollm3", "bloom"])
 def test_a_cut_has_the_blocks_of_the_source(kind, blocks, tmp_path):
-    assert_cut(
-        save(kind, tmp_path, **({"attn_implementation": "eager"} if kind == "gemma2" else {})),
-        tmp_path,
-        blocks,
-    )
+    assert_cut(save(kind, tmp_path), tmp_path, blocks)
 
 
 def test_blocks_may_repeat(tmp_path):
@@ -64,7 +60,7 @@ def test_blocks_may_repeat(tmp_path):
 
 def test_lists_that_an_old_config_leaves_out_are_written(tmp_path):
     """Gemma 2 on the hub has no layer_types: every second layer is local by its place, which cuts change."""
-    model = save("gemma2", tmp_path, attn_implementation="eager")
+    model = save("gemma2", tmp_path)
     types = model.config.layer_types
     edit(tmp_path, remove=["layer_types"])
     assert assert_cut(model, tmp_path, [1, 3])["layer_types"] == [types[1], types[3]]

@@ -1,19 +1,17 @@
-"""inherit.py on models that are no GPT-2. pytest tests/weights/test_any_layout.py"""
+"""inherit.py on models that are no GPT-2. pytest tests/models"""
 
 import copy
 import json
 import os
+import re
 
 import pytest
 import torch
 import transformers
 
 import inherit
-import train
-from inheritune.base.errors import UserError
-from inheritune.weights.any_layout import cut_model
 from tests.other_models import build
-from tests.tiny import arguments, gpt2, refusal, tiny_model, write_data
+from tests.tiny import gpt2, refusal, tiny_model
 
 IDX = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -68,7 +66,8 @@ def test_logits_are_those_with_the_other_layers_deleted(kind, flags, blocks, tmp
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_hidden_layers"] == len(blocks)
     if kind == "qwen2":
-        assert config["max_window_layers"] == sum(b < 2 for b in blocks)
+        local = [b >= 2 for b in blocks]  # max_window_layers can say so if these are the last ones
+        assert config.get("max_window_layers") == (local.count(False) if local == sorted(local) else None)
     lineage = json.loads((tmp_path / "out/lineage.json").read_text())
     assert lineage["blocks"] == [{"from": "reference", "block": b} for b in blocks]
 
@@ -87,7 +86,7 @@ def test_shards_and_other_files(tmp_path):
     source = tmp_path / "llama"
     build("llama").to(torch.bfloat16).save_pretrained(source, max_shard_size="20KB")
     assert len([n for n in os.listdir(source) if n.endswith(".safetensors")]) > 3
-    others = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "LICENSE": b"free"}
+    others = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ x }}", "LICENSE": b"free"}
     for name, content in others.items():
         (source / name).write_bytes(content)
     (source / "pytorch_model.bin").write_bytes(b"pickle")
@@ -98,40 +97,13 @@ def test_shards_and_other_files(tmp_path):
     assert opened(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_lists_that_an_old_config_leaves_out_are_written(tmp_path):
-    """Gemma 2 on the hub has no layer_types: every second layer is local by its place, which cuts change."""
-    model = build("gemma2")
-    model.save_pretrained(tmp_path / "gemma2")
-    path = tmp_path / "gemma2/config.json"
-    config = json.loads(path.read_text())
-    types = config.pop("layer_types")
-    path.write_text(json.dumps(config))
-    inherit.main(["--blocks", "1,3", "--ckpt", str(tmp_path / "gemma2"), "--out", str(tmp_path / "out")])
-    assert json.loads((tmp_path / "out/config.json").read_text())["layer_types"] == [types[1], types[3]]
-    assert (logits(opened(tmp_path / "out")) - logits(without(model, [1, 3]))).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    "kind, blocks, answer",
-    [
-        ("gpt_neo", [0, 1], "attention_types"),
-        ("jamba", [1, 2], "attn_layer_period"),
-        ("llama", [4], "asked for block 4, but the model has blocks 0 to 3"),
-    ],
-)
-def test_what_cannot_be_cut_is_refused_by_name(kind, blocks, answer, tmp_path):
-    build(kind).save_pretrained(tmp_path / kind)
-    with pytest.raises(UserError, match=answer):
-        cut_model(str(tmp_path / kind), str(tmp_path / "out"), lambda n: blocks)
-    assert not (tmp_path / "out").exists()
-
-
 def test_extra_blocks_are_refused(tmp_path):
     build("llama").save_pretrained(tmp_path / "llama")
     path = tmp_path / "llama/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match=r"expected the tensors of blocks 0 to 2, found model.layers.0…3"):
-        cut_model(str(tmp_path / "llama"), str(tmp_path / "out"), lambda n: [0])
+    folders = ["--ckpt", tmp_path / "llama", "--out", tmp_path / "out"]
+    message = refusal(inherit.main, [*folders, "--layers", "2"])
+    assert re.search(r"model.layers.3.\S+ is no tensor of a llama.*\(and 6 more\)", message)
 
 
 def test_refusals(tmp_path):
@@ -146,25 +118,4 @@ def test_refusals(tmp_path):
         message = refusal(inherit.main, [*ckpt, "--layers", "2", *flags])
         assert f"only whole blocks can be taken of it: leave out {flags[0]}" in message
     assert "is more than the 4 blocks" in refusal(inherit.main, [*ckpt, "--layers", "5"])
-    data = write_data(tmp_path / "data", val=600)
-    message = refusal(train.main, arguments(data, tmp_path / "run", init_from=tmp_path / "llama"))
-    assert "model_type is 'llama'" in message and "transformers' Trainer, litgpt and torchtitan" in message
     assert not (tmp_path / "out").exists()
-
-
-def test_layers_auto(tmp_path, capsys):
-    build("llama").save_pretrained(tmp_path / "llama")
-    data = write_data(tmp_path / "data", val=600)
-    flags = [
-        "--layers",
-        "auto",
-        "--data",
-        data,
-        "--ckpt",
-        str(tmp_path / "llama"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    inherit.main(flags)
-    reason = json.loads((tmp_path / "out/lineage.json").read_text())["layers_auto"]
-    assert reason in capsys.readouterr().out

@@ -1,7 +1,5 @@
-"""The analysis of models that are no GPT-2, against numpy on transformers' own attentions.
-pytest tests/experiments/test_any_model.py"""
+"""The analysis of models of transformers, against numpy on their own attentions. pytest tests/models"""
 
-import copy
 import itertools
 import json
 import os
@@ -14,31 +12,50 @@ import torch
 from torch.nn import functional as F
 
 import analyze
-from inheritune.experiments.any_model import AnyModel
-from inheritune.experiments.attention_metrics import attention_maps, draw_windows, look, skip_losses
+import inherit
+from inheritune.base.errors import UserError
+from inheritune.experiments.attention_metrics import (
+    attention_maps,
+    draw_windows,
+    max_rank,
+    measure_layers,
+    skip_losses,
+)
+from inheritune.models.decoder import Decoder, DecoderConfig, read_decoder
+from inheritune.models.interface import load_model
 from model import GPT
 from tests.experiments.test_attention_metrics import mass, no_column_0, rank, row_entropy
-from tests.other_models import build
-from tests.tiny import ROOT, gpt2, refusal, tiny_model, write_data
+from tests.other_models import build, without
+from tests.tiny import ROOT, gpt2, refusal, tiny_model, write_checkpoint, write_data
 
 IDX = torch.randint(0, 257, (5, 20), generator=torch.Generator().manual_seed(1))
+TARGETS = IDX.roll(-1, 1)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("any_model") / "data", val=600)
+    return write_data(tmp_path_factory.mktemp("analysis") / "data", val=600)
 
 
-def opened(model, folder):
+def saved(model, folder):
+    """Our model of the folder into which a model of transformers is saved."""
     model.save_pretrained(folder)
-    return AnyModel.from_pretrained(str(folder))
+    return load_model(str(folder))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox", "mistral"])
+def as_decoder(folder):
+    """transformers' model of a GPT-2 that model.py implements too."""
+    config = DecoderConfig.from_folder(folder)
+    model = Decoder.empty(config)
+    model.fill(read_decoder(folder, config), folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox", "mistral", "gemma2"])
 def test_agrees_with_numpy_on_transformers_attention(kind, tmp_path):
     theirs = build(kind)
-    ours = opened(theirs, tmp_path / kind)
-    heads, influence, norms = look(ours, IDX, (0.9, 0.8))
+    ours = saved(theirs, tmp_path)
+    heads, influence, norms = measure_layers(ours, IDX, (0.9, 0.8))
     with torch.no_grad():
         out = theirs(IDX, output_attentions=True, output_hidden_states=True)
     assert len(out.attentions) == 4 and out.attentions[0].shape == (5, 4, 20, 20)  # 4 heads, of 2 groups
@@ -52,7 +69,7 @@ def test_agrees_with_numpy_on_transformers_attention(kind, tmp_path):
         "entropy": row_entropy,
         "sink": lambda A: A[:, 0].mean(),
     }
-    assert heads.keys() == measured.keys()
+    assert heads.keys() - {"rest"} == measured.keys()
     for name, f in measured.items():
         for layer, A in enumerate(out.attentions):  # (B, nh, T, T)
             expected = [np.mean([f(a) for a in A[:, h].numpy()]) for h in range(4)]
@@ -65,40 +82,31 @@ def test_agrees_with_numpy_on_transformers_attention(kind, tmp_path):
     assert np.allclose(maps[1, 3], out.attentions[1][2, 3].numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2", "mamba", "jamba"])
 def test_skip_losses_are_those_of_models_without_the_block(kind, tmp_path):
     theirs = build(kind)
-    ours = opened(theirs, tmp_path / kind)
-    targets = IDX.roll(-1, 1)
-    loss, losses = skip_losses(ours, IDX, targets)
+    ours = saved(theirs, tmp_path)
+    loss, losses = skip_losses(ours, IDX, TARGETS)
 
-    def loss_of(model):
-        with torch.no_grad():
-            return F.cross_entropy(model(IDX, use_cache=False).logits.flatten(0, 1), targets.flatten()).item()
-
-    assert loss == pytest.approx(loss_of(theirs), rel=1e-5)
+    assert loss == pytest.approx(ours(IDX, TARGETS).item(), rel=1e-5)
     for i in range(4):
-        shorter = copy.deepcopy(theirs)
-        del (shorter.gpt_neox if kind == "gpt_neox" else shorter.model).layers[i]
-        shorter.config.num_hidden_layers = 3
-        assert losses[i] == pytest.approx(loss_of(shorter), rel=1e-5)
+        logits = without(theirs, [j for j in range(4) if j != i], IDX)
+        expected = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten()).item()
+        assert losses[i] == pytest.approx(expected, rel=1e-5)
     assert len({round(x, 4) for x in [loss, *losses]}) == 5
-    assert skip_losses(ours, IDX, targets) == (loss, losses)  # nothing is left replaced
+    assert skip_losses(ours, IDX, TARGETS) == (loss, losses)  # nothing is left replaced
 
 
 def test_gpt2_gives_the_same_either_way(tmp_path):
     model = tiny_model(block_size=32, n_embd=32, n_head=4, bias=True)
     gpt2(model).save_pretrained(tmp_path / "gpt2")
-    ours, any_model = (
-        GPT.from_pretrained(str(tmp_path / "gpt2")),
-        AnyModel.from_pretrained(str(tmp_path / "gpt2")),
-    )
-    a, b = look(ours, IDX), look(any_model, IDX)
+    ours, theirs = GPT.from_pretrained(str(tmp_path / "gpt2")), as_decoder(str(tmp_path / "gpt2"))
+    a, b = measure_layers(ours, IDX), measure_layers(theirs, IDX)
     assert a[0].keys() == b[0].keys()
     for name in a[0]:
         assert torch.allclose(a[0][name], b[0][name], atol=1e-5)
     assert torch.allclose(a[1], b[1], atol=1e-5) and torch.allclose(a[2], b[2], rtol=1e-5)
-    (loss, losses), (loss_b, losses_b) = (skip_losses(m, IDX, IDX.roll(-1, 1)) for m in (ours, any_model))
+    (loss, losses), (loss_b, losses_b) = (skip_losses(m, IDX, TARGETS) for m in (ours, theirs))
     assert [loss, *losses] == pytest.approx([loss_b, *losses_b], rel=1e-5)
 
 
@@ -108,28 +116,49 @@ def test_command_line(data, tmp_path, capsys):
     analyze.main([*flags.split(), "--sequences=6", "--length=30", "--device=cpu"])
     found = json.loads((tmp_path / "out/analysis.json").read_text())
     idx, targets = draw_windows(data, "val", 6, 30, 1337)
-    model = AnyModel.from_pretrained(str(tmp_path / "llama"))
-    assert found["heads"]["rank_0.9"] == look(model, idx)[0]["rank_0.9"].tolist()
+    model = load_model(str(tmp_path / "llama"))
+    assert found["heads"]["rank_0.9"] == measure_layers(model, idx)[0]["rank_0.9"].tolist()
     assert (found["loss"], found["layers"]["loss_without"]) == skip_losses(model, idx, targets)
     assert {"analysis.json", "rank.png", "maps.png"} == set(os.listdir(tmp_path / "out"))
     assert "MaxRank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "kind, answer",
-    [
-        ("mamba", "none of its layers give attention matrices (they are linear_attention); mamba cannot"),
-        (
-            "jamba",
-            "only 2 of its 4 layers give attention matrices (they are full_attention, linear_attention)",
-        ),
-    ],
-)
-def test_layers_without_attention_are_refused_by_name(kind, answer, data, tmp_path):
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_models_without_attention_matrices(kind, data, tmp_path, capsys):
+    """They get block influence, norms and losses; --layers auto chooses by these."""
     build(kind).save_pretrained(tmp_path / kind)
-    message = refusal(analyze.main, ["--ckpt", tmp_path / kind, "--data", data, "--out", tmp_path / "out"])
-    assert answer in message and kind in message and "\n" not in message
-    assert not (tmp_path / "out").exists()
+    ckpt = ["--ckpt", str(tmp_path / kind), "--data", data, "--out"]
+    analyze.main([*ckpt, str(tmp_path / "analysis"), "--sequences=6", "--length=30", "--device=cpu"])
+    found = json.loads((tmp_path / "analysis/analysis.json").read_text())
+    assert os.listdir(tmp_path / "analysis") == ["analysis.json"] and found["heads"] is None
+    assert found["layers"].keys() == {"block_influence", "residual_norm", "loss_without"}
+    assert "this model has no attention matrices to measure" in capsys.readouterr().out
+    assert max_rank(load_model(str(tmp_path / kind)), IDX) is None
+
+
+def test_layers_auto(data, tmp_path, capsys):
+    build("mamba").save_pretrained(tmp_path / "mamba")
+    ckpt = ["--ckpt", str(tmp_path / "mamba"), "--out", str(tmp_path / "out")]
+    inherit.main([*ckpt, "--layers", "auto", "--data", data])
+    reason = json.loads((tmp_path / "out/lineage.json").read_text())["layers_auto"]
+    assert reason in capsys.readouterr().out
+
+
+def test_learned_sinks_count_as_sink(tmp_path):
+    """What gpt-oss gives to its learned sinks is missing from the rows of its matrices."""
+    theirs = build("gpt_oss")
+    heads, _, _ = measure_layers(saved(theirs, tmp_path), IDX)
+    with torch.no_grad():
+        A = torch.stack(theirs(IDX, output_attentions=True).attentions, 1)  # (B, n_layer, nh, T, T)
+    expected = (A[..., 0] + 1 - A.sum(-1)).mean((0, -1)).double()
+    assert heads["rest"].min() > 0.01 and torch.allclose(heads["sink"], expected, atol=1e-5)
+
+
+def test_blocks_that_do_not_pass_hidden_states_on_are_refused(tmp_path):
+    ours = saved(build("llama"), tmp_path)
+    ours.blocks[1].register_forward_pre_hook(lambda block, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(UserError, match="the blocks of a llama do not pass hidden states on to one another"):
+        next(ours.attention_steps(IDX))
 
 
 def test_refusals(data, tmp_path):
@@ -147,18 +176,16 @@ def test_refusals(data, tmp_path):
     config = tmp_path / "llama/config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps(content | {"num_hidden_layers": 5}))
-    assert "lacks the weights of model.layers.4." in says()
+    assert "model.layers.4.self_attn.q_proj.weight is missing" in says()
     config.write_text(json.dumps(content | {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Evil"}}))
     (tmp_path / "llama/evil.py").write_text("raise SystemExit('ran')")
-    assert "transformers cannot open" in says() and "\n" not in says()
+    assert "has no model_type 'mine'; code in a folder is never run" in says() and "\n" not in says()
     (tmp_path / "llama/model.safetensors").unlink()
     config.write_text(json.dumps(content))
-    assert "transformers cannot open" in says()
+    assert "has no model.safetensors" in says()
 
 
 def test_gpt2_needs_no_transformers(data, tmp_path):
-    from tests.tiny import write_checkpoint
-
     write_checkpoint(tmp_path / "ckpt", block_size=16)
     code = (
         f"import sys, analyze; analyze.main('--ckpt {tmp_path}/ckpt --data {data} --sequences 3 --device cpu "
