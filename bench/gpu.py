@@ -56,7 +56,7 @@ def losses(p):
     """The same training on the CPU and on the GPU."""
     cases = {"float32": {}, "muon": {"optimizer": "muon"}, "distillation": {"teacher": p.path("float32-cpu")}}
     cases = {name: {"dtype": "float32"} | change for name, change in cases.items()}
-    on_cpu = {n: train(p, f"{n}-cpu", **how | {"device": "cpu"})[0] for n, how in cases.items()}
+    on_cpu = {n: train(p, f"{n}-cpu", **settings | {"device": "cpu"})[0] for n, settings in cases.items()}
     yield row("learned", on_cpu["float32"][0] - on_cpu["float32"][-1], "nats", ">= 0.1")
     cases |= {"bfloat16": {"dtype": "bfloat16"}, "float16": {"dtype": "float16"}}
     with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as pool:
@@ -71,11 +71,12 @@ def losses(p):
 def graphs(p):
     """The compiled graphs of trainings with validations; DDP and FSDP2, over NCCL, in a world of one."""
     T = p.sizes("gpt2")["block_size"]
-    how = p.sizes("gpt2") | {"dataset": p.path("ids"), "batch_tokens": 16 * T, "eval_tokens": 18 * T}
-    how |= {"scale_attn_by_inverse_layer_idx": True, "compile": True, "max_iters": 30, "eval_interval": 15}
+    settings = p.sizes("gpt2") | {"dataset": p.path("ids"), "batch_tokens": 16 * T, "eval_tokens": 18 * T}
+    settings |= {"scale_attn_by_inverse_layer_idx": True, "compile": True}
+    settings |= {"max_iters": 30, "eval_interval": 15}
     kinds = {"one process": ("counted", 4), "DDP": ("counted,alone", 30), "FSDP2": ("counted,alone", 8)}
     for kind, (patches, most) in kinds.items():
-        curve, timing, counts = train(p, f"graphs-{kind}", patches, shard=kind == "FSDP2", **how)
+        curve, timing, counts = train(p, f"graphs-{kind}", patches, shard=kind == "FSDP2", **settings)
         for key, count in counts.items():
             yield row(f"{kind}: {key}", count, "", f"<= {most if key == 'graphs' else 0}")
         if kind == "one process":
@@ -88,18 +89,18 @@ def graphs(p):
 def training(p, shape):
     """train.py's step against nanoGPT's, the card and --dry_run."""
     sizes, T = p.sizes(shape), p.sizes(shape)["block_size"]
-    how = sizes | {"device": p.device, "compile": not p.toy or shape == "gpt2"}
+    settings = sizes | {"device": p.device, "compile": not p.toy or shape == "gpt2"}
     if shape == "large18":  # as config/inheritune_gpt2_large.py: of a model with 50,257 rows
-        how |= {"init_from": random_model(p, "large", 50257), "inherit_layers": sizes["n_layer"]}
+        settings |= {"init_from": random_model(p, "large", 50257), "inherit_layers": sizes["n_layer"]}
     for micro in (8, 4, 2, 1):
-        how |= {"batch_size": micro, "batch_tokens": 4 * micro * T, "eval_tokens": micro * T}
-        if (estimate := dry_run(p, **how)) < 0.85 * p.memory:
+        settings |= {"batch_size": micro, "batch_tokens": 4 * micro * T, "eval_tokens": micro * T}
+        if (estimate := dry_run(p, **settings)) < 0.85 * p.memory:
             break
-    ours = measured(p, **how, save=shape == "gpt2")
+    ours = measured(p, **settings, save=shape == "gpt2")
     config = GPTConfig(**sizes, bias=False)
-    share = 100 * config.flops_per_token * how["batch_tokens"] / ours["step"] / p.peak
+    share = 100 * config.flops_per_token * settings["batch_tokens"] / ours["step"] / p.peak
     yield row(f"step of 4 micro-batches of {micro}", 1000 * ours["step"], "ms")
-    yield row("tokens a second", how["batch_tokens"] / ours["step"], "")
+    yield row("tokens a second", settings["batch_tokens"] / ours["step"], "")
     yield row("share of the matrix product's speed", share, "%", p.speed(f">= {45 if shape == 'xl' else 50}"))
     yield row("memory", ours["memory"], "GB")
     yield row("memory off --dry_run's", abs(ours["memory"] / estimate - 1), "ratio", p.speed("<= 0.15"))
@@ -109,20 +110,20 @@ def training(p, shape):
     yield row("waits for the GPU, a step", ours["waits"], "", "<= 4")
     if shape == "gpt2":
         yield row("copy for a checkpoint", 12e-9 * config.num_params / ours["save"], "GB/s", p.speed(">= 8"))
-    plain = measured(p, "plain", **how)
+    plain = measured(p, "plain", **settings)
     yield row("step / nanoGPT's", ours["step"] / plain["step"], "ratio", p.speed("<= 1.02"))
     yield row("memory / nanoGPT's", ours["memory"] / plain["memory"], "ratio", p.speed("<= 1.02"))
 
 
 def variants(p):
     """GPT-2 with more to compute or less to keep, against the plain training."""
-    how = p.sizes("gpt2") | {"device": p.device, "compile": not p.toy, "batch_size": 8}
-    how |= {"batch_tokens": 16 * how["block_size"], "eval_tokens": how["block_size"]}
-    plain = measured(p, **how)["step"]
+    settings = p.sizes("gpt2") | {"device": p.device, "compile": not p.toy, "batch_size": 8}
+    settings |= {"batch_tokens": 16 * settings["block_size"], "eval_tokens": settings["block_size"]}
+    plain = measured(p, **settings)["step"]
     cases = {kind: ({"checkpoint_activations": kind}, 1.45) for kind in ("cheap", "full")}
     cases |= {"muon": ({"optimizer": "muon"}, 1.3), "teacher": ({"teacher": random_model(p, "gpt2")}, 1.7)}
     for name, (change, slower) in cases.items():
-        estimate, found = dry_run(p, **how, **change), measured(p, **how, **change)
+        estimate, found = dry_run(p, **settings, **change), measured(p, **settings, **change)
         yield row(f"{name}: step / plain", found["step"] / plain, "ratio", p.speed(f"<= {slower}"))
         yield row(f"{name}: memory", found["memory"], "GB")
         off = abs(found["memory"] / estimate - 1)
@@ -143,14 +144,14 @@ def two(p):
 
 def resume(p):
     """Save, kill, resume, score."""
-    how = {"max_iters": 300, "eval_interval": 100, "eval_tokens": 10**9, "resume": "auto"}
-    whole = train(p, "whole", **how)[0]
-    killed = subprocess.Popen([sys.executable, *train_command(p, "killed", **how)], cwd=ROOT)
+    settings = {"max_iters": 300, "eval_interval": 100, "eval_tokens": 10**9, "resume": "auto"}
+    whole = train(p, "whole", **settings)[0]
+    killed = subprocess.Popen([sys.executable, *train_command(p, "killed", **settings)], cwd=ROOT)
     while killed.poll() is None and not os.path.exists(p.path("killed", "step_00000100")):
         time.sleep(0.01)
     killed.kill()
     yield row("killed while it trained", killed.wait() == -signal.SIGKILL, "", ">= 1")
-    resumed = train(p, "killed", **how)[0]
+    resumed = train(p, "killed", **settings)[0]
     yield row("loss off that of a run without a kill", abs(resumed[-1] - whole[-1]), "nats", "<= 0.02")
     paths = {"ckpt": p.path("killed/latest"), "data": p.path("bytes"), "out": p.path("scores.json")}
     command("score.py", *flags(**paths, device=p.device))
@@ -179,10 +180,10 @@ def sampling(p):
 
 def analysis(p):
     """analyze.py on the GPU against the CPU."""
-    found, how = {}, {"ckpt": random_model(p, "gpt2"), "data": p.path("ids"), "sequences": 4}
+    found, settings = {}, {"ckpt": random_model(p, "gpt2"), "data": p.path("ids"), "sequences": 4}
     for name, device in {"CPU": "cpu", "GPU": p.device}.items():
         began = time.perf_counter()
-        command("analyze.py", *flags(**how, device=device, out=p.path(name), skip_sequences=2))
+        command("analyze.py", *flags(**settings, device=device, out=p.path(name), skip_sequences=2))
         yield row(f"seconds on the {name}", time.perf_counter() - began, "s")
         found[name] = p.json(name, "analysis.json")
     for key in ("max_rank", "avg_mass", "loss_without"):
@@ -192,9 +193,9 @@ def analysis(p):
 
 def demo(p):
     """The recipe of `make demo`, and a sample from its model."""
-    how = {"max_iters": 20, "eval_interval": 10, "control": False} if p.toy else {}
-    how |= {"dataset": p.path("bytes"), "out_dir": p.path("demo"), "device": p.device}
-    command("grow.py", "config/demo.py", *flags(**how))
+    settings = {"max_iters": 20, "eval_interval": 10, "control": False} if p.toy else {}
+    settings |= {"dataset": p.path("bytes"), "out_dir": p.path("demo"), "device": p.device}
+    command("grow.py", "config/demo.py", *flags(**settings))
     for run in p.json("demo", "results.json")["runs"]:
         yield row(f"{run['arm']}, {run['n_layer']} blocks", run["val_loss"], "nats", p.speed("<= 3"))
     text = command("sample.py", *flags(ckpt=p.path("demo/final"), max_new_tokens=200, device=p.device))

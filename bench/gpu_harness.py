@@ -1,17 +1,15 @@
-"""What bench/gpu.py is made of: trainings, measured steps, steps with a time limit, data, and the report."""
+"""What the steps of bench/gpu.py share: trainings, measured steps, time limits, data, and the report."""
 
 import contextlib
 import dataclasses
-import glob
 import json
 import math
 import os
+import pathlib
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -94,10 +92,9 @@ def random_model(p, shape, vocab_size=50304):
     folder = p.path(f"{shape}-{vocab_size}")
     if not os.path.exists(folder):
         config = model.GPTConfig(**p.sizes(shape), vocab_size=vocab_size, bias=False, tokenizer="r50k_base")
-        values = dataclasses.asdict(config)
-        state = gpt2_format.arrange(dict(model.GPT(config).named_parameters()), values)
         os.mkdir(folder)
-        gpt2_format.write_model(folder, state, gpt2_format.config_json(values), {})
+        state = config.arrange(dict(model.GPT(config).named_parameters()))
+        gpt2_format.write_model(folder, state, config.content(), {})
     return folder
 
 
@@ -137,33 +134,20 @@ def waits(events):
 
 
 def run_step(script, name, p, limit):
-    """The rows of a step, made by `script --step NAME PLACE`, which is ended with its children after `limit`
-    seconds; the last row says how long it took, or why it failed."""
+    """The rows of a step, made by `script --step NAME PLACE` in at most `limit` seconds; the last row says
+    how long it took, or why it failed."""
     began, output = time.perf_counter(), p.path(f"{name}.txt")
-    argv = [sys.executable, script, "--step", name, json.dumps(dataclasses.asdict(p))]
-    how = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    # SIGTERM to all its processes, as torchrun can end its ranks then, and SIGKILL if that does not help
+    argv = ["timeout", "--kill-after=10", f"{limit:.0f}", sys.executable, script]
     with open(output, "w") as log:
-        process = subprocess.Popen(argv, stderr=log, **how)
-
-    def end(number):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-    timer = threading.Timer(limit, end, [signal.SIGTERM])
-    timer.start()
-    try:
-        rows = [json.loads(line) for line in process.stdout]
-        status, spent = process.wait(), time.perf_counter() - began
-    finally:
-        timer.cancel()
-        if process.poll() != 0:
-            end(signal.SIGTERM)
-            time.sleep(5)  # torchrun ends its ranks when it is asked to end, and cannot when it is killed
-            end(signal.SIGKILL)
+        argv += ["--step", name, json.dumps(dataclasses.asdict(p))]
+        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=log, text=True)
+    spent = time.perf_counter() - began
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
     rows.append(row("the step took", spent, "s"))
-    if status:
+    if done.returncode:
         with open(output) as f:
-            said = (f.read().strip() or f"status {status}").splitlines()[-40:]
+            said = (f.read().strip() or f"status {done.returncode}").splitlines()[-40:]
         print(*said, sep="\n", file=sys.stderr)
         why = f"not done after {limit:.0f} s" if spent > limit else said[-1].replace("|", "/")
         rows[-1]["verdict"] = f"failed: {why}"
@@ -186,12 +170,8 @@ def machine():
 
 def make_data(p):
     """Data folders: `bytes`, this repository's Python; `ids`, random, of a tokenizer that nobody opens."""
-    text = b""
-    for path in sorted(
-        path for d in ("", "inheritune/*/", "tests/**/") for path in glob.glob(f"{ROOT}/{d}*.py")
-    ):
-        with open(path, "rb") as f:
-            text += f.read()
+    paths = sorted(f for part in ("inheritune", "tests") for f in pathlib.Path(ROOT, part).glob("**/*.py"))
+    text = b"".join(path.read_bytes() for path in paths)
     ids = np.random.default_rng(1).integers(0, 50257, 500_000 if p.toy else 20_000_000)
     kinds = {"bytes": (np.frombuffer(text, np.uint8), {"name": "bytes", "n_vocab": 257, "eot": 256})}
     kinds["ids"] = ids, {"name": "r50k_base", "n_vocab": 50257, "eot": 50256}

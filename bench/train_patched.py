@@ -31,13 +31,13 @@ def counted():
     """Let torch.compile count: [symbols of each graph], {"first": graphs after the first step}."""
     graphs, after, compile, step = [], {}, torch.compile, train.train_step
 
-    def compile_and_count(module=None, **how):
+    def compile_and_count(module=None, **options):
         def backend(graph, inputs):
             values = [*inputs, *(node.meta.get("example_value") for node in graph.graph.nodes)]
             graphs.append(sum(isinstance(value, torch.SymInt) for value in values))
             return torch._inductor.compile(graph, inputs)
 
-        return compile(module, backend=backend, **how)
+        return compile(module, backend=backend, **options)
 
     def step_and_count(run):
         step(run)
@@ -56,7 +56,7 @@ def alone():
 def gloo():
     """Ranks that meet with gloo, also on GPUs."""
     join = dist.init_process_group
-    dist.init_process_group = lambda backend, **how: join("gloo", **how)
+    dist.init_process_group = lambda backend, **options: join("gloo", **options)
 
 
 def oom():
