@@ -21,6 +21,7 @@ from inheritune.data import reader as data
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training.distributed import Ranks
 from model import GPT
+from tests import other_models
 from tests.data.test_tokenizer import save
 from tests.tiny import ROOT, hf_state, refusal, write_checkpoint, write_data, write_model
 
@@ -58,7 +59,7 @@ def scored(ckpt, folder, tmp_path, *more):
 
 def plain_nats(ckpt, ids, T):
     """Summed loss in float64 by transformers, window after window."""
-    model = transformers.GPT2LMHeadModel.from_pretrained(ckpt).double().eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(ckpt).double().eval()
     total = 0.0
     for start in range(0, len(ids) - 1, T):
         window = torch.tensor(ids[start : start + T + 1])
@@ -80,6 +81,15 @@ def test_loss_is_the_plain_one(ckpt, tmp_path, capsys, batch_size):
     assert found["bytes"] == len(ids) - 4, "four end-of-texts"
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(ids) - 4), rel=1e-6)
     assert f"| {found['loss']:.4f} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])
+def test_loss_of_other_decoders_is_transformers(kind, tmp_path):
+    other_models.build(kind).save_pretrained(tmp_path / "ckpt")
+    folder, ids = write_text(tmp_path / "data", [TEXT, TEXT * 2])
+    found = scored(str(tmp_path / "ckpt"), folder, tmp_path)
+    nats = plain_nats(str(tmp_path / "ckpt"), ids, 64)
+    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 64, 65, 66, 129])

@@ -89,11 +89,14 @@ def plot_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[
     curves = {arm: by_name[arm.name] for arm in arms}
     plot_comparison(os.path.join(folder, "curves.png"), arms, curves, title)
     plot_compute(os.path.join(folder, "compute.png"), arms, curves, title, optimizer)
-    plot_ranks(os.path.join(folder, "rank.png"), arms, title)
-    if not budgets(arms):
-        return ["curves.png", "compute.png", "rank.png"]
-    plot_budget(os.path.join(folder, "budget.png"), arms, title, optimizer)
-    return ["curves.png", "compute.png", "rank.png", "budget.png"]
+    names = ["curves.png", "compute.png"]
+    if any(mean_ranks(found, "ranks_after") for found in arms.values()):
+        plot_ranks(os.path.join(folder, "rank.png"), arms, title)
+        names.append("rank.png")
+    if budgets(arms):
+        plot_budget(os.path.join(folder, "budget.png"), arms, title, optimizer)
+        names.append("budget.png")
+    return names
 
 
 def mean_curve(curves):

@@ -134,16 +134,21 @@ def measure(settings: TrainSettings, config: Config, folder: str) -> float:
     return loss
 
 
-def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]:
+def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float] | None:
     """MaxRank of each layer of the model that `load` makes, on the paper's 100 windows of val, the same for
-    every arm and seed. Nothing stays on the device."""
+    every arm and seed; None for a model without attention matrices. Nothing stays on the device."""
     device = machine.pick(settings.device)
     model = load().to(device)
     length = min(LENGTH, model.config.block_size)
-    ranks = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0]).tolist()
+    ranks = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0])
     del model
     release(device)
-    return ranks
+    return None if ranks is None else ranks.tolist()
+
+
+def count_lazy(ranks: list[float] | None) -> int | None:
+    """How many layers have MaxRank 1; None where nothing is known of them."""
+    return None if ranks is None else sum(r == 1 for r in ranks)
 
 
 def release(device: torch.device) -> None:
@@ -165,7 +170,6 @@ def make_row(
         flops, layer_steps = sum(s.flops for s in stages), sum(s.layer_steps for s in stages)
     with ALONE:
         measured, config = measure_arm(settings, rep, c, stages)
-    curve_loss, before, after = measured["curve_loss"], measured["ranks_before"], measured["ranks_after"]
 
     def with_reference(own, references):
         if not arm.from_reference:
@@ -186,9 +190,9 @@ def make_row(
         "n_layer": config.n_layer,
         "flops_with_reference": with_reference(flops, c.reference_flops),
         "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),
-        **first_reach(stages, curve_loss if target is None else target),
-        "lazy_before": None if before is None else sum(r == 1 for r in before),
-        "lazy_after": sum(r == 1 for r in after),
+        **first_reach(stages, measured["curve_loss"] if target is None else target),
+        "lazy_before": count_lazy(measured["ranks_before"]),
+        "lazy_after": count_lazy(measured["ranks_after"]),
         "hardware": checkpoint.environment()["hardware"] | {"threads": torch.get_num_threads()},
     }
 
