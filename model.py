@@ -46,6 +46,7 @@ class GPTConfig:
         return cls(**read_config(folder))
 
     # What follows is asked of every model: see inheritune/models/interface.py.
+    warning = ""  # what a reader of config.json must know
     block_prefix = "transformer.h."  # parameters of block 3 begin with "transformer.h.3."
 
     @property

@@ -10,12 +10,12 @@ from typing import TextIO
 
 import torch
 
-from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.base.tokenizer_identity import has_tokenizer
+from inheritune.base.errors import Parser, UserError, expand_home, one_line
+from inheritune.base.tokenizer_identity import has_tokenizer, read_optional
 from inheritune.data.tokenizer import TextStream, Tokenizer, load_tokenizer
+from inheritune.models.interface import Config, load_model, open_config
 from inheritune.training.device import pick, pick_dtype
 from inheritune.weights import checkpoint
-from model import GPT, GPTConfig
 
 # nanoGPT's flags
 NANOGPT = {
@@ -39,13 +39,13 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=1337, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    said = "of the weights; auto: 16 bits on GPUs (bfloat16 on CPUs: faster for one sample, not many)"
-    add("--dtype", default="auto", choices=dtypes, help=said)
+    dtype_help = "of the weights; auto: 16 bits on GPUs (bfloat16 on CPUs: faster for one sample, not many)"
+    add("--dtype", default="auto", choices=dtypes, help=dtype_help)
     add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
     return parser
 
 
-def check(args):
+def check_ranges(args):
     """Raise UserError for values that make no sense."""
     limits = (
         ("num_samples", args.num_samples >= 1, "at least 1"),
@@ -60,16 +60,26 @@ def check(args):
             raise UserError(f"--{name} must be {wanted}, not {getattr(args, name)}")
 
 
-def open_tokenizer(name: str | None, folder: str, config: GPTConfig) -> Tokenizer:
-    """The tokenizer called `name`, else that of the checkpoint folder."""
+def open_tokenizer_of(folder: str, config: Config, name: str | None) -> Tokenizer:
+    """The tokenizer called `name`, or else that of the checkpoint folder."""
     if not (name or config.tokenizer or has_tokenizer(folder)):
         raise UserError(f"{folder} does not say what tokenizer it was trained with: give --tokenizer")
     tokenizer = load_tokenizer(name) if name else load_tokenizer(config.tokenizer, folder)
     n = tokenizer.n_vocab
     if n > config.vocab_size:
         raise UserError(f"tokenizer {tokenizer.name!r} has {n} ids, the model only {config.vocab_size}")
-    tokenizer.recognise_special()  # those of a chat, say
+    tokenizer.recognise_special()  # such as those of a chat
     return tokenizer
+
+
+def find_ends(folder: str, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a sample: the tokenizer's end-of-text, and eos_token_id, an id or a list of them, of
+    config.json and generation_config.json. A chat model ends its turn by another token than a text."""
+    ends = {tokenizer.eot}
+    for name in ("config.json", "generation_config.json"):
+        ids = (read_optional(folder, name) or {}).get("eos_token_id")
+        ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+    return ends
 
 
 def read_prompt(prompt: str) -> str:
@@ -77,53 +87,64 @@ def read_prompt(prompt: str) -> str:
     if not prompt.startswith("FILE:"):
         return prompt
     try:
-        with open(prompt[5:], encoding="utf-8-sig", newline="") as f:
+        with open(expand_home(prompt[5:]), encoding="utf-8-sig", newline="") as f:
             return f.read()
     except UnicodeDecodeError:
         raise UserError(f"{prompt[5:]} is not a UTF-8 text file") from None
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a prompt, in which special tokens spelled out are their ids. An empty prompt is a lone
-    end-of-text: every document of the corpus follows one."""
+    """The ids of a prompt, after the beginning-of-text that some models' tokenizers put there. In it special
+    tokens spelled out are their ids.
+
+    Without ids a text begins after a lone end-of-text, as every document of the corpus does.
+    """
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
-    ids = tokenizer.encode(first)
+    ids = [*tokenizer.before, *tokenizer.encode(first)]
     for part in others:
         ids += [tokenizer.eot, *tokenizer.encode(part)]
     return ids or [tokenizer.eot]
 
 
-def stream(steps: Iterable[torch.Tensor], text: TextStream, eot: int, out: TextIO) -> list[list[int]]:
+def stream(steps: Iterable[torch.Tensor], text: TextStream, ends: set[int], out: TextIO) -> list[list[int]]:
     """Write the first row of each step's ids (B,) to `out` as text, as soon as it makes whole characters.
 
-    Returns the ids of each row, up to its end-of-text.
+    Returns the ids of each row, up to its end, once all rows have ended.
     """
-    rows = []
+    rows, done = [], []
     for step in steps:
-        rows.append(step.tolist())
-        if rows[-1][0] != eot:
-            out.write(text.add(rows[-1][0]))
+        ids = step.tolist()
+        rows, done = rows or [[] for _ in ids], done or [False for _ in ids]
+        done = [was_done or i in ends for was_done, i in zip(done, ids, strict=True)]
+        for row, i, is_done in zip(rows, ids, done, strict=True):
+            row += [] if is_done else [i]
+        if not done[0]:
+            out.write(text.add(ids[0]))
             out.flush()
+        if all(done):
+            break
     out.write(text.end() + "\n")
-    return [row[: row.index(eot)] if eot in row else row for row in map(list, zip(*rows, strict=True))]
+    return rows
 
 
 @one_line
 def main(argv=None):
     """Command line: load a checkpoint and write samples to standard output."""
     args = make_parser().parse_args(argv)
-    check(args)
+    check_ranges(args)
     device = pick(args.device)
     folder = checkpoint.find(args.ckpt)
-    config = GPTConfig.from_folder(folder)
-    tokenizer = open_tokenizer(args.tokenizer, folder, config)
+    config = open_config(folder)
+    tokenizer = open_tokenizer_of(folder, config, args.tokenizer)
     prompt = read_prompt(args.prompt)
     ids = encode_prompt(prompt, tokenizer)
     if max(ids) >= config.vocab_size:
         raise UserError(f"the prompt holds a special token, id {max(ids)}, that the model does not have")
 
-    model = GPT.from_pretrained(folder).eval().to(device, pick_dtype(args.dtype, device))
-    # draw the tokenizer's ids only, and stop at its end-of-text
+    model = load_model(folder).eval().to(device)
+    for p in model.parameters():  # not the buffers: rotary frequencies stay in fp32
+        p.data = p.data.to(pick_dtype(args.dtype, device))
+    # draw the tokenizer's ids only
     n_vocab = min(tokenizer.n_vocab, config.n_vocab)
     model.config = dataclasses.replace(model.config, n_vocab=n_vocab, eot=tokenizer.eot)
 
@@ -131,7 +152,7 @@ def main(argv=None):
     generator = torch.Generator().manual_seed(args.seed)
     steps = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
     sys.stdout.write(prompt)
-    rows = stream(steps, TextStream(tokenizer, ids), tokenizer.eot, sys.stdout)
+    rows = stream(steps, TextStream(tokenizer, ids), find_ends(folder, tokenizer), sys.stdout)
     for row in rows[1:]:
         print(f"{'-' * 20}\n{prompt}{tokenizer.decode(row)}")
 

@@ -1,15 +1,21 @@
-"""Sampling from the command line. python -m pytest tests/test_sample.py"""
+"""Sampling from the command line. pytest tests/test_sample.py"""
 
 import io
+import json
 import sys
 
 import pytest
+import tokenizers
 import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
 
 import sample
-from inheritune.data.tokenizer import TextStream, load_tokenizer
+from inheritune.data.tokenizer import TextStream, bytes_tokenizer, load_tokenizer
+from inheritune.models.interface import load_model
 from model import GPT
 from tests.data.test_tokenizer import bpe
+from tests.other_models import build
 from tests.tiny import ROOT, refusal, tiny_model, write_checkpoint, write_model
 
 
@@ -42,7 +48,7 @@ def test_streams_token_by_token_and_whole_characters(model_folder):
             return len(text)
 
     tokens = (torch.tensor([b]) for b in [*"aé".encode(), 256])
-    rows = sample.stream(tokens, TextStream(load_tokenizer("bytes")), 256, Recorder())
+    rows = sample.stream(tokens, TextStream(load_tokenizer("bytes")), {256}, Recorder())
     assert Recorder.pieces == ["a", "", "é", "\n"]
     assert rows == [list("aé".encode())]
 
@@ -72,10 +78,53 @@ def test_special_tokens_of_a_chat_are_read_and_written(tmp_path, capsys):
         model.transformer.ln_f.bias.copy_(model.lm_head.weight[bot])
     folder.mkdir()
     write_model(folder, model, tokenizer_from=str(tmp_path))
-    ours = sample.open_tokenizer(None, str(folder), model.config)
+    ours = sample.open_tokenizer_of(str(folder), model.config, None)
     assert sample.encode_prompt("<|user|>a", ours) == [user, *tokenizer.encode("a").ids]
     sample.main(["--ckpt", str(folder), "--prompt=<|user|>a", "--max_new_tokens=2", "--temperature=0"])
     assert capsys.readouterr().out == "<|user|>a<|bot|><|bot|>\n"
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, bot]}))
+    sample.main(["--ckpt", str(folder), "--prompt=<|user|>a", "--max_new_tokens=2", "--temperature=0"])
+    assert capsys.readouterr().out == "<|user|>a\n", "a chat's turn ends by another token than a text"
+
+
+def test_each_row_ends_at_its_own_end(capsys):
+    steps = [torch.tensor(ids) for ids in ([97, 99], [98, 2], [256, 100], [101, 101])]
+    rows = sample.stream(iter(steps), TextStream(load_tokenizer("bytes")), {2, 256}, sys.stdout)
+    assert rows == [[97, 98], [99]] and capsys.readouterr().out == "ab\n"
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def decoder(request, tmp_path):
+    """(transformers' model, its folder with a tokenizer of bytes that begins each text with end-of-text)."""
+    theirs = build(request.param)
+    theirs.save_pretrained(tmp_path / "model")
+    tokenizer = tokenizers.Tokenizer.from_str(bytes_tokenizer().decode())
+    template = "<|endoftext|> $A"
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<|endoftext|>", 256)])
+    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
+    (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return theirs, str(tmp_path / "model")
+
+
+def test_greedy_text_of_any_decoder_is_transformers(decoder, capsys):
+    """... which ends at eos_token_id 2."""
+    theirs, folder = decoder
+    sample.main(["--ckpt", folder, "--prompt", "ab", "--max_new_tokens", "50", "--temperature", "0"])
+    idx = transformers.AutoTokenizer.from_pretrained(folder)("ab", return_tensors="pt").input_ids
+    assert idx.tolist() == [[256, 97, 98]]
+    ids = theirs.generate(idx, max_new_tokens=50, do_sample=False)[0, 3:].tolist()
+    ids = ids[: next((i for i, t in enumerate(ids) if t in (2, 256)), 50)]
+    assert len(ids) > 5, "the test needs a model that goes on"
+    assert capsys.readouterr().out == "ab" + load_tokenizer("bytes").decode(ids) + "\n"
+
+
+def test_sixteen_bits_are_of_the_weights_not_of_the_positions(decoder, monkeypatch, capsys):
+    model = load_model(decoder[1])
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    monkeypatch.setattr(sample, "load_model", lambda folder: model)
+    sample.main(["--ckpt", decoder[1], "--max_new_tokens", "2", "--dtype", "bfloat16"])
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == before
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_prompt_from_a_file(model_folder, tmp_path, capsys):

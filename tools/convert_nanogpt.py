@@ -1,17 +1,19 @@
-"""Convert nanoGPT's `ckpt.pt` into a checkpoint folder, once. This is the only pickle that the repository
-opens.
+"""Convert nanoGPT's `ckpt.pt` into a checkpoint folder, once.
 
     python tools/convert_nanogpt.py out/ckpt.pt out-converted
 
-torch's restricted unpickler opens it, which makes tensors and plain values and calls nothing else. nanoGPT's
-GELU is the exact one, ours GPT-2's tanh approximation: the same weights give very slightly different losses.
-Checkpoints of the paper's training script, a fork of nanoGPT, say in model_args how attention is scaled.
+This is the only pickle that the repository opens. torch's restricted unpickler makes tensors and plain values
+of it and calls nothing else. nanoGPT's GELU is the exact one, ours is GPT-2's tanh approximation: the same
+weights give very slightly different losses. The paper's training script, a fork of nanoGPT, says in
+model_args how its attention is scaled; build-nanogpt keeps its model's config object instead of model_args.
 """
 
 import os
+import re
 import sys
 import zipfile
 
+import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
@@ -24,26 +26,25 @@ from inheritune.weights.tensors import MASKS, check_finite
 from model import GPTConfig
 
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and padded as nanoGPT does
+LLM_C = (20240326, 20240327)  # the first word of llm.c's model and state files
 
 
 def read_ckpt(path: str) -> tuple[dict, dict]:
     """(state dict, configuration without a tokenizer) of a nanoGPT checkpoint."""
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no nanoGPT checkpoint: not a file that torch.save wrote, or cut off")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # whatever a damaged or hostile pickle makes the reader do
-        problem = f"is no whole nanoGPT checkpoint of tensors and plain values ({type(e).__name__})"
-        raise UserError(f"{path} {problem}") from None
+    saved = unpickle(path)
     try:
         saved = dict(saved)
-        args, state = saved["model_args"], dict(saved["model"])
-        config = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-        bias = bool(args.get("bias", True))  # early versions always had them
-        scaled = bool(args.get("scale_attn_by_inverse_layer_idx", False))
+        args = saved["model_args"] if "model_args" in saved else vars(saved["config"])
+        args, state = dict(args), dict(saved["model"])
+        config = {key: args.pop(key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"{path} lacks nanoGPT's model_args or model") from None
-    config |= {"dropout": 0.0, "bias": bias, "scale_attn_by_inverse_layer_idx": scaled}
+    config |= {"dropout": 0.0, "bias": bool(args.pop("bias", True))}  # early versions always had biases
+    config["scale_attn_by_inverse_layer_idx"] = bool(args.pop("scale_attn_by_inverse_layer_idx", False))
+    args.pop("dropout", None)
+    if args:
+        unknown = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise UserError(f"{path}: this model has {unknown:.200}, which is not implemented here")
     config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": gpt2_format.NO_EOT}
     gpt2_format.check_architecture(path, gpt2_format.config_json(config))
     tensors = canonical(path, state, config)
@@ -51,13 +52,41 @@ def read_ckpt(path: str) -> tuple[dict, dict]:
     return tensors, config
 
 
+class GPTConfigOfScript:
+    """What the restricted unpickler makes of build-nanogpt's GPTConfig, a dataclass of the script's own."""
+
+
+def unpickle(path: str):
+    """What torch.save wrote, of tensors, numpy's numbers and plain values. Raises UserError for anything
+    else."""
+    with open(path, "rb") as f:
+        head = f.read(256 * 4)
+    if not zipfile.is_zipfile(path):
+        what = "not a file that torch.save wrote, or cut off"
+        if len(head) == 1024 and int.from_bytes(head[:4], "little") in LLM_C:
+            what = "llm.c's; export it by llm.c's dev/eval/export_hf.py"
+        elif head[:2] == b"\x80\x02":
+            what = "torch.save's form before torch 1.6: open and save it once more by a newer torch"
+        raise UserError(f"{path} is no nanoGPT checkpoint: {what}")
+    # of numpy: best_val_loss; of scripts: their config
+    numbers = [np.dtype, np._core.multiarray.scalar, *(type(np.dtype(name)) for name in ("f4", "f8", "i8"))]
+    scripts = [(GPTConfigOfScript, f"{module}.GPTConfig") for module in ("__main__", "model", "train_gpt2")]
+    try:
+        with torch.serialization.safe_globals([*numbers, *scripts]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # whatever a damaged or hostile pickle makes the reader do
+        problem = f"is no whole nanoGPT checkpoint of tensors and plain values ({type(e).__name__})"
+        raise UserError(f"{path} {problem}") from None
+
+
 def canonical(path: str, state: dict, config: dict) -> dict[str, torch.Tensor]:
-    """A nanoGPT state dict as gpt2_format.py has it: without torch.compile's prefix and causal-mask buffers;
-    transposed where Hugging Face's are, with zeros for the biases it lacks."""
+    """A nanoGPT state dict in the layout of gpt2_format.py: without causal masks and the prefixes that DDP
+    and torch.compile give to names, transposed where Hugging Face's are, with zeros for the biases it
+    lacks."""
     shapes = {} if config["bias"] else gpt2_format.shapes(config)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")}
     for key, tensor in state.items():
-        name = str(key).removeprefix("_orig_mod.")
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(key))
         if MASKS.search(name):
             continue
         strided = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
@@ -70,8 +99,11 @@ def canonical(path: str, state: dict, config: dict) -> dict[str, torch.Tensor]:
 
 
 def choose_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict:
-    """The configuration's n_vocab, tokenizer and eot. nanoGPT's checkpoints do not say how their data was
-    tokenised; GPT-2's sizes mean GPT-2's tokenizer unless one is given."""
+    """The configuration's n_vocab, tokenizer and eot.
+
+    nanoGPT's checkpoints do not say how their data was tokenised. GPT-2's sizes are taken for GPT-2's
+    tokenizer, which is printed, unless one is given.
+    """
     if tokenizer is None and vocab_size in GPT2_SIZES:
         print(f"{vocab_size} ids: taken for tokens of gpt2, nanoGPT's default (--tokenizer says otherwise)")
         return {"n_vocab": 50257, "tokenizer": "gpt2", "eot": 50256}

@@ -32,10 +32,13 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def tokenizer_name(folder: str) -> str:
-    """`gpt2` or `tokenizer.json`; "" for a folder without a tokenizer. Raises UserError for a damaged one."""
+    """`gpt2` or `tokenizer.json`; "" for a folder without a tokenizer."""
     if not has_tokenizer(folder):
         return ""
-    tokenizer = open_tokenizer(folder)
+    try:
+        tokenizer = open_tokenizer(folder)
+    except UserError:  # it is not GPT-2's; what is wrong with it is said when it is used
+        return TOKENIZER_FILE
     return "gpt2" if is_gpt2(tokenizer, find_end_of_text(folder, tokenizer)) else TOKENIZER_FILE
 
 

@@ -89,6 +89,7 @@ class Tokenizer:
     eot: int  # the id that ends a text
     end_of_text: str = END_OF_TEXT  # how its token is written
     sha256: str | None = None  # of a Hugging Face tokenizer's vocabulary
+    before: list[int] = []  # noqa: RUF012  (ids that a text begins with, as Llama's and Gemma's do)
     files: dict[str, bytes] = {}  # noqa: RUF012  (what a data folder keeps of it)
 
     def encode(self, text: str) -> list[int]:
@@ -226,6 +227,9 @@ class HuggingFace(Tokenizer):
             )
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
         self.n_ids = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        plain, whole = (self.tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
+        places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        self.before = whole[: next(places, 0)]
         if is_gpt2(self.tokenizer, self.eot):
             self.name, self.n_vocab = "gpt2", 50257  # added special tokens occur in no text
             return

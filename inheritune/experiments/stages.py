@@ -12,9 +12,9 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData, identity
-from inheritune.data.tokenizer import tokenizer_files
 from inheritune.experiments.arms import Arm, Common, Stage, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
+from inheritune.models.initialisations import make_checkpoint
 from inheritune.models.interface import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
@@ -22,8 +22,6 @@ from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights.initialisations import make_checkpoint
-from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ALONE = threading.Lock()  # torch's generator and threads belong to the process: one measurement at a time
@@ -70,9 +68,7 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
 def make_start(stage: Stage) -> None:
     """Make the checkpoint that a stage starts from."""
     options = dict(stage.inherit)
-    source = checkpoint.find(options.pop("ckpt"))
-    files = tokenizer_files(open_config(source), source)
-    make_checkpoint(source, stage.start_folder, lambda config: GPT(GPTConfig(**config)), files, **options)
+    make_checkpoint(checkpoint.find(options.pop("ckpt")), stage.start_folder, **options)
 
 
 def loss_curve(run: str) -> tuple[list[float], list[float]]:

@@ -12,6 +12,8 @@ from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder, unlock_folder
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
+from inheritune.models.initialisations import inherit
+from inheritune.models.interface import open_config, open_weights
 from inheritune.training.cost import flops_per_token
 from inheritune.training.device import is_compiled, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
@@ -21,8 +23,7 @@ from inheritune.training.optimizer import load_optimizer, make_optimizer
 from inheritune.training.planning import Plan
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights.gpt2_format import fill, open_model
-from inheritune.weights.initialisations import inherit
+from inheritune.weights.gpt2_format import fill
 from model import GPT
 
 
@@ -161,8 +162,8 @@ def load_weights(plan, folder):
     if folder is None:
         return GPT(plan.config), {}
     module = GPT.empty(plan.config)
-    weights, source = open_model(folder)
-    lineage = checkpoint.read_lineage(folder)
+    source = open_config(folder)
+    weights, lineage = open_weights(folder, source), checkpoint.read_lineage(folder)
     if not plan.resume_from:
         blocks = list(range(plan.config.n_layer))
         weights, _ = inherit(weights, source, blocks)

@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import torch
 
@@ -32,9 +33,13 @@ from inheritune.weights.tensors import read_tensors, write_tensors
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
 COUNTS = ("step", "bad_steps", "bad_in_a_row")  # in state.json
-# what is fetched from the hub besides weights
-HUB_FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
-HUB_FILES += " added_tokens.json vocab.json vocab.txt merges.txt *.model *.jinja README.md LICENSE*"
+# names of what belongs to a model besides its weights, in lower case: tokenizer, chat template, licence, …
+BESIDE = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+BESIDE += ["vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja"]
+BESIDE += ["chat_template.json", "generation_config.json", "license*", "licence*", "copying*", "notice*"]
+BESIDE += ["use_policy*"]
+TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
+ADAPTER = "adapter_config.json"
 
 
 def find(name: str, prefer: str = "best", weights: bool = True) -> str:
@@ -85,9 +90,10 @@ def download(name: str, weights: bool) -> str:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # an error is reported once, below
-    wanted = HUB_FILES + " *.safetensors *.safetensors.index.json" * weights
+    wanted = [CONFIG, "README.md", *BESIDE, *map(str.upper, BESIDE)]
+    wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
-        folder = hub.snapshot_download(name, allow_patterns=wanted.split())
+        folder = hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as e:  # of the client, its HTTP library or the disk: the model is not available
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
@@ -101,6 +107,24 @@ def download(name: str, weights: bool) -> str:
             "opened: convert it with transformers' save_pretrained and give that folder"
         )
     return folder
+
+
+def files_beside(folder: str) -> dict[str, bytes]:
+    """{name: bytes} of what belongs to the model in a folder besides config.json and weights: see BESIDE.
+
+    Raises UserError where an adapter lies there, without which the model is another one.
+    """
+    if os.path.exists(os.path.join(folder, ADAPTER)):
+        raise UserError(f"{folder} holds an adapter ({ADAPTER}): merge it first, by peft's merge_and_unload")
+    names = [n for n in os.listdir(folder) if any(fnmatch(n.lower(), pattern) for pattern in BESIDE)]
+    templates = os.path.join(folder, TEMPLATES)
+    names += [f"{TEMPLATES}/{n}" for n in (os.listdir(templates) if os.path.isdir(templates) else [])]
+    found = {}
+    for name in sorted(names):
+        if os.path.isfile(path := os.path.join(folder, name)):
+            with open(path, "rb") as f:
+                found[name] = f.read()
+    return found
 
 
 def list_steps(run: str) -> list[str]:

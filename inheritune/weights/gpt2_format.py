@@ -34,16 +34,6 @@ class OtherModel(UserError):
     """A folder holds a model that model.py does not implement, though transformers may."""
 
 
-def is_other(folder: str) -> bool:
-    """Whether a folder holds a model that model.py does not implement."""
-    path = os.path.join(folder, CONFIG)
-    try:
-        check_architecture(path, read_json(path))
-    except OtherModel:
-        return True
-    return False
-
-
 def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
     """(state dict, configuration) of a checkpoint folder. Raises UserError unless they fit each other."""
     config, weights = read_config(folder), read_weights(folder)
@@ -81,9 +71,7 @@ def read_config(folder: str) -> dict:
 def check_architecture(path: str, c: dict) -> None:
     """Raise UserError unless config.json's content `c` is that of a GPT-2 that model.py implements."""
     if c.get("model_type") != "gpt2":
-        others = "transformers' Trainer, litgpt and torchtitan train others"
-        found = f"model_type is {c.get('model_type')!r}; only gpt2 is implemented here"
-        raise OtherModel(f"{path}: {found}; {others}")
+        raise OtherModel(f"{path}: model_type is {c.get('model_type')!r}, not gpt2")
     bad = [
         f"{key} is {c.get(key)!r:.50} (1 to {most:,})"
         for key, most in LIMITS.items()

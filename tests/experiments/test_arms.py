@@ -14,7 +14,7 @@ from inheritune.experiments.arms import (
     parse_arms,
     settings_hash,
 )
-from inheritune.weights.initialisations import RECIPES
+from inheritune.models.initialisations import RECIPES
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint
 

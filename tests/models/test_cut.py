@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from inheritune.base.errors import UserError
+from inheritune.models.initialisations import assemble
 from inheritune.models.interface import model_class, open_config, open_weights
-from inheritune.weights.initialisations import assemble
 from tests.other_models import build, without
 
 IDX = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(5))
@@ -19,7 +19,7 @@ def cut(folder, blocks):
     config = open_config(folder)
     weights, new = open_weights(folder, config), config.with_blocks(blocks)
     model = model_class(new).empty(new)
-    model.fill(assemble(weights, [(weights, i) for i in blocks], False, config.block_prefix), folder)
+    model.fill(assemble(weights, [(weights, i) for i in blocks], config), folder)
     return new, model
 
 

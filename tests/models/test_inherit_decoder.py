@@ -10,6 +10,8 @@ import torch
 import transformers
 
 import inherit
+from inheritune.models.initialisations import RECIPES, choose_blocks
+from inheritune.models.interface import open_config
 from tests.other_models import build
 from tests.tiny import gpt2, refusal, tiny_model
 
@@ -56,7 +58,7 @@ def opened(folder):
 )
 def test_logits_are_those_with_the_other_layers_deleted(kind, flags, blocks, tmp_path):
     if blocks == [0, 2, 2]:
-        blocks = inherit.choose_blocks("alternate", 4, 3)
+        blocks = choose_blocks("alternate", 4, 3)
     model = build(kind)
     model.save_pretrained(tmp_path / kind)
     inherit.main([*flags.split(), "--ckpt", str(tmp_path / kind), "--out", str(tmp_path / "out")])
@@ -86,7 +88,7 @@ def test_shards_and_other_files(tmp_path):
     source = tmp_path / "llama"
     build("llama").to(torch.bfloat16).save_pretrained(source, max_shard_size="20KB")
     assert len([n for n in os.listdir(source) if n.endswith(".safetensors")]) > 3
-    others = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ x }}", "LICENSE": b"free"}
+    others = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "LICENSE": b"free"}
     for name, content in others.items():
         (source / name).write_bytes(content)
     (source / "pytorch_model.bin").write_bytes(b"pickle")
@@ -109,13 +111,55 @@ def test_extra_blocks_are_refused(tmp_path):
 def test_refusals(tmp_path):
     build("llama").save_pretrained(tmp_path / "llama")
     ckpt = ["--ckpt", tmp_path / "llama", "--out", tmp_path / "out"]
-    for flags in (
-        ["--parts", "attn"],
-        ["--released_slice"],
-        ["--layernorms", "false"],
-        ["--recipe", "random"],
-    ):
+    for flags in (["--parts", "attn"], ["--released_slice"], ["--layernorms", "false"]):
         message = refusal(inherit.main, [*ckpt, "--layers", "2", *flags])
-        assert f"only whole blocks can be taken of it: leave out {flags[0]}" in message
+        assert f"only whole blocks can be taken of this model: leave out {flags[0]}" in message
+    assert "leave out --recipe half_width" in refusal(inherit.main, [*ckpt, "--recipe", "half_width"])
     assert "is more than the 4 blocks" in refusal(inherit.main, [*ckpt, "--layers", "5"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in ("half_width", "random")])
+def test_every_recipe_for_whole_blocks_opens(kind, recipe, tmp_path):
+    model, layers = build(kind), "8" if recipe == "stack" else "2"
+    model.save_pretrained(tmp_path / kind)
+    flags = ["--recipe", recipe, "--layers", layers, "--out", str(tmp_path / "out")]
+    inherit.main(["--ckpt", str(tmp_path / kind), *flags])
+    blocks = choose_blocks(recipe, 4, int(layers))
+    assert (logits(opened(tmp_path / "out")) - logits(without(model, blocks))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_random_init_has_the_architecture_and_none_of_the_weights(kind, tmp_path):
+    """It needs no weights of the source: a config.json will do."""
+    build(kind).config.save_pretrained(tmp_path / kind)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = ["--recipe", "random", "--layers", "2", f"--seed={seed}", "--out", str(tmp_path / name)]
+        inherit.main(["--ckpt", str(tmp_path / kind), *flags])
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert files[0] == files[1] != files[2]
+    assert opened(tmp_path / "a").config.num_hidden_layers == 2
+    std = opened(tmp_path / "a").get_input_embeddings().weight.std().item()
+    assert std == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_growing_onto(kind, tmp_path):
+    """The first two blocks, changed, then the reference's third; gemma2's layers are of two kinds in turn."""
+    reference, small = build(kind), build(kind, seed=1, num_hidden_layers=2)
+    for name, model in (("reference", reference), ("small", small)):
+        model.save_pretrained(tmp_path / name)
+    flags = ["--onto", str(tmp_path / "small"), "--layers", "3", "--out", str(tmp_path / "grown")]
+    inherit.main(["--ckpt", str(tmp_path / "reference"), *flags])
+    grown = opened(tmp_path / "grown")
+    config = open_config(str(tmp_path / "reference")).with_blocks([0, 1, 2])
+    assert open_config(str(tmp_path / "grown")) == config
+    small.model.layers.append(reference.model.layers[2])
+    small.config = grown.config
+    small.model.config = grown.config
+    assert (logits(grown) - logits(small)).abs().max() < 1e-5
+
+    build(kind, num_hidden_layers=2, rope_theta=99.0).save_pretrained(tmp_path / "other")
+    message = refusal(inherit.main, ["--ckpt", tmp_path / "reference", *flags, "--onto", tmp_path / "other"])
+    assert "cannot grow: rope_" in message

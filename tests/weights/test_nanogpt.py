@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,15 +52,27 @@ def convert(path, out, *flags):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("masks", [True, False])
-def test_every_weight_arrives(tmp_path, bias, prefix, masks):
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
+def test_every_weight_arrives(tmp_path, bias, prefix):
     model = tiny_model(bias=bias)
-    path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks)
+    path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks=bias, best_val_loss=np.float32(2.5))
     loaded = GPT.from_pretrained(convert(path, tmp_path / "out"))
     assert same_weights(loaded, model)
     expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=-1)
     assert loaded.config == expected
+
+
+def test_a_scripts_own_config_is_read(tmp_path, monkeypatch):
+    """As build-nanogpt saves it: an object of a dataclass in place of model_args."""
+    script = types.ModuleType("train_gpt2")
+    fields = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"]
+    script.GPTConfig = dataclasses.make_dataclass("GPTConfig", fields)
+    script.GPTConfig.__module__ = "train_gpt2"
+    monkeypatch.setitem(sys.modules, "train_gpt2", script)
+    path = str(tmp_path / "ckpt.pt")
+    torch.save({"model": tiny_state(), "config": script.GPTConfig(8, 320, 3, 2, 16), "step": 5}, path)
+    monkeypatch.delitem(sys.modules, "train_gpt2")
+    assert same_weights(GPT.from_pretrained(convert(path, tmp_path / "out")), tiny_model())
 
 
 def test_the_papers_fork_says_how_attention_is_scaled(tmp_path):
@@ -134,7 +149,17 @@ def tiny_state():
 
 
 ARGS = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 320}
+UNKNOWN = ARGS | {"activation": "relu", "causal": False, "window_size": 4, "logit_softcap": 30}
 BAD = {
+    "a model with more": (
+        lambda p, m: write_ckpt(p, tiny_model(), model_args=UNKNOWN),
+        "this model has activation='relu', causal=False, window_size=4, logit_softcap=30",
+    ),
+    "llm.c's": (lambda p, m: p.write_bytes((20240326).to_bytes(4, "little") * 300), "llm.c's; export it"),
+    "before torch 1.6": (
+        lambda p, m: torch.save({"model": {}}, p, _use_new_zipfile_serialization=False),
+        "torch.save's form before torch 1.6",
+    ),
     "a function in the pickle": (hostile, "is no whole nanoGPT checkpoint of tensors and plain values"),
     "a plain pickle": (lambda p, m: p.write_bytes(pickle.dumps(Evil(m))), "is no nanoGPT checkpoint"),
     "text": (lambda p, m: p.write_text("hello"), "is no nanoGPT checkpoint"),

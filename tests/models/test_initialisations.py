@@ -1,5 +1,7 @@
-"""Each initialisation: exactly which tensors equal which, and that it trains. python -m pytest
-tests/weights/test_recipes.py"""
+"""Each initialisation: exactly which tensors equal which, and that it trains.
+
+pytest tests/models/test_initialisations.py
+"""
 
 import dataclasses
 import json
@@ -9,9 +11,12 @@ import torch
 
 import inherit
 import train
-from inheritune.weights import checkpoint, gpt2_format, initialisations
+from inheritune.base.errors import UserError
+from inheritune.models import initialisations
+from inheritune.models.initialisations import PARTS, RECIPES, Recipe, assemble, choose_blocks
+from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
-from tests.tiny import arguments, hf_state, refusal, tiny_model, write_checkpoint, write_data
+from tests.tiny import arguments, hf_state, refusal, tiny_config, tiny_model, write_checkpoint, write_data
 
 OUTSIDE = (
     "transformer.wte.weight",
@@ -25,15 +30,16 @@ OUTSIDE = (
 def reference():
     """(state dict, config) of a model with 6 blocks and 5 heads of 4 channels, every tensor random."""
     model = tiny_model(seed=5, n_layer=6, n_head=5, n_embd=20)
-    return hf_state(model), dataclasses.asdict(model.config)
+    return hf_state(model), model.config
 
 
-def new_model(config):
-    return GPT(GPTConfig(**config))
+def initialise(state, config, recipe, k, **options):
+    return initialisations.initialise(state, config, Recipe(recipe, **options), k)
 
 
-def initialise(state, config, recipe, k, **how):
-    return initialisations.initialise(state, config, new_model, k, initialisations.Recipe(recipe, **how))
+def depth(recipe, n):
+    """A depth that a recipe can make out of n blocks."""
+    return {"stack": 2 * n, "half_width": n}.get(recipe, n - 2)
 
 
 def block(state, i):
@@ -67,51 +73,74 @@ def same(a, b):
     ],
 )
 def test_blocks_of_each_recipe(recipe, n_layer, k, blocks):
-    assert initialisations.choose_blocks(recipe, n_layer, k) == blocks
+    assert choose_blocks(recipe, n_layer, k) == blocks
 
 
-@pytest.mark.parametrize(
-    "recipe", ["first", "last", "middle", "alternate", "first_plus_last", "ends", "hybrid", "stack"]
-)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "random"])
+def test_a_recipe_makes_k_blocks_of_the_model_or_refuses(recipe):
+    """For every depth of both: so a new recipe is tested by being in the list."""
+    made = 0
+    for n in range(1, 8):
+        for k in range(1, 2 * n + 2):
+            try:
+                blocks = choose_blocks(recipe, n, k)
+            except UserError as e:
+                assert f"--layers {k} is more than" in str(e) or f"--layers cannot be {k}" in str(e)
+                continue
+            assert len(blocks) == k and set(blocks) <= set(range(n))
+            made += 1
+    assert made >= 7
+
+
+WHOLE = [recipe for recipe in RECIPES if recipe not in ("half_width", "random")]
+
+
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
     state, config = reference
-    k = 12 if recipe == "stack" else 4
-    new, small, blocks = initialise(state, config, recipe, k)
-    assert small["n_layer"] == k == len(blocks)
+    new, small, blocks = initialise(state, config, recipe, depth(recipe, 6))
+    assert small == dataclasses.replace(config, n_layer=depth(recipe, 6)) and small.n_layer == len(blocks)
     for i, source in enumerate(blocks):
-        assert same(block(new, i), block(state, source))
+        here, there = block(new, i), block(state, source)
+        assert here.keys() == there.keys() and all(here[name] is there[name] for name in here)
     for name in OUTSIDE:
         assert new[name] is state[name]
-    assert set(new) == set(gpt2_format.shapes(small))
+    assert set(new) == set(gpt2_format.shapes(vars(small)))
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "recipe", ["last", "middle", "alternate", "first_plus_last", "ends", "hybrid", "stack"]
-)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_a_block_that_moves_computes_what_it_did(recipe, bias):
     """With the inverse-layer scale, against the same blocks run one after the other where they were."""
     model = tiny_model(
         seed=5, n_layer=6, n_head=5, n_embd=20, bias=bias, scale_attn_by_inverse_layer_idx=True
     )
-    k = 12 if recipe == "stack" else 4
-    state, small, blocks = initialise(hf_state(model), vars(model.config), recipe, k)
-    moved = GPT(GPTConfig(**small)).eval()
-    gpt2_format.fill(dict(moved.named_parameters()), state, recipe)
+    state, small, blocks = initialise(hf_state(model), model.config, recipe, depth(recipe, 6))
+    moved = GPT(small).eval()
+    moved.fill(state, recipe)
     idx = torch.arange(8)[None]
     with torch.no_grad():
         x = model.embed(idx)
         for i in blocks:
             x = model.transformer.h[i](x)
         expected = model.lm_head(model.transformer.ln_f(x))
-        assert blocks != list(range(len(blocks))) and torch.allclose(moved(idx), expected, atol=1e-5)
+        assert torch.allclose(moved(idx), expected, atol=1e-5)
+
+
+def test_block_1_is_not_block_10():
+    state = {f"transformer.h.{i}.x": torch.tensor(i) for i in range(12)}
+    new = assemble(state, [(state, i) for i in (1, 11)], tiny_config())
+    assert new == {
+        "transformer.h.0.x": state["transformer.h.1.x"],
+        "transformer.h.1.x": state["transformer.h.11.x"],
+    }
 
 
 def test_random_keeps_nothing_and_follows_its_seed(reference):
     state, config = reference
     before = torch.get_rng_state()
     new, small, blocks = initialise(state, config, "random", 3, seed=1)
-    assert blocks == [] and small["n_layer"] == 3
+    assert blocks == [] and small.n_layer == 3
     assert torch.equal(before, torch.get_rng_state())
     assert same(new, initialise(state, config, "random", 3, seed=1)[0])
     other = initialise(state, config, "random", 3, seed=2)[0]
@@ -123,10 +152,10 @@ def test_half_width_takes_the_first_heads(reference):
     """5 heads of 4: 2 are kept, with 8 channels; every tensor is a corner of the reference's."""
     state, config = reference
     new, small, _ = initialise(state, config, "half_width", 6)
-    assert (small["n_layer"], small["n_head"], small["n_embd"]) == (6, 2, 8)
-    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(small)
+    assert (small.n_layer, small.n_head, small.n_embd) == (6, 2, 8)
+    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(vars(small))
     new = {n: t[:] for n, t in new.items()}
-    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(small)
+    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(vars(small))
     c, C = 8, 20
     for i in range(6):
         old, got = block(state, i), block(new, i)
@@ -148,19 +177,19 @@ def test_half_width_takes_the_first_heads(reference):
 
 def test_half_width_of_xl():
     """25 heads of 64: 12 heads, 768 channels."""
-    config = dataclasses.asdict(GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64))
-    state = {n: torch.zeros(s) for n, s in gpt2_format.shapes(config).items()}
+    config = GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64)
+    state = {n: torch.zeros(s) for n, s in gpt2_format.shapes(vars(config)).items()}
     small = initialisations.halve(state, config)[1]
-    assert (small["n_head"], small["n_embd"]) == (12, 768)
+    assert (small.n_head, small.n_embd) == (12, 768)
 
 
 @pytest.mark.parametrize("layernorms", [True, False])
-@pytest.mark.parametrize("parts", ["attn", "mlp", "attn+mlp", "all"])
+@pytest.mark.parametrize("parts", PARTS)
 def test_parts(reference, parts, layernorms):
     """What is not taken is random init: ones in LayerNorms, zero biases, small matrices."""
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
-    other = initialisations.random_state(small, new_model, 3)
+    other = initialisations.random_state(small, 3)
     taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[
         parts
     ]
@@ -177,7 +206,7 @@ def test_parts(reference, parts, layernorms):
 def test_released_slice_leaves_positions_and_final_norm_random(reference):
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, released_slice=True, seed=3)
-    other = initialisations.random_state(small, new_model, 3)
+    other = initialisations.random_state(small, 3)
     for i in range(3):
         assert same(block(new, i), block(state, i))
     assert torch.equal(new["transformer.wte.weight"], state["transformer.wte.weight"])
@@ -188,24 +217,14 @@ def test_released_slice_leaves_positions_and_final_norm_random(reference):
 def test_arguments_are_not_changed(reference):
     state, config = reference
     before = {name: t.clone() for name, t in state.items()}
-    for recipe in initialisations.RECIPES:
-        k = {"stack": 12, "half_width": 6}.get(recipe, 2)
-        initialise(state, config, recipe, k, parts="attn", released_slice=True)
-    assert same(state, before) and config["n_layer"] == 6
+    for recipe in RECIPES:
+        initialise(state, config, recipe, depth(recipe, 6), parts="attn", released_slice=True)
+    assert same(state, before)
 
 
-COMMANDS = [
-    *(
-        ["--recipe", r, "--layers", "2"]
-        for r in ("first", "last", "middle", "alternate", "first_plus_last", "random")
-    ),
-    ["--recipe", "hybrid", "--layers", "2"],
-    ["--recipe", "stack", "--layers", "6"],
-    ["--recipe", "half_width"],
-    *(["--layers", "2", "--parts", p] for p in ("attn", "mlp", "attn+mlp")),
-    ["--layers", "2", "--parts", "attn+mlp", "--layernorms", "False"],
-    ["--layers", "2", "--released_slice"],
-]
+COMMANDS = [["--recipe", r, "--layers", {"stack": "6", "half_width": "3"}.get(r, "2")] for r in RECIPES]
+COMMANDS += [["--layers", "2", "--parts", parts] for parts in PARTS]
+COMMANDS += [["--layers", "2", "--layernorms", "False"], ["--layers", "2", "--released_slice"]]
 
 
 @pytest.mark.parametrize("flags", COMMANDS, ids=" ".join)
@@ -227,9 +246,9 @@ def test_each_command_trains_one_step(tmp_path, flags, bias):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipe", "stack", "--layers", "4"], "--layers must be 6, twice its 3 blocks"),
-        (["--recipe", "hybrid", "--layers", "3"], "must be even"),
-        (["--recipe", "half_width", "--layers", "2"], "keeps all 3 blocks"),
+        (["--recipe", "stack", "--layers", "4"], "stack makes 6 blocks out of 3: --layers cannot be 4"),
+        (["--recipe", "hybrid", "--layers", "3"], "hybrid makes 2 blocks out of 3: --layers cannot be 3"),
+        (["--recipe", "half_width", "--layers", "2"], "half_width makes 3 blocks out of 3"),
         (["--recipe", "last", "--layers", "4"], "more than the 3 blocks"),
         (["--recipe", "last"], "give --layers K"),
         (["--recipe", "lost", "--layers", "2"], "invalid choice"),

@@ -1,0 +1,257 @@
+"""Every initialisation that the paper compares (App. D), and `make_checkpoint`, which writes one as a folder.
+
+A new model takes blocks of a trained one, its reference. Each recipe is a line of BLOCKS. What the new model
+does not take from the reference is random. State dicts are not modified: tensors that stay as they are are
+shared, not copied, and none is read before it is written.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+
+from inheritune.base.errors import UserError
+from inheritune.base.files import new_folder, read_json, write_json
+from inheritune.data.tokenizer import tokenizer_files
+from inheritune.models.interface import Config, model_class, open_config, open_weights
+from inheritune.weights.checkpoint import LINEAGE, files_beside, new_lineage
+from inheritune.weights.gpt2_format import CONFIG, shapes, write_model
+from inheritune.weights.model_card import write_card
+from inheritune.weights.tensors import Lazy
+from model import GPTConfig
+
+
+def alternate(n: int, k: int) -> list[int]:
+    """Every second block. If k is more than these, go on as the paper's DistilBERT-style baseline does: of 24
+    blocks, 16 are 0, 2, …, 22 and then 18 to 21."""
+    even = list(range(0, n, 2))[:k]
+    rest = k - len(even)
+    start = max(0, n - 2 - rest)
+    return [*even, *range(start, start + rest)]
+
+
+# {recipe: the blocks that become blocks 0 … k-1, of a reference with n blocks}
+BLOCKS: dict[str, Callable[[int, int], list[int]]] = {
+    "first": lambda n, k: [*range(k)],
+    "last": lambda n, k: [*range(n - k, n)],
+    "middle": lambda n, k: [*range((n - k) // 2, (n - k) // 2 + k)],
+    "alternate": alternate,
+    "first_plus_last": lambda n, k: [*range(k - 1), n - 1],
+    "ends": lambda n, k: [*range(k - k // 2), *range(n - k // 2, n)],
+    "stack": lambda n, k: [*range(n), *range(n)],
+    "hybrid": lambda n, k: [*range(k // 2), *range(k // 2)],
+    "half_width": lambda n, k: [*range(n)],
+    "random": lambda n, k: [],
+}
+RECIPES = tuple(BLOCKS)
+# {what is taken of each block: how its tensors' names begin, inside the block}
+PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
+WTE = "transformer.wte.weight"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json: the source's, as they are
+# of config.json: may differ between models that exchange blocks
+EXCHANGEABLE = ("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
+EXCHANGEABLE += ("n_vocab", "tokenizer", "run_block_size", *SPECIAL_IDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to make a model out of the blocks of another."""
+
+    recipe: str = "first"  # which blocks: see BLOCKS
+    parts: str = "all"  # of each block: attention or MLP with the LayerNorm before it, or both
+    layernorms: bool = True  # take the blocks' LayerNorms too
+    released_slice: bool = False  # take neither positions nor final LayerNorm, as the authors' script does
+    seed: int = 1337  # of what is random
+
+
+def make_checkpoint(
+    source: str,
+    out: str,
+    layers: int | None = None,
+    blocks: list[int] | None = None,
+    onto: str | None = None,
+    notes: dict | None = None,
+    **options,
+) -> str:
+    """Make the new checkpoint folder `out`. Returns a line that says what it is.
+
+    source: the folder of the reference.
+    layers: the new depth; None is the reference's.
+    blocks: the source block of each new one, in place of those that the recipe chooses.
+    onto: the folder of a trained small model: its blocks come first, then the reference's up to `layers`.
+    notes: what lineage.json says besides.
+    options: fields of a Recipe.
+    """
+    recipe, config = Recipe(**options), open_config(source)
+    weights = None if recipe.recipe == "random" else open_weights(source, config)
+    if onto:
+        small = open_config(onto)
+        state, new = grow_onto(open_weights(onto, small), small, weights, config, layers)
+        lineage = new_lineage(source, list(range(layers)), onto, small.n_layer)
+    else:
+        state, new, blocks = initialise(weights, config, recipe, layers or config.n_layer, blocks)
+        lineage = new_lineage(source, blocks, **vars(recipe))
+    lineage |= (notes or {}) | ({"warning": new.warning} if new.warning else {})
+
+    theirs = read_json(os.path.join(source, CONFIG))
+    dtypes = {tensor.dtype for tensor in state.values()}
+    content = new.content(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    content |= {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
+    files = tokenizer_files(config, source) | files_beside(source)
+    with new_folder(out) as temporary:
+        write_model(temporary, state, content, files)
+        write_json(os.path.join(temporary, LINEAGE), lineage)
+        write_card(temporary, os.path.basename(os.path.normpath(out)), source)
+    values = sum(math.prod(tensor.shape) for tensor in state.values())
+    warning = f"\n{new.warning}" if new.warning else ""
+    return f"{out}: {new.n_layer} of {config.n_layer} blocks, {values:,} values{warning}"
+
+
+def initialise(
+    state: Mapping | None, config: Config, recipe: Recipe, k: int, blocks: list[int] | None = None
+) -> tuple[dict, Config, list[int]]:
+    """(state dict, configuration, source block of each new one) of a model with k blocks, or with `blocks`.
+
+    state, config: the reference's; the recipe `random` needs no state dict.
+    """
+    check_fits(recipe, config)
+    if recipe.recipe == "random":
+        new = config.with_blocks(list(range(k)))
+        return random_state(new, recipe.seed), new, []
+    blocks = blocks or choose_blocks(recipe.recipe, config.n_layer, k)
+    state, new = inherit(state, config, blocks)
+    if recipe.recipe == "half_width":
+        state, new = halve(state, new)
+    taken = {name for name in state if is_taken(name, config.block_prefix, recipe)}
+    if len(taken) < len(state):
+        random = random_state(new, recipe.seed)
+        state = {name: tensor if name in taken else random[name] for name, tensor in state.items()}
+    return state, new, blocks
+
+
+def check_fits(recipe: Recipe, config: Config) -> None:
+    """Raise UserError for what needs GPT-2's names and shapes of tensors, where the model is another one."""
+    flags = {
+        "--recipe half_width": recipe.recipe == "half_width",
+        "--parts": recipe.parts != "all",
+        "--layernorms": not recipe.layernorms,
+        "--released_slice": recipe.released_slice,
+    }
+    wrong = [flag for flag, is_set in flags.items() if is_set]
+    if wrong and not isinstance(config, GPTConfig):
+        raise UserError(f"only whole blocks can be taken of this model: leave out {', '.join(wrong)}")
+
+
+def is_taken(name: str, prefix: str, recipe: Recipe) -> bool:
+    """Whether a tensor comes from the reference, not from the random initialisation."""
+    if not name.startswith(prefix):
+        return name == WTE or not recipe.released_slice
+    inside = name.removeprefix(prefix).partition(".")[2]  # ln_1.weight, attn.c_attn.weight, …
+    return inside.startswith(PARTS[recipe.parts]) and (recipe.layernorms or not inside.startswith("ln_"))
+
+
+def random_state(config: Config, seed: int) -> dict[str, torch.Tensor]:
+    """The state dict (fp32) of a new model, the same for the same seed. torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return config.arrange(dict(model_class(config)(config).named_parameters()))
+
+
+def choose_blocks(recipe: str, n: int, k: int) -> list[int]:
+    """The blocks of a reference with n blocks that become blocks 0 … k-1. Raises UserError for a wrong k."""
+    if k > n and recipe != "stack":
+        raise UserError(f"--layers {k} is more than the {n} blocks of the model")
+    blocks = BLOCKS[recipe](n, k)
+    if len(blocks) != k:
+        raise UserError(f"{recipe} makes {len(blocks)} blocks out of {n}: --layers cannot be {k}")
+    return blocks
+
+
+def inherit(state: Mapping, config: Config, blocks: list[int]) -> tuple[dict, Config]:
+    """(state dict, configuration) of the model with these blocks, repeats allowed (paper, Alg. 1)."""
+    missing = [i for i in blocks if not 0 <= i < config.n_layer]
+    if not blocks or missing:
+        what = f"block {missing[0]}" if missing else "at least one block"
+        has = f"blocks 0 to {config.n_layer - 1} ({config.n_layer} layers)"
+        raise UserError(f"asked for {what}, but the model has {has}")
+    return assemble(state, [(state, i) for i in blocks], config), config.with_blocks(blocks)
+
+
+def grow_onto(
+    small: Mapping, small_config: Config, state: Mapping, config: Config, k: int
+) -> tuple[dict, Config]:
+    """(state dict, configuration) of the small model with the reference's next blocks on top, k in all.
+    Embeddings and final LayerNorm are the small model's."""
+    n, most = small_config.n_layer, config.n_layer
+    if n >= most:
+        raise UserError(f"there is nothing to add: the small model has {n} blocks, the reference {most}")
+    if not n < k <= most:
+        raise UserError(f"layers must be between {n + 1} and {most} to grow {n} blocks onto, not {k}")
+    ours, theirs = small_config.content(), config.with_blocks(list(range(n))).content()
+    for key in sorted((ours.keys() | theirs.keys()).difference(EXCHANGEABLE)):
+        if ours.get(key) != theirs.get(key):
+            found = f"{key} is {ours.get(key)} in the small model and {theirs.get(key)} in the reference"
+            raise UserError(f"cannot grow: {found}")
+    blocks = [(small, i) for i in range(n)] + [(state, i) for i in range(n, k)]
+    run = {key: getattr(small_config, key) for key in ("block_size", "n_vocab", "tokenizer", "eot")}
+    return assemble(small, blocks, config), dataclasses.replace(config.with_blocks(list(range(k))), **run)
+
+
+def assemble(outside: Mapping, blocks: list[tuple[Mapping, int]], config: Config) -> dict:
+    """A new state dict: everything of `outside` that is in no block, and for each (state dict, number) of
+    `blocks` that block under its new number.
+
+    Where attention logits are divided by (block number + 1), the queries of a block that gets another number
+    are multiplied to make up for it: it computes what it did.
+    """
+    prefix, scaled = config.block_prefix, getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    new = {name: outside[name] for name in outside if not name.startswith(prefix)}
+    for i, (state, number) in enumerate(blocks):
+        old = f"{prefix}{number}."
+        for name in state:
+            if name.startswith(old):
+                tensor = state[name]
+                if scaled and i != number and ".attn.c_attn." in name:
+                    tensor = scale_queries(tensor, (i + 1) / (number + 1))
+                new[f"{prefix}{i}.{name.removeprefix(old)}"] = tensor
+    return new
+
+
+def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> Lazy:
+    """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first C columns, times `factor`."""
+
+    def scaled(rows):
+        q, k, v = rows.double().tensor_split(3, dim=-1)
+        return torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
+
+    return by_columns(tensor, tensor.shape, scaled)
+
+
+def by_columns(tensor: torch.Tensor | Lazy, shape: tuple, change: Callable) -> Lazy:
+    """The Lazy tensor of this shape whose rows are change(rows of `tensor`); a vector is changed whole."""
+    if len(shape) == 1:
+        return Lazy(shape, tensor.dtype, lambda a, b: change(tensor[:])[a:b])
+    return Lazy(shape, tensor.dtype, lambda a, b: change(tensor[a:b]))
+
+
+def halve(state: Mapping, config: Config) -> tuple[dict, Config]:
+    """(state dict, configuration) at half width: the first floor(n_head / 2) heads, as many channels as they
+    have, and an MLP of 4 times that. The paper does not say which channels of embeddings and LayerNorms it
+    keeps; the first ones go with the first heads."""
+    n_head = config.n_head // 2
+    if not n_head:
+        raise UserError("half_width needs at least two heads")
+    C, c = config.n_embd, n_head * (config.n_embd // config.n_head)
+
+    def columns(name, rows):
+        if ".c_attn." in name:  # q, k and v side by side: the first c columns of each
+            return rows.unflatten(-1, (3, C))[..., :c].flatten(-2)
+        return rows[..., : 4 * c if ".c_fc." in name else c].contiguous()
+
+    small, new = dataclasses.replace(config, n_head=n_head, n_embd=c), {}
+    for name, shape in shapes(vars(small)).items():
+        new[name] = by_columns(state[name], shape, functools.partial(columns, name))
+    return new, small
