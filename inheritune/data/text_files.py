@@ -12,6 +12,7 @@ mark that is never closed for one long field.
 import codecs
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -45,6 +46,7 @@ class File(NamedTuple):
     kind: str  # "text", or the suffix of a table
     packed: str | None  # its compression
     size: int  # in bytes
+    sample: str  # sha256 of 16 blocks of 4 kB, evenly spaced over it; of all of a small one
 
 
 def named_kind(path: str) -> tuple[str | None, str | None]:
@@ -60,8 +62,11 @@ def examine(path: str) -> File:
     """How a regular file is to be read. Raises UserError where it is none that we read."""
     kind, named = named_kind(path)
     with open(path, "rb") as f:
-        head = f.read(64)
-        size = os.fstat(f.fileno()).st_size
+        size, head = os.fstat(f.fileno()).st_size, f.read(1 << 16)
+        sample = hashlib.sha256(head)
+        for i in range(16 if size > len(head) else 0):
+            f.seek(size * i // 16)
+            sample.update(f.read(4096))
     packed = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
     if head.startswith(POINTER):
         raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there")
@@ -72,8 +77,8 @@ def examine(path: str) -> File:
     if kind is None or (packed and kind in ARROW):
         kinds = ", ".join(TEXT + TABLES) + " are read, text, JSON and CSV also as .gz or .zst"
         raise UserError(f"{path}: only {kinds}; if it is plain text, rename it to .txt")
-    file = File(path, kind, packed, size)
-    is_table = kind == "text" and (packed or head.lstrip(BLANKS).startswith(b"{")) and begins_with_json(file)
+    file = File(path, kind, packed, size, sample.hexdigest())
+    is_table = kind == "text" and (packed or head[:64].lstrip(BLANKS)[:1] == b"{") and begins_with_json(file)
     return file._replace(kind=".jsonl") if is_table else file
 
 

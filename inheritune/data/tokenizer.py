@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import tiktoken
@@ -158,7 +159,12 @@ class Bytes(Tokenizer):
     name, n_vocab, eot = "bytes", 257, 256
 
     def encode_batch(self, texts, goes_on=()):
-        return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
+        encoded = [utf8(text) for text in texts]
+        ids, ends = (
+            np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint32),
+            accumulate(map(len, encoded)),
+        )
+        return [ids[end - len(some) : end] for some, end in zip(encoded, ends, strict=True)]
 
     def decode_bytes(self, ids):
         return b"".join(END_OF_TEXT.encode() if i == self.eot else bytes((i,)) for i in self.known(ids))
