@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
+from inheritune.models.decoder import recorded
 from inheritune.models.interface import load_model, open_config
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
@@ -154,22 +155,6 @@ def skip_losses(model, idx: Tensor, targets: Tensor, title: str | None = None) -
             bar.update(len(part) * (n + 1))
     *skipped, complete = (sums / idx.numel()).tolist()
     return complete, skipped
-
-
-@contextlib.contextmanager
-def recorded(blocks) -> Iterator[list[tuple]]:
-    """Yield a list that gains (input (B, T, C), what the block returns) when a block runs."""
-    calls = []
-
-    def record(_block, args, kwargs, output):
-        calls.append((args[0] if args else kwargs["hidden_states"], output))
-
-    handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

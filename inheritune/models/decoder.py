@@ -36,7 +36,7 @@ from inheritune.models.skeleton import (
     transformers_config,
 )
 from inheritune.weights.gpt2_format import CONFIG, NO_EOT, stored_tensors
-from inheritune.weights.tensors import Lazy, copy_rows
+from inheritune.weights.tensors import Lazy, copy_rows, row_runs
 from model import cross_entropy, next_token
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
@@ -64,48 +64,38 @@ class DecoderConfig:
     scratch_settings = None  # train.py has none for it: only config.json describes it
 
     def __post_init__(self):
-        kind = json.loads(self.source)["model_type"]
         if self.dropout:
-            raise UserError(
-                f"dropout {self.dropout} is implemented for GPT-2 only, not for {kind}: leave it out"
-            )
+            raise UserError(f"dropout {self.dropout} is implemented for GPT-2 only: leave it out")
         if not 0 < self.block_size <= self.limit:
-            raise UserError(
-                f"block_size {self.block_size}: a {kind} of this size reads 1 to {self.limit} tokens"
-            )
+            raise UserError(f"block_size {self.block_size}: this model reads 1 to {self.limit} tokens")
 
     @classmethod
     def from_folder(cls, folder: str) -> "DecoderConfig":
         """The config of a transformers folder. Raises UserError when it is none with one stack of blocks."""
         path = os.path.join(folder, CONFIG)
+        content = read_json(path)
+        content |= {AHEAD: 0} if content.get(AHEAD) else {}
+        source = json.dumps(content)
         try:
-            return cls.from_content(read_json(path), folder)
+            c = skeleton(source).config
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
-
-    @classmethod
-    def from_content(cls, content: dict, folder: str) -> "DecoderConfig":
-        """The config of config.json's content; the tokenizer is looked for in `folder`."""
-        content = content | ({AHEAD: 0} if content.get(AHEAD) else {})
-        source = json.dumps(content)
-        c = transformers_config(source)
-        eot = c.eos_token_id[0] if isinstance(c.eos_token_id, list) and c.eos_token_id else c.eos_token_id
+        eot, n_vocab = getattr(c, "eos_token_id", None), content.get("n_vocab")
+        eot = eot[0] if isinstance(eot, list) and eot else eot
         limit = getattr(c, "max_position_embeddings", None)
         limit = limit if type(limit) is int and limit > 0 else NO_LIMIT
-        config = cls(
+        return cls(
             source=source,
             n_layer=c.num_hidden_layers,
             n_head=getattr(c, "num_attention_heads", None) or 0,
             n_embd=c.hidden_size,
             vocab_size=c.vocab_size,
-            n_vocab=content.get("n_vocab", c.vocab_size),
+            n_vocab=n_vocab if type(n_vocab) is int and 0 < n_vocab < c.vocab_size else c.vocab_size,
             tokenizer=content.get("tokenizer") or tokenizer_name(folder),
             eot=eot if type(eot) is int and 0 <= eot < c.vocab_size else NO_EOT,
             limit=limit,
             block_size=content.get("run_block_size", min(BLOCK_SIZE, limit)),
         )
-        skeleton(source)  # transformers builds it, and it has one stack of blocks
-        return config
 
     @property
     def block_prefix(self) -> str:
@@ -127,17 +117,15 @@ class DecoderConfig:
         Parameters of two or more dimensions are matrices, but for embeddings that are looked up alone; of a
         mixture's experts those count that a token is sent to.
         """
-        model, c = skeleton(self.source), transformers_config(self.source)
+        model = skeleton(self.source)
+        head, c = model.get_output_embeddings(), model.config
         looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        head = model.get_output_embeddings()
         looked_up -= {id(head.weight)} if head is not None else set()
-        experts = getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None) or 1
-        share = (getattr(c, "num_experts_per_tok", None) or experts) / experts
-        matrices = sum(
-            p.numel() * (share if p.dim() == 3 and p.shape[0] == experts else 1)
-            for p in model.parameters()
-            if p.dim() > 1 and id(p) not in looked_up
-        )
+        matrices = 0
+        for p in model.parameters():
+            if p.dim() > 1 and id(p) not in looked_up:
+                experts = p.shape[0] if p.dim() == 3 else 1
+                matrices += p.numel() * min(1, (getattr(c, "num_experts_per_tok", None) or experts) / experts)
         width = self.n_head * (getattr(c, "head_dim", None) or self.n_embd // max(1, self.n_head))
         return int(6 * matrices) + 12 * self.n_layer * width * self.block_size
 
@@ -149,29 +137,25 @@ class DecoderConfig:
     def content(self, dtype: torch.dtype = torch.float32) -> dict:
         """config.json: the source's with the dtype of the tensors beside it, and keys of ours that
         transformers has none for."""
-        content = json.loads(self.source)
-        name = str(dtype).removeprefix("torch.")
+        content, name = json.loads(self.source), str(dtype).removeprefix("torch.")
         content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
         ours = {"n_vocab": self.n_vocab, "tokenizer": self.tokenizer, "run_block_size": self.block_size}
-        plain = {"n_vocab": self.vocab_size, "run_block_size": min(BLOCK_SIZE, self.limit)}
-        kept = {
-            key: value for key, value in ours.items() if value not in (plain.get(key), "", "tokenizer.json")
-        }
+        found = (self.vocab_size, "", "tokenizer.json", min(BLOCK_SIZE, self.limit))  # without these keys
+        kept = {key: value for key, value in ours.items() if value not in found}
         return {key: value for key, value in content.items() if key not in ours} | kept
 
     def arrange(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model's parameters under the names and in the shapes in which transformers stores them."""
-        names = {name for name, _ in skeleton(self.source).named_parameters()}
-        state = {
-            n: p.detach().to("cpu", torch.float32).contiguous() for n, p in parameters.items() if n in names
-        }
-        return stored_form(skeleton(self.source), state)
+        model = skeleton(self.source)
+        state = {name: parameters[name].detach().to("cpu", torch.float32) for name in own_tensors(model)}
+        return {name: tensor.contiguous() for name, tensor in stored_form(model, state).items()}
 
 
 class Decoder(nn.Module):
     """A causal model of transformers. Its children are those of transformers' own model, so its parameters
-    have their names. It is never in training mode: there is no dropout, no layer is dropped and no router
-    gets noise. No term that balances a mixture's experts is added to the loss."""
+    have their names; stored buffers are parameters that are not trained. It is never in training mode: there
+    is no dropout, no layer is dropped and no router gets noise. No term that balances a mixture's experts is
+    added to the loss."""
 
     def __init__(self, config: DecoderConfig, unset=False):
         super().__init__()
@@ -179,10 +163,15 @@ class Decoder(nn.Module):
         with no_weights() if unset else contextlib.nullcontext():
             theirs = build(config.source)
         theirs.tie_weights()
+        for module in theirs.modules():
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:
+                buffer = module._buffers.pop(name)
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         # in a tuple, so that neither is a child: parameters would have other names, or two
-        self._held = theirs.eval(), find_blocks(theirs)[1]
+        self._held = theirs, find_blocks(theirs)[1]
         self._modules, self._parameters, self._buffers = theirs._modules, theirs._parameters, theirs._buffers
         self._activations, self.plain_head = "none", False
+        self.train()
         if not unset:
             self.plain_head = probe(theirs, config.vocab_size)
 
@@ -218,11 +207,12 @@ class Decoder(nn.Module):
         return self.theirs.get_output_embeddings()
 
     def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> "Decoder":
-        """Nothing: see the class."""
-        return self
+        """It stays in eval mode: see the class."""
+        self.theirs.train(False)
+        return super().train(False)
 
     @property
     def checkpoint_activations(self) -> str:
@@ -232,10 +222,7 @@ class Decoder(nn.Module):
     @checkpoint_activations.setter
     def checkpoint_activations(self, value: str) -> None:
         if value not in ("none", "full"):
-            kind = self.theirs.config.model_type
-            raise UserError(
-                f"checkpoint_activations={value} is implemented for GPT-2 only, not for {kind}: use full"
-            )
+            raise UserError(f"checkpoint_activations={value} is implemented for GPT-2 only: use full")
         self._activations = value
         for block in self.blocks:
             vars(block).pop("forward", None)
@@ -262,15 +249,15 @@ class Decoder(nn.Module):
         """Continue each row of ids idx (B, T): see GPT.generate."""
         takes, c = inspect.signature(self.theirs.forward).parameters, self.config
         flags = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        cached, cache = "past_key_values" in takes, None
+        name = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
         done = torch.zeros(idx.size(0), dtype=torch.bool)
-        idx = idx[:, -c.limit :]
+        idx, cache = idx[:, -c.limit :], None
         for _ in range(max_new_tokens):
             if idx.size(1) > c.limit:
                 idx, cache = idx[:, -max(1, c.limit // 2) :], None
-            flags |= {"past_key_values": cache} if cache is not None else {}
-            out = self.theirs(input_ids=idx if cache is None else idx[:, -1:], use_cache=cached, **flags)
-            cache = out.past_key_values if cached else None
+            flags |= {name: cache} if name else {}
+            out = self.theirs(input_ids=idx if cache is None else idx[:, -1:], use_cache=bool(name), **flags)
+            cache = getattr(out, name) if name else None
             logits = out.logits[:, -1].float()[:, : c.n_vocab]  # (B, n_vocab)
             token = next_token(logits, temperature, top_k, top_p, generator)
             token = torch.where(done, c.eot, token)
@@ -287,32 +274,42 @@ class Decoder(nn.Module):
         The matrices are None unless every block has one for each of n_head heads. Raises UserError when the
         output of a block is not what enters the next one.
         """
-        inputs, outputs = [], []
-
-        def record(_block, args, kwargs, output):
-            inputs.append(args[0] if args else kwargs["hidden_states"])
-            outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
-
         implementation = self.theirs.config._attn_implementation
-        with contextlib.ExitStack() as stack:
-            for block in self.blocks:
-                stack.callback(block.register_forward_hook(record, with_kwargs=True).remove)
-            self.theirs.set_attn_implementation("eager")
-            stack.callback(self.theirs.set_attn_implementation, implementation)
-            result = self.theirs(input_ids=idx, use_cache=False, output_attentions=True)
-        n, shape = self.config.n_layer, (*idx.shape, self.config.n_embd)
-        chain = len(inputs) == n and all(map(torch.equal, inputs[1:], outputs))
-        if not chain or {x.shape for x in (*inputs, *outputs)} != {shape}:
+        self.theirs.set_attn_implementation("eager")
+        try:
+            with recorded(self.blocks) as calls:
+                result = self.theirs(input_ids=idx, use_cache=False, output_attentions=True)
+        finally:
+            self.theirs.set_attn_implementation(implementation)
+        (B, T), n = idx.shape, self.config.n_layer
+        inputs = [x for x, _ in calls]
+        outputs = [output[0] if isinstance(output, (tuple, list)) else output for _, output in calls]
+        chain = len(calls) == n and all(map(torch.equal, inputs[1:], outputs))
+        if not chain or {x.shape for x in (*inputs, *outputs)} != {(B, T, self.config.n_embd)}:
             kind = self.theirs.config.model_type
-            raise UserError(
-                f"the blocks of a {kind} do not pass hidden states on to one another: not analysed"
-            )
-        matrices, (B, T) = list(getattr(result, "attentions", None) or ()), idx.shape
+            raise UserError(f"the blocks of a {kind} do not pass hidden states on to one another")
+        matrices = list(getattr(result, "attentions", None) or ())
         wanted = (B, self.config.n_head, T, T)
         if len(matrices) != n or any(A is None or A.shape != wanted for A in matrices):
             matrices = [None] * n
         yield None, inputs[0]
         yield from zip(matrices, outputs, strict=True)
+
+
+@contextlib.contextmanager
+def recorded(blocks) -> Iterator[list[tuple]]:
+    """Yield a list that gains (input (B, T, C), what the block returns) when a block runs."""
+    calls = []
+
+    def record(_block, args, kwargs, output):
+        calls.append((args[0] if args else kwargs["hidden_states"], output))
+
+    handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def recomputed(forward: Callable, *args, **kwargs):
@@ -325,27 +322,30 @@ def recomputed(forward: Callable, *args, **kwargs):
 def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
     """The state dict of a folder, checked against `config`: names and shapes as transformers stores them.
 
-    A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. Left out are a tied tensor that the
-    folder holds a second time, what transformers leaves out itself, and blocks that predict a second token.
+    A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. Left out are a copy of a tied
+    tensor, what transformers leaves out itself, and blocks that predict a second token.
     """
-    model, wanted = skeleton(config.source), stored_shapes(config.source)
+    model, wanted, prefix = skeleton(config.source), stored_shapes(config.source), config.block_prefix
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    tensors, prefix = {}, config.block_prefix
+    tensors, extra = {}, {}  # extra: {number of a block behind the last: names of its tensors}
     for name, tensor in stored_tensors(folder):
         longer = f"{model.base_model_prefix}.{name}"
         name = longer if name not in wanted and longer in wanted else name
-        tied = model.all_tied_weights_keys.get(name)
-        if name in wanted or not (tied in wanted or any(p.search(name) for p in ignored)):
+        if name in wanted or not any(pattern.search(name) for pattern in ignored):
             tensors[name] = tensor
-    # {number: names within} of blocks behind the last; what no other block has belongs to another task
-    extra = {}
-    for name in tensors.keys() - wanted.keys():
-        if match := re.match(rf"{re.escape(prefix)}(\d+)\.(.*)", name):
-            extra.setdefault(int(match[1]), {})[match[2]] = name
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and number.isdecimal() and int(number) >= config.n_layer:
+                extra.setdefault(number, {})[inside] = name
+    inside = {name.removeprefix(prefix).partition(".")[2] for name in wanted if name.startswith(prefix)}
     for number, names in extra.items():
-        if number >= config.n_layer and not all(f"{prefix}0.{inner}" in wanted for inner in names):
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}{number}.")}
+        if names.keys() - inside:  # what no block has serves another task
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in names.values()}
             print(f"{folder}: block {number} predicts a second token and is left out", file=sys.stderr)
+    for copy, kept in model.all_tied_weights_keys.items():
+        if copy in tensors and kept in tensors and copy not in wanted:
+            a, b = tensors.pop(copy), tensors[kept]
+            if a.shape != b.shape or not all(map(torch.equal, row_runs(a), row_runs(b))):
+                raise UserError(f"{folder}: {copy} differs from {kept}, to which config.json ties it")
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} is no tensor of a {model.config.model_type}" for n in tensors if n not in wanted]
     shapes = {n: tuple(t.shape) for n, t in tensors.items() if n in wanted}
@@ -369,9 +369,7 @@ def probe(model: nn.Module, vocab_size: int) -> bool:
         changed = model(input_ids=idx.index_fill(1, torch.tensor(7), vocab_size - 1), use_cache=False).logits
     if logits.shape != (1, 8, vocab_size) or not torch.allclose(logits[:, :7], changed[:, :7], 1e-3, 1e-4):
         kind = model.config.model_type
-        raise UserError(
-            f"this {kind} does not predict each token from those before it: it is no causal model"
-        )
+        raise UserError(f"this {kind} is no causal model: it predicts a token with later ones in sight")
     head, seen = model.get_output_embeddings(), {}
     if not isinstance(head, nn.Linear) or model.base_model is model:
         return False

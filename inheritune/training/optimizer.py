@@ -40,7 +40,7 @@ def parameter_groups(model: GPT, settings: TrainSettings) -> list[dict]:
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     embeddings = {p for table in tables for p in table.parameters()}
     groups = {}
-    for p in model.parameters():
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         matrix = p in layer and p.dim() == 2
         # layer_lr_decay=0.8 in a model of 12 blocks: the last norm and block 11 × 1, block 10 × 0.8, …,
         # block 0 × 0.8^11, embeddings × 0.8^12
