@@ -207,7 +207,7 @@ def test_a_run_that_failed_before_its_first_row_is_no_run(tmp_path):
 
 def test_a_bug_still_shows_its_traceback(place, monkeypatch):
     """Only mistakes become one line."""
-    monkeypatch.setattr(inherit, "check", lambda folder: 1 / 0)
+    monkeypatch.setattr(inherit, "check_flags", lambda folder: 1 / 0)
     monkeypatch.chdir(place)
     with pytest.raises(ZeroDivisionError):
         inherit.main(["--ckpt=ref", "--layers=1", "--out=new-out"])
