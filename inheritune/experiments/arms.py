@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inheritune.base.errors import UserError, nearest
+from inheritune.experiments.block_choice import choice_flops
 from inheritune.models.interface import Config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
@@ -23,6 +24,7 @@ from inheritune.weights.checkpoint import fingerprint
 
 SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # with the reference
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
+TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
 DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
 # by the arms of a comparison, which all train on the same data and to the end
 FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end", "stop_at_val_loss")
@@ -38,6 +40,7 @@ class Stage:
     inherit: dict = field(default_factory=dict)  # inherit.py's flags that make its start; {}: no such start
     config_files: tuple[str, ...] = ()  # of train.py, at most one
     teacher: Config | None = None
+    start_flops: float = 0.0  # of choosing the blocks that it starts from
 
     @property
     def start_folder(self) -> str:
@@ -70,7 +73,7 @@ class Stage:
 
     @property
     def flops(self) -> float:
-        return self.steps * self.flops_per_step
+        return self.start_flops + self.steps * self.flops_per_step
 
     @property
     def layer_steps(self) -> int:
@@ -176,15 +179,28 @@ def first_k(label, **options):
     return one_run(label, lambda c, run: c.inherited(run, layers=c.k, **options))
 
 
-def distilled(label, make_stage):
-    """A Kind that trains the Stage of make_stage(common, run) with the reference as the teacher."""
+def chosen(label, rule):
+    """A Kind that trains the k blocks which a rule of block_choice.py chooses on the training data."""
 
-    def taught(c, run):
-        stage = make_stage(c, run)
-        flags = c.kd | stage.flags | {"teacher": c.reference}
-        return dataclasses.replace(stage, flags=flags, teacher=c.config)
+    def make_stage(c, run):
+        stage = c.inherited(run, layers=c.k, choose=rule)
+        return dataclasses.replace(stage, start_flops=choice_flops(rule, c.config, c.k))
 
-    return one_run(label, taught)
+    return one_run(label, make_stage)
+
+
+def distilled(c, stage):
+    """The Stage with the reference as its teacher."""
+    flags = c.kd | stage.flags | {"teacher": c.reference}
+    return dataclasses.replace(stage, flags=flags, teacher=c.config)
+
+
+def kd_inherit(c, run):
+    return distilled(c, c.inherited(run, layers=c.k))
+
+
+def whole(c, run):
+    return c.inherited(run, layers=c.config.n_layer)
 
 
 def unseen(c, run):
@@ -211,8 +227,12 @@ ARMS = {
     "alternate": first_k("every second", recipe="alternate"),
     "first_plus_last": first_k("first k-1 and the last", recipe="first_plus_last"),
     "ends": first_k("first and last half of k", recipe="ends"),
-    "kd": distilled("distillation", Common.random),
-    "kd_inherit": distilled("distillation + Inheritune", lambda c, run: c.inherited(run, layers=c.k)),
+    "influence": chosen("highest block influence", "influence"),
+    "consecutive": chosen("without the consecutive blocks that turn least", "consecutive"),
+    "greedy": chosen("greedy by loss", "greedy"),
+    "whole": one_run("the whole reference, trained on", whole),
+    "kd": one_run("distillation", lambda c, run: distilled(c, c.random(run))),
+    "kd_inherit": one_run("distillation + Inheritune", kd_inherit),
     "attn": first_k("attention only", parts="attn"),
     "mlp": first_k("MLP only", parts="mlp"),
     "attn_mlp": first_k("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
@@ -241,7 +261,7 @@ class Arm:
     @property
     def from_reference(self) -> bool:
         """Whether it starts or learns from the reference."""
-        return self.kind.from_reference
+        return self.kind.from_reference or "teacher" in self.changes
 
     @property
     def label(self) -> str:
@@ -258,7 +278,8 @@ class Arm:
             changes = {"lr_decay_iters": None} | changes  # the schedule ends with the run
         reference_stage = c.reference_stage and c.reference_stage.with_flags(**changes)
         c = dataclasses.replace(c, flags=c.flags | changes, reference_stage=reference_stage)
-        return self.kind.stages(c, self.name)
+        stages = self.kind.stages(c, self.name)
+        return [distilled(c, s) for s in stages] if "teacher" in self.changes else stages
 
 
 @functools.cache
@@ -269,7 +290,9 @@ def find_arm(name: str) -> Arm:
     if base not in ARMS:
         raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
     settings, changed = parse((TrainSettings,), [f"--{change}" for change in changes], "")
-    if fixed := sorted(changed & set(FIXED)):
+    if settings.teacher not in ("", TEACHER) or (settings.teacher and base == "reference"):
+        raise UserError(f"arms: {name}: only small models learn, and from teacher={TEACHER}")
+    if fixed := sorted(changed & set(FIXED) - {"teacher"}):
         raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
     keys = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
     return Arm(name, base, {key: getattr(settings, key) for key in keys})
@@ -283,6 +306,8 @@ def change_label(key: str, value) -> str:
         return f"{value:,} tokens a step"
     if key == "learning_rate":
         return f"lr {value:g}"
+    if key == "teacher":
+        return "distillation"
     return OPTIMIZERS[value] if key == "optimizer" else f"{key} {value}"
 
 

@@ -14,6 +14,7 @@ from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData, identity
 from inheritune.experiments.arms import Arm, Common, Stage, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
+from inheritune.experiments.block_choice import choose_kept
 from inheritune.models.initialisations import make_checkpoint
 from inheritune.models.interface import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
@@ -68,7 +69,10 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
 def make_start(stage: Stage) -> None:
     """Make the checkpoint that a stage starts from."""
     options = dict(stage.inherit)
-    make_checkpoint(checkpoint.find(options.pop("ckpt")), stage.start_folder, **options)
+    source = checkpoint.find(options.pop("ckpt"))
+    if rule := options.pop("choose", None):
+        options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
+    make_checkpoint(source, stage.start_folder, **options)
 
 
 def loss_curve(run: str) -> tuple[list[float], list[float]]:
@@ -83,7 +87,8 @@ def arm_curve(stages: list[Stage]) -> tuple[list[float], list[float]]:
     for stage in stages:
         tokens, losses = loss_curve(stage.run)
         per_token = stage.flops_per_step / stage.flags["batch_tokens"]
-        xs, ys = xs + [before + t * per_token for t in tokens], ys + losses
+        at_start = before + stage.start_flops
+        xs, ys = xs + [at_start + t * per_token for t in tokens], ys + losses
         before += stage.flops
     return xs, ys
 
@@ -105,7 +110,7 @@ def first_reach(stages: list[Stage], target: float) -> dict:
         for row in read_rows(os.path.join(stage.run, "log.csv")):
             if row["val_loss"] and float(row["val_loss"]) <= target:
                 n = int(row["step"])
-                own = n, n * stage.flops_per_step, n * stage.config.n_layer
+                own = n, stage.start_flops + n * stage.flops_per_step, n * stage.config.n_layer
                 before = steps, flops, layer_steps
                 return {key: a + b for key, a, b in zip(keys, before, own, strict=True)}
         steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps

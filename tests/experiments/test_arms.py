@@ -14,6 +14,7 @@ from inheritune.experiments.arms import (
     parse_arms,
     settings_hash,
 )
+from inheritune.experiments.block_choice import RULES
 from inheritune.models.initialisations import RECIPES
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint
@@ -48,6 +49,9 @@ def test_what_every_arm_starts_from(tmp_path):
         assert options[name] == ["--layers 2"], name
     for recipe in set(RECIPES) & set(ARMS) - {"random", "half_width"}:
         assert options[recipe] == [f"--layers 2 --recipe {recipe}"]
+    for rule in RULES:
+        assert options[rule] == [f"--layers 2 --choose {rule}"]
+    assert options["whole"] == ["--layers 4"]
     assert options["released_slice"] == ["--layers 2 --released_slice"]
     assert options["half_width"] == ["--recipe half_width"]
     assert options["attn"] == ["--layers 2 --parts attn"] and options["mlp"] == ["--layers 2 --parts mlp"]
@@ -131,13 +135,21 @@ def test_every_arm_keeps_its_hash(monkeypatch):
     """Also those without a committed row, and those of a reference that sees a part of the data."""
     monkeypatch.chdir(ROOT)
     c = common_of("config/replicate_mini.py", "--arms=all:1")
-    assert settings_hash(c, find_arm("rounds")) == "42980a6df232"
-    assert settings_hash(c, find_arm("kd@kd_alpha=0.3")) == "3ab244b4c01a"
+    hashes = {
+        "rounds": "42980a6df232",
+        "influence": "6d11b92da39a",
+        "consecutive": "86ed459b79ec",
+        "greedy": "a2d794c0cdfe",
+        "whole": "9dad596133da",
+        "kd@kd_alpha=0.3": "3ab244b4c01a",
+        "ends@teacher=reference": "6026e5794c5f",
+    }
+    assert hashes == {name: settings_hash(c, find_arm(name)) for name in hashes}
     c = common_of("config/replicate_mini.py", "--seen=0.5")
     assert settings_hash(c, find_arm("unseen")) == "dded1bbba15c"
     with open("results/mini/results.csv") as f:
         made = {r["arm"].partition("@")[0] for r in csv.DictReader(f)}
-    assert set(ARMS) - made == {"rounds", "unseen"}, "a new arm: name its hash here"
+    assert set(ARMS) <= made | set(hashes) | {"unseen"}, "a new arm: name its hash here"
 
 
 def test_wrong_settings_of_any_stage_are_found_before_training(tmp_path):

@@ -1,0 +1,91 @@
+"""Which k blocks of a reference to keep, measured on its training data: the rules that arms compare.
+
+The windows are SEQUENCES of 100 tokens of the training split, the same for every arm and seed. The influence
+of a block is 1 − cosine of its input and output, averaged over tokens (ShortGPT, arXiv 2403.03853).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from inheritune.experiments.attention_metrics import (
+    LENGTH,
+    measure_layers,
+    open_with_windows,
+    recorded,
+    replaced,
+)
+from inheritune.models.interface import Config
+
+SEQUENCES = 20
+END = 2  # the last blocks, which `consecutive` never removes
+
+
+def most_influence(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
+    """The k blocks of the highest block influence."""
+    _, influence, _ = measure_layers(model, idx)
+    return sorted(influence.argsort(descending=True)[:k].tolist())
+
+
+@torch.inference_mode()
+def without_consecutive(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
+    """All blocks but the n - k consecutive ones that together turn the residual stream least, and that are
+    not among the last two (arXiv 2403.17887)."""
+    n = model.config.n_layer
+    stream = [x for _, x in model.attention_steps(idx)]  # n + 1 of (N, T, C)
+    removed = n - k
+    turned = [
+        (1 - F.cosine_similarity(stream[i], stream[i + removed], dim=-1)).mean().item()
+        for i in range(max(1, k - END + 1))
+    ]
+    first = turned.index(min(turned))
+    return [*range(first), *range(first + removed, n)]
+
+
+@torch.inference_mode()
+def greedy(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
+    """Remove one block at a time until k are left: each time the one without which the loss is lowest."""
+    kept = list(range(model.config.n_layer))
+    with recorded(model.blocks) as calls:
+        model(idx[:1], targets[:1])
+    _, output = calls[0]
+
+    def skip(*args, **kwargs):
+        """A block's input, in the form in which this model's blocks return their output."""
+        x = args[0] if args else kwargs["hidden_states"]
+        return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
+
+    for _ in tqdm(range(len(kept) - k), desc="choosing blocks", unit="block"):
+        losses = {}
+        for i in kept:
+            removed = [block for j, block in enumerate(model.blocks) if j not in kept or j == i]
+            with replaced(removed, skip):
+                losses[i] = sum(model(x[None], y[None]).item() for x, y in zip(idx, targets, strict=True))
+        kept.remove(min(losses, key=losses.get))
+    return kept
+
+
+RULES: dict[str, Callable[[torch.nn.Module, Tensor, Tensor, int], list[int]]] = {
+    "influence": most_influence,
+    "consecutive": without_consecutive,
+    "greedy": greedy,
+}
+
+
+def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
+    """The k blocks of the checkpoint `folder` to keep by one of RULES, on a data folder. Raises UserError."""
+    model, idx, targets = open_with_windows(folder, data, "train", SEQUENCES)
+    return RULES[rule](model.eval(), idx, targets, k)
+
+
+def choice_flops(rule: str, config: Config, k: int) -> float:
+    """FLOPs of choosing by a rule: of a forward pass over the windows, or of one for each loss."""
+    depths = [config.n_layer]
+    if rule == "greedy":
+        depths = [depth - 1 for depth in range(config.n_layer, k, -1) for _ in range(depth)]
+    tokens = SEQUENCES * min(LENGTH, config.block_size)
+    forward = {depth: config.with_blocks(list(range(depth))).flops_per_token / 3 for depth in set(depths)}
+    return tokens * sum(forward[depth] for depth in depths)
