@@ -2,7 +2,7 @@
 position).
 
 A data folder holds `{train,val}.bin` or `train_000000.bin …`, raw little-endian token ids, and `meta.json`,
-which says what they are; a nanoGPT folder without meta.json is read as GPT-2 uint16.
+which says what they are. The bins of others, without meta.json, are read as GPT-2's ids (foreign_bins.py).
 
 Window i is the block_size + 1 tokens from i × block_size on: inputs, and targets one further. Within an epoch
 every window comes exactly once, in an order that a keyed permutation computes window by window: there is no
@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +22,12 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
+from inheritune.data.foreign_bins import Bin, foreign_bins
 from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
 MAX_VOCAB = 2**26  # beyond it, meta.json is damaged
-MAX_OPEN = 256  # shards that are open at a time; most systems allow a process 1,024 files
+MAX_OPEN = 64  # shards that are open at a time; a Mac allows a process 256 files
 ROUNDS = 4  # of the Feistel network; no statistical test tells its orders from random ones
 
 
@@ -146,27 +146,12 @@ class Tokens:
     def __init__(self, folder: str, split: str):
         meta = read_meta(folder)
         self.folder, self.split, self.tokenizer = folder, split, meta["tokenizer"]
-        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        self.paths, lengths, item = [], [], self.dtype.itemsize
-        for name, count in shards_of(folder, split, meta):
-            path = os.path.join(folder, name)
-            if not os.path.isfile(path):
-                raise UserError(f"{path} is missing or not a regular file; prepare the data again")
-            size = os.path.getsize(path)
-            said = "no whole number of tokens" if count is None else f"but meta.json says {count:,} tokens"
-            count = size // item if count is None else count
-            if size != count * item:
-                raise UserError(
-                    f"{path} has {size:,} bytes, {said} of {item} bytes: it was cut off or replaced; "
-                    "prepare the data again"
-                )
-            self.paths.append(path)
-            lengths.append(count)
-        self.ends = np.cumsum(lengths, dtype=np.int64)
+        self.bins = bins_of(folder, split, meta)
+        self.ends = np.cumsum([bin.tokens for bin in self.bins], dtype=np.int64)
         self.open = functools.lru_cache(MAX_OPEN)(functools.partial(open, mode="rb", buffering=0))
         if "splits" not in meta and split == "val" and len(self):
             highest = int(self.read(0, min(len(self), 1 << 20)).max())
-            if highest < self.tokenizer["n_vocab"] // 8:
+            if highest < 0.9 * self.tokenizer["n_vocab"]:
                 warn_of_vocabulary(folder, highest)
 
     def __len__(self):
@@ -176,16 +161,16 @@ class Tokens:
         """`count` ids from `start` on, int64; they may lie in several shards."""
         out = np.empty(count, dtype=np.int64)
         shard = int(np.searchsorted(self.ends, start, side="right"))
-        filled, item = 0, self.dtype.itemsize
+        filled = 0
         while filled < count:
+            path, _, dtype, offset = self.bins[shard]
             begin = start + filled - (int(self.ends[shard - 1]) if shard else 0)
             here = min(count - filled, int(self.ends[shard]) - start - filled)
-            piece = os.pread(self.open(self.paths[shard]).fileno(), here * item, begin * item)
-            if len(piece) != here * item:
-                raise UserError(
-                    f"{self.paths[shard]} ends before token {begin + here:,}: it has just been cut off"
-                )
-            out[filled : filled + here] = np.frombuffer(piece, dtype=self.dtype)
+            size = here * dtype.itemsize
+            piece = os.pread(self.open(path).fileno(), size, offset + begin * dtype.itemsize)
+            if len(piece) != size:
+                raise UserError(f"{path} ends before token {begin + here:,}: it has just been cut off")
+            out[filled : filled + here] = np.frombuffer(piece, dtype)
             filled += here
             shard += 1
         return out
@@ -218,7 +203,7 @@ def read_meta(folder: str) -> dict:
                 f"{folder} has a vocabulary of its own in meta.pkl, a pickle, which is not opened: prepare "
                 "its text again, for example: python prepare.py input.txt --tokenizer bytes --out data/input"
             )
-        return {"tokenizer": GPT2, "dtype": "uint16"}
+        return {"tokenizer": GPT2, "dtype": None}
     meta = read_json(path)
     try:
         tokenizer = meta["tokenizer"]
@@ -236,29 +221,45 @@ def read_meta(folder: str) -> dict:
     return meta
 
 
-def identity(folder: str) -> str | None:
-    """A hash of a data folder's tokens, made of what its meta.json says of them; None where it does not."""
-    splits = read_meta(folder).get("splits")
-    return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest() if splits else None
+def identity(folder: str) -> str:
+    """A hash of a data folder's tokens, wherever it lies: of what its meta.json says of them, or of the sizes
+    and of 64 samples of the bins that others made."""
+    meta = read_meta(folder)
+    if splits := meta.get("splits"):
+        return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        tokens = Tokens(folder, split)
+        digest.update(f"{split} {len(tokens)} ".encode())
+        for start in np.linspace(0, max(0, len(tokens) - 4096), 64, dtype=int).tolist():
+            digest.update(tokens.read(start, min(4096, len(tokens))).tobytes())
+    return digest.hexdigest()
 
 
-def shards_of(folder: str, split: str, meta: dict) -> list[tuple[str, int | None]]:
-    """The shards of a split, in order: [(file name, tokens, or None where meta.json does not say)]."""
+def bins_of(folder: str, split: str, meta: dict) -> list[Bin]:
+    """The bins of a split, in order. Raises UserError when a file is missing or contradicts meta.json."""
     if "splits" not in meta:
-        names = sorted(n for n in os.listdir(folder) if re.fullmatch(rf"{split}(_\d+)?\.bin", n))
-        if not names:
-            raise UserError(f"{folder} has no {split}.bin and no meta.json: prepare the data first, or again")
-        return [(name, None) for name in names]
+        return foreign_bins(folder, split, meta["dtype"])
     try:
         shards = [(shard["file"], shard["tokens"]) for shard in meta["splits"][split]["shards"]]
     except (KeyError, TypeError):
         message = f"{folder}/meta.json has no usable list of {split} shards; prepare the data again"
         raise UserError(message) from None
+    bins, dtype = [], np.dtype(meta["dtype"]).newbyteorder("<")
     for name, count in shards:
         if not isinstance(name, str) or os.path.basename(name) != name or type(count) is not int or count < 0:
             s = {"file": name, "tokens": count}
             raise UserError(f"{folder}/meta.json has an unusable shard entry {s!r}; prepare the data again")
-    return shards
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing or not a regular file; prepare the data again")
+        if (size := os.path.getsize(path)) != count * dtype.itemsize:
+            raise UserError(
+                f"{path} has {size:,} bytes, but meta.json says {count:,} tokens of {dtype.itemsize} bytes: "
+                "it was cut off or replaced; prepare the data again"
+            )
+        bins.append(Bin(path, count, dtype))
+    return bins
 
 
 @functools.cache  # once a process

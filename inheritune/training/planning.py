@@ -229,7 +229,7 @@ def read_data(settings: TrainSettings) -> tuple[dict, str, int]:
     """(a GPTConfig's fields on the tokenizer, which tokens these are, how many this run has) of the data."""
     theirs = read_meta(settings.dataset)["tokenizer"]
     tokenizer = {"tokenizer": theirs["name"], "n_vocab": theirs["n_vocab"], "eot": theirs["eot"]}
-    return tokenizer, identity(settings.dataset) or os.path.abspath(settings.dataset), part_tokens(settings)
+    return tokenizer, identity(settings.dataset), part_tokens(settings)
 
 
 def part_tokens(settings: TrainSettings) -> int | None:

@@ -1,0 +1,120 @@
+"""Bins of others: read for what they are, or refused by name. pytest tests/data/test_foreign_bins.py"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import train
+from inheritune.base.errors import UserError
+from inheritune.data.reader import Tokens, identity, read_meta
+from tests.tiny import ROOT, arguments, refusal, write_data
+
+IDS = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
+
+
+def write_llmc(path, ids, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + ids.tobytes())
+
+
+def read_all(folder, split):
+    tokens = Tokens(str(folder), split)
+    return tokens.read(0, len(tokens))
+
+
+def test_shards_of_llmc_and_modded_nanogpt(tmp_path):
+    """Without their headers, in order, *_val_* for validation."""
+    for i in (2, 1):
+        write_llmc(tmp_path / f"fineweb_train_{i:06d}.bin", IDS[(i - 1) * 1000 : i * 1000])
+    write_llmc(tmp_path / "fineweb_val_000000.bin", IDS[4000:])
+    assert (read_all(tmp_path, "train") == IDS[:2000]).all() and (
+        read_all(tmp_path, "val") == IDS[4000:]
+    ).all()
+    assert read_meta(str(tmp_path))["tokenizer"]["name"] == "gpt2"
+
+
+@pytest.mark.parametrize("wrong", [{"count": 99}, {"version": 2}, {"magic": 20240801}])
+def test_a_wrong_header_is_refused(tmp_path, wrong):
+    write_llmc(tmp_path / "a_train_1.bin", IDS, **wrong)
+    with pytest.raises(UserError, match=r"is llm.c's .*, but not a whole file of GPT-2 ids"):
+        Tokens(str(tmp_path), "train")
+
+
+def test_datatroves_ds_by_the_metadata_beside_them(tmp_path):
+    for name, dtype in (("000_00000.ds", "<u2"), ("000_val.ds", "<u4")):
+        (tmp_path / name).write_bytes(IDS.astype(dtype).tobytes())
+        (tmp_path / f"{name}.metadata").write_text(
+            f"openai-community/gpt2|{np.dtype(dtype).itemsize}\n5000\n5K"
+        )
+        (tmp_path / f"{name}.index").write_bytes(bytes(8))
+    assert (read_all(tmp_path, "train") == IDS).all() and (read_all(tmp_path, "val") == IDS).all()
+    (tmp_path / "000_00000.ds.metadata").write_text("meta-llama/Llama-3.2-1B|4\n2500")
+    with pytest.raises(
+        UserError, match=r"was made with meta-llama/Llama-3.2-1B, not with gpt2: write a meta.json"
+    ):
+        Tokens(str(tmp_path), "train")
+    os.unlink(tmp_path / "000_00000.ds.metadata")
+    with pytest.raises(UserError, match="was made with an unknown tokenizer"):
+        Tokens(str(tmp_path), "train")
+
+
+def test_megatrons_are_refused(tmp_path):
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes())
+    (tmp_path / "train.idx").write_bytes(b"MMIDIDX")
+    with pytest.raises(UserError, match=r"train.bin is Megatron's"):
+        Tokens(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_ids_of_more_bits_without_a_meta_are_refused(tmp_path, dtype):
+    (tmp_path / "train.bin").write_bytes(IDS.astype(dtype).tobytes())
+    with pytest.raises(UserError, match=r"every second id of 16 bits is 0, .* write a meta.json"):
+        Tokens(str(tmp_path), "train")
+    if dtype == "<u4":
+        meta = '{"dtype": "uint32", "tokenizer": {"name": "gpt2", "n_vocab": 50257, "eot": 50256}}'
+        (tmp_path / "meta.json").write_text(meta)
+        assert (read_all(tmp_path, "train") == IDS).all()
+
+
+def test_a_smaller_vocabulary_without_a_meta_is_said(tmp_path, capsys):
+    for high, said in ((32_000, True), (50_257, False)):
+        folder = tmp_path / str(high)
+        folder.mkdir()
+        (IDS % high).tofile(folder / "val.bin")
+        Tokens(str(folder), "val")
+        assert ("was another vocabulary used?" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_run_goes_on_with_the_same_tokens_elsewhere_and_not_with_others(tmp_path, meta):
+    def write(name, seed):
+        folder = write_data(tmp_path / name, meta=meta, high=257 if meta else 50_257)
+        if not meta:
+            np.random.default_rng(seed).integers(0, 50_257, 3000).astype("<u2").tofile(f"{folder}/train.bin")
+        return folder
+
+    data, out = write("a", 1), tmp_path / "out"
+    train.main(arguments(data, out, max_iters=4, lr_decay_iters=8))
+    shutil.move(data, tmp_path / "b")
+    train.main(arguments(str(tmp_path / "b"), out, max_iters=8, lr_decay_iters=8, resume="auto"))
+    assert identity(str(tmp_path / "b")) != identity(write_data(tmp_path / "c", meta=meta, train=500))
+    if not meta:
+        other = arguments(write("b", 2), out, max_iters=8, lr_decay_iters=8, resume="auto")
+        assert "holds other tokens than" in refusal(train.main, other)
+
+
+def test_300_shards_where_256_files_may_be_open(tmp_path):
+    for i in range(300):
+        IDS[i * 10 : i * 10 + 10].tofile(tmp_path / f"train_{i:06d}.bin")
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
+    code += (
+        "from inheritune.data.reader import Tokens; print(Tokens(sys.argv[1], 'train').read(0, 3000).sum())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and int(done.stdout) == IDS[:3000].sum(dtype=int), done.stderr
