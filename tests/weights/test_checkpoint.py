@@ -16,12 +16,12 @@ import torch
 
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
-from inheritune.data.tokenizer import TOKENIZER_FILE, tokenizer_files
+from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, snapshot
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT
-from tests.tiny import same_weights, tiny_model, write_checkpoint, write_model
+from tests.tiny import same_weights, tiny_model
 
 
 def trained(seed=0, steps=3):
@@ -146,13 +146,6 @@ def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, 
     assert checkpoint.list_steps(str(tmp_path / "gone")) == []
 
 
-def test_a_link_is_made_whatever_a_kill_left(tmp_path):
-    save(tmp_path, 1)
-    os.symlink("nowhere", tmp_path / ".best.tmp")
-    checkpoint.link(f"{tmp_path}/best", "step_00000001")
-    assert os.readlink(tmp_path / "best") == "step_00000001" and not os.path.lexists(tmp_path / ".best.tmp")
-
-
 def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     """Each file and the folder are fsynced before the rename, the parent after it; then the link, in the same
     way."""
@@ -228,15 +221,6 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path, capsys):
     assert capsys.readouterr().err == gone
     with pytest.raises(UserError, match="best is a link to step_00000002, which is gone"):
         checkpoint.find(f"{run}/best")
-
-
-def test_a_run_folder_can_be_moved(tmp_path):
-    save(tmp_path / "old", 1)
-    checkpoint.link(f"{tmp_path}/old/best", "step_00000001")
-    before = GPT.from_pretrained(checkpoint.find(str(tmp_path / "old")))
-    os.rename(tmp_path / "old", tmp_path / "new")
-    for name in ("new", "new/best", "new/latest"):
-        assert same_weights(before, GPT.from_pretrained(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -338,20 +322,6 @@ def test_nothing_is_pickled(tmp_path):
         head = (tmp_path / "step_00000001" / name).read_bytes()
         assert name.endswith(".safetensors") or isinstance(json.loads(head), dict)
         assert not head.startswith((b"\x80", b"PK"))
-
-
-def test_the_tokenizer_of_the_data_goes_along(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / TOKENIZER_FILE).write_text("as it stands")
-    os.mkdir(tmp_path / "a")
-    model = tiny_model(tokenizer=TOKENIZER_FILE)
-    write_model(tmp_path / "a", model, tokenizer_from=str(tmp_path / "data"))
-    assert (tmp_path / "a" / TOKENIZER_FILE).read_text() == "as it stands"
-
-
-def test_lineage_is_empty_where_there_is_none(tmp_path):
-    write_checkpoint(tmp_path / "a")
-    assert checkpoint.read_lineage(str(tmp_path / "a")) == {}
 
 
 def test_the_environment_names_the_revision_or_says_that_it_is_unknown(tmp_path, monkeypatch):

@@ -165,24 +165,9 @@ def test_files_with_the_wrong_tensors_are_refused_by_name(saved, change, named):
         GPT.from_pretrained(str(saved[0]))
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.9])
-def test_a_truncated_file_is_refused(saved, share):
-    path = saved[0] / "model.safetensors"
-    os.truncate(path, int(os.path.getsize(path) * share))
-    with pytest.raises(UserError, match="is damaged"):
-        GPT.from_pretrained(str(saved[0]))
-
-
 def test_a_pickle_is_never_opened(saved):
     os.rename(saved[0] / "model.safetensors", saved[0] / "pytorch_model.bin")
     with pytest.raises(UserError, match="only a pickle, which is never opened"):
-        GPT.from_pretrained(str(saved[0]))
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": NaN', "\0"])
-def test_a_damaged_config_is_one_line(saved, text):
-    (saved[0] / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
         GPT.from_pretrained(str(saved[0]))
 
 
@@ -266,11 +251,6 @@ def test_shapes_are_those_of_the_model_in_its_order():
         assert list(gpt2_format.shapes(vars(config)).items()) == [
             (n, tuple(p.shape)) for n, p in turned.items()
         ]
-
-
-def test_writing_needs_no_biases_in_the_model():
-    layout = hf_state(GPT(tiny_config(bias=False)))
-    assert {k: tuple(v.shape) for k, v in layout.items()} == gpt2_format.shapes(vars(tiny_config()))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_short_line(capfd):
