@@ -176,8 +176,12 @@ class Tokens:
         return out
 
     def windows(self, numbers, block_size: int, first: int = 0) -> torch.Tensor:
-        """The windows with these numbers, (B, block_size + 1) int32; window 0 begins at token `first`. Raises
-        UserError for an id above the tokenizer's: the wrong tokenizer or a damaged bin."""
+        """The windows with these numbers, (B, block_size + 1) int32; window 0 begins at token `first`.
+
+        Where texts begin with a token (`bos`), it takes the place of each window's first one: models that
+        were trained so, such as Gemma, predict nothing well without it. Raises UserError for an id above the
+        tokenizer's: the wrong tokenizer or a damaged bin.
+        """
         out = np.stack([self.read(first + int(i) * block_size, block_size + 1) for i in numbers])
         if out.max() >= self.tokenizer["n_vocab"]:
             name, n_vocab = self.tokenizer["name"], self.tokenizer["n_vocab"]
@@ -185,6 +189,7 @@ class Tokens:
                 f"{self.folder}: {self.split} holds id {out.max()}, above the {n_vocab} ids of its tokenizer "
                 f"{name!r}: the bin is damaged or its meta.json is another's"
             )
+        out[:, 0] = self.tokenizer.get("bos", out[:, 0])
         return torch.from_numpy(out.astype(np.int32))
 
 
@@ -211,8 +216,9 @@ def read_meta(folder: str) -> dict:
             meta["dtype"] in ("uint16", "uint32")
             and isinstance(meta.get("splits", {}), dict)
             and isinstance(tokenizer["name"], str)
-            and all(type(tokenizer[key]) is int for key in ("n_vocab", "eot"))
+            and all(type(tokenizer[key]) is int for key in {"n_vocab", "eot", "bos"} & {*tokenizer})
             and 0 <= tokenizer["eot"] < tokenizer["n_vocab"] <= MAX_VOCAB
+            and 0 <= tokenizer.get("bos", 0) < tokenizer["n_vocab"]
         )
     except (KeyError, TypeError):
         usable = False

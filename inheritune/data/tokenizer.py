@@ -121,8 +121,9 @@ class Tokenizer:
         """From now on special tokens spelled out in a text are their ids, as in transformers: for prompts."""
 
     def describe(self) -> dict:
-        """The `tokenizer` entry of a meta.json."""
+        """The `tokenizer` entry of a meta.json. `bos` is the id that windows begin with, if texts do."""
         entry = {"name": self.name, "n_vocab": self.n_vocab, "eot": self.eot}
+        entry |= {"bos": self.before[0]} if self.before else {}
         return entry | {"sha256": self.sha256} if self.sha256 else entry
 
 

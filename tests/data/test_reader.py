@@ -28,7 +28,7 @@ from inheritune.data.reader import (
 )
 from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from tests.data.test_tokenizer import save
-from tests.tiny import tiny_config, write_data
+from tests.tiny import TOKENIZER, tiny_config, write_data
 
 keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map(
     lambda k: np.array(k, dtype=np.uint64)
@@ -238,6 +238,14 @@ def test_a_nanogpt_folder_without_meta_is_gpt2_uint16(tmp_path):
 def test_a_folder_that_is_not_there_is_to_be_prepared(tmp_path):
     with pytest.raises(UserError, match=r"no data folder .*: prepare it first"):
         read_meta(str(tmp_path / "nowhere"))
+
+
+def test_windows_begin_with_the_token_that_texts_begin_with(tmp_path):
+    """The targets are those of the stream, and so is the rest of the inputs."""
+    folder = write_data(tmp_path / "data", tokenizer=TOKENIZER | {"bos": 200})
+    windows, stream = Tokens(folder, "val").windows([0, 3], 8), Tokens(folder, "val").read(0, 40)
+    assert windows[:, 0].tolist() == [200, 200]
+    assert windows[:, 1:].tolist() == [stream[1:9].tolist(), stream[25:33].tolist()]
 
 
 def test_uint32_bins(tmp_path):

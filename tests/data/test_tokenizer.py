@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
@@ -344,6 +344,16 @@ def test_a_long_text_in_pieces_has_transformers_ids_of_the_whole(tmp_path, monke
     encoded = ours.encode_batch([piece.text for piece in pieces], [piece.goes_on for piece in pieces])
     expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert len(pieces) > 20 and np.concatenate(encoded).tolist() == expected
+
+
+def test_meta_json_names_the_token_that_texts_begin_with(tmp_path):
+    folder = llama_like(tmp_path / "a")
+    assert "bos" not in load_tokenizer(folder).describe()
+    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    begin = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+    tokenizer.post_processor = begin
+    tokenizer.save(f"{folder}/tokenizer.json")
+    assert load_tokenizer(folder).describe()["bos"] == 0
 
 
 def test_the_digest_is_of_the_vocabulary_not_of_the_file(tmp_path):
