@@ -73,9 +73,9 @@ def open_files(
         if os.path.isdir(path) and contains(path, out):
             raise UserError(f"--out {out} lies in {path}, which is read: choose a folder outside of it")
         found = find_files(path, given)
-        if "val" in found and given == "train" and val_paths:
+        if "val" in found and given == "train" and val_paths != []:
             raise UserError(
-                f"{path} holds validation text of its own: leave --val_files out, or name its files"
+                f"{path} holds validation text of its own, which has no use here: name its training files"
             )
         files += [(split, examine(name)) for split, names in found.items() for name in names]
     names = collections.Counter(os.path.abspath(file.path) for _, file in files)
@@ -137,7 +137,7 @@ def find_files(path: str, split: str) -> dict[str, list[str]]:
     if not names:
         raise UserError(f"{path} does not exist; give text files, tables or folders of them")
     if split == "train":
-        refuse_held_out(path, names)
+        refuse_held_out(path, [os.path.basename(name) for name in names])
     if "**" not in path and len(names) < len(matches):
         left = f"{len(matches) - len(names)} folders or other than files left out"
         print(f"{path}: {left}; name folders to have their files", file=sys.stderr)
@@ -161,8 +161,9 @@ def find_in_folder(folder: str, split: str) -> dict[str, list[str]]:
     if split == "train" and any(HELD_OUT.search(os.path.relpath(name, folder)) for name in names):
         splits = hub_splits(folder, names)
         found = {"train": splits.pop("train"), "val": splits.pop("validation", [])}
-        left["of no split"] = len(names) - sum(map(len, [*found.values(), *splits.values()]))
         left |= {f"of the split {name}": len(paths) for name, paths in splits.items()}
+        listed = {path for paths in [*found.values(), *splits.values()] for path in paths}
+        left["of no split"] = len({os.path.abspath(name) for name in names} - listed)
     elif any(named_kind(name)[0] != "text" for name in names):  # what explains a data set is no text of it
         found[split] = [n for n in names if named_kind(n)[0] != "text" or not CARD.match(os.path.basename(n))]
         left["cards and licences"] = len(names) - len(found[split])
@@ -204,14 +205,14 @@ def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
         print(f"{folder} is no data set in the hub's layout ({first_line(e)})", file=sys.stderr)
         files = {}
     found = {str(split): list(map(str, paths)) for split, paths in files.items()}
-    refuse_held_out(folder, found.get("train", names))
+    refuse_held_out(folder, [os.path.relpath(name, folder) for name in found.get("train", names)])
     return found
 
 
 def refuse_held_out(where: str, names: list[str]) -> None:
     """Raise UserError for training files whose names say validation or test."""
     for name in names:
-        if found := HELD_OUT.search(os.path.basename(name)):
+        if found := HELD_OUT.search(name):
             raise UserError(
                 f"{where}: {name} says {found[0]}; name the training files yourself, and what is for "
                 "validation with --val_files"

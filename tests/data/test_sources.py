@@ -375,6 +375,9 @@ def test_a_data_set_in_the_hubs_layout(tmp_path, capsys):
     )
     said = refusal(prepare.main, [*argv, "--val_files", tmp_path / "in/data/test-00000-of-00001.parquet"])
     assert "holds validation text of its own" in said
+    for script in (prepare_owt, prepare_fineweb):
+        said = refusal(script.main, ["--data_files", *argv])
+        assert "holds validation text of its own" in said
 
 
 def test_tinystories_layout_follows_its_card(tmp_path):
@@ -402,6 +405,9 @@ def test_names_that_say_validation_are_refused_until_the_user_says_what_they_are
     for path in (tmp_path, f"{tmp_path}/*.txt"):
         with pytest.raises(UserError, match=r"notes_test\.txt says test; name the training files yourself"):
             documents(path)
+    write(tmp_path / "in", {"a.txt": "one", "test/b.txt": "two"})
+    with pytest.raises(UserError, match=r"test/b\.txt says test; name the training files yourself"):
+        documents(tmp_path / "in")
     assert texts(tmp_path / "a.txt", tmp_path / "notes_test.txt") == ["one", "two"]
     found = documents(tmp_path / "a.txt", val=[f"{tmp_path}/*_test.txt"])
     assert found == [("train", "one"), ("val", "two")]
