@@ -27,7 +27,16 @@ import torch
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
 from inheritune.base.files import deleting, is_locked_by_us, new_folder, read_json, sync_folder, write_json
-from inheritune.weights.gpt2_format import CONFIG, arrange, config_json, open_model, write_model
+from inheritune.weights.gpt2_format import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    arrange,
+    config_json,
+    open_model,
+    other_format,
+    write_model,
+)
 from inheritune.weights.tensors import read_tensors, write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
@@ -67,7 +76,8 @@ def find_in_run(run: str, prefer: str) -> str:
     steps = list_steps(run)
     if not steps:
         what = "neither a checkpoint (no config.json) nor a run folder that holds one (no step_…)"
-        raise UserError(f"{run} is {what}")
+        hint = other_format(run)
+        raise UserError(f"{run} is {what}{', ' + hint if hint else ''}")
     if os.path.lexists(linked):
         gone = f"{linked} points at a checkpoint that is gone"
         print(f"{gone}; taking the newest, {steps[-1]}", file=sys.stderr)
@@ -90,10 +100,14 @@ def download(name: str, weights: bool) -> str:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # an error is reported once, below
-    wanted = [CONFIG, "README.md", *BESIDE, *map(str.upper, BESIDE)]
-    wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
+    wanted = [CONFIG, INDEX, "README.md", *BESIDE, *map(str.upper, BESIDE)]
     try:
         folder = hub.snapshot_download(name, allow_patterns=wanted)
+        if weights:  # the shards that the index names: a repository may hold the model twice, in two forms
+            index = os.path.join(folder, INDEX)
+            shards = read_json(index).get("weight_map") if os.path.exists(index) else None
+            files = sorted({*shards.values()}) if isinstance(shards, dict) else []
+            folder = hub.snapshot_download(name, allow_patterns=[WEIGHTS, *files])
     except Exception as e:  # of the client, its HTTP library or the disk: the model is not available
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(

@@ -9,6 +9,7 @@ In this file a configuration is a dict with the fields of model.GPTConfig. A sta
 (`transformer.h.0.attn.c_attn.weight` …) to tensors, torch's or Lazy, as Hugging Face lays them: (in, out).
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,17 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 # matrices that are stored as (in, out) and that torch's linear layers hold as (out, in)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
+# {files in a folder: what they are, and what makes safetensors of them}
+OTHER_FORMATS = {
+    "adapter_config.json": "only an adapter: merge it first, by peft's merge_and_unload, and save_pretrained",
+    "pytorch_model_fsdp_*": "only FSDP's parts: make one file of them by accelerate merge-weights FOLDER OUT",
+    "*.distcp": "only FSDP's parts: make one file of them by accelerate merge-weights FOLDER OUT",
+    "zero_to_fp32.py": "only DeepSpeed's parts: in it run python zero_to_fp32.py . OUT --safe_serialization",
+    "pytorch_model*.bin*": "only a pickle, which is never opened: save it with transformers' save_pretrained",
+    "*.gguf": "only GGUF: open it with transformers' from_pretrained(…, gguf_file=…), then save_pretrained",
+    "tf_model*.h5": "only TensorFlow's weights: save it by transformers 4's from_pretrained(…, from_tf=True)",
+    "checkpoint-*": "but checkpoints of a Trainer, in folders of their own: give one of these",
+}
 NO_EOT = -1  # the `eot` of a model for which no token ends a text
 # how the hub's client calls the folders of the released GPT-2s
 GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
@@ -186,10 +198,17 @@ def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
     for file in sorted(set(files)):
         path = os.path.join(folder, file)
         if not os.path.isfile(path):
-            pickled = os.path.exists(os.path.join(folder, "pytorch_model.bin"))
-            hint = "only a pickle, which is never opened: save it with transformers' save_pretrained"
-            raise UserError(f"{folder} has no {file}{', ' + hint if pickled else '; is it a checkpoint?'}")
+            hint = other_format(folder)
+            raise UserError(f"{folder} has no {file}{', ' + hint if hint else '; is it a checkpoint?'}")
         yield from read_tensors(path).items()
+
+
+def other_format(folder: str) -> str:
+    """What a folder holds in place of safetensors, and what makes them of it; "" for what is not known."""
+    for pattern, cure in OTHER_FORMATS.items():
+        if glob.glob(os.path.join(glob.escape(folder), pattern)):
+            return cure
+    return ""
 
 
 def shapes(config: dict) -> dict[str, tuple]:

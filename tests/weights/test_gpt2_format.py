@@ -277,9 +277,11 @@ def hub(saved, monkeypatch):
 def test_a_download_fetches_only_what_is_needed(saved, hub):
     assert_opens_equal("some/model", saved[1])
     assert checkpoint.download("some/model", weights=False) == str(saved[0])
-    (_, everything), (_, few) = hub[0]
-    wanted = {"model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    (_, first), (_, weights), (_, few) = hub[0]
+    everything = first + weights
+    wanted = {"model.safetensors"}
     small = {
+        "model.safetensors.index.json",
         "config.json",
         "tokenizer.json",
         "vocab.txt",
@@ -292,6 +294,30 @@ def test_a_download_fetches_only_what_is_needed(saved, hub):
         assert not set(
             filter_repo_objects(["pytorch_model.bin", "x.py", "tf_model.h5"], allow_patterns=patterns)
         )
+
+
+def test_a_download_fetches_the_shards_that_the_index_names(saved, hub):
+    """Some repositories hold the model twice, as `original/…` or `consolidated…`."""
+    saved[1].save_pretrained(hub[1], max_shard_size="20KB")
+    os.unlink(hub[1] / "model.safetensors")
+    checkpoint.download("some/model", weights=True)
+    (_, patterns) = hub[0][-1]
+    names = [n for n in os.listdir(hub[1]) if n.endswith(".safetensors")]
+    twins = ["consolidated.safetensors", "original/model-00001-of-00002.safetensors"]
+    assert len(names) > 1 and set(filter_repo_objects(names + twins, allow_patterns=patterns)) == {*names}
+
+
+@pytest.mark.parametrize("pattern, cure", gpt2_format.OTHER_FORMATS.items())
+def test_other_formats_are_named_with_the_cure(tmp_path, pattern, cure):
+    write_checkpoint(tmp_path / "a")
+    os.rename(tmp_path / "a/model.safetensors", tmp_path / "a" / pattern.replace("*", "1"))
+    with pytest.raises(UserError, match=r"a has no model.safetensors, ") as error:
+        list(gpt2_format.stored_tensors(str(tmp_path / "a")))
+    assert str(error.value).endswith(cure)
+    os.unlink(tmp_path / "a/config.json")
+    with pytest.raises(UserError, match="neither a checkpoint") as error:
+        checkpoint.find(str(tmp_path / "a"))
+    assert str(error.value).endswith(cure)
 
 
 def test_a_hub_model_without_the_files_is_refused(hub):
