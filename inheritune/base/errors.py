@@ -6,7 +6,6 @@ Bugs keep their traceback.
 """
 
 import argparse
-import contextlib
 import difflib
 import errno
 import functools
@@ -16,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 # a scheduler's end (SIGTERM), its warnings before that (Slurm's SIGUSR1 and 2), a closed terminal (SIGHUP)
@@ -53,7 +53,8 @@ def one_line(main: Callable | None = None, *, ranks: bool = False) -> Callable:
     def wrapped(argv=None):
         name = os.path.basename(main.__globals__["__file__"])
         first = True
-        with printing_never_fails(), signals_handled(STOP_SIGNALS, stop):
+        stdout, stderr = redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr))
+        with stdout, stderr, signals_handled(STOP_SIGNALS, stop):
             try:
                 first = not ranks or rank_info()[0] == 0
                 result = main(argv)
@@ -71,7 +72,7 @@ def one_line(main: Callable | None = None, *, ranks: bool = False) -> Callable:
     return wrapped
 
 
-@contextlib.contextmanager
+@contextmanager
 def signals_handled(numbers: Sequence[int], handler: Callable):
     """Within this context `handler` gets these signals. An ignored one stays ignored: nohup ignores SIGHUP,
     and shells let background jobs ignore SIGINT. Python has handlers in the main thread only."""
@@ -86,26 +87,17 @@ def signals_handled(numbers: Sequence[int], handler: Callable):
             signal.signal(number, old)
 
 
-@contextlib.contextmanager
-def printing_never_fails():
-    """Within this context a character that the terminal cannot encode is printed as an escape (\\x.. or
-    \\u....), and a reader that leaves (`train.py | head`) ends no run."""
-    before = sys.stdout, sys.stderr
-    for stream in before:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = map(Output, before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-
-
 class Output:
-    """A text stream that goes nowhere once its reader has left."""
+    """A text stream to which printing never fails.
+
+    A character that the terminal cannot encode becomes an escape (\\x.. or \\u....). When the reader has left
+    left (`train.py | head`), the rest goes nowhere, and the run goes on.
+    """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -144,6 +136,8 @@ def error_line(e: UserError | OSError) -> str:
     if isinstance(e, UserError):
         return str(e)
     where = f" ({e.filename})" if e.filename else ""
+    if isinstance(e, FileExistsError) and os.path.islink(e.filename):
+        return f"{e.filename} is a link to {os.readlink(e.filename)}, which is gone: make that folder first"
     cure = f": {CURES[e.errno]} and run the same command again" if e.errno in CURES else ""
     return f"{e.strerror or e}{where}; nothing written before is damaged{cure}"
 

@@ -131,6 +131,13 @@ def test_errors_of_the_system_say_what_failed_where_and_how_to_go_on():
     assert error_line(denied) == "Permission denied (a/b); nothing written before is damaged"
 
 
+def test_a_link_to_nowhere_as_a_folder_to_make_is_named(tmp_path):
+    (tmp_path / "out").symlink_to("gone")
+    with pytest.raises(FileExistsError) as e:
+        os.makedirs(tmp_path / "out", exist_ok=True)
+    assert error_line(e.value) == f"{tmp_path}/out is a link to gone, which is gone: make that folder first"
+
+
 def test_a_parser_names_the_nearest_flag_and_guesses_no_abbreviation():
     assert Parser("What it does.\n\nMore.").description == "What it does."
     parser = Parser(None)  # python -OO: no docstrings
