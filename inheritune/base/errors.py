@@ -91,7 +91,7 @@ class Output:
     """A text stream to which printing never fails.
 
     A character that the terminal cannot encode becomes an escape (\\x.. or \\u....). When the reader has left
-    left (`train.py | head`), the rest goes nowhere, and the run goes on.
+    (`train.py | head`), the rest goes nowhere, and the run goes on.
     """
 
     def __init__(self, stream: TextIO):
