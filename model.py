@@ -50,6 +50,11 @@ class GPTConfig:
     block_prefix = "transformer.h."  # parameters of block 3 begin with "transformer.h.3."
 
     @property
+    def limit(self) -> int:
+        """The most tokens that the model can read at once: it has no other positions."""
+        return self.block_size
+
+    @property
     def num_params(self) -> int:
         """All parameters; the tied embedding counts once."""
         C = self.n_embd
@@ -234,7 +239,12 @@ class GPT(nn.Module):
         return model
 
     def fill(self, state: Mapping, source: str) -> None:
-        """Copy a state dict in Hugging Face's layout into the parameters. Errors name `source`."""
+        """Copy a state dict in Hugging Face's layout into the parameters. Errors name `source`.
+
+        Of a model with more positions the first ones are taken.
+        """
+        wpe = "transformer.wpe.weight"
+        state = {**state, wpe: state[wpe][: self.config.block_size]}
         fill(dict(self.named_parameters()), state, source)
 
     @property

@@ -72,7 +72,7 @@ def train_step(run: Run) -> None:
         group["lr"] = lr * group["rate"]
 
     # forward and backward, micro-batch by micro-batch: gradients add up to those of the whole batch
-    windows = next(run.data.batches)  # (micro_batch · accumulation, T + 1); a thread reads the next step's
+    windows = next(run.batches)  # (micro_batch · accumulation, T + 1); a thread reads the next step's
     sums = torch.zeros(3 if run.teacher else 1, device=model.device)  # loss; with a teacher also CE and KL
     for m in range(plan.accumulation):
         x, y = to_device(windows[m * plan.micro_batch : (m + 1) * plan.micro_batch], model.device)
@@ -133,7 +133,7 @@ def validate(run: Run) -> float:
         return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
     with model.validating() as module:
-        loss = mean_loss(module, run.data.val, run.ranks, device, model.autocast, any_rank_is_asked)
+        loss = mean_loss(module, run.val, run.ranks, device, model.autocast, any_rank_is_asked)
     run.recorder.validated(time.perf_counter() - began)
     if loss is None:
         stop(run)
@@ -150,10 +150,11 @@ def save_checkpoint(run: Run) -> None:
         return
     wait_for_checkpoint(run)
     saver.step = state.step
-    tensors = snapshot(run.model.module, run.optimizer, saver.copies if run.ranks.first else None)
+    copies = saver.copies if run.ranks.first else None
+    parameters, optimizer = snapshot(run.model.module, run.optimizer, copies)
     if not run.ranks.first:
         return
-    config, best_step = dataclasses.asdict(run.plan.config), state.best_step
+    config, best_step = run.plan.config, state.best_step
     content = dataclasses.asdict(state) | {
         "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
         "tokens": state.step * s.batch_tokens,
@@ -163,8 +164,9 @@ def save_checkpoint(run: Run) -> None:
     }
 
     def write():
-        files = tokenizer_files(run.plan.config, s.dataset)
-        checkpoint.write_step(s.out_dir, tensors, config, content, saver.lineage, files)
+        weights, files = config.arrange(parameters), tokenizer_files(config, s.dataset) | saver.files
+        described = config.content(), content, saver.lineage, files
+        checkpoint.write_step(s.out_dir, weights, optimizer, *described)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
     saver.start(write)
@@ -233,11 +235,11 @@ def main(argv=None):
         run = stack.enter_context(contextlib.closing(build_run(settings, plan, ranks, device)))
         if ranks.first:
             c, n_params = plan.config, run.model.module.num_params()
-            epoch = run.data.train.n_windows / plan.sequences
             print(
                 f"{c.n_layer} blocks, {n_params:,} parameters, {device}; a step is "
                 f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x "
-                f"{plan.accumulation} accumulation x {ranks.world} rank(s); an epoch is {epoch:,.1f} steps"
+                f"{plan.accumulation} accumulation x {ranks.world} rank(s); "
+                f"an epoch is {run.epoch:,.1f} steps"
             )
             if plan.warning:
                 print(plan.warning)

@@ -39,9 +39,11 @@ def make_run(folder):
 def plainly(run):
     """Write the same checkpoint, synchronously, from the tensors themselves."""
     state = {"step": run.state.step}
-    tensors = dict(run.model.module.named_parameters()) | optimizer_tensors(run.model.module, run.optimizer)
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    checkpoint.write_step(run.settings.out_dir, tensors, vars(run.plan.config), state, run.saver.lineage, {})
+    config, module = run.plan.config, run.model.module
+    weights = config.arrange(dict(module.named_parameters()))
+    optimizer = optimizer_tensors(module, run.optimizer)
+    rest = config.content(), state, run.saver.lineage, {}
+    checkpoint.write_step(run.settings.out_dir, weights, optimizer, *rest)
     checkpoint.prune(run.settings.out_dir, 1, None)
 
 

@@ -6,6 +6,7 @@ ask which of the two it is.
 
 A configuration is a frozen dataclass:
     n_layer n_head n_embd block_size vocab_size n_vocab tokenizer eot dropout
+    limit                       the most tokens that the model can read; block_size is the run's choice
     num_params block_params     parameters of the model, and of its largest block
     flops_per_token             FLOPs of training, forward and backward
     block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors

@@ -13,18 +13,16 @@ from inheritune.base.files import lock_folder, unlock_folder
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
 from inheritune.models.initialisations import inherit
-from inheritune.models.interface import open_config, open_weights
+from inheritune.models.interface import load_model, model_class, open_config, open_weights
 from inheritune.training.cost import flops_per_token
 from inheritune.training.device import is_compiled, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import Recorder
 from inheritune.training.losses import Teacher, pad_head
 from inheritune.training.optimizer import load_optimizer, make_optimizer
-from inheritune.training.planning import Plan
+from inheritune.training.planning import Plan, examine_checkpoint
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights.gpt2_format import fill
-from model import GPT
 
 
 @dataclass
@@ -40,15 +38,6 @@ class State:
 
 
 @dataclass
-class Data:
-    """The windows that a run reads."""
-
-    train: TrainData
-    val: ValData
-    batches: Iterator | None = None  # this rank's windows, step after step
-
-
-@dataclass
 class Saver:
     """Writes checkpoints in a thread while the training goes on. Only rank 0 hands it work.
 
@@ -57,6 +46,7 @@ class Saver:
     """
 
     lineage: dict  # for lineage.json
+    files: dict[str, bytes]  # that lay beside the model: its chat template, licence, …
     step: int | None  # of the newest checkpoint, written or under way
     copies: dict = field(default_factory=dict)  # the tensors that the thread writes
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -98,7 +88,9 @@ class Run:
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    data: Data
+    val: ValData
+    batches: Iterator[torch.Tensor]  # this rank's windows, step after step
+    epoch: float  # steps
     state: State
     recorder: Recorder
     saver: Saver
@@ -106,7 +98,7 @@ class Run:
 
     def close(self) -> None:
         """Release the run folder, after waiting for what is being written there."""
-        self.data.batches.close()
+        self.batches.close()
         self.saver.pool.shutdown()
         self.recorder.close()
 
@@ -120,18 +112,18 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     dtype, compiled = pick_dtype(settings.dtype, device), is_compiled(settings.compile, device)
 
     # data, model and teacher
-    data = ranks.agree(lambda: open_data(settings, plan))
+    train, val = ranks.agree(lambda: open_data(settings, plan))
     folder = plan.resume_from
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
-    module, lineage = ranks.agree(lambda: load_weights(plan, folder))
-    module.checkpoint_activations = settings.checkpoint_activations
+    module, lineage, files = ranks.agree(lambda: load_weights(plan, folder))
+    ranks.agree(lambda: setattr(module, "checkpoint_activations", settings.checkpoint_activations))
     pad_head(module, device, compiled)
     model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
     teacher = None
     if settings.teacher:
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
-        theirs = ranks.agree(lambda: GPT.from_pretrained(found))
+        theirs = ranks.agree(lambda: load_model(found))
         pad_head(theirs, device, compiled)
         teacher = Teacher(theirs, settings, plan.n_vocab, device, dtype, compiled)
 
@@ -142,36 +134,47 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     recorder = Recorder(settings, flops_per_token(plan.config, plan.teacher), device, ranks.world)
     ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.first else None)
 
-    data.batches = data.train.batches(state.step, plan.sequences, ranks.rank, ranks.world)
-    saver = Saver(lineage, step=state.step if plan.resume_from else None)
-    return Run(settings, plan, ranks, model, teacher, optimizer, scaler, data, state, recorder, saver)
+    return Run(
+        settings=settings,
+        plan=plan,
+        ranks=ranks,
+        model=model,
+        teacher=teacher,
+        optimizer=optimizer,
+        scaler=scaler,
+        val=val,
+        batches=train.batches(state.step, plan.sequences, ranks.rank, ranks.world),
+        epoch=train.n_windows / plan.sequences,
+        state=state,
+        recorder=recorder,
+        saver=Saver(lineage, files, step=state.step if plan.resume_from else None),
+    )
 
 
 def open_data(settings, plan):
-    """The Data of a run. Validation comes in groups of batch_size windows, on any number of ranks."""
-    T = plan.config.block_size
-    train = TrainData(settings.dataset, T, settings.seed, settings.data_start, settings.data_end)
-    return Data(train, ValData(settings.dataset, T, settings.eval_tokens, settings.batch_size))
+    """(TrainData, ValData) of a run."""
+    s, T = settings, plan.config.block_size
+    train = TrainData(s.dataset, T, s.seed, s.data_start, s.data_end)
+    return train, ValData(s.dataset, T, s.eval_tokens, s.batch_size)
 
 
 def load_weights(plan, folder):
-    """(GPT of the plan's config, its lineage). Without a folder it has random weights.
+    """(model of the plan's config, its lineage, the files beside it). Without a folder it is random.
 
-    folder: a checkpoint, of which the model takes as many blocks and positions as it has, the first ones
+    folder: a checkpoint, whose first blocks the model takes, as many as it has
     """
+    config = plan.config
     if folder is None:
-        return GPT(plan.config), {}
-    module = GPT.empty(plan.config)
+        return model_class(config)(config), {}, {}
     source = open_config(folder)
     weights, lineage = open_weights(folder, source), checkpoint.read_lineage(folder)
     if not plan.resume_from:
-        blocks = list(range(plan.config.n_layer))
+        blocks = list(range(config.n_layer))
         weights, _ = inherit(weights, source, blocks)
-        positions = "transformer.wpe.weight"
-        weights[positions] = weights[positions][: plan.config.block_size]
         lineage = checkpoint.new_lineage(folder, blocks)
-    fill(dict(module.named_parameters()), weights, folder)
-    return module, lineage
+    module = model_class(config).empty(config)
+    module.fill(weights, folder)
+    return module, lineage, checkpoint.files_beside(folder)
 
 
 def restore(folder, module, optimizer, scaler):
@@ -205,7 +208,7 @@ def open_run_folder(settings, plan, state, recorder):
         # set damaged checkpoints aside, unless another run has mended them since the plan was made
         for folder in plan.damaged:
             try:
-                checkpoint.examine(folder)
+                examine_checkpoint(folder)
             except UserError as e:
                 print(f"{folder} is no whole checkpoint and is set aside: {e}")
                 checkpoint.set_aside(folder)

@@ -5,24 +5,25 @@ Nothing here makes a model; bench/memory.py compares the memory with real steps.
 
 import torch
 
+from inheritune.models.interface import Config
 from inheritune.training.device import peak_flops
-from model import CHUNKED_LOSS, LOSS_ROWS, GPTConfig
+from model import CHUNKED_LOSS, LOSS_ROWS
 
 
-def flops_per_token(config: GPTConfig, teacher: GPTConfig | None = None) -> float:
+def flops_per_token(config: Config, teacher: Config | None = None) -> float:
     """FLOPs of a token in training, a teacher's forward pass among them: a third of training the teacher."""
     return config.flops_per_token + (teacher.flops_per_token / 3 if teacher else 0)
 
 
 def training_memory(
-    config: GPTConfig,
+    config: Config,
     micro_batch: int,
     accumulation: int,
     half: bool,
     shards: int = 1,
     checkpoint_activations: str = "none",
     compiled: bool = False,
-    teacher: GPTConfig | None = None,
+    teacher: Config | None = None,
     ranks: int = 1,
 ) -> dict[str, float]:
     """{name: bytes} on one device at the fullest moment of a step. The allocator's overhead is not counted.
@@ -85,7 +86,7 @@ def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str, narr
     return n_layer * everything, 0
 
 
-def logits_memory(rows: int, config: GPTConfig, half: bool, fused: bool, teacher: bool) -> int:
+def logits_memory(rows: int, config: Config, half: bool, fused: bool, teacher: bool) -> int:
     """Bytes of the logits of `rows` tokens, of a teacher's logits, and of what the loss makes of both."""
     if teacher:  # both sides' logits and, fused, gradients in fp32 and in their dtype; else six fp32 copies
         each = (10 if half else 16) if fused else (28 if half else 32)
@@ -98,7 +99,7 @@ def logits_memory(rows: int, config: GPTConfig, half: bool, fused: bool, teacher
     return rows * config.vocab_size * each
 
 
-def teacher_memory(teacher: GPTConfig, half: bool) -> int:
+def teacher_memory(teacher: Config, half: bool) -> int:
     """Bytes of a teacher's weights. In 16 bits matrices take half, and the head is a copy of embeddings."""
     embedding = teacher.vocab_size * teacher.n_embd
     return 2 * teacher.num_params + 4 * embedding if half else 4 * teacher.num_params

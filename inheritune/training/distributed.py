@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from inheritune.base.errors import Stopped, UserError, error_line
-from model import GPT, CausalSelfAttention
+from inheritune.models.interface import Model
 
 BUCKETS = 12  # of DDP in large models, about; a compiled model is cut into as many graphs
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
@@ -122,7 +122,7 @@ class Ranks:
 
 
 class DistributedModel:
-    """A GPT that all ranks train: each has all of it (DDP), or a part of every tensor (FSDP2, --shard).
+    """A model that all ranks train: each has all of it (DDP), or a part of every tensor (FSDP2, --shard).
 
     module: the plain model, whose parameters are trained and saved
     forward: what training calls; it averages gradients over ranks
@@ -135,7 +135,9 @@ class DistributedModel:
     shard: FSDP2 in place of DDP, if there are several ranks
     """
 
-    def __init__(self, module: GPT, ranks: Ranks, device: torch.device, dtype: torch.dtype, compiled, shard):
+    def __init__(
+        self, module: Model, ranks: Ranks, device: torch.device, dtype: torch.dtype, compiled, shard
+    ):
         self.module, self.device = module, device
         self.sharded = shard and ranks.world > 1
         self.autocast = torch.float32 if self.sharded else dtype  # FSDP2 has a dtype of its own
@@ -185,7 +187,7 @@ class DistributedModel:
 
 
 def shard_blocks(module, ranks, device, dtype, compiled):
-    """Shard a GPT, alike on every rank, over all ranks: its parameters become DTensors on the device.
+    """Shard a model, alike on every rank, over all ranks: its parameters become DTensors on the device.
 
     Block after block goes to the device, so that it never holds the whole model. FSDP gathers parameters in
     `dtype`, and the model computes in it. (Under autocast it would gather fp32, and 16-bit copies would come
@@ -196,27 +198,11 @@ def shard_blocks(module, ranks, device, dtype, compiled):
 
     mesh = init_device_mesh(device.type, (ranks.world,))
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
-    scale = module.transformer.h[0].attn.scale
-    for block in module.transformer.h:
-        if compiled and module.config.scale_attn_by_inverse_layer_idx:
-            block.attn.register_buffer("factor", torch.tensor(block.attn.scale / scale), persistent=False)
-            block.attn.scale, block.attn.__class__ = scale, EvenAttention
+    for block in module.blocks:
         if compiled:
             block.compile(dynamic=False)
         fully_shard(block, **options)
-    fully_shard(module, **options)  # embeddings, the tied head, the last LayerNorm
-
-
-class EvenAttention(CausalSelfAttention):
-    """Attention that keeps its block's own part of the scale as a tensor.
-
-    Numbers are constants for the compiler. With one for each block it would compile block after block, up to
-    its limit of eight, and run the others in Python.
-    """
-
-    def heads(self, x):
-        q, k, v = super().heads(x)
-        return q * self.factor, k, v
+    fully_shard(module, **options)  # embeddings, head, the last norm
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

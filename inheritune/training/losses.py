@@ -6,9 +6,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from inheritune.data.reader import ValData
+from inheritune.models.interface import Model
 from inheritune.training.distributed import Ranks
 from inheritune.training.settings import TrainSettings
-from model import GPT, pad_vocab
+from model import pad_vocab
 
 
 @torch.no_grad()
@@ -48,10 +49,10 @@ def mean_loss(
 
 
 class Teacher:
-    """A frozen GPT to distil from, in the dtype that autocast computes in; compiled where the student is."""
+    """A frozen model to distil from, in the dtype that autocast computes in; compiled if the student is."""
 
     def __init__(
-        self, model: GPT, settings: TrainSettings, n_vocab: int, device, dtype: torch.dtype, compiled: bool
+        self, model: Model, settings: TrainSettings, n_vocab: int, device, dtype: torch.dtype, compiled: bool
     ):
         # Autocast would make 16-bit copies of these weights at every call. The copies give the same logits.
         for layer in (m for m in model.modules() if isinstance(m, nn.Linear) and dtype != torch.float32):
@@ -106,10 +107,11 @@ class PaddedHead(nn.Linear):
         return F.linear(x, F.pad(self.weight, (0, 0, 0, pad_vocab(V) - V)))[..., :V]
 
 
-def pad_head(model: GPT, device: torch.device, compiled: bool) -> None:
+def pad_head(model: Model, device: torch.device, compiled: bool) -> None:
     """Make the model's head a PaddedHead, in place, where that makes it faster: compiled, or on a GPU."""
-    if model.config.vocab_size % 64 and (compiled or device.type == "cuda"):
-        model.lm_head.__class__ = PaddedHead
+    plain = type(model.head) is nn.Linear and model.head.bias is None
+    if plain and model.head.out_features % 64 and (compiled or device.type == "cuda"):
+        model.head.__class__ = PaddedHead
 
 
 def to_device(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from inheritune.base.errors import UserError
+from inheritune.models.interface import Model
 from inheritune.training.distributed import distribute, gather
 from inheritune.training.settings import TrainSettings
-from model import GPT
 
 # frozen: what a checkpoint keeps for each parameter, under "parameter name/state name"
 ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
-def make_optimizer(model: GPT, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: Model, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (paper, sec. 3), or Muon for the blocks' matrices and AdamW for the rest.
 
     Each of its parameter groups has a "rate": train.py multiplies the schedule's learning rate by it.
@@ -30,7 +30,7 @@ def make_optimizer(model: GPT, settings: TrainSettings, device: torch.device) ->
     )
 
 
-def parameter_groups(model: GPT, settings: TrainSettings) -> list[dict]:
+def parameter_groups(model: Model, settings: TrainSettings) -> list[dict]:
     """The parameters of a model in torch's groups, matrices of the blocks first.
 
     Only the blocks' matrices decay. Embeddings (and a tied head), norms and biases do not.
@@ -86,17 +86,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def snapshot(
-    model: GPT, optimizer: torch.optim.Optimizer, into: dict | None
-) -> dict[str, torch.Tensor] | None:
-    """Copy parameters {"name": tensor} and optimizer state {"name/state name": tensor} to the CPU.
+    model: Model, optimizer: torch.optim.Optimizer, into: dict | None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Copies, on the CPU, of (parameters {"name": tensor}, optimizer state {"name/state name": tensor}).
 
-    into: where they go, and what is returned. Tensors that it has already are used again, because allocating
-        takes longer than copying; for a GPU they are pinned. A rank whose `into` is None keeps nothing.
+    into: where the copies are kept. Tensors that it has already are used again, because allocating takes
+        longer than copying; for a GPU they are pinned. A rank whose `into` is None keeps nothing.
 
     With FSDP every rank must call, because tensors are gathered, one at a time.
     """
-    tensors = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
-    for name, tensor in tensors.items():
+    parameters, state = dict(model.named_parameters()), optimizer_tensors(model, optimizer)
+    for name, tensor in (parameters | state).items():
         tensor = gather(tensor.detach())
         if into is None:
             continue
@@ -105,16 +105,17 @@ def snapshot(
         into[name].copy_(tensor, non_blocking=tensor.is_cuda)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # needs a GPU
-    return into
+    copies = into or {}
+    return tuple({name: copies[name] for name in part if name in copies} for part in (parameters, state))
 
 
-def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as {"parameter name/state name": tensor}."""
     named = model.named_parameters()
     return {f"{name}/{key}": value for name, p in named for key, value in optimizer.state[p].items()}
 
 
-def load_optimizer(folder: str, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(folder: str, model: Model, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer of `model` from a checkpoint folder. Its file is empty if no step was made.
 
     Raises UserError when the file is missing, damaged, or of another model.

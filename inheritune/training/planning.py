@@ -11,6 +11,7 @@ import torch
 
 from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
+from inheritune.models.interface import Config, open_config, open_weights
 from inheritune.training.cost import flops_per_token, training_memory
 from inheritune.training.device import PEAKS, is_compiled
 from inheritune.training.logs import read_rows
@@ -33,8 +34,8 @@ class Plan:
     """What train.py needs to know beyond the settings."""
 
     world: int  # ranks
-    config: GPTConfig | None = None  # of the model that will be trained
-    teacher: GPTConfig | None = None
+    config: Config | None = None  # of the model that will be trained
+    teacher: Config | None = None
     resume_from: str | None = None  # the checkpoint folder that this run continues
     damaged: list[str] = field(default_factory=list)  # newer ones that cannot be continued
     data: str | None = None  # which tokens these are: the same string for the same tokens
@@ -76,14 +77,14 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     if settings.teacher:
         plan.teacher = attempt(source_config, settings.teacher)
     if plan.resume_from:
-        saved = attempt(GPTConfig.from_folder, plan.resume_from)
+        saved = attempt(open_config, plan.resume_from)
         plan.config = saved and dataclasses.replace(saved, dropout=settings.dropout)
     elif is_from_settings(settings, explicit):
         plan.config = new_config(settings, tokenizer or tokenizer_of(plan.teacher or GPTConfig()))
     elif source := attempt(source_config, settings.init_from):
         wrong = check_inherited(settings, explicit, source)
         problems += wrong
-        plan.config = None if wrong else inherited_config(settings, explicit, source, tokenizer)
+        plan.config = None if wrong else attempt(inherited_config, settings, explicit, source, tokenizer)
         if tokenizer:
             attempt(check_tokenizer, settings.dataset, config_folder(settings.init_from), source)
     if plan.teacher and plan.config:
@@ -106,7 +107,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 
 
 def check_settings(settings: TrainSettings) -> list[str]:
-    """What is wrong with settings, whatever model and data they meet."""
+    """What is wrong with the settings by themselves, before model and data are known: one sentence each."""
     s, problems = settings, []
     if s.data_start >= s.data_end:
         problems.append(f"data_start {s.data_start} is not below data_end {s.data_end}")
@@ -124,7 +125,7 @@ def check_settings(settings: TrainSettings) -> list[str]:
 
 
 def check_same_run(settings: TrainSettings, plan: Plan) -> list[str]:
-    """What forbids to continue the run that saved plan.resume_from.
+    """Why the run that saved plan.resume_from cannot be continued with these settings and data.
 
     A run that is continued must end as if it had never been interrupted. So all settings must be the same,
     except for HARMLESS ones. Those of the SCHEDULE may change if all steps so far keep their rates: a run
@@ -156,29 +157,27 @@ def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
     return all(learning_rate(step, before) == learning_rate(step, after) for step in range(steps))
 
 
-def check_inherited(settings: TrainSettings, explicit: frozenset, source: GPTConfig) -> list[str]:
-    """What forbids to start from a model with the config `source`. Only depth and context may differ."""
+def check_inherited(settings: TrainSettings, explicit: frozenset, source: Config) -> list[str]:
+    """Why settings and the model to start from do not fit: only depth and context may differ from it."""
     name, n_layer = settings.init_from, settings.inherit_layers or source.n_layer
     problems = []
     if n_layer > source.n_layer:
         problems.append(f"inherit_layers {n_layer} is more than the {source.n_layer} blocks of {name}")
-    if "block_size" in explicit and settings.block_size > source.block_size:
-        problems.append(
-            f"block_size {settings.block_size} is above the {source.block_size} positions of {name}"
-        )
+    if "block_size" in explicit and settings.block_size > source.limit:
+        problems.append(f"block_size {settings.block_size} is above the {source.limit} positions of {name}")
     has = dataclasses.asdict(source) | {"n_layer": n_layer}
     for key in ARCHITECTURE:
         asked = getattr(settings, key)
-        if key in explicit and key != "block_size" and asked != has[key]:
+        if key in explicit and key != "block_size" and asked != has.get(key):
             problems.append(
-                f"{key} {asked} was asked for, but the model from {name} has {has[key]}: leave it out"
+                f"{key} {asked} was asked for, but the model from {name} has {has.get(key)}: leave it out"
             )
     return problems
 
 
 def check_teacher(settings: TrainSettings, plan: Plan) -> None:
     """Raise UserError unless the teacher reads the student's windows and has the data's tokenizer."""
-    name, theirs, ours = settings.teacher, plan.teacher.block_size, plan.config.block_size
+    name, theirs, ours = settings.teacher, plan.teacher.limit, plan.config.block_size
     if theirs < ours:
         raise UserError(f"teacher {name} reads {theirs} tokens, the student {ours}: too short")
     if plan.data:
@@ -215,7 +214,7 @@ def find_resumable(settings: TrainSettings) -> tuple[str | None, list[str]]:
     for step in reversed(steps):
         folder = os.path.join(out, step)
         try:
-            checkpoint.examine(folder)
+            examine_checkpoint(folder)
             return folder, list(damaged)
         except UserError as e:
             damaged[folder] = str(e)
@@ -225,8 +224,14 @@ def find_resumable(settings: TrainSettings) -> tuple[str | None, list[str]]:
     return None, []
 
 
+def examine_checkpoint(folder: str) -> None:
+    """Raise UserError unless a checkpoint's files, headers and shapes are fit to continue a run."""
+    open_weights(folder, open_config(folder))
+    checkpoint.examine(folder)
+
+
 def read_data(settings: TrainSettings) -> tuple[dict, str, int]:
-    """(a GPTConfig's fields on the tokenizer, which tokens these are, how many this run has) of the data."""
+    """(a configuration's fields on the tokenizer, which tokens the folder holds, how many this run reads)."""
     theirs = read_meta(settings.dataset)["tokenizer"]
     tokenizer = {"tokenizer": theirs["name"], "n_vocab": theirs["n_vocab"], "eot": theirs["eot"]}
     return tokenizer, identity(settings.dataset), part_tokens(settings)
@@ -263,8 +268,8 @@ def config_folder(name: str) -> str:
     return name if released else checkpoint.find(name, weights=False)
 
 
-def source_config(name: str) -> GPTConfig:
-    """The GPTConfig of a model to start from, before its weights are fetched."""
+def source_config(name: str) -> Config:
+    """The configuration of a model to start from, before its weights are fetched."""
     if name == "resume":
         raise UserError(
             "init_from = resume is nanoGPT's: write resume = auto; the run in out_dir is continued"
@@ -273,12 +278,14 @@ def source_config(name: str) -> GPTConfig:
     if folder in RELEASED:
         n_layer, n_head, n_embd = RELEASED[name]
         return GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    return GPTConfig.from_folder(folder)
+    return open_config(folder)
 
 
-def inherited_config(settings, explicit, source: GPTConfig, tokenizer: dict | None) -> GPTConfig:
-    """The config of a model that starts from one of the config `source`."""
-    changes = {"n_layer": settings.inherit_layers or source.n_layer, "dropout": settings.dropout}
+def inherited_config(settings, explicit, source: Config, tokenizer: dict | None) -> Config:
+    """The config of a model that starts from one with the config `source`."""
+    if settings.inherit_layers:
+        source = source.with_blocks(list(range(settings.inherit_layers)))
+    changes = {"dropout": settings.dropout}
     if "block_size" in explicit:
         changes["block_size"] = settings.block_size
     if not source.tokenizer and tokenizer:  # a model that names no tokenizer is taken to have the data's
@@ -286,8 +293,8 @@ def inherited_config(settings, explicit, source: GPTConfig, tokenizer: dict | No
     return dataclasses.replace(source, **changes)
 
 
-def tokenizer_of(config: GPTConfig) -> dict:
-    """The fields of a GPTConfig that say what its tokenizer is."""
+def tokenizer_of(config: Config) -> dict:
+    """The fields of a configuration that say what its tokenizer is."""
     return {key: getattr(config, key) for key in ("tokenizer", "n_vocab", "eot")}
 
 

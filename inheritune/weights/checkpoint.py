@@ -27,16 +27,7 @@ import torch
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
 from inheritune.base.files import deleting, is_locked_by_us, new_folder, read_json, sync_folder, write_json
-from inheritune.weights.gpt2_format import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    arrange,
-    config_json,
-    open_model,
-    other_format,
-    write_model,
-)
+from inheritune.weights.gpt2_format import CONFIG, INDEX, WEIGHTS, other_format, write_model
 from inheritune.weights.tensors import read_tensors, write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
@@ -153,22 +144,24 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_step(run: str, tensors: dict, config: dict, state: dict, lineage: dict, files: dict) -> None:
+def write_step(
+    run: str, weights: dict, optimizer: dict, config: dict, state: dict, lineage: dict, files: dict
+) -> None:
     """Write the checkpoint `run/step_…` and point the link `latest` at it. Raises OSError.
 
-    tensors: {"parameter": tensor} of the model and {"parameter/state": tensor} of its optimizer.
-    config: the model's configuration.
+    weights: the model's state dict, as the folder stores it.
+    optimizer: the optimizer's state, {"parameter/state": tensor}.
+    config: what config.json holds.
     state: what state.json holds besides the environment; state["step"] names the folder.
     lineage: what lineage.json holds.
-    files: the tokenizer's, {name: bytes}.
+    files: the tokenizer's and others that belong to the model, {name: bytes}.
     """
     if not is_locked_by_us(run):
         raise UserError(f"another process has taken {run}: this one ends and leaves the folder as it is")
     name = step_name(state["step"])
-    optimizer_state = {name: tensor for name, tensor in tensors.items() if "/" in name}
     with new_folder(os.path.join(run, name)) as temporary:
-        write_model(temporary, arrange(tensors, config), config_json(config), files)
-        write_tensors(os.path.join(temporary, OPTIMIZER), optimizer_state)
+        write_model(temporary, weights, config, files)
+        write_tensors(os.path.join(temporary, OPTIMIZER), optimizer)
         write_json(os.path.join(temporary, STATE), state | environment())
         write_json(os.path.join(temporary, LINEAGE), lineage)
     link(os.path.join(run, "latest"), name)
@@ -204,8 +197,7 @@ def follow(path: str) -> str:
 
 
 def examine(folder: str) -> None:
-    """Raise UserError unless a checkpoint folder's files, headers and shapes are fit to continue a run."""
-    open_model(folder)
+    """Raise UserError unless what lies beside a checkpoint's model is fit to continue a run."""
     read_state(folder)
     read_json(os.path.join(folder, LINEAGE))
     path = os.path.join(folder, OPTIMIZER)

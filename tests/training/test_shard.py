@@ -107,19 +107,6 @@ def test_two_ranks_with_shards_are_one_run(one, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_ranks_with_shards_are_one_run(one, data, tmp_path):
-    cut(one, tmp_path / "one-four", 8)
-    together(
-        4,
-        arguments(data, tmp_path / "shards", **LIKE, shard=True),
-        arguments(data, tmp_path / "ddp", **LIKE),
-        arguments(data, tmp_path / "one-four", **LIKE, shard=True, resume="must"),
-    )
-    for name in ("shards", "ddp", "one-four"):
-        alike(tmp_path / name, one)
-
-
-@pytest.mark.slow
 def test_any_number_of_ranks_goes_on_from_any_other(one, data, tmp_path):
     """2 → 4 → 1 ranks in shards; and in shards → DDP → in shards."""
     for world, name, steps, shard in (

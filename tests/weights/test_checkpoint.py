@@ -4,7 +4,6 @@ they are.
 pytest tests/weights/test_checkpoint.py
 """
 
-import dataclasses
 import errno
 import json
 import os
@@ -38,10 +37,10 @@ def save(run, step, model=None, optimizer=None):
     if model is None:
         model, optimizer = trained(step, steps=1)
     os.makedirs(run, exist_ok=True)
-    tensors = snapshot(model, optimizer, {})
-    config = dataclasses.asdict(model.config)
-    files = tokenizer_files(model.config)
-    checkpoint.write_step(str(run), tensors, config, {"step": step}, {"blocks": []}, files)
+    parameters, state = snapshot(model, optimizer, {})
+    weights, files = model.config.arrange(parameters), tokenizer_files(model.config)
+    content = model.config.content()
+    checkpoint.write_step(str(run), weights, state, content, {"step": step}, {"blocks": []}, files)
 
 
 def everything(folder):
@@ -266,15 +265,18 @@ def test_loading_leaves_no_optimizer_state_mapped(tmp_path):
 
 def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():
     model, optimizer = trained()
-    copies = snapshot(model, optimizer, {})
+    copies, other = {}, {}
+    snapshot(model, optimizer, copies)
     before = {name: t.clone() for name, t in copies.items()}
     where = {name: t.data_ptr() for name, t in copies.items()}
     model(*torch.randint(257, (2, 2, 8)).unbind(0)).backward()
     optimizer.step()
     assert same_weights(copies, before)
-    assert snapshot(model, optimizer, copies) is copies
+    weights, state = snapshot(model, optimizer, copies)
+    assert (weights | state).keys() == copies.keys()
     assert {name: t.data_ptr() for name, t in copies.items()} == where
-    assert same_weights(copies, snapshot(model, optimizer, {})) and not same_weights(copies, before)
+    snapshot(model, optimizer, other)
+    assert same_weights(copies, other) and not same_weights(copies, before)
 
 
 def change_optimizer_file(folder, change):
