@@ -30,15 +30,11 @@ def main(argv=None):
         "--dataset", default="HuggingFaceFW/fineweb-edu", help="hub dataset, or such a folder"
     )
     parser.add_argument("--name", default="sample-10BT", help="which part: sample-10BT, sample-100BT, ...")
-    help = "read these instead: text files, tables, folders or glob patterns, as prepare.py does"
+    help = "read these instead: tables or text files, folders or glob patterns, as prepare.py does"
     parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
     parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a shard, about")
     parser.add_argument("--max_tokens", type=int, default=0, help="stop after about so many; 0: at the end")
     parser.add_argument("--tokenizer", default="gpt2", help="as for prepare.py")
-    parser.add_argument("--text_column", help="where a table keeps the text (default: text)")
-    parser.add_argument(
-        "--split_on", default="", metavar="TEXT", help="what parts the documents of a text file"
-    )
     parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     args = parser.parse_args(argv)
     if args.shard_tokens < 1:
@@ -46,14 +42,11 @@ def main(argv=None):
     if args.max_tokens and args.max_tokens <= args.shard_tokens:
         shard = f"--shard_tokens {args.shard_tokens}"
         raise UserError(f"--max_tokens {args.max_tokens} leaves nothing to train on; it must exceed {shard}")
-    if args.split_on and not args.data_files:
-        raise UserError("--split_on parts the documents of text files: name some with --data_files")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, None, args.text_column, args.split_on, args.out)
+        source = open_files(args.data_files, None, None, "", args.out)
     else:
-        column, about = args.text_column or "text", DOCUMENTS.get(args.name)
-        source = open_hub(args.dataset, True, column, about, name=args.name)
+        source = open_hub(args.dataset, True, DOCUMENTS.get(args.name), name=args.name)
     sizes = {"shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens or sys.maxsize}
     source.arguments.update(sizes)
     write_tokens(args.out, "prepare_fineweb.py", source, tokenizer, args.num_proc, **sizes)

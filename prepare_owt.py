@@ -28,16 +28,16 @@ DOCUMENTS = 8_013_769
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
 
 
-def load(dataset: str, column: str) -> Source:
+def load(dataset: str) -> Source:
     """The hub dataset. Where it still holds a loading script, which the datasets library no longer runs, the
     revision in which the hub itself converted it to parquet."""
     try:
-        return open_hub(dataset, False, column)
+        return open_hub(dataset, False)
     except UserError as e:
         if "scripts are no longer supported" not in str(e) or dataset != DATASET:
             raise
     print(f"{dataset} holds a loading script; taking revision {PARQUET}")
-    return open_hub(dataset, False, column, revision=PARQUET)
+    return open_hub(dataset, False, revision=PARQUET)
 
 
 def validation_documents(n: int) -> np.ndarray:
@@ -82,26 +82,17 @@ def main(argv=None):
     parser.add_argument(
         "--dataset", default=DATASET, help="hub dataset, or a local folder in the hub's layout"
     )
-    help = "read these instead: text files, tables, folders or glob patterns, as prepare.py does"
+    help = "read these instead: tables or text files, folders or glob patterns, as prepare.py does"
     parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
     parser.add_argument("--tokenizer", default="gpt2", help="as for prepare.py")
-    parser.add_argument("--text_column", help="where a table keeps the text (default: text)")
-    parser.add_argument(
-        "--split_on", default="", metavar="TEXT", help="what parts the documents of a text file"
-    )
     parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     args = parser.parse_args(argv)
-    if args.split_on and not args.data_files:
-        raise UserError("--split_on parts the documents of text files: name some with --data_files")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, None, args.text_column, args.split_on, args.out)
+        source = open_files(args.data_files, None, None, "", args.out)
     else:
-        source = load(args.dataset, args.text_column or "text")
-    n = source.documents()
-    if n < 2:
-        raise UserError(f"{n} documents cannot be parted into training and validation; give more")
-    held_out = validation_documents(n)
+        source = load(args.dataset)
+    held_out = validation_documents(source.documents())
     source = source._replace(pieces=hold_out(source.pieces, held_out))
     compare(write_tokens(args.out, "prepare_owt.py", source, tokenizer, args.num_proc))
 

@@ -246,8 +246,8 @@ def read_files(files: list[tuple[str, File]], column: str, split_on: str) -> Ite
 # The Hugging Face hub
 
 
-def open_hub(dataset: str, streaming: bool, column: str, documents: float | None = None, **options) -> Source:
-    """The `train` split of a hub dataset (or of a local folder in the hub's layout) as a Source.
+def open_hub(dataset: str, streaming: bool, documents: float | None = None, **options) -> Source:
+    """The column `text` of the `train` split of a hub dataset, or of a folder in the hub's layout.
 
     documents: how many there are about, for a streamed one
     options: revision and name, for `datasets.load_dataset`
@@ -268,13 +268,12 @@ def open_hub(dataset: str, streaming: bool, column: str, documents: float | None
             "cache, or give local files with --data_files"
         ) from e
     if found.column_names:
-        check_column(column, found.column_names, dataset)
-    arguments = {"dataset": dataset, "text_column": column} | options
+        check_column("text", found.column_names, dataset)
     n = documents if streaming else len(found)
-    return Source(arguments, read_hub(found.select_columns([column]), column, n), lambda: n)
+    return Source({"dataset": dataset} | options, read_hub(found.select_columns(["text"]), n), lambda: n)
 
 
-def read_hub(dataset, column: str, n: float | None) -> Iterator[Piece]:
+def read_hub(dataset, n: float | None) -> Iterator[Piece]:
     """Yield a `Piece` for each of about `n` rows of a hub dataset, mapped or streamed."""
     rows = iter(dataset)
     for row in itertools.count(1):
@@ -284,10 +283,11 @@ def read_hub(dataset, column: str, n: float | None) -> Iterator[Piece]:
             raise UserError(f"reading from the hub failed ({first_line(e)}); run again to go on") from e
         if found is None:
             return
-        if not isinstance(found[column], str):
-            kind = type(found[column]).__name__
-            raise UserError(f"row {row} of the dataset: {column!r} holds a {kind}, not text")
-        yield Piece(found[column], True, done=n and min(1.0, row / n))
+        if not isinstance(found["text"], str):
+            raise UserError(
+                f"row {row} of the dataset: 'text' holds a {type(found['text']).__name__}, not text"
+            )
+        yield Piece(found["text"], True, done=n and min(1.0, row / n))
 
 
 def first_line(error: Exception) -> str:

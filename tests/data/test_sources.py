@@ -251,13 +251,9 @@ def test_the_end_of_text_spelled_out_is_ordinary_text_and_said(tmp_path, capsys)
     shown = capsys.readouterr().out
     assert "the text holds <|endoftext|> 199 times" in shown and "--split_on '<|endoftext|>'" in shown
     assert (Tokens(str(tmp_path / "plain"), "train").read(0, 2000) == 256).sum() == 0
-    for script in (prepare, prepare_owt, prepare_fineweb):
-        argv = [] if script is prepare else ["--data_files"]
-        argv += [tmp_path / "a.txt", "--split_on", "<|endoftext|>"]
-        argv += ["--shard_tokens", 500] if script is prepare_fineweb else []
-        found = prepared(tmp_path / script.__name__, *argv, script=script)
-        assert (found["train"] + found["val"]).count("|") == 200
-        assert "ordinary" not in capsys.readouterr().out
+    found = prepared(tmp_path / "parted", tmp_path / "a.txt", "--split_on", "<|endoftext|>")
+    assert (found["train"] + found["val"]).count("|") == 200
+    assert "ordinary" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -289,8 +285,6 @@ def test_an_option_without_effect_is_an_error(tmp_path):
         ),
     ):
         assert said in refusal(prepare.main, argv)
-    for script in (prepare_owt, prepare_fineweb):
-        assert "--split_on parts the documents of text files" in refusal(script.main, ["--split_on=x"])
 
 
 def test_a_line_a_document_is_read_fast(tmp_path):
