@@ -32,7 +32,11 @@ SIZES = {
     0: "pad_token_id",
 }
 SIZE_OF = {key: size for size, keys in SIZES.items() for key in keys.split()}
-OTHERS = {"gpt_neo": {"attention_types": [[["global", "local"], 2]]}, "qwen2": {"use_sliding_window": True}}
+OTHERS = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 8},
+    "qwen2": {"use_sliding_window": True},
+}
 
 
 def tiny_config(kind: str, depth=4, **changes):

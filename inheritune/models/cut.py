@@ -40,28 +40,28 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
     own = {key: v for key, v in c.to_dict().items() if key not in (general | depth.keys())}
     lists = {key: cut for key, v in own.items() if (cut := cut_list(v, n, blocks)) is not None}
 
-    reason = None
-    for changes in itertools.islice(alternatives(own, lists, n, blocks), TRIES):
-        wanted = lists | changes
+    reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
+    # at last a block may hold a list of all blocks, which a cut changes: GPT-Neo's do
+    for change, lists_may_differ in [*itertools.product(changes, [False]), ({}, True)]:
+        wanted = lists | change
         new = add_computed(content | depth, wanted)
-        problem = difference(json.dumps(content), json.dumps(new), blocks)
+        problem = difference(json.dumps(content), json.dumps(new), blocks, lists_may_differ)
         if problem is None:
-            return without_contradiction(
-                content, new, {k: v for k, v in wanted.items() if k in lists}, blocks
-            )
+            return without_contradiction(content, new, {k: wanted[k] for k in lists}, blocks)
         reason = reason or problem
     raise UserError(f"blocks {', '.join(map(str, blocks))} alone are no {c.model_type}: {reason}")
 
 
 def cut_list(value, n: int, blocks: list[int]) -> list | None:
-    """What becomes of a list with an entry for each of n blocks, as [[["global", "local"], 6]] has 12; None
-    for any other value."""
+    """What becomes of a list with an entry for each of n blocks; None for any other value."""
     if not isinstance(value, list):
         return None
-    if all(
-        isinstance(v, list) and len(v) == 2 and isinstance(v[0], list) and type(v[1]) is int for v in value
-    ):
-        entries = [entry for pattern, times in value for entry in pattern * times]
+    try:  # [[["global", "local"], 6]] has 12 entries
+        entries = [entry for pattern, times in value for entry in [*pattern] * times]
+        nested = all(type(times) is int for _, times in value)
+    except (TypeError, ValueError):
+        nested = False
+    if nested and value:
         return [[[entries[i] for i in blocks], 1]] if len(entries) == n else None
     return [value[i] for i in blocks] if len(value) == n else None
 
@@ -79,9 +79,7 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
             options.append({key: [j for j, i in enumerate(blocks) if i in value]})  # numbers of blocks
         elif type(value) is int and 0 < value <= n:
             count = sum(i < value for i in blocks)  # the first blocks, or every so many: all, or none
-            options += [
-                {key: other} for other in dict.fromkeys((count, 1, len(blocks) + 1)) if other != value
-            ]
+            options += [{key: other} for other in {count: 0, 1: 0, len(blocks) + 1: 0} if other != value]
     yield {}
     yield from options
     yield from (a | b for a, b in itertools.combinations(options, 2) if not a.keys() & b.keys())
@@ -120,13 +118,10 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
     if computed(new) == lists:
         return new, ""
     names = " and ".join(key for key in lists if computed(new)[key] != lists[key])
-    return (
-        new,
-        f"{names} in config.json must be read: programs that go by a block's number compute something else",
-    )
+    return new, f"{names} in config.json must be read: what goes by a block's number computes another model"
 
 
-def difference(source: str, new: str, blocks: list[int]) -> str | None:
+def difference(source: str, new: str, blocks: list[int], lists_may_differ=False) -> str | None:
     """A line on how the model of the config.json `new` is not that of `source` with these blocks, or None."""
     try:
         before, after = skeleton(source), skeleton(new)
@@ -138,7 +133,7 @@ def difference(source: str, new: str, blocks: list[int]) -> str | None:
     sources, results = facts_of_blocks(source), [facts(block) for block in kept]
     numbers = block_numbers(sources)
     was, became = before.config.to_dict(), after.config.to_dict()
-    lists = [(was[key], became.get(key)) for key, value in was.items() if isinstance(value, list)]
+    lists = [(v, became.get(key)) for key, v in was.items() if lists_may_differ and isinstance(v, list)]
     for j, i in enumerate(blocks):
         for key in sorted(sources[i].keys() | results[j].keys()):
             a, b = sources[i].get(key), results[j].get(key)
@@ -196,12 +191,9 @@ def block_numbers(blocks: list[dict]) -> dict[tuple, int]:
     """{key: its value in block 0} of the facts that number the blocks, which a cut numbers anew."""
     numbers = {}
     for key in {key for block in blocks for key in block}:
-        starts = {
-            block[key] - i if type(block[key]) is int else None
-            for i, block in enumerate(blocks)
-            if key in block
-        }
-        if len(starts) == 1 and None not in starts:
+        found = [(i, block[key]) for i, block in enumerate(blocks) if key in block]
+        starts = {value - i for i, value in found if type(value) is int}
+        if len(starts) == 1 and all(type(value) is int for _, value in found):
             numbers[key] = starts.pop()
     return numbers
 

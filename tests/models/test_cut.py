@@ -78,6 +78,11 @@ def test_nested_lists_are_cut(tmp_path):
     ]
 
 
+def test_a_list_that_is_as_long_as_the_model_is_deep_stays(tmp_path):
+    content = assert_cut(save("mamba2", tmp_path, depth=2), tmp_path, [1])
+    assert len(content["time_step_limit"]) == 2 and content["num_hidden_layers"] == 1
+
+
 def test_the_depth_under_two_names(tmp_path):
     model = save("mamba", tmp_path)
     edit(tmp_path, n_layer=4)
