@@ -15,7 +15,7 @@ import replicate
 import train
 from inheritune.training.command_line import parse, read_config_file
 from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
-from tests.tiny import ROOT
+from tests.tiny import ROOT, refusal
 
 CONFIGS = sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, "config", "*.py")))
 PARAMETERS = {
@@ -33,6 +33,10 @@ def test_dry_run(name, capsys, monkeypatch):
     keys = read_config_file(path).keys()
     if "arms" in keys:
         script, words = replicate, ("inheritune", "FLOPs")
+        reference = parse_all(name, ReplicateSettings).reference
+        if not os.path.isdir(reference or "config"):  # runs/ makes it
+            assert f"no folder {reference!r} here" in refusal(replicate.main, [path, "--dry_run"])
+            return
     else:
         script = grow if keys & GrowSettings.__dataclass_fields__.keys() else train
         words = ("parameters", "memory", "FLOPs")
@@ -68,11 +72,14 @@ def test_every_dataset_is_what_a_prepare_script_writes_by_default(capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--help"])
     written |= set(re.findall(r"folder to write \(default without PATH: (\S+)\)", capsys.readouterr().out))
-    with open(os.path.join(ROOT, "runs/english_corpus.sh"), encoding="utf-8") as f:
-        written |= set(re.findall(r"--out (data/\S+)", f.read()))
-    assert {parse_all(name).dataset for name in CONFIGS} <= written
+    for path in glob.glob(os.path.join(ROOT, "runs", "*.sh")):
+        with open(path, encoding="utf-8") as f:
+            written |= set(re.findall(r"--out (data/\S+)", f.read()))
+    assert {parse_all(name, TrainSettings).dataset for name in CONFIGS} <= written
 
 
-def parse_all(name):
+def parse_all(name, wanted):
+    """The settings of class `wanted` in a config file."""
     classes = (TrainSettings, GrowSettings, ReplicateSettings)
-    return parse(classes, [os.path.join(ROOT, "config", name)], "")[0]
+    found = parse(classes, [os.path.join(ROOT, "config", name)], "")
+    return found[classes.index(wanted)]

@@ -14,10 +14,12 @@ import grow
 import train
 from inheritune.base.signals import StopRequest
 from inheritune.experiments.stages import loss_curve, measure
+from inheritune.models.interface import open_config
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPTConfig
+from tests import other_models
 from tests.tiny import ROOT, contents, refusal, write_checkpoint, write_data
 
 REFERENCE = """
@@ -244,3 +246,20 @@ def test_killed_recipe_goes_on_to_the_same_end(tmp_path):
     for run in ("reference", "inheritune_02", "random", "random_matched"):
         assert contents(f"{outs[0]}/{run}") == contents(f"{outs[1]}/{run}"), run
     assert results(outs[0]) == results(outs[1])
+
+
+@pytest.mark.parametrize("growth", ["reinherit", "onto"])
+def test_any_decoder_as_the_reference(tmp_path, monkeypatch, growth):
+    """A Llama of 4 blocks: rounds of 1 and 3 blocks in a shorter context, and a control from random init."""
+    other_models.build("llama").save_pretrained(tmp_path / "llama")
+    recipe, out = write_recipe(tmp_path, reference_config="", block_size=8, growth=growth)
+    monkeypatch.setattr(StopRequest, "call", in_process)
+    monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
+    grow.main([recipe, f"--reference={tmp_path / 'llama'}"])
+    found = [(r["arm"], r["n_layer"]) for r in results(out)["runs"]]
+    assert found == [("reference", 4), ("inheritune", 1), ("inheritune", 3), ("random", 3)]
+    config = open_config(checkpoint.find(f"{out}/final"))
+    assert (config.block_prefix, config.n_layer, config.block_size) == ("model.layers.", 3, 8)
+    assert "not matched" in open(f"{out}/report.md").read() and os.path.exists(f"{out}/loss.png")
+    said = refusal(grow.main, [recipe, f"--reference={tmp_path / 'llama'}", "--block_size=65"])
+    assert "block_size 65 is above the 64 positions" in said

@@ -1,6 +1,7 @@
 """The comparison: a small one from end to end, its report, what it refuses. pytest tests/test_replicate.py"""
 
 import csv
+import dataclasses
 import glob
 import json
 import os
@@ -12,19 +13,23 @@ import time
 
 import pytest
 import torch
+import transformers
 
 import replicate
 import train
+from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData
 from inheritune.experiments import stages
-from inheritune.experiments.arms import ARMS, find_arm
+from inheritune.experiments.arms import ARMS, PARTS_OF_GPT2, find_arm
+from inheritune.models.initialisations import Recipe, check_fits
 from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT
+from tests import other_models
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, refusal, rows, write_checkpoint, write_data
 
@@ -183,6 +188,43 @@ def test_a_given_reference(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "out")
     replicate.main([path, "--report"])
     assert (tmp_path / "results/table.md").read_text() == table, "the logs say what the reference was"
+
+
+def test_any_decoder_as_the_given_reference(tmp_path, monkeypatch):
+    """All arms that make sense for a Llama, and a report from the logs alone."""
+    other_models.build("llama").save_pretrained(tmp_path / "llama")
+    options = {"reference": str(tmp_path / "llama"), "block_size": 16, "max_iters": 4}
+    path = write_config(tmp_path, reference_config="", **options)
+    monkeypatch.setattr(StopRequest, "call", in_process)
+    replicate.main([path])
+    with open(tmp_path / "results/results.csv") as f:
+        found = {r["arm"]: r for r in csv.DictReader(f)}
+    left_out = {"random_matched", "unseen", *PARTS_OF_GPT2}
+    assert set(found) == set(ARMS) - left_out
+    table = (tmp_path / "results/table.md").read_text()
+    assert all(f"Left out: {arm} (" in table for arm in left_out)
+    # the whole reference, trained on, is transformers' model of 4 blocks
+    step = checkpoint.find(tmp_path / "out/seed_1/whole/run", prefer="latest")
+    assert transformers.AutoModelForCausalLM.from_pretrained(step).config.num_hidden_layers == 4
+    assert found["random"]["params"] == found["last"]["params"] != found["whole"]["params"]
+    shutil.rmtree(tmp_path / "llama")
+    shutil.rmtree(tmp_path / "out")
+    replicate.main([path, "--report"])
+    assert (tmp_path / "results/table.md").read_text() == table
+
+
+def test_parts_of_blocks_are_left_out_where_inherit_refuses_them(tmp_path):
+    other_models.build("llama").save_pretrained(tmp_path / "llama")
+    path = write_config(tmp_path, reference_config="", reference=str(tmp_path / "llama"), arms="random")
+    c, names = common_of(path), {field.name for field in dataclasses.fields(Recipe)}
+    refused = set()
+    for name in set(ARMS) - {"random_matched"}:
+        for stage in find_arm(name).stages(c):
+            try:
+                check_fits(Recipe(**{k: v for k, v in stage.inherit.items() if k in names}), c.config)
+            except UserError:
+                refused.add(name)
+    assert refused == set(PARTS_OF_GPT2)
 
 
 def test_an_arm_trained_on_other_tokens_is_not_taken(finished, monkeypatch):

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Half of SmolLM2-135M, trained on English prose: which blocks, from what, with what -> results/smollm2_cut. Twelve hours
+# of two cores; interrupted, it goes on. Needs requirements-extra.txt, pip and npm.
+#   bash runs/smollm2_cut.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && python=.venv/bin/python
+
+# the model, into data/smollm2; the text, into data/english_{train,val}.jsonl, in the model's own tokens
+[ -d data/smollm2 ] || bash runs/smollm2.sh
+[ -f data/english_train.jsonl ] || bash runs/english_corpus.sh
+"$python" prepare.py data/english_train.jsonl --val_files data/english_val.jsonl --tokenizer data/smollm2 \
+  --out data/english_smollm2
+
+# 15 of 30 blocks, and 20 and 24 by the rule that costs least at the start
+"$python" replicate.py config/replicate_smollm2.py
+for layers in 20 24; do
+  "$python" replicate.py config/replicate_smollm2.py --layers="$layers" --arms="greedy@max_iters=250" \
+    --out_dir="out/smollm2_cut_$layers" --results="results/smollm2_cut/$layers"
+done
+for arm in greedy whole; do
+  "$python" sample.py --ckpt "out/smollm2_cut/seed_1/$arm/run" --max_new_tokens 200
+done
