@@ -10,10 +10,12 @@ import torch
 import transformers
 
 import inherit
+import train
 from inheritune.models.initialisations import RECIPES, choose_blocks
 from inheritune.models.interface import open_config
+from inheritune.weights import checkpoint
 from tests.other_models import build
-from tests.tiny import gpt2, refusal, tiny_model
+from tests.tiny import arguments, gpt2, refusal, tiny_model, write_data
 
 IDX = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -150,8 +152,8 @@ def test_growing_onto(kind, tmp_path):
     reference, small = build(kind), build(kind, seed=1, num_hidden_layers=2)
     for name, model in (("reference", reference), ("small", small)):
         model.save_pretrained(tmp_path / name)
-    flags = ["--onto", str(tmp_path / "small"), "--layers", "3", "--out", str(tmp_path / "grown")]
-    inherit.main(["--ckpt", str(tmp_path / "reference"), *flags])
+    onto = ["--ckpt", tmp_path / "reference", "--layers", "3", "--out", tmp_path / "grown", "--onto"]
+    inherit.main([*map(str, onto), str(tmp_path / "small")])
     grown = opened(tmp_path / "grown")
     config = open_config(str(tmp_path / "reference")).with_blocks([0, 1, 2])
     assert open_config(str(tmp_path / "grown")) == config
@@ -159,7 +161,11 @@ def test_growing_onto(kind, tmp_path):
     small.config = grown.config
     small.model.config = grown.config
     assert (logits(grown) - logits(small)).abs().max() < 1e-5
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
+    flags = arguments(write_data(tmp_path / "data"), tmp_path / "run", init_from=tmp_path / "grown", **sizes)
+    train.main([*flags, "--max_iters=1", "--warmup_iters=0"])
+    trained = opened(checkpoint.find(str(tmp_path / "run"))).state_dict()
+    assert any(not torch.equal(tensor, trained[name]) for name, tensor in grown.state_dict().items())
 
     build(kind, num_hidden_layers=2, rope_theta=99.0).save_pretrained(tmp_path / "other")
-    message = refusal(inherit.main, ["--ckpt", tmp_path / "reference", *flags, "--onto", tmp_path / "other"])
-    assert "cannot grow: rope_" in message
+    assert "cannot grow: rope_" in refusal(inherit.main, [*onto, tmp_path / "other"])
