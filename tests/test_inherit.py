@@ -15,6 +15,7 @@ import inherit
 from inherit import parse_blocks
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
+from inheritune.models.initialisations import Recipe
 from inheritune.weights import checkpoint, gpt2_format, tensors
 from model import GPT, GPTConfig
 from tests.tiny import (
@@ -282,3 +283,8 @@ def test_lineage_says_how_to_make_it_again(tmp_path, capsys):
         "all",
         True,
     )
+
+
+def test_every_field_of_a_recipe_is_a_flag():
+    args = inherit.make_parser().parse_args(["--ckpt=a", "--out=b"])
+    assert inherit.recipe_of(args) == Recipe()
