@@ -4,6 +4,7 @@ pytest tests/base/test_errors.py
 """
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from inheritune.base.errors import (
     expand_home,
     one_line,
 )
-from tests.tiny import ROOT, arguments, refusal
+from tests.tiny import ROOT, refusal
 
 
 def command(error, ranks=False):
@@ -151,29 +152,13 @@ def test_a_parser_names_the_nearest_flag_and_guesses_no_abbreviation():
         assert str(e.value) == said
 
 
-COMMANDS = """
-import sys, train, inherit, sample
-out = sys.argv[1]
-train.main(sys.argv[2:])
-inherit.main(["--ckpt", out, "--layers=1", "--out", out + "-small"])
-sample.main(["--ckpt", out + "-small", "--prompt=ü…", "--max_new_tokens=40", "--device=cpu"])
-print("ü… 𝄞")
-"""
-
-
 @pytest.mark.parametrize(
     "encoding, printed", [("ascii", "\\xfc\\u2026"), ("cp1252", "ü…"), ("latin-1", "ü\\u2026")]
 )
-def test_a_terminal_without_our_characters(data, tmp_path, encoding, printed):
+def test_a_terminal_without_our_characters(encoding, printed, monkeypatch):
     """Folders, messages and sampled text hold characters outside its encoding."""
-    out = str(tmp_path / "ü")
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, out, *arguments(data, out, max_iters=1)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-        capture_output=True,
-        encoding=encoding,
-    )
-    assert done.returncode == 0, done.stderr
-    assert printed in done.stdout and done.stdout.endswith(f"{printed} \\U0001d11e\n")
-    assert os.path.exists(f"{out}-small/model.safetensors")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    one_line(lambda argv=None: print("ü… 𝄞"))()
+    assert sys.stdout is terminal
+    assert terminal.buffer.getvalue().decode(encoding) == f"{printed} \\U0001d11e\n"

@@ -5,13 +5,13 @@ pytest tests/weights/test_checkpoint.py
 """
 
 import errno
-import json
 import os
+import re
 import shutil
-import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
@@ -222,21 +222,6 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path, capsys):
         checkpoint.find(f"{run}/best")
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda p: p.mkdir(), "neither a checkpoint"),
-        (lambda p: p.write_text("x"), "is a file; a checkpoint is a folder"),
-        (lambda p: p.write_text(""), "is a file; a checkpoint is a folder"),
-        (lambda p: None, "no folder"),
-    ],
-)
-def test_find_says_what_is_not_there(tmp_path, make, message):
-    make(tmp_path / "x")
-    with pytest.raises(UserError, match=message):
-        checkpoint.find(str(tmp_path / "x"))
-
-
 def test_the_optimizers_state_survives_bit_for_bit(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
@@ -250,17 +235,6 @@ def test_the_optimizers_state_survives_bit_for_bit(tmp_path):
         m(torch.arange(8)[None], torch.arange(8)[None]).backward()
         o.step()
     assert same_weights(model, again)
-
-
-def test_loading_leaves_no_optimizer_state_mapped(tmp_path):
-    model, optimizer = trained()
-    save(tmp_path, 3, model, optimizer)
-    path = tmp_path / "step_00000003/optimizer.safetensors"
-    again = make_optimizer(model, TrainSettings(), torch.device("cpu"))
-    load_optimizer(os.path.dirname(path), model, again)
-    with open(path, "r+b") as f:
-        f.write(b"\xff" * os.path.getsize(path))
-    assert same_weights(optimizer_tensors(model, optimizer), optimizer_tensors(model, again))
 
 
 def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():
@@ -279,73 +253,25 @@ def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():
     assert same_weights(copies, other) and not same_weights(copies, before)
 
 
-def change_optimizer_file(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "optimizer.safetensors"
-    tensors = {k: v.clone() for k, v in load_file(path).items()}
-    save_file(change(tensors), path)
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda f: os.unlink(f / "optimizer.safetensors"), "is missing or damaged"),
-        (lambda f: os.truncate(f / "optimizer.safetensors", 200), "is missing or damaged"),
-        (
-            lambda f: change_optimizer_file(f, lambda t: t | {"x/exp_avg": torch.zeros(3)}),
-            "does not fit the model",
-        ),
-        (
-            lambda f: change_optimizer_file(
-                f, lambda t: {k: v for k, v in t.items() if "ln_f.weight" not in k}
-            ),
-            "transformer.ln_f.weight/.* is missing or does not fit",
-        ),
-        (
-            lambda f: change_optimizer_file(
-                f, lambda t: {k: v for k, v in t.items() if k != "transformer.ln_f.weight/step"}
-            ),
-            "transformer.ln_f.weight/.* is missing or does not fit",
-        ),
-    ],
-)
-def test_a_damaged_optimizer_file_is_refused(tmp_path, damage, message):
+@pytest.mark.parametrize("missing", ["ln_f.weight", "ln_f.weight/step"])
+def test_an_optimizer_file_that_lacks_something_is_refused(tmp_path, missing):
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
-    damage(tmp_path / "step_00000003")
-    with pytest.raises(UserError, match=message):
-        load_optimizer(str(tmp_path / "step_00000003"), model, optimizer)
-
-
-def test_nothing_is_pickled(tmp_path):
-    save(tmp_path, 1)
-    for name in os.listdir(tmp_path / "step_00000001"):
-        head = (tmp_path / "step_00000001" / name).read_bytes()
-        assert name.endswith(".safetensors") or isinstance(json.loads(head), dict)
-        assert not head.startswith((b"\x80", b"PK"))
+    path = tmp_path / "step_00000003/optimizer.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if missing not in k}, path)
+    with pytest.raises(UserError, match=r"transformer.ln_f.weight/.* is missing or does not fit"):
+        load_optimizer(str(path.parent), model, optimizer)
+    path.unlink()
+    with pytest.raises(UserError, match="is missing or damaged"):
+        load_optimizer(str(path.parent), model, optimizer)
 
 
 def test_the_environment_names_the_revision_or_says_that_it_is_unknown(tmp_path, monkeypatch):
-    git = [
-        "git",
-        "-C",
-        os.path.dirname(checkpoint.__file__),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
-    expected = subprocess.run(git, capture_output=True, text=True)
     checkpoint.environment.cache_clear()
     found = checkpoint.environment()
-    assert found["git"] == (expected.stdout.strip() if expected.returncode == 0 else "unknown")
     assert found["versions"]["torch"] == torch.__version__ and found["hardware"]["cpus"] == usable_cpus()
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    checkpoint.environment.cache_clear()
-    assert checkpoint.environment()["git"] == "unknown"
-    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found["git"] == "unknown" or re.search(r"[0-9a-f]{12}(-dirty)?$", found["git"])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
     checkpoint.environment.cache_clear()
     assert checkpoint.environment()["git"] == "unknown"
     checkpoint.environment.cache_clear()

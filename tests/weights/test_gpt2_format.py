@@ -13,7 +13,6 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from inheritune.base.errors import UserError
@@ -213,16 +212,6 @@ def test_every_tensor_and_field_survives_a_round_trip_bit_for_bit(tmp_path, chan
     write_model(tmp_path / "b", again)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-
-
-def test_the_file_is_plain_fp32_with_the_one_metadata_key(tmp_path):
-    write_checkpoint(tmp_path / "a", bias=False)
-    with safe_open(tmp_path / "a/model.safetensors", framework="pt") as f:
-        assert f.metadata() == {"format": "pt"}
-        assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.float32}  # noqa: SIM118
-        assert "lm_head.weight" not in f.keys()  # noqa: SIM118
-        assert not f.get_tensor("transformer.h.0.mlp.c_fc.bias").any()
-        assert f.get_slice("transformer.h.0.mlp.c_fc.weight").get_shape() == [16, 64], "input first"
 
 
 def test_a_model_without_biases_does_not_lose_biases(tmp_path):
