@@ -73,8 +73,8 @@ def open_tokenizer_of(folder: str, config: Config, name: str | None) -> Tokenize
 
 
 def find_ends(folder: str, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a sample: the tokenizer's end-of-text, and eos_token_id, an id or a list of them, of
-    config.json and generation_config.json. A chat model ends its turn by another token than a text."""
+    """The ids that end a sample: the tokenizer's end-of-text, and the eos_token_id (an id, or a list of ids)
+    of config.json and generation_config.json. A chat model's turn ends by another token than a text."""
     ends = {tokenizer.eot}
     for name in ("config.json", "generation_config.json"):
         ids = (read_optional(folder, name) or {}).get("eos_token_id")
@@ -94,10 +94,10 @@ def read_prompt(prompt: str) -> str:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a prompt, after the beginning-of-text that some models' tokenizers put there. In it special
-    tokens spelled out are their ids.
+    """The ids of a prompt. Special tokens spelled out in it are their ids.
 
-    Without ids a text begins after a lone end-of-text, as every document of the corpus does.
+    They follow the beginning-of-text of tokenizers that have one, such as Llama's. Where nothing else stands,
+    the ids are a lone end-of-text: every document of the corpus follows one.
     """
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
     ids = [*tokenizer.before, *tokenizer.encode(first)]

@@ -54,8 +54,7 @@ def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
 
 
 def read_config(folder: str) -> dict:
-    """The configuration of a checkpoint folder. Raises UserError that names what model.py does not
-    implement."""
+    """The configuration of a checkpoint folder. Raises UserError for what model.py does not implement."""
     path = os.path.join(folder, CONFIG)
     c = read_json(path)
     check_architecture(path, c)
@@ -239,8 +238,7 @@ def check_weights(weights: Mapping, config: dict, source: str) -> None:
 def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
     """Copy a state dict of any float dtype into the parameters of a model.
 
-    Raises UserError, naming `source`, when the model has no biases and the state dict has some that are not
-    zero.
+    Raises UserError, naming `source`, for biases that are not zero where the model has none.
     """
     with torch.no_grad():
         for name in state:
@@ -252,8 +250,7 @@ def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> No
 
 
 def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """The state dict of a model's parameters: fp32, on the CPU, with zeros for biases that it does not
-    have."""
+    """The state dict of a model's parameters: fp32, on the CPU, with zeros for biases that it lacks."""
     state = {}
     for name, shape in shapes(config).items():
         if name in parameters:
