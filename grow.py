@@ -16,9 +16,9 @@ import torch
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.arms import Common, Stage, check_stages, plan_reference, small_flags
+from inheritune.experiments.measurements import loss_curve, measure
 from inheritune.experiments.plots import plot_growth
-from inheritune.experiments.stages import loss_curve, measure, run_stage
+from inheritune.experiments.stages import Common, Stage, check_stages, plan_reference, run_stage, small_flags
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
 from inheritune.models.interface import open_config
 from inheritune.training import planning

@@ -24,20 +24,10 @@ from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import identity
-from inheritune.experiments.arms import (
-    FIXED,
-    Arm,
-    Common,
-    check_stages,
-    find_arm,
-    impossible,
-    parse_arms,
-    plan_reference,
-    settings_hash,
-    small_flags,
-)
+from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
+from inheritune.experiments.measurements import arm_curve, make_row
 from inheritune.experiments.plots import plot_results
-from inheritune.experiments.stages import ALONE, arm_curve, make_row, run_stage
+from inheritune.experiments.stages import ALONE, Common, check_stages, plan_reference, run_stage, small_flags
 from inheritune.experiments.tables import write_tables
 from inheritune.models.interface import Config, open_config
 from inheritune.training import device as machine

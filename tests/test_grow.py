@@ -13,7 +13,7 @@ import pytest
 import grow
 import train
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.stages import loss_curve, measure
+from inheritune.experiments.measurements import loss_curve, measure
 from inheritune.models.interface import open_config
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings

@@ -20,7 +20,7 @@ import train
 from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData
-from inheritune.experiments import stages
+from inheritune.experiments import measurements
 from inheritune.experiments.arms import ARMS, PARTS_OF_GPT2, find_arm
 from inheritune.models.initialisations import Recipe, check_fits
 from inheritune.training.command_line import parse
@@ -156,10 +156,10 @@ def test_models_before_training_are_those_that_were_trained(finished, monkeypatc
     """The random init that is analysed is the one whose loss train.py logged at step 0."""
     path, _ = finished
     seen = []
-    monkeypatch.setattr(stages, "max_ranks", lambda settings, load: seen.append(load()) or [1.0])
+    monkeypatch.setattr(measurements, "max_ranks", lambda settings, load: seen.append(load()) or [1.0])
     settings, rep, _ = parse((TrainSettings, ReplicateSettings), [path], "")
     c = common_of(path)
-    stages.make_row(settings, rep, c, find_arm("random"), 1, None)
+    measurements.make_row(settings, rep, c, find_arm("random"), 1, None)
     val = ValData(settings.dataset, 8, settings.eval_tokens, settings.batch_size)
     device = torch.device("cpu")
     loss = mean_loss(seen[0].eval(), val, Ranks(), device, torch.float32)

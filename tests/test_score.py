@@ -6,6 +6,7 @@ pytest tests/test_score.py
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -259,8 +260,14 @@ def toy(tmp_path):
 
 
 @pytest.mark.slow
-def test_tasks_are_what_lm_eval_says_by_hand(ckpt, toy, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_tasks_are_what_lm_eval_says_by_hand(kind, ckpt, toy, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
+    if kind == "llama":
+        other_models.build("llama", eos_token_id=256).save_pretrained(toy / "llama")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(os.path.join(ckpt, name), toy / "llama")
+        ckpt = str(toy / "llama")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
     asked = ["--tasks", "toy_choice,toy_rolling", "--include_path", str(toy), "--device", "cpu"]

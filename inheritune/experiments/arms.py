@@ -1,8 +1,8 @@
 """The arms of the comparison: the runs of train.py that make each, and what they start from (app. D).
 
 An arm is one way to get a small model, or a control. All arms of a seed see the same data in the same order
-and are validated on the same tokens. A `Stage` is one run of train.py, `Common` is what all runs of a seed
-share, and ARMS is the list. `find_arm("inheritune@max_iters=500")` gives an arm with settings of its own.
+and are validated on the same tokens. ARMS is the list; `find_arm("inheritune@max_iters=500")` gives an arm
+with settings of its own.
 """
 
 import dataclasses
@@ -11,111 +11,32 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from inheritune.base.errors import UserError, nearest
 from inheritune.experiments.block_choice import choice_flops
-from inheritune.models.interface import Config
-from inheritune.training import planning
+from inheritune.experiments.stages import DECIDED, Common, Stage
 from inheritune.training.command_line import parse
-from inheritune.training.cost import flops_per_token
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
 
-SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # with the reference
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
 TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
-DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
 # by the arms of a comparison, which all train on the same data and to the end
 FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end", "stop_at_val_loss")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One run of train.py, from random initialisation or from a checkpoint that is made for it first."""
+class Kind:
+    """An entry of ARMS."""
 
-    run: str  # run folder
-    config: Config  # of the model it trains
-    flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
-    inherit: dict = field(default_factory=dict)  # inherit.py's flags that make its start; {}: no such start
-    config_files: tuple[str, ...] = ()  # of train.py, at most one
-    teacher: Config | None = None
-    start_flops: float = 0.0  # of choosing the blocks that it starts from
-
-    @property
-    def start_folder(self) -> str:
-        """Where the checkpoint is made that the run starts from."""
-        return self.run + "_start"
-
-    @property
-    def settings(self) -> TrainSettings:
-        """What train.py will read from the config file and the flags."""
-        flags = [f"--{key}={value}" for key, value in self.flags.items()]
-        return parse((TrainSettings,), [*self.config_files, *flags], "")[0]
-
-    @property
-    def inherit_flags(self) -> list[str]:
-        """The command line of inherit.py that makes the start."""
-        pairs = [
-            (f"--{key}",) if value is True else (f"--{key}", str(value))
-            for key, value in self.inherit.items()
-        ]
-        return [part for pair in pairs for part in pair]
-
-    @property
-    def steps(self) -> int:
-        return self.flags["max_iters"]
-
-    @property
-    def flops_per_step(self) -> float:
-        """Of training the student, and of the teacher's forward passes."""
-        return flops_per_token(self.config, self.teacher) * self.flags["batch_tokens"]
-
-    @property
-    def flops(self) -> float:
-        return self.start_flops + self.steps * self.flops_per_step
-
-    @property
-    def layer_steps(self) -> int:
-        return self.steps * self.config.n_layer
-
-    def with_flags(self, **flags) -> "Stage":
-        return dataclasses.replace(self, flags=self.flags | flags)
+    label: str  # in tables and legends
+    stages: Callable[[Common, str], list[Stage]]  # of the Common and the arm's folder in it
+    from_reference: bool = True  # whether it starts or learns from the reference
+    longer: str = ""  # it is this arm trained for more steps
 
 
-@dataclass(frozen=True)
-class Common:
-    """What all arms of one seed share."""
-
-    folder: str  # every arm has a folder of its own in it
-    flags: dict  # of train.py for every small model; max_iters, batch_tokens and seed are always among them
-    k: int  # blocks of the small models
-    config: Config  # of the reference
-    reference: str  # the reference's checkpoint, which may be yet to train
-    reference_stage: Stage | None  # trains the reference; None: it was given
-    reference_flops: float | None = None  # of training the reference; None: unknown
-    reference_layer_steps: int | None = None
-    rounds: tuple[int, ...] = ()  # depths of the arms that grow; the last one is k
-    kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
-    seen: float = 1.0  # all arms but `unseen` train on this first part of the stream
-
-    def random(self, run: str, n_layer: int | None = None) -> Stage:
-        """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder `run`,
-        a path relative to `folder`."""
-        n_layer = n_layer or self.k
-        config = self.config.with_blocks(list(range(n_layer)))
-        if config.scratch_settings is None:  # inherit.py can make it, train.py cannot
-            return self.inherited(run, recipe="random", layers=n_layer)
-        return Stage(os.path.join(self.folder, run), config, self.flags | config.scratch_settings)
-
-    def inherited(self, run: str, **options) -> Stage:
-        """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
-        recipe="last". ckpt=... takes another source."""
-        inherit = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
-        n_layer = options.get("layers", self.config.n_layer)
-        config = self.config.with_blocks(list(range(n_layer)))
-        flags = self.flags | {"block_size": config.block_size}
-        return Stage(os.path.join(self.folder, run), config, flags, inherit)
+# How stages are made. folder: the arm's; run: the run folder of an arm with one stage, FOLDER/run.
 
 
 def trained_reference(c, folder):
@@ -125,6 +46,7 @@ def trained_reference(c, folder):
 
 
 def random_2x(c, run):
+    """Random initialisation for twice the steps."""
     return c.random(run).with_flags(max_iters=2 * c.flags["max_iters"], lr_decay_iters=None)
 
 
@@ -136,6 +58,7 @@ def random_matched(c, run):
 
 
 def half_width(c, run):
+    """All blocks of the reference with half of their heads, and the channels of these."""
     n_head = c.config.n_head // 2
     narrow = {"n_head": n_head, "n_embd": n_head * (c.config.n_embd // c.config.n_head)}
     stage = c.inherited(run, recipe="half_width")
@@ -159,19 +82,38 @@ def growing(c, folder, onto):
     return stages
 
 
-@dataclass(frozen=True)
-class Kind:
-    """An entry of ARMS."""
+def distilled(c, stage):
+    """The Stage with the reference as its teacher."""
+    flags = c.kd | stage.flags | {"teacher": c.reference}
+    return dataclasses.replace(stage, flags=flags, teacher=c.config)
 
-    label: str  # in tables and legends
-    stages: Callable[[Common, str], list[Stage]]  # of the Common and the arm's folder in it
-    from_reference: bool = True  # whether it starts or learns from the reference
-    longer: str = ""  # it is this arm trained for more steps
+
+def kd_inherit(c, run):
+    """The first k blocks, with the reference as the teacher."""
+    return distilled(c, c.inherited(run, layers=c.k))
+
+
+def whole(c, run):
+    """All blocks of the reference: what its own training on the same tokens gives."""
+    return c.inherited(run, layers=c.config.n_layer)
+
+
+def unseen(c, run):
+    """The first k blocks, on the part of the data that the reference has not seen."""
+    return c.inherited(run, layers=c.k).with_flags(data_start=c.seen, data_end=1.0)
+
+
+# How entries of ARMS are made
 
 
 def one_run(label, make_stage, **facts):
     """A Kind with a single Stage, which make_stage(common, run) gives."""
     return Kind(label, lambda c, folder: [make_stage(c, f"{folder}/run")], **facts)
+
+
+def from_nothing(label, make_stage, longer=""):
+    """A Kind with a single Stage that takes nothing from the reference."""
+    return one_run(label, make_stage, from_reference=False, longer=longer)
 
 
 def first_k(label, **options):
@@ -189,33 +131,12 @@ def chosen(label, rule):
     return one_run(label, make_stage)
 
 
-def distilled(c, stage):
-    """The Stage with the reference as its teacher."""
-    flags = c.kd | stage.flags | {"teacher": c.reference}
-    return dataclasses.replace(stage, flags=flags, teacher=c.config)
-
-
-def kd_inherit(c, run):
-    return distilled(c, c.inherited(run, layers=c.k))
-
-
-def whole(c, run):
-    return c.inherited(run, layers=c.config.n_layer)
-
-
-def unseen(c, run):
-    return c.inherited(run, layers=c.k).with_flags(data_start=c.seen, data_end=1.0)
-
-
 ARMS = {
     "reference": Kind("reference", trained_reference, from_reference=False),
-    "random": one_run("random init", Common.random, from_reference=False),
-    "random_2x": one_run("random init, twice the steps", random_2x, from_reference=False, longer="random"),
-    "random_matched": one_run(
-        "random init, compute of reference + Inheritune",
-        random_matched,
-        from_reference=False,
-        longer="random",
+    "random": from_nothing("random init", Common.random),
+    "random_2x": from_nothing("random init, twice the steps", random_2x, "random"),
+    "random_matched": from_nothing(
+        "random init, compute of reference + Inheritune", random_matched, "random"
     ),
     "inheritune": first_k("Inheritune"),
     "released_slice": first_k("authors' released slice", released_slice=True),
@@ -347,26 +268,6 @@ def impossible(c: Common) -> dict[str, str]:
     return reasons
 
 
-def small_flags(settings: TrainSettings, given: frozenset) -> dict:
-    """The flags of every small model: what was set for the experiment, without what each stage decides."""
-    chosen = given - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
-    return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
-
-
-def plan_reference(path: str, settings: TrainSettings, given: frozenset, run: str, **flags) -> Stage:
-    """The Stage that trains a reference as the train.py config file `path` says, in the run folder `run`.
-
-    settings, given: the experiment's, whose SHARED keys the reference gets too; flags: further ones. The data
-    need not be there yet. Raises UserError.
-    """
-    own, keys = parse((TrainSettings,), [path], "")
-    planned = dataclasses.replace(own, dataset=settings.dataset, dry_run=True)
-    config = planning.make_plan(planned, keys, world=1).config
-    flags = {key: getattr(settings, key) for key in SHARED if key in given} | flags
-    flags |= {"max_iters": own.max_iters, "batch_tokens": own.batch_tokens}
-    return Stage(run, config, flags, config_files=(path,))
-
-
 def settings_hash(c: Common, arm: Arm) -> str:
     """A short hash of all that decides an arm's numbers: the settings of its stages, and of the reference if
     it starts from that. Settings at their default are left out, so that a new setting changes no hash."""
@@ -381,17 +282,3 @@ def settings_hash(c: Common, arm: Arm) -> str:
         content.append(fingerprint(c.reference))
     text = json.dumps(content).replace(c.reference, "reference").replace(c.folder, "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def check_stages(stages: list[Stage]) -> list[str]:
-    """What is wrong with the settings of runs of train.py, before any of them starts: one sentence each."""
-    problems = []
-    for stage in stages:
-        settings = stage.settings
-        found = planning.check_settings(settings)
-        try:
-            planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
-        except UserError as e:
-            found.append(str(e))
-        problems += found
-    return list(dict.fromkeys(problems))

@@ -1,31 +1,151 @@
-"""Run a stage of an arm, and measure what it leaves: curves, losses, wall time, ranks, a row of the table."""
+"""A `Stage` is one run of train.py and what it starts from; `Common` is what all runs of a seed share."""
 
 import dataclasses
 import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
-from inheritune.data.reader import ValData, identity
-from inheritune.experiments.arms import Arm, Common, Stage, settings_hash
-from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
 from inheritune.experiments.block_choice import choose_kept
 from inheritune.models.initialisations import make_checkpoint
-from inheritune.models.interface import Config, Model, load_model, model_class, open_config
-from inheritune.training import device as machine
-from inheritune.training.distributed import DistributedModel, Ranks, seed_all
-from inheritune.training.logs import read_rows
-from inheritune.training.losses import mean_loss
-from inheritune.training.settings import ReplicateSettings, TrainSettings
+from inheritune.models.interface import Config
+from inheritune.training import planning
+from inheritune.training.command_line import parse
+from inheritune.training.cost import flops_per_token
+from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ALONE = threading.Lock()  # torch's generator and threads belong to the process: one measurement at a time
+SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # with the reference
+DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of train.py, from random initialisation or from a checkpoint that is made for it first."""
+
+    run: str  # run folder
+    config: Config  # of the model it trains
+    flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
+    inherit: dict = field(default_factory=dict)  # inherit.py's flags that make its start; {}: no such start
+    config_files: tuple[str, ...] = ()  # of train.py, at most one
+    teacher: Config | None = None
+    start_flops: float = 0.0  # of choosing the blocks that it starts from
+
+    @property
+    def start_folder(self) -> str:
+        """Where the checkpoint is made that the run starts from."""
+        return self.run + "_start"
+
+    @property
+    def settings(self) -> TrainSettings:
+        """What train.py will read from the config file and the flags."""
+        flags = [f"--{key}={value}" for key, value in self.flags.items()]
+        return parse((TrainSettings,), [*self.config_files, *flags], "")[0]
+
+    @property
+    def inherit_flags(self) -> list[str]:
+        """The command line of inherit.py that makes the start."""
+        pairs = [
+            (f"--{key}",) if value is True else (f"--{key}", str(value))
+            for key, value in self.inherit.items()
+        ]
+        return [part for pair in pairs for part in pair]
+
+    @property
+    def steps(self) -> int:
+        return self.flags["max_iters"]
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of training the student, and of the teacher's forward passes."""
+        return flops_per_token(self.config, self.teacher) * self.flags["batch_tokens"]
+
+    @property
+    def flops(self) -> float:
+        return self.start_flops + self.steps * self.flops_per_step
+
+    @property
+    def layer_steps(self) -> int:
+        return self.steps * self.config.n_layer
+
+    def with_flags(self, **flags) -> "Stage":
+        return dataclasses.replace(self, flags=self.flags | flags)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all arms of one seed share."""
+
+    folder: str  # every arm has a folder of its own in it
+    flags: dict  # of train.py for every small model; max_iters, batch_tokens and seed are always among them
+    k: int  # blocks of the small models
+    config: Config  # of the reference
+    reference: str  # the reference's checkpoint, which may be yet to train
+    reference_stage: Stage | None  # trains the reference; None: it was given
+    reference_flops: float | None = None  # of training the reference; None: unknown
+    reference_layer_steps: int | None = None
+    rounds: tuple[int, ...] = ()  # depths of the arms that grow; the last one is k
+    kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
+    seen: float = 1.0  # all arms but `unseen` train on this first part of the stream
+
+    def random(self, run: str, n_layer: int | None = None) -> Stage:
+        """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder `run`,
+        a path relative to `folder`."""
+        n_layer = n_layer or self.k
+        config = self.config.with_blocks(list(range(n_layer)))
+        if config.scratch_settings is None:  # inherit.py can make it, train.py cannot
+            return self.inherited(run, recipe="random", layers=n_layer)
+        return Stage(os.path.join(self.folder, run), config, self.flags | config.scratch_settings)
+
+    def inherited(self, run: str, **options) -> Stage:
+        """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
+        recipe="last". ckpt=... takes another source."""
+        inherit = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
+        n_layer = options.get("layers", self.config.n_layer)
+        config = self.config.with_blocks(list(range(n_layer)))
+        flags = self.flags | {"block_size": config.block_size}
+        return Stage(os.path.join(self.folder, run), config, flags, inherit)
+
+
+def small_flags(settings: TrainSettings, given: frozenset) -> dict:
+    """The flags of every small model: what was set for the experiment, without what each stage decides."""
+    chosen = given - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
+
+
+def plan_reference(path: str, settings: TrainSettings, given: frozenset, run: str, **flags) -> Stage:
+    """The Stage that trains a reference as the train.py config file `path` says, in the run folder `run`.
+
+    settings, given: the experiment's, whose SHARED keys the reference gets too; flags: further ones. The data
+    need not be there yet. Raises UserError.
+    """
+    own, keys = parse((TrainSettings,), [path], "")
+    planned = dataclasses.replace(own, dataset=settings.dataset, dry_run=True)
+    config = planning.make_plan(planned, keys, world=1).config
+    flags = {key: getattr(settings, key) for key in SHARED if key in given} | flags
+    flags |= {"max_iters": own.max_iters, "batch_tokens": own.batch_tokens}
+    return Stage(run, config, flags, config_files=(path,))
+
+
+def check_stages(stages: list[Stage]) -> list[str]:
+    """What is wrong with the settings of runs of train.py, before any of them starts: one sentence each."""
+    problems = []
+    for stage in stages:
+        settings = stage.settings
+        found = planning.check_settings(settings)
+        try:
+            planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
+        except UserError as e:
+            found.append(str(e))
+        problems += found
+    return list(dict.fromkeys(problems))
 
 
 def train_command(stage: Stage) -> list[str]:
@@ -73,156 +193,3 @@ def make_start(stage: Stage) -> None:
     if rule := options.pop("choose", None):
         options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
     make_checkpoint(source, stage.start_folder, **options)
-
-
-def loss_curve(run: str) -> tuple[list[float], list[float]]:
-    """(tokens, validation losses in nats/token) of a run folder's log.csv."""
-    rows = [r for r in read_rows(os.path.join(run, "log.csv")) if r["val_loss"]]
-    return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
-
-
-def arm_curve(stages: list[Stage]) -> tuple[list[float], list[float]]:
-    """(FLOPs, validation losses in nats/token) of an arm, its stages one after the other."""
-    xs, ys, before = [], [], 0.0
-    for stage in stages:
-        tokens, losses = loss_curve(stage.run)
-        per_token = stage.flops_per_step / stage.flags["batch_tokens"]
-        at_start = before + stage.start_flops
-        xs, ys = xs + [at_start + t * per_token for t in tokens], ys + losses
-        before += stage.flops
-    return xs, ys
-
-
-def wall_seconds(run: str) -> float:
-    """Seconds that a run trained and validated. timing.csv counts from 0 again where a run was continued, so
-    this adds up the last row of each process."""
-    rows = read_rows(os.path.join(run, "timing.csv"))
-    seconds = [float(row["train_s"]) + float(row["val_s"]) for row in rows]
-    return sum(now for now, later in zip(seconds, [*seconds[1:], -1.0], strict=True) if later < now)
-
-
-def first_reach(stages: list[Stage], target: float) -> dict:
-    """{reached_step, reached_flops, reached_layer_steps} at the first validation loss ≤ target, with all that
-    earlier stages took; None where an arm never gets there."""
-    keys = ("reached_step", "reached_flops", "reached_layer_steps")
-    steps, flops, layer_steps = 0, 0.0, 0
-    for stage in stages:
-        for row in read_rows(os.path.join(stage.run, "log.csv")):
-            if row["val_loss"] and float(row["val_loss"]) <= target:
-                n = int(row["step"])
-                own = n, stage.start_flops + n * stage.flops_per_step, n * stage.config.n_layer
-                before = steps, flops, layer_steps
-                return {key: a + b for key, a, b in zip(keys, before, own, strict=True)}
-        steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps
-    return dict.fromkeys(keys)
-
-
-def measure(settings: TrainSettings, config: Config, folder: str) -> float:
-    """Validation loss (nats/token) of a checkpoint as train.py measures it: on the same tokens in the same
-    windows, compiled or not, in the same number format. Nothing stays on the device.
-
-    config: of the model whose context the windows have.
-    """
-    device, ranks = machine.pick(settings.device), Ranks()
-    torch.set_float32_matmul_precision("high")
-    val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
-    dtype, module = machine.pick_dtype(settings.dtype, device), load_model(folder)
-    compiled = machine.is_compiled(settings.compile, device)
-    model = DistributedModel(module, ranks, device, dtype, compiled, shard=False)
-    loss = mean_loss(model.local_forward, val, ranks, device, dtype)
-    del model, module
-    release(device)
-    return loss
-
-
-def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float] | None:
-    """MaxRank of each layer of the model that `load` makes, on the paper's 100 windows of val, the same for
-    every arm and seed; None for a model without attention matrices. Nothing stays on the device."""
-    device = machine.pick(settings.device)
-    model = load().to(device)
-    length = min(LENGTH, model.config.block_size)
-    ranks = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0])
-    del model
-    release(device)
-    return None if ranks is None else ranks.tolist()
-
-
-def count_lazy(ranks: list[float] | None) -> int | None:
-    """How many layers have MaxRank 1; None where nothing is known of them."""
-    return None if ranks is None else sum(r == 1 for r in ranks)
-
-
-def release(device: torch.device) -> None:
-    """Give the memory of deleted models back, as the training that comes next is another process."""
-    if device.type == "cuda":  # needs a GPU
-        torch.cuda.empty_cache()
-
-
-def make_row(
-    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int, target: float | None
-) -> dict:
-    """The content of an arm's row.json: results.csv's columns, and MaxRank by depth before and after it.
-
-    target: the loss with which the reference's curve ends; None for the reference itself.
-    """
-    stages = arm.stages(c)
-    flops, layer_steps = c.reference_flops, c.reference_layer_steps  # of a reference that was given
-    if stages:
-        flops, layer_steps = sum(s.flops for s in stages), sum(s.layer_steps for s in stages)
-    with ALONE:
-        measured, config = measure_arm(settings, rep, c, stages)
-
-    def with_reference(own, references):
-        if not arm.from_reference:
-            return own
-        return None if references is None else own + references
-
-    return {
-        "arm": arm.name,
-        "seed": seed,
-        **measured,
-        "steps": sum(s.steps for s in stages) if stages else None,
-        "flops": flops,
-        "layer_steps": layer_steps,
-        "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1) if stages else None,
-        "params": config.num_params,
-        "settings_hash": settings_hash(c, arm),
-        "data": identity(settings.dataset),
-        "n_layer": config.n_layer,
-        "flops_with_reference": with_reference(flops, c.reference_flops),
-        "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),
-        **first_reach(stages, measured["curve_loss"] if target is None else target),
-        "lazy_before": count_lazy(measured["ranks_before"]),
-        "lazy_after": count_lazy(measured["ranks_after"]),
-        "hardware": checkpoint.environment()["hardware"] | {"threads": torch.get_num_threads()},
-    }
-
-
-def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
-    """({val_loss, curve_loss, ranks_before, ranks_after}, config of the model) of an arm's stages.
-
-    Without stages it is the given reference; nothing is known of it before its training.
-    """
-    ranks_before = None
-    if stages:
-        last = stages[-1]
-        folder = checkpoint.find(last.run, prefer="latest")
-        config = open_config(folder)
-
-        def untrained():
-            if last.inherit:
-                return load_model(last.start_folder)
-            seed_all(c.flags["seed"])  # as train.py does before it makes the same model
-            return model_class(config)(config)
-
-        curve_loss = loss_curve(last.run)[1][-1]
-        ranks_before = max_ranks(settings, untrained)
-    else:
-        folder, config = c.reference, c.config
-        curve_loss = measure(settings, config, folder)
-    val_loss = curve_loss
-    if rep.final_tokens:
-        val_loss = measure(dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder)
-    ranks_after = max_ranks(settings, lambda: load_model(folder))
-    found = {"val_loss": val_loss, "curve_loss": curve_loss, "ranks_before": ranks_before}
-    return found | {"ranks_after": ranks_after}, config

@@ -8,13 +8,13 @@ import pytest
 from inheritune.base.errors import UserError
 from inheritune.experiments.arms import (
     ARMS,
-    check_stages,
     find_arm,
     impossible,
     parse_arms,
     settings_hash,
 )
 from inheritune.experiments.block_choice import RULES
+from inheritune.experiments.stages import check_stages
 from inheritune.models.initialisations import RECIPES
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint

@@ -7,9 +7,9 @@ import pytest
 
 from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
-from inheritune.experiments import stages
-from inheritune.experiments.arms import Stage
-from inheritune.experiments.stages import first_reach, run_stage, wall_seconds
+from inheritune.experiments import measurements
+from inheritune.experiments.measurements import first_reach, wall_seconds
+from inheritune.experiments.stages import Stage, run_stage
 from inheritune.training.settings import TrainSettings
 from model import GPTConfig
 from tests.tiny import tiny_config, write_checkpoint, write_data
@@ -54,21 +54,21 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
     folder, data = str(tmp_path / "ckpt"), write_data(tmp_path / "data")
     config = write_checkpoint(folder).config
     settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu")
-    models, load = [], stages.load_model
+    models, load = [], measurements.load_model
 
     def remember(name):
         model = load(name)
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(stages, "load_model", remember)
+    monkeypatch.setattr(measurements, "load_model", remember)
     alive = []
     monkeypatch.setattr(
-        stages, "release", lambda device: alive.append([m for m in models if m() is not None])
+        measurements, "release", lambda device: alive.append([m for m in models if m() is not None])
     )
     for work in (
-        lambda: stages.measure(settings, config, folder),
-        lambda: stages.max_ranks(settings, lambda: stages.load_model(folder)),
+        lambda: measurements.measure(settings, config, folder),
+        lambda: measurements.max_ranks(settings, lambda: measurements.load_model(folder)),
     ):
         work()
     assert len(models) == 2 and alive == [[], []]
@@ -77,8 +77,10 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
 def test_a_reference_is_measured_compiled_where_training_is(tmp_path, monkeypatch):
     folder, data = str(tmp_path / "ckpt"), write_data(tmp_path / "data")
     config, compiled = write_checkpoint(folder).config, []
-    monkeypatch.setattr(stages.torch, "compile", lambda model, **options: compiled.append(model) or model)
+    monkeypatch.setattr(
+        measurements.torch, "compile", lambda model, **options: compiled.append(model) or model
+    )
     for setting in (None, False, True):
         settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu", compile=setting)
-        stages.measure(settings, config, folder)
+        measurements.measure(settings, config, folder)
         assert len(compiled) == (setting is True)

@@ -1,0 +1,172 @@
+"""What a finished arm leaves: loss curves, wall time, final losses, ranks of its attention, and its row."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import torch
+
+from inheritune.data.reader import ValData, identity
+from inheritune.experiments.arms import Arm, settings_hash
+from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
+from inheritune.experiments.stages import ALONE, Common, Stage
+from inheritune.models.interface import Config, Model, load_model, model_class, open_config
+from inheritune.training import device as machine
+from inheritune.training.distributed import DistributedModel, Ranks, seed_all
+from inheritune.training.logs import read_rows
+from inheritune.training.losses import mean_loss
+from inheritune.training.settings import ReplicateSettings, TrainSettings
+from inheritune.weights import checkpoint
+
+
+def loss_curve(run: str) -> tuple[list[float], list[float]]:
+    """(tokens, validation losses in nats/token) of a run folder's log.csv."""
+    rows = [r for r in read_rows(os.path.join(run, "log.csv")) if r["val_loss"]]
+    return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
+
+
+def arm_curve(stages: list[Stage]) -> tuple[list[float], list[float]]:
+    """(FLOPs, validation losses in nats/token) of an arm, its stages one after the other."""
+    xs, ys, before = [], [], 0.0
+    for stage in stages:
+        tokens, losses = loss_curve(stage.run)
+        per_token = stage.flops_per_step / stage.flags["batch_tokens"]
+        at_start = before + stage.start_flops
+        xs, ys = xs + [at_start + t * per_token for t in tokens], ys + losses
+        before += stage.flops
+    return xs, ys
+
+
+def wall_seconds(run: str) -> float:
+    """Seconds that a run trained and validated. timing.csv counts from 0 again where a run was continued, so
+    this adds up the last row of each process."""
+    rows = read_rows(os.path.join(run, "timing.csv"))
+    seconds = [float(row["train_s"]) + float(row["val_s"]) for row in rows]
+    return sum(now for now, later in zip(seconds, [*seconds[1:], -1.0], strict=True) if later < now)
+
+
+def first_reach(stages: list[Stage], target: float) -> dict:
+    """{reached_step, reached_flops, reached_layer_steps} at the first validation loss ≤ target, with all that
+    earlier stages took; None where an arm never gets there."""
+    keys = ("reached_step", "reached_flops", "reached_layer_steps")
+    steps, flops, layer_steps = 0, 0.0, 0
+    for stage in stages:
+        for row in read_rows(os.path.join(stage.run, "log.csv")):
+            if row["val_loss"] and float(row["val_loss"]) <= target:
+                n = int(row["step"])
+                own = n, stage.start_flops + n * stage.flops_per_step, n * stage.config.n_layer
+                before = steps, flops, layer_steps
+                return {key: a + b for key, a, b in zip(keys, before, own, strict=True)}
+        steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps
+    return dict.fromkeys(keys)
+
+
+def measure(settings: TrainSettings, config: Config, folder: str) -> float:
+    """Validation loss (nats/token) of a checkpoint as train.py measures it: on the same tokens in the same
+    windows, compiled or not, in the same number format. Nothing stays on the device.
+
+    config: of the model whose context the windows have.
+    """
+    device, ranks = machine.pick(settings.device), Ranks()
+    torch.set_float32_matmul_precision("high")
+    val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
+    dtype, module = machine.pick_dtype(settings.dtype, device), load_model(folder)
+    compiled = machine.is_compiled(settings.compile, device)
+    model = DistributedModel(module, ranks, device, dtype, compiled, shard=False)
+    loss = mean_loss(model.local_forward, val, ranks, device, dtype)
+    del model, module
+    release(device)
+    return loss
+
+
+def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float] | None:
+    """MaxRank of each layer of the model that `load` makes, on the paper's 100 windows of val, the same for
+    every arm and seed; None for a model without attention matrices. Nothing stays on the device."""
+    device = machine.pick(settings.device)
+    model = load().to(device)
+    length = min(LENGTH, model.config.block_size)
+    ranks = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0])
+    del model
+    release(device)
+    return None if ranks is None else ranks.tolist()
+
+
+def count_lazy(ranks: list[float] | None) -> int | None:
+    """How many layers have MaxRank 1; None where nothing is known of them."""
+    return None if ranks is None else sum(r == 1 for r in ranks)
+
+
+def release(device: torch.device) -> None:
+    """Give the memory of deleted models back, as the training that comes next is another process."""
+    if device.type == "cuda":  # needs a GPU
+        torch.cuda.empty_cache()
+
+
+def make_row(
+    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int, target: float | None
+) -> dict:
+    """The content of an arm's row.json: results.csv's columns, and MaxRank by depth before and after it.
+
+    target: the loss with which the reference's curve ends; None for the reference itself.
+    """
+    stages = arm.stages(c)
+    flops, layer_steps = c.reference_flops, c.reference_layer_steps  # of a reference that was given
+    if stages:
+        flops, layer_steps = sum(s.flops for s in stages), sum(s.layer_steps for s in stages)
+    with ALONE:
+        measured, config = measure_arm(settings, rep, c, stages)
+
+    def with_reference(own, references):
+        if not arm.from_reference:
+            return own
+        return None if references is None else own + references
+
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        **measured,
+        "steps": sum(s.steps for s in stages) if stages else None,
+        "flops": flops,
+        "layer_steps": layer_steps,
+        "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1) if stages else None,
+        "params": config.num_params,
+        "settings_hash": settings_hash(c, arm),
+        "data": identity(settings.dataset),
+        "n_layer": config.n_layer,
+        "flops_with_reference": with_reference(flops, c.reference_flops),
+        "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),
+        **first_reach(stages, measured["curve_loss"] if target is None else target),
+        "lazy_before": count_lazy(measured["ranks_before"]),
+        "lazy_after": count_lazy(measured["ranks_after"]),
+        "hardware": checkpoint.environment()["hardware"] | {"threads": torch.get_num_threads()},
+    }
+
+
+def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
+    """({val_loss, curve_loss, ranks_before, ranks_after}, config of the model) of an arm's stages.
+
+    Without stages it is the given reference; nothing is known of it before its training.
+    """
+    ranks_before = None
+    if stages:
+        last = stages[-1]
+        folder = checkpoint.find(last.run, prefer="latest")
+        config = open_config(folder)
+
+        def untrained():
+            if last.inherit:
+                return load_model(last.start_folder)
+            seed_all(c.flags["seed"])  # as train.py does before it makes the same model
+            return model_class(config)(config)
+
+        curve_loss = loss_curve(last.run)[1][-1]
+        ranks_before = max_ranks(settings, untrained)
+    else:
+        folder, config = c.reference, c.config
+        curve_loss = measure(settings, config, folder)
+    val_loss = curve_loss
+    if rep.final_tokens:
+        val_loss = measure(dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder)
+    ranks_after = max_ranks(settings, lambda: load_model(folder))
+    found = {"val_loss": val_loss, "curve_loss": curve_loss, "ranks_before": ranks_before}
+    return found | {"ranks_after": ranks_after}, config
