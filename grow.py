@@ -50,7 +50,7 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, given: frozenset) -
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
     named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
-    raise_all(problems + planning.check_inherited(named, given, config))
+    raise_all(problems + planning.check_inherited(named, given - decided, config))
     if "block_size" in given:
         config = dataclasses.replace(config, block_size=settings.block_size)
     c = Common(settings.out_dir, small_flags(settings, given), k, config, name, reference_stage=stage)

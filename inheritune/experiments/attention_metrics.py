@@ -94,14 +94,14 @@ def summarise_heads(heads: dict[str, Tensor], taus, eta: float, groups: int, lay
         **{f"max_rank_{tau:g}": heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus[1:]},
         "lazy": [r == 1 for r in max_ranks],
         "avg_mass": heads["mass"].mean(-1).tolist(),
-        "near_rank_one": (ranks <= NEAR).double().mean(-1).tolist(),
+        "near_rank_one": (ranks <= NEAR).cpu().double().mean(-1).tolist(),
     }
     return {
         "taus": list(taus),
         "eta": eta,
         "near_rank_one_means_at_most": NEAR,
         "lazy_layers": sum(layers["lazy"]),
-        "near_rank_one_heads": (ranks <= NEAR).double().mean().item(),
+        "near_rank_one_heads": (ranks <= NEAR).cpu().double().mean().item(),
         "groups": groups_of(max_ranks, groups),
         "learned_sink": heads["rest"].max().item() > REST,
         "heads": {name: values.tolist() for name, values in heads.items() if name != "rest"},
