@@ -5,6 +5,7 @@ pytest tests/test_faults.py         (tests/stress/ goes on for longer)
 """
 
 import concurrent.futures
+import itertools
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import time
 import pytest
 
 import train
+from inheritune.base.errors import STOP_SIGNALS
 from inheritune.base.files import lock_folder
 from inheritune.training.build_run import Saver
 from inheritune.weights import checkpoint, gpt2_format
@@ -69,11 +71,16 @@ def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
         kill_and_continue(forks, data, tmp_path / str(moment), undisturbed, [moment])
 
 
-# SIGTERM and SIGINT
+# SIGTERM, SIGINT, a scheduler's warning and a closed terminal
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.98])
+@pytest.mark.parametrize(
+    "number, share",
+    [
+        *itertools.product([signal.SIGTERM, signal.SIGINT], [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.98]),
+        *((number, 0.5) for number in STOP_SIGNALS[1:]),
+    ],
+)
 def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(
     forks, data, tmp_path, undisturbed, number, share
 ):
@@ -170,11 +177,11 @@ def slow_writing(monkeypatch):
     events, step, save, settle = [], train.train_step, checkpoint.write_step, train.wait_for_checkpoint
     free = threading.Event()
 
-    def slow(run, tensors, config, state, *more, **named):
+    def slow(run, weights, optimizer, config, state, *more):
         events.append(("writing", state["step"]))
         while ("step", state["step"] + 1) not in events and not free.is_set():
             time.sleep(0.001)
-        save(run, tensors, config, state, *more, **named)
+        save(run, weights, optimizer, config, state, *more)
         events.append(("written", state["step"]))
 
     def stepping(run):
