@@ -225,10 +225,7 @@ def measures(A: Tensor, taus=(0.9,), eta=0.9) -> dict[str, Tensor]:
     sink                what a row gives to column 0 on average, and to a learned sink if there is one; row 0
                         can give to nothing else and counts
     rest                what a row gives to a learned sink, which is no position
-    Raises UserError when a position attends to a later one.
     """
-    if A.triu(1).abs().max() > TOLERANCE:
-        raise UserError("a position attends to later ones: this is no causal model, and is not analysed")
     values = spectrum(A)
     without_first = A.clone()
     without_first[..., 0] = 0

@@ -40,6 +40,10 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
     own = {key: v for key, v in c.to_dict().items() if key not in (general | depth.keys())}
     lists = {key: cut for key, v in own.items() if (cut := cut_list(v, n, blocks)) is not None}
 
+    for key in lists:
+        if "shared" in own[key]:
+            check_shared(key, own[key], blocks)
+
     reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
     # at last a block may hold a list of all blocks, which a cut changes: GPT-Neo's do
     for change, lists_may_differ in [*itertools.product(changes, [False]), ({}, True)]:
@@ -50,6 +54,19 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
             return without_contradiction(content, new, {k: wanted[k] for k in lists}, blocks)
         reason = reason or problem
     raise UserError(f"blocks {', '.join(map(str, blocks))} alone are no {c.model_type}: {reason}")
+
+
+def check_shared(key: str, kinds: list, blocks: list[int]) -> None:
+    """Raise UserError if a block whose kind is "shared" would lose the block whose results it shares."""
+
+    def owner(kinds, i):
+        return max((j for j in range(i) if kinds[j] != "shared"), default=-1)
+
+    for j, i in enumerate(blocks):
+        if kinds[i] == "shared":
+            had, has = owner(kinds, i), owner([kinds[b] for b in blocks], j)
+            if has < 0 or blocks[has] != had:
+                raise UserError(f"block {i} uses what block {had} computes ({key}): keep both, in this order")
 
 
 def cut_list(value, n: int, blocks: list[int]) -> list | None:
