@@ -17,11 +17,11 @@ arms = (
     "random@max_iters=100@learning_rate=2e-3@min_lr=2e-4:1"
 )
 layers = 15
-final_tokens = 131_072
+final_tokens = 65_536
 results = "results/smollm2_cut"
 
 out_dir = "out/smollm2_cut"
-dataset = "data/english_smollm2"
+dataset = "data/smollm2_text"
 block_size = 256
 batch_tokens = 8 * 256
 batch_size = 8

@@ -7,11 +7,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && python=.venv/bin/python
 
-# the model, into data/smollm2; the text, into data/english_{train,val}.jsonl, in the model's own tokens
+# the model, into data/smollm2; English prose of five kinds, in the model's own tokens, into data/smollm2_text
 [ -d data/smollm2 ] || bash runs/smollm2.sh
-[ -f data/english_train.jsonl ] || bash runs/english_corpus.sh
-"$python" prepare.py data/english_train.jsonl --val_files data/english_val.jsonl --tokenizer data/smollm2 \
-  --out data/english_smollm2
+[ -d data/smollm2_text ] || bash runs/smollm2_corpus.sh
 
 # 15 of 30 blocks, and 20 and 24 by the rule that costs least at the start
 "$python" replicate.py config/replicate_smollm2.py

@@ -14,7 +14,7 @@ import pytest
 from tests.tiny import ROOT
 
 DOCS = [
-    p for pattern in ("*.md", "runs/*.sh", "config/*.py") for p in sorted(pathlib.Path(ROOT).glob(pattern))
+    p for pattern in ("*.md", "docs/*.md", "runs/*.sh", "config/*.py") for p in sorted(pathlib.Path(ROOT).glob(pattern))
 ]
 COMMAND = re.compile(r"(?:python|\"\$python\"|torchrun[^\n]*?) ((?:\w+/)?\w+\.py)([^\n#`;|]*)")
 
@@ -73,7 +73,7 @@ def test_readmes_results_are_those_of_the_table():
         if all(re.match(r"lr |[\d,]+ steps|twice the steps|Muon", change) for change in changes):
             key = (arm, row["blocks"], "Muon" in changes, row["steps"])
             losses.setdefault(key, []).append((-int(row["seeds"]), row["validation loss"]))
-    section = re.search(r"## A real result\n.*?(?=\n## )", text, re.DOTALL)[0]
+    section = re.search(r"## What inheriting gives\n.*?(?=\n## )", text, re.DOTALL)[0]
     (_, *steps), _, *shown = rows(section)
     for name, *cells in shown:
         arm, blocks, *muon = name.split(", ")
