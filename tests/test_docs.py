@@ -14,7 +14,9 @@ import pytest
 from tests.tiny import ROOT
 
 DOCS = [
-    p for pattern in ("*.md", "docs/*.md", "runs/*.sh", "config/*.py") for p in sorted(pathlib.Path(ROOT).glob(pattern))
+    path
+    for pattern in ("*.md", "docs/*.md", "runs/*.sh", "config/*.py")
+    for path in sorted(pathlib.Path(ROOT).glob(pattern))
 ]
 COMMAND = re.compile(r"(?:python|\"\$python\"|torchrun[^\n]*?) ((?:\w+/)?\w+\.py)([^\n#`;|]*)")
 
