@@ -28,13 +28,13 @@ from inheritune.weights import checkpoint
 from inheritune.weights.model_card import write_card
 
 
-def plan_recipe(settings: TrainSettings, grow: GrowSettings, given: frozenset) -> Common:
+def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset) -> Common:
     """What the recipe's runs share. Raises UserError with every problem that can be seen before training."""
     name, stage = grow.reference or os.path.join(settings.out_dir, "reference"), None
-    decided = given & {"init_from", "inherit_layers", "n_layer"}
+    decided = explicit & {"init_from", "inherit_layers", "n_layer"}
     problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
     if grow.reference_config:
-        stage = plan_reference(grow.reference_config, settings, given, name)
+        stage = plan_reference(grow.reference_config, settings, explicit, name)
         config, dataset = stage.config, stage.settings.dataset
         if dataset != settings.dataset:
             other = f"trains on {dataset}, not on {settings.dataset}: set dataset"
@@ -50,10 +50,10 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, given: frozenset) -
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
     named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
-    raise_all(problems + planning.check_inherited(named, given - decided, config))
-    if "block_size" in given:
+    raise_all(problems + planning.check_inherited(named, explicit - decided, config))
+    if "block_size" in explicit:
         config = dataclasses.replace(config, block_size=settings.block_size)
-    c = Common(settings.out_dir, small_flags(settings, given), k, config, name, reference_stage=stage)
+    c = Common(settings.out_dir, small_flags(settings, explicit), k, config, name, reference_stage=stage)
     raise_all(check_stages([*([stage] if stage else []), c.random("random", k)]))
     return c
 
@@ -176,8 +176,8 @@ def write_growth_report(out_dir: str, rows: list[dict]) -> str:
 def main(argv=None):
     """Command line: the recipe, its report, its figure."""
     about = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
-    settings, grow, given = parse((TrainSettings, GrowSettings), argv, about)
-    c = plan_recipe(settings, grow, given)
+    settings, grow, explicit = parse((TrainSettings, GrowSettings), argv, about)
+    c = plan_recipe(settings, grow, explicit)
     if settings.dry_run:
         print(describe_recipe(settings, grow, c))
         return

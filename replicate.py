@@ -51,11 +51,14 @@ class Comparison:
         return [(arm, seed) for arm, count in self.seeds.items() for seed in list(self.commons)[:count]]
 
 
-def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, given: frozenset) -> Comparison:
-    """Check everything that can be checked before training. Raises UserError with every problem found."""
-    decided = given & set(FIXED) - {"out_dir", "dry_run", "dataset"}
+def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset) -> Comparison:
+    """Check everything that can be checked before training. Raises UserError with every problem found.
+
+    explicit: the keys of settings that the user has set
+    """
+    decided = explicit & set(FIXED) - {"out_dir", "dry_run", "dataset"}
     problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in decided]
-    fixed = given & set(ARCHITECTURE) - ({"block_size"} if rep.reference else set())
+    fixed = explicit & set(ARCHITECTURE) - ({"block_size"} if rep.reference else set())
     problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in fixed - decided]
     if bool(rep.reference) == bool(rep.reference_config):
         problems.append("set one of reference_config (to train references) and reference (to take one)")
@@ -65,7 +68,7 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, given: froz
         raise UserError("arms: there is nothing to do")
 
     numbers = range(rep.first_seed, rep.first_seed + max(seeds.values()))
-    commons = {seed: plan_seed(settings, rep, given, seed) for seed in numbers}
+    commons = {seed: plan_seed(settings, rep, explicit, seed) for seed in numbers}
     c = commons[rep.first_seed]
     reasons = impossible(c)
     left_out = {arm.name: reasons[arm.base] for arm in seeds if arm.base in reasons}
@@ -74,19 +77,19 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, given: froz
     return Comparison(commons, seeds, left_out)
 
 
-def plan_seed(settings: TrainSettings, rep: ReplicateSettings, given: frozenset, seed: int) -> Common:
+def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset, seed: int) -> Common:
     """What the arms of one seed share."""
     folder = os.path.join(settings.out_dir, f"seed_{seed}")
     data = {"dataset": settings.dataset, "seed": seed} | ({"data_end": rep.seen} if rep.seen < 1 else {})
-    flags = small_flags(settings, given) | data
+    flags = small_flags(settings, explicit) | data
     kd = {key: flags.pop(key) for key in ("kd_alpha", "kd_temperature") if key in flags}
 
-    # the reference: known from an earlier report's files, trained here, or given
+    # the reference: trained here or given; in a report its row and its config.json say what it was
     name, stage = rep.reference, None
     if rep.reference_config:
         run = os.path.join(folder, "reference", "run")
         name = os.path.join(run, "latest")
-        stage = plan_reference(rep.reference_config, settings, given, run, **data)
+        stage = plan_reference(rep.reference_config, settings, explicit, run, **data)
     if rep.report and (kept := kept_reference(settings, rep)):
         config, flops, layer_steps = kept
         stage = stage and dataclasses.replace(stage, config=config)
@@ -96,8 +99,8 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, given: frozenset,
         name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
         config, flops, layer_steps = given_reference(name)
         named = dataclasses.replace(settings, init_from=name)
-        raise_all(planning.check_inherited(named, given & {"block_size"}, config))
-        if "block_size" in given:
+        raise_all(planning.check_inherited(named, explicit & {"block_size"}, config))
+        if "block_size" in explicit:
             config = dataclasses.replace(config, block_size=settings.block_size)
 
     # the small models
@@ -132,8 +135,8 @@ def given_reference(name: str) -> tuple[Config, float | None, int | None]:
 
 
 def kept_reference(settings: TrainSettings, rep: ReplicateSettings):
-    """As given_reference, of the first seed whose reference has row.json and config.json in out_dir or
-    results; None if there is none. A report needs neither data nor checkpoints."""
+    """(config, FLOPs of its training, layer-steps) of a reference whose row.json and config.json lie in
+    out_dir or results; None if there is none. With these a report needs neither data nor checkpoints."""
     for place in (settings.out_dir, logs_of(rep)):
         folders = sorted(glob.glob(os.path.join(glob.escape(place), "seed_*", "reference")))
         for folder in folders:
@@ -245,13 +248,13 @@ def keep_logs(settings, rep, c: Common, arm: Arm, seed: int) -> None:
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
-def write_report(settings: TrainSettings, rep: ReplicateSettings, given: frozenset) -> str:
+def write_report(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset) -> str:
     """Write table and figures from results/NAME/logs alone; returns the table and where all is.
 
     Arms that are not there yet are left out. Raises UserError when there is no reference.
     """
     logs = dataclasses.replace(settings, out_dir=logs_of(rep))
-    comparison = plan_comparison(logs, dataclasses.replace(rep, report=True), given)
+    comparison = plan_comparison(logs, dataclasses.replace(rep, report=True), explicit)
     rows, curves = [], []
     for arm, seed in comparison.pairs():
         if os.path.exists(path := row_path(logs.out_dir, arm, seed)):
@@ -286,8 +289,8 @@ def describe_comparison(comparison: Comparison) -> str:
 def main(argv=None):
     """Command line: train what is missing, then write the table and the figures."""
     about = "The paper's comparison: arms × seeds, one table, a few figures. Run again to go on."
-    settings, rep, given = parse((TrainSettings, ReplicateSettings), argv, about)
-    comparison = plan_comparison(settings, rep, given)
+    settings, rep, explicit = parse((TrainSettings, ReplicateSettings), argv, about)
+    comparison = plan_comparison(settings, rep, explicit)
     if settings.dry_run:
         print(describe_comparison(comparison))
         return
@@ -301,7 +304,7 @@ def main(argv=None):
     for arm, seed in comparison.pairs():  # also rows of a comparison that is still under way
         if os.path.exists(row_path(settings.out_dir, arm, seed)):
             keep_logs(settings, rep, comparison.commons[seed], arm, seed)
-    print("\n" + write_report(settings, rep, given))
+    print("\n" + write_report(settings, rep, explicit))
 
 
 if __name__ == "__main__":

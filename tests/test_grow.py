@@ -139,8 +139,8 @@ def test_run_again_changes_nothing(finished, monkeypatch):
 
 def test_measure_is_the_validation_that_training_logs(finished):
     recipe, out = finished
-    settings, g, given = parse((TrainSettings, GrowSettings), [recipe], "")
-    config = grow.plan_recipe(settings, g, given).config
+    settings, g, explicit = parse((TrainSettings, GrowSettings), [recipe], "")
+    config = grow.plan_recipe(settings, g, explicit).config
     loss = measure(settings, config, checkpoint.find(f"{out}/reference", prefer="latest"))
     assert loss == pytest.approx(loss_curve(f"{out}/reference")[1][-1], rel=1e-6)
 

@@ -114,22 +114,25 @@ class Common:
         return Stage(os.path.join(self.folder, run), config, flags, inherit)
 
 
-def small_flags(settings: TrainSettings, given: frozenset) -> dict:
-    """The flags of every small model: what was set for the experiment, without what each stage decides."""
-    chosen = given - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
+def small_flags(settings: TrainSettings, explicit: frozenset) -> dict:
+    """The flags of every small model: what the user has set (`explicit`), without what each stage decides."""
+    chosen = explicit - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
     return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
 
 
-def plan_reference(path: str, settings: TrainSettings, given: frozenset, run: str, **flags) -> Stage:
+def plan_reference(path: str, settings: TrainSettings, explicit: frozenset, run: str, **flags) -> Stage:
     """The Stage that trains a reference as the train.py config file `path` says, in the run folder `run`.
 
-    settings, given: the experiment's, whose SHARED keys the reference gets too; flags: further ones. The data
-    need not be there yet. Raises UserError.
+    settings: the experiment's, whose SHARED keys the reference gets too
+    explicit: the keys that the user has set
+    flags: further settings for train.py
+
+    The data need not be there yet. Raises UserError.
     """
     own, keys = parse((TrainSettings,), [path], "")
     planned = dataclasses.replace(own, dataset=settings.dataset, dry_run=True)
     config = planning.make_plan(planned, keys, world=1).config
-    flags = {key: getattr(settings, key) for key in SHARED if key in given} | flags
+    flags = {key: getattr(settings, key) for key in SHARED if key in explicit} | flags
     flags |= {"max_iters": own.max_iters, "batch_tokens": own.batch_tokens}
     return Stage(run, config, flags, config_files=(path,))
 

@@ -49,5 +49,5 @@ def write_config(folder, **changes):
 
 def common_of(path, *flags):
     """What the arms of a comparison's first seed share."""
-    settings, rep, given = parse((TrainSettings, ReplicateSettings), [path, *flags], "")
-    return next(iter(replicate.plan_comparison(settings, rep, given).commons.values()))
+    settings, rep, explicit = parse((TrainSettings, ReplicateSettings), [path, *flags], "")
+    return next(iter(replicate.plan_comparison(settings, rep, explicit).commons.values()))
