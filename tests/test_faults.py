@@ -260,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
 
 
 def test_work_in_the_background_is_done_in_order_and_stops_at_a_failure():
-    saver, done = Saver({}, None), []
+    saver, done = Saver({}, {}, None), []
     saver.finish()
     for n in range(50):
         saver.start(lambda n=n: done.append(n))
