@@ -10,6 +10,7 @@ In this file a configuration is a dict with the fields of model.GPTConfig. A sta
 """
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ OTHER_FORMATS = {
     "tf_model*.h5": "only TensorFlow's weights: save it by transformers 4's from_pretrained(…, from_tf=True)",
     "checkpoint-*": "but checkpoints of a Trainer, in folders of their own: give one of these",
 }
+MAX_FILE = 50 * 10**9  # bytes of one file on the hub; larger models are written in shards
 NO_EOT = -1  # the `eot` of a model for which no token ends a text
 # how the hub's client calls the folders of the released GPT-2s
 GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
@@ -261,14 +263,30 @@ def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torc
     return state
 
 
+def n_bytes(tensor: torch.Tensor | Lazy) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
 def write_model(folder: str, state: Mapping, config: dict, files: dict[str, bytes]) -> None:
     """Write a model into a folder that nobody looks for yet: the caller renames it into place.
 
-    state: the tensors of model.safetensors.
+    state: the tensors of model.safetensors, or of its shards.
     config: the content of config.json.
     files: {name: bytes} of other files; a name may lie in a subfolder.
     """
-    write_tensors(os.path.join(folder, WEIGHTS), state)
+    shards = [{}]
+    for name, tensor in state.items():
+        if shards[-1] and sum(map(n_bytes, (*shards[-1].values(), tensor))) > MAX_FILE:
+            shards.append({})
+        shards[-1][name] = tensor
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = names if shards[1:] else [WEIGHTS]
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(os.path.join(folder, file), shard)
+    if shards[1:]:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = {"total_size": sum(map(n_bytes, state.values()))}
+        write_json(os.path.join(folder, INDEX), {"metadata": total, "weight_map": weight_map})
     write_json(os.path.join(folder, CONFIG), config)
     for name, content in files.items():
         path = os.path.join(folder, name)

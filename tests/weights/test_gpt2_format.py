@@ -12,6 +12,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -307,6 +308,18 @@ def test_other_formats_are_named_with_the_cure(tmp_path, pattern, cure):
     with pytest.raises(UserError, match="neither a checkpoint") as error:
         checkpoint.find(str(tmp_path / "a"))
     assert str(error.value).endswith(cure)
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
+    whole = write_checkpoint(tmp_path / "whole")
+    monkeypatch.setattr(gpt2_format, "MAX_FILE", 20_000)
+    write_checkpoint(tmp_path / "shards")
+    files = [name for name in os.listdir(tmp_path / "shards") if name.endswith(".safetensors")]
+    assert len(files) > 2 and "model.safetensors" not in files
+    assert all(os.path.getsize(tmp_path / "shards" / name) < 40_000 for name in files)
+    assert same_weights(GPT.from_pretrained(str(tmp_path / "shards")), whole)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert torch.allclose(theirs(torch.arange(8)[None]).logits, whole(torch.arange(8)[None]), atol=1e-5)
 
 
 def test_a_hub_model_without_the_files_is_refused(hub):
