@@ -5,7 +5,8 @@
     python score.py --ckpt out/ --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai --out scores.json
 
 The split is cut into windows of block_size inputs that do not overlap; the last one is shorter. So every
-token but the very first is predicted exactly once, from the inputs that stand before it in its window.
+token but the very first is predicted exactly once, from the inputs that stand before it in its window. (Where
+meta.json names a token that texts begin with, a window's first input is that one.)
 Nothing is drawn at random, and the sum does not depend on how many processes share the work.
 """
 

@@ -100,7 +100,7 @@ def most_seeds_first(rows: list[dict]) -> tuple:
     return -len(rows), mean_val_loss(rows)
 
 
-def difference(arms: dict, arm: Arm, base: str, any_length=False) -> str:
+def loss_difference(arms: dict, arm: Arm, base: str, any_length=False) -> str:
     """An arm's loss minus that of `base`, as text; '' if there is no such arm.
 
     `base` was trained with the same optimizer for the same number of steps, or its usual one (any_length).
@@ -138,9 +138,9 @@ def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
             f"{found[0]['params']:,}",
             str(len(found)),
             with_error([r["val_loss"] for r in found]),
-            difference(arms, arm, "reference", any_length=True),
-            difference(arms, arm, "random"),
-            difference(arms, arm, "inheritune"),
+            loss_difference(arms, arm, "reference", any_length=True),
+            loss_difference(arms, arm, "random"),
+            loss_difference(arms, arm, "inheritune"),
             *(average([r[key] for r in found], form) for key, form in forms.items()),
             reached(found),
             " → ".join(average([r[key] for r in found], ".1f") for key in ("lazy_before", "lazy_after")),

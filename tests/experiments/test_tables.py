@@ -64,7 +64,7 @@ ROWS = [
 
 
 def difference(arms, name, base, **options):
-    return tables.difference(arms, find_arm(name), base, **options)
+    return tables.loss_difference(arms, find_arm(name), base, **options)
 
 
 def test_a_recipe_is_held_against_its_own_optimizer_and_steps():
