@@ -196,12 +196,22 @@ def test_what_was_begun_with_other_settings_is_refused_and_kept(tmp_path, monkey
     assert same(tmp_path / "fresh", out)
 
 
-def test_a_failure_before_a_whole_part_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [prepare, prepare_fineweb])
+def test_a_failure_keeps_what_is_finished_and_only_that(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(writer, "PART", 70)
+    monkeypatch.setattr(writer, "BATCH", 20)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 50)
-    with monkeypatch.context() as m, pytest.raises(SystemExit, match="stop here"):
-        stop_after(m, 40)
-        prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
-    assert not (tmp_path / "out").exists()
+    argv = [str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--num_proc", "1"]
+    argv = argv if script is prepare else ["--data_files", *argv, "--shard_tokens", "70"]
+    script.main([*argv, "--out", str(tmp_path / "undisturbed")])
+    for pieces, kept in ((10, False), (40, True)):
+        with monkeypatch.context() as m, pytest.raises(SystemExit, match="stop here"):
+            stop_after(m, pieces)
+            script.main([*argv, "--out", str(tmp_path / "out")])
+        assert (tmp_path / "out").exists() == kept
+    assert tokens_recorded(tmp_path / "out") >= 140
+    script.main([*argv, "--out", str(tmp_path / "out")])
+    assert same(tmp_path / "undisturbed", tmp_path / "out")
 
 
 def test_lost_part(tmp_path, monkeypatch):

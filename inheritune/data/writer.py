@@ -36,6 +36,10 @@ UNFINISHED = re.compile(r"(train|val|all)_\d{6}\.part|\..*\.(part|bin|json)\.tmp
 OURS = re.compile(UNFINISHED.pattern + r"|(train|val)(_\d{6})?\.bin|(tokenizer|tokenizer_config)\.json")
 
 
+class TooLittle(UserError):
+    """All text of a source is read, and a split has none of it."""
+
+
 def write_tokens(
     out: str,
     script: str,
@@ -76,8 +80,8 @@ def write_tokens(
             else:
                 shards = [join(out, f"{split}.bin", progress["files"], split) for split in ("train", "val")]
             return finish(out, note | {"dtype": dtype.name}, shards, tokenizer, progress["files"])
-        except BaseException:
-            if add_up(progress["files"])["tokens"] < PART:  # nothing that is worth going on with
+        except BaseException as e:
+            if not progress["parts"] or isinstance(e, TooLittle):  # there is nothing to go on with
                 clear(out, OURS)
             raise
 
@@ -218,7 +222,7 @@ def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtyp
     while 0 < place < len(ids) and tokenizer.decode_bytes([ids[place]])[0] & 0xC0 == 0x80:
         place += 1  # not inside a character
     if not 0 < place < len(ids) - 1:
-        raise UserError(f"{out}: too little text to part into training and validation; give more")
+        raise TooLittle(f"{out}: too little text to part into training and validation; give more")
 
     ends = eot[: int(ids[place - 1] != tokenizer.eot)]  # the end-of-text of a document that is cut
     for name, arrays in (("train.bin", (ids[:place], ends)), ("val.bin", (ids[place:],))):
@@ -315,7 +319,7 @@ def finish(out: str, note: dict, shards: list[dict], tokenizer: Tokenizer, parts
         own = [shard for shard in shards if shard["file"].startswith(split)]
         splits[split] = add_up(own) | {"shards": own}
         if not splits[split]["tokens"]:
-            raise UserError(f"{out}: no text is left for {split}; give more text, or ask for smaller shards")
+            raise TooLittle(f"{out}: no text is left for {split}; give more text, or ask for smaller shards")
     for name, content in tokenizer.files.items():
         with replacing(os.path.join(out, name)) as f:
             f.write(content)
