@@ -204,7 +204,7 @@ def test_a_bad_state_is_refused(saved, tmp_path, change):
     folder = tmp_path / "step_00000004"
     shutil.copytree(saved / "run/step_00000004", folder)
     change_json(folder / "state.json", **change)
-    refused(lambda: checkpoint.examine(str(folder)), folder / "state.json")
+    refused(lambda: checkpoint.check_resumable(str(folder)), folder / "state.json")
 
 
 @pytest.mark.parametrize("name", ["state.json", "lineage.json", "optimizer.safetensors", "model.safetensors"])

@@ -227,7 +227,7 @@ def find_resumable(settings: TrainSettings) -> tuple[str | None, list[str]]:
 def examine_checkpoint(folder: str) -> None:
     """Raise UserError unless a checkpoint's files, headers and shapes are fit to continue a run."""
     open_weights(folder, open_config(folder))
-    checkpoint.examine(folder)
+    checkpoint.check_resumable(folder)
 
 
 def read_data(settings: TrainSettings) -> tuple[dict, str, int]:

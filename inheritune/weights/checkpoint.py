@@ -196,7 +196,7 @@ def follow(path: str) -> str:
     return path
 
 
-def examine(folder: str) -> None:
+def check_resumable(folder: str) -> None:
     """Raise UserError unless what lies beside a checkpoint's model is fit to continue a run."""
     read_state(folder)
     read_json(os.path.join(folder, LINEAGE))
