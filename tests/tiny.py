@@ -1,10 +1,13 @@
 """What several tests need: tiny data, models and checkpoints, scripts run in this process, and real kills."""
 
 import dataclasses
+import errno
 import json
 import os
+import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -165,8 +168,8 @@ class Forks:
 
     `die` counts the moments at which the disk is about to change or a step to begin: the child sends itself
     `number` (SIGKILL) at that one, or after `seconds`; `limit` is the largest file in bytes that it may write
-    (RLIMIT_FSIZE). Each run returns (exit status as subprocess gives it, moments passed or None); `said` is
-    what it ended with.
+    (RLIMIT_FSIZE); `lacks` names what its file system cannot do (LACKS). Each run returns (exit status as
+    subprocess gives it, moments passed or None); `said` is what it ended with.
     """
 
     def __init__(self, output=None):
@@ -180,8 +183,9 @@ class Forks:
             text=True,
         )
 
-    def train(self, argv, die=None, seconds=None, number=signal.SIGKILL, limit=None):
+    def train(self, argv, die=None, seconds=None, number=signal.SIGKILL, limit=None, lacks=None):
         request = {"argv": argv, "die": die, "seconds": seconds, "number": number, "limit": limit}
+        request["lacks"] = lacks
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         status, moments, self.said = json.loads(self.process.stdout.readline())
@@ -206,6 +210,8 @@ def serve():
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             sys.stdin.close()
             os.close(reader)
+            if request["lacks"]:
+                take_away(request["lacks"])
             moments = count_moments(train, request["die"], request["number"])
             if request["limit"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
@@ -227,6 +233,39 @@ def serve():
             passed = f.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(json.dumps([status, *(json.loads(passed) if passed else [None, None])]), flush=True)
+
+
+# {what a file system lacks: (the calls that fail, for which arguments, with which errors)}
+LACKS = {
+    "deleting folders": (  # shutil.rmtree gives dir_fd: another user's file, one that an NFS client has open
+        ("unlink", "rmdir"),
+        lambda *_, dir_fd=None: dir_fd is not None,
+        ("EACCES", "EBUSY"),
+    ),
+    "fsync of folders": (
+        ("fsync",),
+        lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode),
+        ("EINVAL", "ENOTSUP", "EIO"),
+    ),
+    "links": (("symlink",), lambda *_: True, ("EPERM", "EPROTO", "EROFS", "EACCES")),
+}
+
+
+def take_away(what):
+    """Let the calls of LACKS[what] fail in this process, each time with one of its errors."""
+    names, concerned, errors = LACKS[what]
+
+    def failing(call):
+        def wrapped(*args, **kwargs):
+            if concerned(*args, **kwargs):
+                number = getattr(errno, random.choice(errors))
+                raise OSError(number, os.strerror(number))
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in names:
+        setattr(os, name, failing(getattr(os, name)))
 
 
 def count_moments(train, die, number):

@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup SIGHUP
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 import torch  # noqa: E402
@@ -81,10 +82,11 @@ class Train:
         self.seconds = time.perf_counter() - began
 
     def new(self):
+        self.lacks = None  # of LACKS, until the run has ended
         return tempfile.mkdtemp(dir=self.place) + "/run"
 
     def run(self, out, **how):
-        return self.forks.train(arguments(self.data, out, **RUN), **how)[0]
+        return self.forks.train(arguments(self.data, out, **RUN), lacks=self.lacks, **how)[0]
 
     def finish(self, out):
         status = self.run(out)
@@ -114,6 +116,26 @@ class Train:
 
     def interrupted(self, out):
         return self.at_moments(signal.SIGINT, out) + self.at_any_time(signal.SIGINT, out)
+
+    def hung_up(self, out):
+        return self.at_moments(signal.SIGHUP, out) + self.at_any_time(signal.SIGHUP, out)
+
+    def warned(self, out):
+        return self.at_moments(signal.SIGUSR1, out) + self.at_any_time(signal.SIGUSR1, out)
+
+    def lacking(self, what, out):
+        """All the run long, which is asked to end a few times besides."""
+        self.lacks = what
+        return 1 + self.at_moments(signal.SIGTERM, out)
+
+    def without_deleting(self, out):
+        return self.lacking("deleting folders", out)
+
+    def without_fsync_of_folders(self, out):
+        return self.lacking("fsync of folders", out)
+
+    def without_links(self, out):
+        return self.lacking("links", out)
 
     def full_disk(self, out):
         return sum(self.run(out, limit=int(10 ** self.rng.uniform(1, 4.9))) == 1 for _ in range(3))
@@ -301,6 +323,11 @@ KINDS = (
     ("train.py: SIGKILL at any time", Train, "killed_at_any_time"),
     ("train.py: SIGTERM", Train, "terminated"),
     ("train.py: SIGINT", Train, "interrupted"),
+    ("train.py: SIGHUP (as from a closed terminal)", Train, "hung_up"),
+    ("train.py: SIGUSR1 (as from Slurm)", Train, "warned"),
+    ("train.py: old checkpoints cannot be deleted (simulated), SIGTERM", Train, "without_deleting"),
+    ("train.py: fsync of folders fails (simulated), SIGTERM", Train, "without_fsync_of_folders"),
+    ("train.py: links cannot be made (simulated), SIGTERM", Train, "without_links"),
     ("train.py: no file may grow further (as on a full disk)", Train, "full_disk"),
     ("train.py: newest checkpoint cut or incomplete", Train, "damaged"),
     ("train.py: folder moved, links lost", Train, "moved"),
