@@ -15,7 +15,7 @@ import torch
 
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
-from inheritune.base.signals import StopRequest
+from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments.measurements import loss_curve, measure
 from inheritune.experiments.plots import plot_growth
 from inheritune.experiments.stages import Common, Stage, check_stages, plan_reference, run_stage, small_flags
@@ -31,7 +31,7 @@ from inheritune.weights.model_card import write_card
 def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset) -> Common:
     """What the recipe's runs share. Raises UserError with every problem that can be seen before training."""
     name, stage = grow.reference or os.path.join(settings.out_dir, "reference"), None
-    decided = explicit & {"init_from", "inherit_layers", "n_layer"}
+    decided = explicit & {"init_from", "inherit_layers", "n_layer", "change"}
     problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
     if grow.reference_config:
         stage = plan_reference(grow.reference_config, settings, explicit, name)
@@ -119,7 +119,7 @@ def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
     batch_tokens, max_iters = c.flags["batch_tokens"], c.flags["max_iters"]
 
     def train(arm, steps):
-        stage = c.random(arm, n_layer).with_flags(stop_at_val_loss=None)
+        stage = c.random(arm, n_layer).with_flags(stop_at_val_loss=None, stop_after_worse=None)
         if steps != max_iters:  # of several rounds, or stopped early
             stage = stage.with_flags(max_iters=steps, lr_decay_iters=None)
         run_to_end(stage)
@@ -172,18 +172,8 @@ def write_growth_report(out_dir: str, rows: list[dict]) -> str:
     return text + f"\nreport: {out_dir}/report.md   picture: {out_dir}/loss.png   model: {out_dir}/final"
 
 
-@one_line
-def main(argv=None):
-    """Command line: the recipe, its report, its figure."""
-    about = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
-    settings, grow, explicit = parse((TrainSettings, GrowSettings), argv, about)
-    c = plan_recipe(settings, grow, explicit)
-    if settings.dry_run:
-        print(describe_recipe(settings, grow, c))
-        return
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-
+def carry_out(settings: TrainSettings, grow: GrowSettings, c: Common) -> None:
+    """Train what the recipe needs, and report it."""
     # the reference
     if c.reference_stage:
         run_to_end(c.reference_stage)
@@ -203,6 +193,21 @@ def main(argv=None):
     if grow.control:
         rows += train_controls(c, rows, grow.growth)
     print("\n" + write_growth_report(c.folder, rows))
+
+
+@one_line
+def main(argv=None):
+    """Command line: the recipe, its report, its figure."""
+    about = "Inheritune: inherit blocks of a reference, train, grow until it is matched; with controls."
+    settings, grow, explicit = parse((TrainSettings, GrowSettings), argv, about)
+    c = plan_recipe(settings, grow, explicit)
+    if settings.dry_run:
+        print(describe_recipe(settings, grow, c))
+        return
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with ended_after(settings.max_hours):
+        carry_out(settings, grow, c)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
-from inheritune.base.signals import StopRequest
+from inheritune.base.signals import StopRequest, ended_after
 from inheritune.data.reader import identity
 from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.measurements import arm_curve, make_row
@@ -300,7 +300,8 @@ def main(argv=None):
             torch.set_num_threads(settings.threads)
         for name, why in comparison.left_out.items():
             print(f"{name} is left out: {why}")
-        train_all(settings, rep, comparison, jobs)
+        with ended_after(settings.max_hours):
+            train_all(settings, rep, comparison, jobs)
     for arm, seed in comparison.pairs():  # also rows of a comparison that is still under way
         if os.path.exists(row_path(settings.out_dir, arm, seed)):
             keep_logs(settings, rep, comparison.commons[seed], arm, seed)

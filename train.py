@@ -19,6 +19,7 @@ import time
 import torch
 
 from inheritune.base.errors import Stopped, UserError, one_line, rank_info
+from inheritune.base.signals import ended_after
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.build_run import Run, build_run
 from inheritune.training.command_line import parse
@@ -37,7 +38,8 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row that a run survives
 
 
 def fit(run: Run) -> float:
-    """Train until max_iters or stop_at_val_loss; returns the last validation loss (nats/token).
+    """Train until max_iters, stop_at_val_loss or stop_after_worse; returns the last validation loss
+    (nats/token).
 
     Raises Stopped, with the state saved, when any rank was asked to stop or could not write.
     """
@@ -47,12 +49,13 @@ def fit(run: Run) -> float:
         last = state.step >= s.max_iters
         if state.step > 0 and (state.step % save_interval == 0 or last):
             save_checkpoint(run)
-        val_loss = validate(run) if state.step % s.eval_interval == 0 or last else None
-        run.recorder.report(state.step, state.row, val_loss)
+        val_losses = validate(run) if state.step % s.eval_interval == 0 or last else {}
+        run.recorder.report(state.step, state.row, val_losses)
+        val_loss = val_losses.get("val_loss")
         reached = None not in (s.stop_at_val_loss, val_loss) and val_loss <= s.stop_at_val_loss
         if val_loss is not None and (state.step > 0 or reached):
             keep_best(run, val_loss)
-        if last or reached:
+        if last or reached or state.since_best >= (s.stop_after_worse or math.inf):
             save_checkpoint(run)
             wait_for_checkpoint(run)
             return val_loss
@@ -125,19 +128,23 @@ def forward(run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, .
         return teacher.loss(model.forward(x), teacher_logits, y)
 
 
-def validate(run: Run) -> float:
-    """The loss (nats/token) over the validation tokens. Saves and stops if a rank is asked to meanwhile."""
+def validate(run: Run) -> dict[str, float]:
+    """{column of log.csv: loss in nats/token} of all validation data: {"val_loss": 3.14} of dataset alone.
+
+    Saves and stops if a rank is asked to meanwhile.
+    """
     began, model, device = time.perf_counter(), run.model, run.model.device
 
     def any_rank_is_asked():
         return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
     with model.validating() as module:
-        loss = mean_loss(module, run.val, run.ranks, device, model.autocast, any_rank_is_asked)
+        options = run.ranks, device, model.autocast, any_rank_is_asked
+        losses = {name: mean_loss(module, data, *options) for name, data in run.val.items()}
     run.recorder.validated(time.perf_counter() - began)
-    if loss is None:
+    if None in losses.values():
         stop(run)
-    return loss
+    return losses
 
 
 def save_checkpoint(run: Run) -> None:
@@ -182,9 +189,10 @@ def keep_best(run, val_loss):
     state = run.state
     best = math.inf if state.best_val_loss is None else state.best_val_loss
     if not val_loss < best:  # not >=: nan is never the best
+        state.since_best += 1
         return
     save_checkpoint(run)
-    state.best_val_loss, state.best_step = val_loss, state.step
+    state.best_val_loss, state.best_step, state.since_best = val_loss, state.step, 0
     if run.ranks.first:
         link, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
         run.saver.start(functools.partial(checkpoint.link, link, name))
@@ -214,6 +222,8 @@ def write_cards(run, val_loss):
         folder = os.path.join(s.out_dir, checkpoint.step_name(step))
         if os.path.isdir(folder):
             facts = {"val_loss": loss, "tokens": step * s.batch_tokens, "data": os.path.basename(s.dataset)}
+            if changes := checkpoint.read_state(folder)["changes"]:
+                facts["changes"] = "; ".join(changes)
             write_card(folder, os.path.basename(s.out_dir), source, **facts)
 
 
@@ -229,6 +239,7 @@ def main(argv=None):
             print(plan_text(plan, settings))
         return
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_after(settings.max_hours if ranks.first else None))  # the others are told
         stack.enter_context(ranks.joined(settings.device))
         device = ranks.agree(lambda: pick(settings.device, ranks.local))
         plan = ranks.once(lambda: make_plan(settings, explicit, ranks.world))  # rank 0 decides what to resume
@@ -243,6 +254,8 @@ def main(argv=None):
             )
             if plan.warning:
                 print(plan.warning)
+            if plan.change:
+                print(f"from step {run.state.step} with other settings: {plan.change}")
         with run.request:
             val_loss = fit(run)
         if ranks.first:

@@ -310,7 +310,7 @@ def test_the_time_left_counts_training_and_validation(data, tmp_path, capsys):
     """Eight steps of 5 s, and two validations of 6 s."""
     recorder = make_run(data, tmp_path / "a").recorder
     recorder.since, recorder.train_s, recorder.last_val_s = (2, 3.0), 13.0, 6.0
-    recorder.report(4, {}, None)
+    recorder.report(4, {}, {})
     assert "256 tokens | 13 tok/s | mfu n/a | eta 0:00:52" in capsys.readouterr().out
 
 
@@ -319,7 +319,7 @@ def test_the_speed_is_that_since_the_last_line_without_the_first_step(data, tmp_
     recorder = make_run(data, tmp_path / "a").recorder
     for step, seconds in enumerate((100.0, 2.0, 2.0, 8.0, 2.0), start=1):
         recorder.stepped(step, seconds)
-        recorder.report(step, {}, None)
+        recorder.report(step, {}, {})
     speeds = [r["tokens_per_s"] for r in read_rows(str(tmp_path / "a/timing.csv"))]
     assert speeds == ["", "32", "32", "8", "32"]
 
@@ -332,7 +332,7 @@ def test_checkpoints_come_every_save_interval(data, tmp_path):
 def test_the_best_validation_has_a_checkpoint_wherever_it_comes(data, tmp_path, monkeypatch):
     """... and takes the place of the best one before."""
     losses = iter([9.0, 5.0, 4.0, 4.5, 4.6, 3.0, 7.0])
-    monkeypatch.setattr(train, "validate", lambda run: next(losses))
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses)})
     train.main(arguments(data, tmp_path / "a", eval_interval=2, save_interval=99, keep_last=1))
     assert checkpoint.list_steps(tmp_path / "a") == ["step_00000010", "step_00000012"]
     assert os.readlink(tmp_path / "a/best") == "step_00000010"
@@ -461,7 +461,7 @@ def test_ten_non_finite_steps_in_a_row_end_the_run_in_one_line(data, tmp_path, m
 
 def test_a_validation_that_is_not_finite_is_never_the_best(data, tmp_path, monkeypatch):
     losses = iter([5.0, math.nan, 4.0, math.inf])
-    monkeypatch.setattr(train, "validate", lambda run: next(losses))
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": next(losses)})
     train.main(arguments(data, tmp_path / "a"))
     assert os.readlink(tmp_path / "a/best") == "step_00000008"
     assert read_json(tmp_path / "a/latest/state.json")["best_val_loss"] == 4.0
@@ -515,7 +515,7 @@ def test_two_ranks_are_one_run(two_ranks, data, tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_validation_is_the_same_number_however_it_is_dealt(data, tmp_path, world):
     run = make_run(data, tmp_path / "a", **TWENTY)
-    alone = train.validate(run)
+    alone = train.validate(run)["val_loss"]
     parts = []
 
     class Dealt(Ranks):
@@ -528,7 +528,7 @@ def test_validation_is_the_same_number_however_it_is_dealt(data, tmp_path, world
         ranks = Dealt()
         ranks.rank, ranks.world, ranks.first = rank, world, rank == 0
         train.validate(dataclasses.replace(run, ranks=ranks))
-    assert sum(parts).sum().item() / (run.val.n_windows * 8) == alone
+    assert sum(parts).sum().item() / (run.val["val_loss"].n_windows * 8) == alone
     assert all(((p != 0).sum() - 24 / world).abs() < 1 for p in parts), "each rank has its share"
 
 
@@ -610,7 +610,7 @@ def test_a_wsd_run_can_be_made_longer_until_its_decay_begins(data, tmp_path):
     train.main(arguments(data, tmp_path / "a", **wsd, max_iters=8, cooldown_iters=4))
     longer = arguments(data, tmp_path / "a", **wsd, cooldown_iters=2, resume="must")
     said = refusal(train.main, longer)
-    assert "(cooldown_iters was 4, is 2; max_iters was 8, is 12): restore them" in said
+    assert "(cooldown_iters was 4, is 2; max_iters was 8, is 12): add --change to" in said
     shutil.rmtree(tmp_path / "a/step_00000008")
     train.main(longer)
     assert contents(tmp_path / "a") == contents(tmp_path / "whole")

@@ -4,10 +4,32 @@ Without an active `StopRequest`, errors.one_line lets these signals end a comman
 written is lost.
 """
 
+import contextlib
+import os
 import signal
 import subprocess
+import threading
+from collections.abc import Iterator
 
 from inheritune.base.errors import STOP_SIGNALS, Stopped, signals_handled
+
+
+@contextlib.contextmanager
+def ended_after(hours: float | None) -> Iterator[None]:
+    """Within this context this process gets SIGTERM after that many hours. None: it never does."""
+
+    def end():
+        print(f"max_hours: {hours:g} hours are over", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer((hours or 0) * 3600, end)
+    timer.daemon = True
+    if hours is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class StopRequest:

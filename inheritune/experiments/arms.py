@@ -23,7 +23,8 @@ from inheritune.weights.checkpoint import fingerprint
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
 TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
 # by the arms of a comparison, which all train on the same data and to the end
-FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end", "stop_at_val_loss")
+FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end")
+FIXED += ("stop_at_val_loss", "stop_after_worse")
 
 
 @dataclass(frozen=True)

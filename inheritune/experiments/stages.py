@@ -22,8 +22,10 @@ from inheritune.weights import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ALONE = threading.Lock()  # torch's generator and threads belong to the process: one measurement at a time
-SHARED = ("dataset", "eval_tokens", "seed", "device", "dtype", "compile", "threads")  # with the reference
-DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "dry_run", "n_layer")  # by each stage
+# with the reference
+SHARED = ("dataset", "eval_tokens", "also_validate", "seed", "device", "dtype", "compile", "threads")
+# by each stage
+DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "change", "dry_run", "n_layer")
 
 
 @dataclass(frozen=True)

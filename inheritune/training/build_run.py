@@ -17,7 +17,7 @@ from inheritune.models.interface import load_model, model_class, open_config, op
 from inheritune.training.cost import flops_per_token
 from inheritune.training.device import is_compiled, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
-from inheritune.training.logs import Recorder
+from inheritune.training.logs import ALSO, Recorder
 from inheritune.training.losses import Teacher, pad_head
 from inheritune.training.optimizer import load_optimizer, make_optimizer
 from inheritune.training.planning import Plan, examine_checkpoint
@@ -32,9 +32,11 @@ class State:
     step: int = 0  # optimizer steps made
     best_val_loss: float | None = None  # nats/token
     best_step: int | None = None  # of the checkpoint that has it
+    since_best: int = 0  # validations made since then
     bad_steps: int = 0  # steps skipped so far because loss or gradient was not finite
     bad_in_a_row: int = 0
     row: dict = field(default_factory=dict)  # loss, lr, grad_norm of the newest step
+    changes: list[str] = field(default_factory=list)  # what --change changed: "step 12: max_iters was …"
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Run:
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    val: ValData
+    val: dict[str, ValData]  # by the column of log.csv that their loss has
     batches: Iterator[torch.Tensor]  # this rank's windows, step after step
     epoch: float  # steps
     state: State
@@ -131,6 +133,8 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     optimizer = make_optimizer(module, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
+    if plan.change:
+        state.changes.append(f"step {state.step}: {plan.change}")
     recorder = Recorder(settings, flops_per_token(plan.config, plan.teacher), device, ranks.world)
     ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.first else None)
 
@@ -152,10 +156,11 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
 
 
 def open_data(settings, plan):
-    """(TrainData, ValData) of a run."""
+    """(TrainData, {column of log.csv: ValData}) of a run."""
     s, T = settings, plan.config.block_size
     train = TrainData(s.dataset, T, s.seed, s.data_start, s.data_end)
-    return train, ValData(s.dataset, T, s.eval_tokens, s.batch_size)
+    folders = {"val_loss": s.dataset} | ({ALSO: s.also_validate} if s.also_validate else {})
+    return train, {name: ValData(f, T, s.eval_tokens, s.batch_size) for name, f in folders.items()}
 
 
 def load_weights(plan, folder):

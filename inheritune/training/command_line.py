@@ -35,8 +35,8 @@ NANOGPT = {
     "decay_lr": "leave it out; for a constant rate set min_lr to learning_rate",
     "backend": "leave it out: it is NCCL on GPUs and gloo elsewhere",
     "wandb_log": "write log_to = 'wandb'",
-    "wandb_project": "leave it out: the project is called nanoInheritune",
-    "wandb_run_name": "leave it out: the run has the name of its out_dir",
+    "wandb_project": "set WANDB_PROJECT in the environment (default: nanoInheritune)",
+    "wandb_run_name": "set WANDB_NAME in the environment (default: the name of out_dir)",
 }
 
 

@@ -19,6 +19,7 @@ from inheritune.training.settings import TrainSettings
 # frozen: log columns and number format. A column may be added: older logs leave it empty.
 LOG_COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm")  # reproducible to the last digit
 TERMS = ("ce", "kl")  # further columns with a teacher: the terms of the loss, unweighted
+ALSO = "also_val_loss"  # a further column with also_validate
 TIMING_COLUMNS = ("step", "tokens_per_s", "mfu", "memory_mb", "train_s", "val_s")
 
 
@@ -45,6 +46,7 @@ class Recorder:
     def open(self, lock: int, step: int) -> None:
         """Open the logs of the run folder that `lock` locks, for the rows from `step` on."""
         out, names = self.settings.out_dir, LOG_COLUMNS + (TERMS if self.settings.teacher else ())
+        names += (ALSO,) if self.settings.also_validate else ()
         self.log = CsvLog(os.path.join(out, "log.csv"), names, before=step)
         self.timing = CsvLog(os.path.join(out, "timing.csv"), TIMING_COLUMNS, before=step)
         self.sink = open_sink(self.settings, step)
@@ -65,15 +67,16 @@ class Recorder:
         self.val_s += seconds
         self.last_val_s = seconds
 
-    def report(self, step: int, row: dict, val_loss: float | None) -> None:
+    def report(self, step: int, row: dict, val_losses: dict[str, float]) -> None:
         """Print and log the step that led to `step`, if a line is due or the model was validated there.
 
         row: loss, lr, grad_norm, … of that step.
+        val_losses: {column: loss}, {} when the model was not validated.
         """
         s = self.settings
-        if self.lock is None or (step % s.log_interval and val_loss is None):
+        if self.lock is None or (step % s.log_interval and not val_losses):
             return
-        row = {"step": step, "tokens": step * s.batch_tokens, "val_loss": val_loss, **row}
+        row = {"step": step, "tokens": step * s.batch_tokens, **row, **val_losses}
         self.log.write(row)
 
         # speed since the last line
@@ -92,8 +95,7 @@ class Recorder:
         parts = [f"step {step}/{s.max_iters}"]
         if "loss" in row:
             parts += [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"]
-        if val_loss is not None:
-            parts.append(f"val {val_loss:.4f}")
+        parts += [f"{name.removesuffix('_loss')} {loss:.4f}" for name, loss in val_losses.items()]
         parts.append(f"{row['tokens']:,} tokens")
         if step_s:  # the time left: steps at the present speed, validations as long as the last
             validations = -(-s.max_iters // s.eval_interval) - step // s.eval_interval
@@ -184,7 +186,10 @@ def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, fl
         with replacing(path, "w") as f:
             f.write(secrets.token_hex(4))
     with open(path, encoding="utf-8") as f:
-        names = {"project": "nanoInheritune", "name": os.path.basename(out_dir), "id": f.read().strip()}
+        names = {"id": f.read().strip()}
+    # W&B reads WANDB_ENTITY by itself; these two it would not read once they are given here
+    names["project"] = os.environ.get("WANDB_PROJECT") or "nanoInheritune"
+    names["name"] = os.environ.get("WANDB_NAME") or os.path.basename(out_dir)
     try:
         run = wandb.init(**names, resume="allow", config=dataclasses.asdict(settings), dir=out_dir)
     except wandb.Error as e:

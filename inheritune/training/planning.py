@@ -45,6 +45,7 @@ class Plan:
     micro_batch: int = 0  # sequences per forward pass on one rank
     accumulation: int = 0  # forward passes per step on each rank
     warning: str = ""  # of what is allowed, but hardly meant
+    change: str = ""  # which settings of the run that is continued were others: "max_iters was 12, is 24"
 
 
 def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> Plan:
@@ -72,6 +73,9 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
         tokenizer, plan.data, plan.train_tokens = attempt(read_data, settings) or (None, None, None)
     if plan.resume_from:
         problems += check_same_run(settings, plan)
+    also = settings.also_validate
+    if also and tokenizer and (os.path.isdir(also) or not settings.dry_run):
+        attempt(check_also_validate, settings)
 
     # the model, and its teacher
     if settings.teacher:
@@ -115,6 +119,10 @@ def check_settings(settings: TrainSettings) -> list[str]:
         problems.append(f"min_lr {s.min_lr:g} is above learning_rate {s.learning_rate:g}: set both")
     if s.cooldown_iters is not None and s.schedule != "wsd":
         problems.append(f"cooldown_iters is of schedule=wsd, not {s.schedule}: leave one of them out")
+    if s.change and s.resume == "never":
+        problems.append("change is for a run that is continued: add --resume=auto, or leave it out")
+    if s.max_hours is not None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        problems.append("torchrun --max-restarts would go on after max_hours: leave one of them out")
     if s.shard and s.optimizer == "muon":
         problems.append("optimizer=muon needs whole matrices and shard=True cuts them: choose one of the two")
     if s.init_from == "scratch" and s.inherit_layers is not None:
@@ -129,22 +137,31 @@ def check_same_run(settings: TrainSettings, plan: Plan) -> list[str]:
 
     A run that is continued must end as if it had never been interrupted. So all settings must be the same,
     except for HARMLESS ones. Those of the SCHEDULE may change if all steps so far keep their rates: a run
-    with schedule=wsd can be made longer, or decayed earlier, until its decay begins.
+    with schedule=wsd can be made longer, or decayed earlier, until its decay begins. With settings.change
+    they may change in any case, and plan.change says how.
     """
     saved = checkpoint.read_state(plan.resume_from)
     defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
     before = TrainSettings(**{key: saved["settings"].get(key, value) for key, value in defaults.items()})
     differ = [key for key in defaults if getattr(before, key) != getattr(settings, key)]
-    changed = [key for key in differ if key not in HARMLESS | SCHEDULE]
+    changed, rates = [key for key in differ if key not in HARMLESS | SCHEDULE], []
     if not same_rates(before, settings, saved["step"]):
-        changed += [key for key in differ if key in SCHEDULE]
+        rates = [key for key in differ if key in SCHEDULE]
         if "max_iters" in differ and settings.lr_decay_iters is None:  # the decay would end elsewhere
-            changed.append("max_iters")
+            rates.append("max_iters")
+
+    def was_and_is(keys):
+        return "; ".join(f"{key} was {getattr(before, key)!r}, is {getattr(settings, key)!r}" for key in keys)
+
     problems, cure = [], "restore them, or use another out_dir"
+    if settings.change:
+        plan.change = was_and_is(rates)
+    else:
+        changed += rates
     if changed:
-        pairs = [f"{key} was {getattr(before, key)!r}, is {getattr(settings, key)!r}" for key in changed]
-        other = f"cannot continue {settings.out_dir} with other settings ({'; '.join(pairs)})"
-        problems.append(f"{other}: {cure}")
+        other = f"cannot continue {settings.out_dir} with other settings ({was_and_is(changed)})"
+        flag = "add --change to go on with the new learning rates, " if changed == rates else ""
+        problems.append(f"{other}: {flag}{cure}")
     if plan.data and saved.get("data") not in (None, plan.data):
         other = f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on"
         problems.append(f"{other}: {cure}")
@@ -182,6 +199,14 @@ def check_teacher(settings: TrainSettings, plan: Plan) -> None:
         raise UserError(f"teacher {name} reads {theirs} tokens, the student {ours}: too short")
     if plan.data:
         check_tokenizer(settings.dataset, config_folder(name), plan.teacher)
+
+
+def check_also_validate(settings: TrainSettings) -> None:
+    """Raise UserError unless also_validate is a data folder with the dataset's tokenizer."""
+    folders = settings.dataset, settings.also_validate
+    ours, theirs = (read_meta(folder)["tokenizer"] for folder in folders)
+    if any(ours.get(key) != theirs.get(key) for key in ("name", "n_vocab", "eot", "sha256")):
+        raise UserError(f"{folders[1]} (also_validate) was not tokenised as {folders[0]}: prepare it alike")
 
 
 def warn_of_warmup(settings: TrainSettings) -> str:

@@ -51,6 +51,8 @@ class TrainSettings:
     batch_size: int = setting(12, "upper limit of sequences per micro-batch on one rank", 1)
     max_iters: int = setting(100_000, "optimizer steps", 1)  # sec. 3: T = 100K everywhere
     stop_at_val_loss: float | None = setting(None, "stop once validation loss (nats/token) reaches this")
+    stop_after_worse: int | None = setting(None, "stop after this many validations without a new best", 1)
+    max_hours: float | None = setting(None, "save and end after this many hours, as on SIGTERM", 0.0, 1e5)
 
     heading("distillation")
     teacher: str = setting("", "checkpoint, run folder or hub id to distil from (default: none)")
@@ -89,6 +91,7 @@ class TrainSettings:
     heading("evaluation and checkpoints")
     eval_interval: int = setting(1000, "steps between validations", 1)  # the released logs
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
+    also_validate: str = setting("", "a second data folder to validate on: also_val_loss in log.csv")
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
     log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "where else (requirements-extra.txt)")
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
@@ -96,6 +99,7 @@ class TrainSettings:
     resume: Literal["never", "auto", "must"] = setting(
         "never", "if out_dir holds a run: never: refuse; auto: continue it; must: that, and fail without one"
     )
+    change: bool = setting(False, "with resume: go on although max_iters or the learning rates were others")
 
     heading("machine")
     seed: int = setting(1337, "seeds the initialisation, the data order and dropout", 0)
@@ -157,13 +161,15 @@ class ReplicateSettings:
 MACHINE = frozenset(
     {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "device"}
     | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}
+    | {"max_hours", "also_validate", "change"}
 )
 
 # What may change when a run is resumed: neither the mathematics nor the meaning of a log's row depends on it.
 # (Of data the tokens are compared, not the path.)
-HARMLESS = MACHINE | {"stop_at_val_loss", "max_iters", "eval_interval", "dataset"}
+HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 
-# What decides the learning rate of each step. It may change for the steps to come (planning.check_same_run).
+# What decides the learning rate of each step. It may change for the steps to come, and those made had other
+# rates only if `change` asks for that (planning.check_same_run).
 SCHEDULE = frozenset(
     {"learning_rate", "min_lr", "warmup_iters", "schedule", "lr_decay_iters", "cooldown_iters"}
 )

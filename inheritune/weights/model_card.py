@@ -13,6 +13,7 @@ from inheritune.weights.checkpoint import hub_id, read_lineage
 CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link", "language")  # taken over from the source's card
 FACTS = {"val_loss": "validation loss {:.4f} nats/token", "tokens": "{:,} training tokens", "data": "data {}"}
+FACTS["changes"] = "settings changed in the run ({})"
 
 
 def write_card(folder: str, name: str, source: str | None = None, reference: dict | None = None, **facts):

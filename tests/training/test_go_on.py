@@ -1,0 +1,189 @@
+"""A run that goes on differently, ends by itself, or is watched more closely.
+
+pytest tests/training/test_go_on.py
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+
+import pytest
+from safetensors.torch import load_file
+
+import grow
+import train
+from inheritune.base.files import read_json, write_json
+from inheritune.training.settings import SCHEDULE
+from inheritune.weights import checkpoint
+from tests.test_grow import write_recipe
+from tests.test_reports import Wandb
+from tests.tiny import arguments, column, contents, refusal, rows, write_data
+
+OTHERS = {"learning_rate": 0.02, "min_lr": 0.002, "warmup_iters": 2, "schedule": "linear", "max_iters": 16}
+OTHERS |= {"lr_decay_iters": 16, "cooldown_iters": None}
+
+
+def copied(plain, out, steps):
+    """A copy of the plain run as it was after `steps` steps."""
+    shutil.copytree(plain, out, symlinks=True)
+    for step in checkpoint.list_steps(out):
+        if step > checkpoint.step_name(steps):
+            shutil.rmtree(out / step)
+    return out
+
+
+# --change
+
+
+@pytest.mark.parametrize("key", sorted((SCHEDULE | {"max_iters"}) - {"cooldown_iters"}))
+def test_a_run_goes_on_with_other_rates_when_asked(plain, data, tmp_path, key):
+    """Its steps so far stay; the next one starts from their weights and moments, with the new rate."""
+    out, other = copied(plain, tmp_path / "a", 12), {key: OTHERS[key]}
+    longer = {"max_iters": 16, "keep_last": 9} | other
+    said = refusal(train.main, arguments(data, out, resume="auto", **longer))
+    assert "add --change to go on with the new learning rates" in said
+    assert ("lr_decay_iters" in said) == (key == "lr_decay_iters"), "nobody gave it"
+    train.main(arguments(data, out, resume="auto", change=True, **longer))
+    train.main(arguments(data, tmp_path / "fresh", **longer))
+    assert rows(out)[:12] == rows(plain)[:12]
+    assert column(out, "lr")[12:] == column(tmp_path / "fresh", "lr")[12:], "the rates of the new settings"
+    moments = load_file(out / "step_00000016" / checkpoint.OPTIMIZER)
+    assert {int(value) for name, value in moments.items() if name.endswith("/step")} == {16}
+
+
+def test_the_change_is_written_down_once(plain, data, tmp_path, capsys):
+    """... in state.json and in the card, and the run killed after it ends with the same bytes."""
+    how = {"max_iters": 20, "keep_last": 9, "resume": "auto", "change": True}
+    out = copied(plain, tmp_path / "a", 12)
+    train.main(arguments(data, out, **how))
+    changes = ["step 12: max_iters was 12, is 20"]
+    assert f"from step 12 with other settings: {changes[0][9:]}" in capsys.readouterr().out
+    assert read_json(out / "latest/state.json")["changes"] == changes
+    assert f"settings changed in the run ({changes[0]})" in (out / "latest/README.md").read_text()
+    whole = contents(out)
+    shutil.rmtree(out / "step_00000020")
+    train.main(arguments(data, out, **how))
+    assert contents(out) == whole and read_json(out / "latest/state.json")["changes"] == changes
+    assert "changes" not in (copied(plain, tmp_path / "b", 12) / "latest/README.md").read_text()
+
+
+def test_only_rates_can_be_changed(plain, data):
+    said = refusal(train.main, arguments(data, plain, resume="auto", change=True, seed=1, max_iters=20))
+    assert "(seed was 1337, is 1): restore them" in said
+    said = refusal(train.main, arguments(data, plain, change=True))
+    assert "change is for a run that is continued: add --resume=auto" in said
+
+
+def test_a_wsd_run_can_be_decayed_earlier(data, tmp_path):
+    """In its stable phase it needs no leave: 8 of 40 steps, then 4 of decay, are a run of 12."""
+    wsd = {"schedule": "wsd", "cooldown_iters": 4, "keep_last": 9}
+    train.main(arguments(data, tmp_path / "whole", **wsd))
+    with pytest.MonkeyPatch.context() as patch:
+        step = train.train_step
+        patch.setattr(train, "train_step", lambda run: (ask_after(8, run), step(run)))
+        with pytest.raises(SystemExit):
+            train.main(arguments(data, tmp_path / "a", **wsd, max_iters=40))
+    for late in (tmp_path / "a").glob("step_00000009"):
+        shutil.rmtree(late)
+    train.main(arguments(data, tmp_path / "a", **wsd, resume="must"))
+    assert contents(tmp_path / "a") == contents(tmp_path / "whole")
+    assert read_json(tmp_path / "a/latest/state.json")["changes"] == []
+
+
+def ask_after(step, run):
+    if run.state.step == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+# max_hours, stop_after_worse
+
+
+def test_max_hours_save_and_go_on_to_the_same_bytes(plain, data, tmp_path, capsys):
+    """They are over in the sixth step."""
+    step, out, timers = train.train_step, tmp_path / "a", []
+
+    class Timer(threading.Timer):
+        def start(self):
+            timers.append(self)
+
+    def timed(run):
+        if run.state.step == 5:
+            timers[0].function()
+        step(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(threading, "Timer", Timer)
+        patch.setattr(train, "train_step", timed)
+        train.main(arguments(data, out, max_hours=1.5))
+    assert end.value.code == 143 and checkpoint.list_steps(out)[-1] == "step_00000006"
+    assert [timer.interval for timer in timers] == [5400]
+    said = capsys.readouterr()
+    assert "max_hours: 1.5 hours are over" in said.out and "SIGTERM: saved" in said.err
+    train.main(arguments(data, out, resume="auto", max_hours=1))
+    found, expected = contents(out), contents(plain)
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_max_hours_of_a_recipe_are_those_of_all_its_runs(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        grow.main([str(write_recipe(tmp_path, k_start=2)[0]), f"--max_hours={4 / 3600}"])
+    assert end.value.code == 143 and "max_hours: 0.00111111 hours" in capfd.readouterr().out
+
+
+def test_max_hours_and_restarts_exclude_each_other(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "max-restarts" in refusal(train.main, arguments(data, tmp_path / "a", max_hours=1))
+
+
+def test_validations_without_a_new_best_end_a_run(data, tmp_path, monkeypatch):
+    """... also when it was killed between them. It is done then."""
+    losses = {2: 5.0, 4: 4.0, 6: 4.5, 8: 3.9, 10: 4.0, 12: 4.1, 14: 4.2, 16: 1.0}
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": losses.get(run.state.step, 9.0)})
+    how = {"eval_interval": 2, "max_iters": 20, "stop_after_worse": 3, "keep_last": 9}
+    train.main(arguments(data, tmp_path / "a", **how))
+    assert os.readlink(tmp_path / "a/best") == "step_00000008"
+    assert os.readlink(tmp_path / "a/latest") == "step_00000014"
+    whole = contents(tmp_path / "a")
+    for step in ("step_00000012", "step_00000014"):
+        shutil.rmtree(tmp_path / "a" / step)
+    train.main(arguments(data, tmp_path / "a", **how, resume="auto"))
+    assert {**whole, **contents(tmp_path / "a")} == whole
+    state = read_json(tmp_path / "a/latest/state.json")
+    assert state["since_best"] == 2, "as each state, that before the validation at its step"
+
+
+# also_validate, W&B
+
+
+def test_a_second_validation_changes_nothing_and_is_the_loss_of_its_data(plain, data, tmp_path, capsys):
+    other = write_data(tmp_path / "other", val=300, high=50)
+    train.main(arguments(data, tmp_path / "a", also_validate=other))
+    found = contents(tmp_path / "a")
+    assert {k: v for k, v in found.items() if k != "log.csv"} == {
+        k: v for k, v in contents(plain).items() if k != "log.csv"
+    }
+    also = [row.pop("also_val_loss") for row in rows(tmp_path / "a")]
+    kept = [{k: v for k, v in row.items() if k != "also_val_loss"} for row in rows(tmp_path / "a")]
+    assert kept == rows(plain)
+    train.main(arguments(other, tmp_path / "b", init_from=f"{plain}/latest", max_iters=1))
+    assert [step for step, loss in enumerate(also) if loss is not None] == [0, 4, 8, 12]
+    assert also[12] == column(tmp_path / "b", "val_loss")[0]
+    assert f"also_val {also[12]:.4f}" in capsys.readouterr().out
+    meta = read_json(f"{other}/meta.json")
+    write_json(f"{other}/meta.json", meta | {"tokenizer": meta["tokenizer"] | {"eot": 0}})
+    said = refusal(train.main, arguments(data, tmp_path / "c", also_validate=other))
+    assert f"{other} (also_validate) was not tokenised as {data}" in said
+
+
+def test_wandb_is_told_what_its_environment_says(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
+    how = {"log_to": "wandb", "max_iters": 1}
+    train.main(arguments(data, tmp_path / "a", **how))
+    for name in ("PROJECT", "NAME", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", name)
+    train.main(arguments(data, tmp_path / "b", **how))
+    named = [{key: run.get(key) for key in ("project", "name", "entity")} for run in module.runs]
+    assert named[0] == {"project": "nanoInheritune", "name": "a", "entity": None}
+    assert named[1] == {"project": "PROJECT", "name": "NAME", "entity": None}, "W&B reads the last itself"
