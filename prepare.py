@@ -10,7 +10,7 @@ Kill a run anywhere and start it again: it goes on, and the result is the same t
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.data.python_corpus import open_python
-from inheritune.data.sources import open_files
+from inheritune.data.sources import TOKENIZERS, open_files
 from inheritune.data.text_files import TABLES, TEXT
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
@@ -18,25 +18,19 @@ from inheritune.data.writer import write_tokens
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__)
-    help = (
-        f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), a row a document; "
-        "both also as .gz and .zst; folders of them; glob patterns. Without any: the text inside Python"
-    )
-    parser.add_argument("sources", nargs="*", metavar="PATH", help=help)
-    parser.add_argument("--out", help="folder to write (default without PATH: data/python)")
-    help = "bytes, a tiktoken name, or the path of a tokenizer.json or of its folder (default: gpt2; without "
-    parser.add_argument("--tokenizer", help=help + "PATH bytes)")
+    add = parser.add_argument
+    kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), a row a document"
+    others = "both also as .gz and .zst; folders of them; glob patterns. Without any: the text inside Python"
+    add("sources", nargs="*", metavar="PATH", help=f"{kinds}; {others}")
+    add("--out", help="folder to write (default without PATH: data/python)")
+    add("--tokenizer", help=f"{TOKENIZERS} (default: gpt2; without PATH bytes)")
     help = "what is for validation; without it a folder's own validation split, or a share of all text"
-    parser.add_argument("--val_files", nargs="+", default=[], metavar="PATH", help=help)
-    help = "that share of the tokens, from the end (default: 0.1)"
-    parser.add_argument("--val_fraction", type=float, help=help)
-    parser.add_argument("--text_column", help="where a table keeps the text (default: text)")
-    help = (
-        "text that parts the documents of a text file, such as '<|endoftext|>', or $'\\n\\n' for empty lines"
-    )
-    parser.add_argument("--split_on", default="", metavar="TEXT", help=help)
-    help = "threads that tokenise"
-    parser.add_argument("--num_proc", type=int, default=usable_cpus(), help=help)
+    add("--val_files", nargs="+", default=[], metavar="PATH", help=help)
+    add("--val_fraction", type=float, help="that share of the tokens, from the end (default: 0.1)")
+    add("--text_column", help="where a table keeps the text (default: text)")
+    help = "parts the documents of a text file, such as '<|endoftext|>', or $'\\n\\n' for empty lines"
+    add("--split_on", default="", metavar="TEXT", help=help)
+    add("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     return parser
 
 

@@ -5,15 +5,13 @@
 
 The first shard is for validation, the rest for training; a document that does not fit goes on in the next
 shard. Each document is followed by an end-of-text id. The preparation that Inheritune's authors built on puts
-it in front of each document instead, so its shards differ from ours by one token at either end. Killed
-anywhere, it goes on when started again.
+it in front of each document instead. Killed anywhere, it goes on when started again.
 """
 
 import sys
 
-from inheritune.base.cpus import usable_cpus
-from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.sources import open_files, open_hub
+from inheritune.base.errors import UserError, one_line
+from inheritune.data.sources import hub_parser, open_files, open_hub
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
 
@@ -24,24 +22,16 @@ DOCUMENTS = {"sample-10BT": 9.67e6, "sample-100BT": 97.3e6}
 @one_line
 def main(argv=None):
     """Command line: FineWeb-Edu, from the hub or from local files, into a data folder of shards."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--out", default="data/fineweb-edu", help="folder to write")
-    parser.add_argument(
-        "--dataset", default="HuggingFaceFW/fineweb-edu", help="hub dataset, or such a folder"
-    )
+    parser = hub_parser(__doc__, "data/fineweb-edu", "HuggingFaceFW/fineweb-edu")
     parser.add_argument("--name", default="sample-10BT", help="which part: sample-10BT, sample-100BT, ...")
-    help = "read these instead: tables or text files, folders or glob patterns, as prepare.py does"
-    parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
     parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a shard, about")
     parser.add_argument("--max_tokens", type=int, default=0, help="stop after about so many; 0: at the end")
-    parser.add_argument("--tokenizer", default="gpt2", help="as for prepare.py")
-    parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     args = parser.parse_args(argv)
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens} must be at least 1")
     if args.max_tokens and args.max_tokens <= args.shard_tokens:
         shard = f"--shard_tokens {args.shard_tokens}"
-        raise UserError(f"--max_tokens {args.max_tokens} leaves nothing to train on; it must exceed {shard}")
+        raise UserError(f"--max_tokens must exceed {shard}: the first shard is for validation")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
         source = open_files(args.data_files, None, None, "", args.out)

@@ -3,9 +3,8 @@
     python prepare_owt.py                                   # from the Hugging Face hub into data/openwebtext
     python prepare_owt.py --data_files owt/*.parquet        # from files that you have
 
-Each document is followed by an end-of-text id, and the documents keep the order of the corpus. Needs 18 GB
-for the result and, from the hub, about 54 GB for its cache (set HF_HOME to say where). Killed anywhere, it
-goes on when started again.
+Documents keep the order of the corpus, each followed by an end-of-text id. Needs 18 GB for the result and,
+from the hub, 54 GB for its cache (HF_HOME says where). Killed anywhere, it goes on when started again.
 """
 
 import math
@@ -13,9 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from inheritune.base.cpus import usable_cpus
-from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.sources import Piece, Source, open_files, open_hub
+from inheritune.base.errors import UserError, one_line
+from inheritune.data.sources import Piece, Source, hub_parser, open_files, open_hub
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
 
@@ -41,19 +39,15 @@ def load(dataset: str) -> Source:
 
 
 def validation_documents(n: int) -> np.ndarray:
-    """A bool array of length `n`, true for the documents that nanoGPT holds out.
-
-    `datasets` permutes the document numbers with numpy's default generator and tests on the first of them,
-    one for every 2000 documents or part of it.
-    """
+    """A bool array of length `n`, true for the documents that nanoGPT holds out: `datasets` permutes their
+    numbers with numpy's default generator and takes the first, one for every 2000 or part of it."""
     held_out = np.zeros(n, bool)
     held_out[np.random.default_rng(SEED).permutation(n)[: math.ceil(VAL_FRACTION * n)]] = True
     return held_out
 
 
 def compare(meta: dict) -> None:
-    """Print whether document and token counts in a meta.json are those of the whole corpus, if the ids are
-    GPT-2's."""
+    """Print whether the counts in a meta.json with GPT-2's ids are those of the whole corpus."""
     if meta["tokenizer"]["n_vocab"] != 50257:
         return
     n = sum(split["documents"] for split in meta["splits"].values())
@@ -77,21 +71,10 @@ def hold_out(pieces: Iterator[Piece], held_out: np.ndarray) -> Iterator[Piece]:
 @one_line
 def main(argv=None):
     """Command line: OpenWebText, from the hub or from local files, into a data folder."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--out", default="data/openwebtext", help="folder to write")
-    parser.add_argument(
-        "--dataset", default=DATASET, help="hub dataset, or a local folder in the hub's layout"
-    )
-    help = "read these instead: tables or text files, folders or glob patterns, as prepare.py does"
-    parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
-    parser.add_argument("--tokenizer", default="gpt2", help="as for prepare.py")
-    parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
-    args = parser.parse_args(argv)
+    args = hub_parser(__doc__, "data/openwebtext", DATASET).parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
-    if args.data_files:
-        source = open_files(args.data_files, None, None, "", args.out)
-    else:
-        source = load(args.dataset)
+    files = args.data_files
+    source = open_files(files, None, None, "", args.out) if files else load(args.dataset)
     held_out = validation_documents(source.documents())
     source = source._replace(pieces=hold_out(source.pieces, held_out))
     compare(write_tokens(args.out, "prepare_owt.py", source, tokenizer, args.num_proc))

@@ -14,7 +14,7 @@ import zipfile
 import pytest
 
 from inheritune.data.python_corpus import python_documentation
-from inheritune.data.tokenizer import END_OF_TEXT, GPT2_FILES, byte_letters
+from inheritune.data.tokenizer import END_OF_TEXT, GPT2_FILES, byte_letters, gpt2_files
 
 WHEEL, MEMBER = "mlx-whisper==0.4.3", "mlx_whisper/assets/gpt2.tiktoken"
 SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -31,6 +31,7 @@ def gpt2():
     """
     cache = os.path.join(FOLDER, "tiktoken")
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    gpt2_files.cache_clear()  # an earlier test may have asked without them
     paths = {
         name: os.path.join(cache, hashlib.sha1(url.encode()).hexdigest())
         for name, (url, _) in GPT2_FILES.items()

@@ -142,6 +142,11 @@ def error_line(e: UserError | OSError) -> str:
     return f"{e.strerror or e}{where}; nothing written before is damaged{cure}"
 
 
+def first_line(e: BaseException) -> str:
+    """The first line of a library's error, which may have many; its class where it says nothing."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raises one UserError for a list of problems, if there are any."""
     if problems:

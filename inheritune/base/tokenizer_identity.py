@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, first_line
 from inheritune.base.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a tokenizer in this file
@@ -112,10 +112,8 @@ def package_errors(path: str) -> Iterator[None]:
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        why = str(e).split("\n")[0][:150]
-        raise UserError(
-            f"{path}: not a tokenizer of the tokenizers package ({why}); fetch it again"
-        ) from None
+        what = f"not a tokenizer of the tokenizers package ({first_line(e):.150})"
+        raise UserError(f"{path}: {what}; fetch it again") from None
 
 
 def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int | None:

@@ -32,9 +32,8 @@ def foreign_bins(folder: str, split: str, dtype: str | None) -> list[Bin]:
     names = sorted(os.listdir(folder))
     found = [name for name in names if re.fullmatch(rf"(.*_)?{split}(_\d+)?\.bin", name)]
     if not found and split in ("train", "val"):
-        found = [
-            n for n in names if n.endswith(".ds") and ("val" in re.split("[^a-z]", n)) == (split == "val")
-        ]
+        found = [name for name in names if name.endswith(".ds")]
+        found = [name for name in found if ("val" in re.split("[^a-z]", name)) == (split == "val")]
     if not found:
         raise UserError(f"{folder} has no {split}.bin and no meta.json: prepare the data first, or again")
     return [examine_bin(os.path.join(folder, name), dtype) for name in found]
@@ -56,10 +55,8 @@ def examine_bin(path: str, dtype: str | None) -> Bin:
     given = dtype or (metadata_dtype(path) if path.endswith(".ds") else None)
     found = np.dtype(given or "uint16").newbyteorder("<")
     if size % found.itemsize:
-        raise UserError(
-            f"{path} has {size:,} bytes, no whole number of tokens of {found.itemsize} bytes: it was cut off "
-            "or replaced; prepare the data again"
-        )
+        what = f"has {size:,} bytes, no whole number of tokens of {found.itemsize} bytes"
+        raise UserError(f"{path} {what}: it was cut off or replaced; prepare the data again")
     if given is None and len(begin) > 64 and (begin[1::2] == 0).mean() > 0.99:
         raise UserError(f"{path}: every second id of 16 bits is 0, so they have 32 or 64 bits; {WRITE_META}")
     return Bin(path, size // found.itemsize, found)

@@ -65,10 +65,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def order(samples: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """The window numbers (int64) of global samples (int64, counted from 0 over all epochs of n samples).
-
-    Each epoch is its own permutation of range(n).
-    """
+    """The window numbers (int64) of global samples (int64, counted from 0 over all epochs of n samples). Each
+    epoch is its own permutation of range(n)."""
     samples = np.asarray(samples, dtype=np.int64)
     windows = np.empty_like(samples)
     for epoch in np.unique(samples // n):
@@ -79,11 +77,8 @@ def order(samples: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 class TrainData:
-    """The training windows of a run, dealt to ranks.
-
-    `start` and `end` are fractions of the stream: a run can use a part that another did not see. Raises
-    UserError when the part holds no window.
-    """
+    """The training windows of a run, dealt to ranks. `start` and `end` are fractions of the stream: a run can
+    use a part that another did not see."""
 
     def __init__(self, folder: str, block_size: int, seed: int, start: float = 0.0, end: float = 1.0):
         self.tokens = Tokens(folder, "train")
@@ -92,10 +87,9 @@ class TrainData:
         last = int(len(self.tokens) * end)
         self.n_windows = (last - self.first - 1) // block_size
         if self.n_windows < 1:
-            raise UserError(
-                f"{folder}: tokens {self.first:,} to {last:,} of train hold no window of block_size + 1 = "
-                f"{block_size + 1}: use a smaller block_size or more data"
-            )
+            what = f"tokens {self.first:,} to {last:,} of train hold no window"
+            cure = "use a smaller block_size or more data"
+            raise UserError(f"{folder}: {what} of block_size + 1 = {block_size + 1}: {cure}")
 
     def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> torch.Tensor:
         """Windows (count/world, block_size + 1) int32: every world-th of `count` samples, from `rank` on."""
@@ -113,21 +107,16 @@ class TrainData:
 
 
 class ValData:
-    """The fixed validation windows: the first `eval_tokens` ids of val, in order, without randomness.
-
-    They come in groups of `group` windows. What is in a group does not depend on the number of ranks, so its
-    loss is the same number on any of them. Raises UserError when val is shorter than one window.
-    """
+    """The fixed validation windows: the first `eval_tokens` ids of val, in order, `group` windows at a time.
+    A group does not depend on the number of ranks: its loss is the same on any of them."""
 
     def __init__(self, folder: str, block_size: int, eval_tokens: int, group: int):
         self.tokens = Tokens(folder, "val")
         self.block_size, self.group = block_size, group
         self.n_windows = min(len(self.tokens) - 1, eval_tokens) // block_size
         if self.n_windows < 1:
-            raise UserError(
-                f"{folder}: val has {len(self.tokens):,} tokens, eval_tokens is {eval_tokens:,}: both must "
-                f"reach block_size + 1 = {block_size + 1}"
-            )
+            what = f"val has {len(self.tokens):,} tokens, eval_tokens is {eval_tokens:,}"
+            raise UserError(f"{folder}: {what}: both must reach block_size + 1 = {block_size + 1}")
         self.n_groups = -(-self.n_windows // group)
 
     def batch(self, g: int) -> torch.Tensor:
@@ -137,11 +126,8 @@ class ValData:
 
 
 class Tokens:
-    """One split of a data folder as a read-only stream of `len(tokens)` ids.
-
-    Plain reads: a memory map would fill memory with what was read, and kill the process when a bin is cut off
-    meanwhile. Raises UserError when a file is missing, or its size contradicts meta.json.
-    """
+    """One split of a data folder as a read-only stream of `len(tokens)` ids, by plain reads. A memory map
+    fills memory with what was read, and kills the process when a bin is cut off meanwhile."""
 
     def __init__(self, folder: str, split: str):
         meta = read_meta(folder)
@@ -184,11 +170,9 @@ class Tokens:
         """
         out = np.stack([self.read(first + int(i) * block_size, block_size + 1) for i in numbers])
         if out.max() >= self.tokenizer["n_vocab"]:
-            name, n_vocab = self.tokenizer["name"], self.tokenizer["n_vocab"]
-            raise UserError(
-                f"{self.folder}: {self.split} holds id {out.max()}, above the {n_vocab} ids of its tokenizer "
-                f"{name!r}: the bin is damaged or its meta.json is another's"
-            )
+            what = "above the {n_vocab} ids of its tokenizer {name!r}".format(**self.tokenizer)
+            cause = "the bin is damaged or its meta.json is another's"
+            raise UserError(f"{self.folder}: {self.split} holds id {out.max()}, {what}: {cause}")
         out[:, 0] = self.tokenizer.get("bos", out[:, 0])
         return torch.from_numpy(out.astype(np.int32))
 
@@ -196,18 +180,16 @@ class Tokens:
 def read_meta(folder: str) -> dict:
     """meta.json of a data folder, or what a nanoGPT folder without one implies. Raises UserError."""
     if not os.path.isdir(folder):
-        raise UserError(
-            f"no data folder {folder!r}: prepare it first (prepare.py, prepare_owt.py, prepare_fineweb.py)"
-        )
+        cure = "prepare it first (prepare.py, prepare_owt.py, prepare_fineweb.py)"
+        raise UserError(f"no data folder {folder!r}: {cure}")
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
         if os.path.exists(os.path.join(folder, "progress.json")):
             raise UserError(f"{folder} is unfinished: run its preparation to the end")
         if os.path.exists(os.path.join(folder, "meta.pkl")):
-            raise UserError(
-                f"{folder} has a vocabulary of its own in meta.pkl, a pickle, which is not opened: prepare "
-                "its text again, for example: python prepare.py input.txt --tokenizer bytes --out data/input"
-            )
+            cure = "python prepare.py input.txt --tokenizer bytes --out data/input"
+            what = "a vocabulary of its own in meta.pkl, a pickle, which is not opened"
+            raise UserError(f"{folder} has {what}: prepare its text again, for example: {cure}")
         return {"tokenizer": GPT2, "dtype": None}
     meta = read_json(path)
     try:
@@ -249,8 +231,8 @@ def bins_of(folder: str, split: str, meta: dict) -> list[Bin]:
     try:
         shards = [(shard["file"], shard["tokens"]) for shard in meta["splits"][split]["shards"]]
     except (KeyError, TypeError):
-        message = f"{folder}/meta.json has no usable list of {split} shards; prepare the data again"
-        raise UserError(message) from None
+        what = f"{folder}/meta.json has no usable list of {split} shards"
+        raise UserError(f"{what}; prepare the data again") from None
     bins, dtype = [], np.dtype(meta["dtype"]).newbyteorder("<")
     for name, count in shards:
         if not isinstance(name, str) or os.path.basename(name) != name or type(count) is not int or count < 0:
@@ -260,21 +242,16 @@ def bins_of(folder: str, split: str, meta: dict) -> list[Bin]:
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing or not a regular file; prepare the data again")
         if (size := os.path.getsize(path)) != count * dtype.itemsize:
-            raise UserError(
-                f"{path} has {size:,} bytes, but meta.json says {count:,} tokens of {dtype.itemsize} bytes: "
-                "it was cut off or replaced; prepare the data again"
-            )
+            what = f"has {size:,} bytes, but meta.json says {count:,} tokens of {dtype.itemsize} bytes"
+            raise UserError(f"{path} {what}: it was cut off or replaced; prepare the data again")
         bins.append(Bin(path, count, dtype))
     return bins
 
 
 @functools.cache  # once a process
 def warn_of_vocabulary(folder: str, highest: int) -> None:
-    print(
-        f"warning: {folder} has no meta.json and is read as GPT-2's 50,257 ids, but the highest in val is "
-        f"{highest}: was another vocabulary used?",
-        file=sys.stderr,
-    )
+    what = f"{folder} has no meta.json and is read as GPT-2's 50,257 ids, but the highest in val is {highest}"
+    print(f"warning: {what}: was another vocabulary used?", file=sys.stderr)
 
 
 def check_tokenizer(folder: str, model_folder: str, config) -> None:
@@ -289,13 +266,11 @@ def check_tokenizer(folder: str, model_folder: str, config) -> None:
         ours = load_tokenizer(TOKENIZER_FILE, model_folder).describe()
     name = ours["name"] or theirs["name"]  # a model that does not say can only be asked how many ids it has
     if theirs["name"] != name:
-        raise UserError(
-            f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids), but {model_folder} "
-            f"was trained with {name!r} ({ours['n_vocab']} ids): prepare the data with that one"
-        )
+        what = f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids)"
+        trained = f"{model_folder} was trained with {name!r} ({ours['n_vocab']} ids)"
+        raise UserError(f"{what}, but {trained}: prepare the data with that one")
     if theirs["n_vocab"] > config.vocab_size:
         raise UserError(f"{folder} has {theirs['n_vocab']} ids, {model_folder} only {config.vocab_size}")
     if ours["name"] and theirs.get("sha256") != ours.get("sha256"):
-        raise UserError(
-            f"{folder} was tokenised with another {TOKENIZER_FILE} than the one in {model_folder}"
-        )
+        what = f"another {TOKENIZER_FILE} than the one in {model_folder}"
+        raise UserError(f"{folder} was tokenised with {what}")

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from pyarrow import parquet
 
-from inheritune.base.errors import UserError
+from inheritune.base.cpus import usable_cpus
+from inheritune.base.errors import Parser, UserError, first_line
 from inheritune.data.text_files import (
     TABLES,
     TEXT,
@@ -35,6 +36,7 @@ from inheritune.data.text_files import (
 # A part of a path that says that its text is not for training, as the hub's rules have it.
 HELD_OUT = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
 CARD = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|citation|changelog)\b")
+TOKENIZERS = "bytes, a tiktoken name, or the path of a tokenizer.json or of its folder"
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "index.json")
 
 
@@ -63,42 +65,34 @@ def open_files(
 ) -> Source:
     """Files, folders and patterns as a Source.
 
-    val_paths: the same for validation; []: what folders in the hub's layout hold for it; None: must be none
+    val_paths: those for validation; []: what folders in the hub's layout hold for it; None: none is allowed
     column: where tables keep the text; None: "text"
     split_on: what parts the documents of a text file; "": nothing
     out: the folder that will be written, which may not lie in one that is read
     """
     files = []
     for given, path in [*(("train", path) for path in paths), *(("val", path) for path in val_paths or [])]:
-        if os.path.isdir(path) and contains(path, out):
+        real = os.path.realpath(path)
+        if os.path.isdir(path) and os.path.commonpath([real, os.path.realpath(out)]) == real:
             raise UserError(f"--out {out} lies in {path}, which is read: choose a folder outside of it")
         found = find_files(path, given)
         if "val" in found and given == "train" and val_paths != []:
-            raise UserError(
-                f"{path} holds validation text of its own, which has no use here: name its training files"
-            )
+            why = "holds validation text of its own, which has no use here: name its training files"
+            raise UserError(f"{path} {why}")
         files += [(split, examine(name)) for split, names in found.items() for name in names]
     names = collections.Counter(os.path.abspath(file.path) for _, file in files)
     if twice := [name for name, n in names.items() if n > 1]:
         raise UserError(f"{twice[0]} is given twice; name each file once")
     check_options([file for _, file in files], column, split_on)
-    arguments = {
-        "sources": [*paths, *(val_paths or [])],
-        "text_column": column or "text",
-        "split_on": split_on,
-    }
     # what tells these files from others: their sizes and sampled content, not where they lie
     listing = json.dumps([(split, file.size, file.sample) for split, file in files])
+    column = column or "text"
+    arguments = {"sources": [*paths, *(val_paths or [])], "text_column": column, "split_on": split_on}
     arguments |= {"files": len(files), "bytes": sum(file.size for _, file in files)}
     arguments["content_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
-    options = {"files": files, "column": column or "text", "split_on": split_on}
+    options = {"files": files, "column": column, "split_on": split_on}
     count, has_val = functools.partial(count_documents, **options), any(split == "val" for split, _ in files)
     return Source(arguments, read_files(**options), count, has_val)
-
-
-def contains(folder: str, path: str) -> bool:
-    inside = os.path.realpath(folder)
-    return os.path.commonpath([inside, os.path.realpath(path)]) == inside
 
 
 def check_options(files: list[File], column: str | None, split_on: str) -> None:
@@ -110,10 +104,9 @@ def check_options(files: list[File], column: str | None, split_on: str) -> None:
     if split_on and not texts:
         raise UserError("--split_on parts the documents of text files, but there are tables only")
     if split_on and not any(holds(file, split_on) for file in texts):
+        where = f"nowhere in the text files, such as {texts[0].path}"
         cure = f"; a line end is written $'{split_on}', with the $" if "\\" in split_on else ""
-        raise UserError(
-            f"--split_on {split_on!r} stands nowhere in the text files, such as {texts[0].path}{cure}"
-        )
+        raise UserError(f"--split_on {split_on!r} stands {where}{cure}")
     for file in tables:
         next(read_table(file, column or "text"), None)
 
@@ -213,10 +206,8 @@ def refuse_held_out(where: str, names: list[str]) -> None:
     """Raise UserError for training files whose names say validation or test."""
     for name in names:
         if found := HELD_OUT.search(name):
-            raise UserError(
-                f"{where}: {name} says {found[0]}; name the training files yourself, and what is for "
-                "validation with --val_files"
-            )
+            cure = "name the training files yourself, and what is for validation with --val_files"
+            raise UserError(f"{where}: {name} says {found[0]}; {cure}")
 
 
 def count_documents(files: list[tuple[str, File]], column: str, split_on: str) -> int:
@@ -230,8 +221,7 @@ def count_documents(files: list[tuple[str, File]], column: str, split_on: str) -
 def read_files(files: list[tuple[str, File]], column: str, split_on: str) -> Iterator[Piece]:
     """Yield the `Piece`s of [(split, file)] in order.
 
-    Raises UserError naming file and place for anything broken: compressed data, JSON, UTF-8, a missing
-    column, a value that is no text.
+    Raises UserError naming file and place for anything broken, and for a value that is no text.
     """
     total, before = sum(file.size for _, file in files) or 1, 0
     for split, file in files:
@@ -244,6 +234,18 @@ def read_files(files: list[tuple[str, File]], column: str, split_on: str) -> Ite
 
 
 # The Hugging Face hub
+
+
+def hub_parser(description: str, out: str, dataset: str) -> Parser:
+    """The flags of the commands that read a hub dataset; `out` and `dataset` are defaults."""
+    parser = Parser(description=description)
+    parser.add_argument("--out", default=out, help="folder to write")
+    parser.add_argument("--dataset", default=dataset, help="hub dataset, or a folder in the hub's layout")
+    help = "read these instead: tables or text files, folders or glob patterns, as prepare.py does"
+    parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
+    parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZERS)
+    parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
+    return parser
 
 
 def open_hub(dataset: str, streaming: bool, documents: float | None = None, **options) -> Source:
@@ -263,10 +265,8 @@ def open_hub(dataset: str, streaming: bool, documents: float | None = None, **op
     try:
         found = datasets.load_dataset(dataset, split="train", streaming=streaming, **options)
     except Exception as e:  # there is no common class, and every one of them means this
-        raise UserError(
-            f"{dataset} could not be loaded ({first_line(e)}); check the network, point HF_HOME at a filled "
-            "cache, or give local files with --data_files"
-        ) from e
+        cure = "check the network, point HF_HOME at a filled cache, or give local files with --data_files"
+        raise UserError(f"{dataset} could not be loaded ({first_line(e)}); {cure}") from e
     if found.column_names:
         check_column("text", found.column_names, dataset)
     n = documents if streaming else len(found)
@@ -278,17 +278,12 @@ def read_hub(dataset, n: float | None) -> Iterator[Piece]:
     rows = iter(dataset)
     for row in itertools.count(1):
         try:
-            found = next(rows, None)
+            found = next(rows)
+        except StopIteration:
+            return
         except Exception as e:
             raise UserError(f"reading from the hub failed ({first_line(e)}); run again to go on") from e
-        if found is None:
-            return
         if not isinstance(found["text"], str):
-            raise UserError(
-                f"row {row} of the dataset: 'text' holds a {type(found['text']).__name__}, not text"
-            )
+            kind = type(found["text"]).__name__
+            raise UserError(f"row {row} of the dataset: 'text' holds a {kind}, not text")
         yield Piece(found["text"], True, done=n and min(1.0, row / n))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

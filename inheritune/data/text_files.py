@@ -25,7 +25,7 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow import parquet
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, first_line
 from inheritune.data.tokenizer import CUT
 
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
@@ -113,7 +113,7 @@ def check_column(column: str, names: Iterable[str], where: str) -> None:
 
 def unreadable(path: str, where: str, error: Exception) -> UserError:
     """What to say of a file that cannot be read beyond a place: most were cut off."""
-    why, cure = str(error).strip().split("\n")[0], "fetch it again"
+    why, cure = first_line(error), "fetch it again"
     if "too much memory" in why:  # only zstd --long asks for more than 128 MiB
         cure = f"it was packed by zstd --long: unpack it with zstd -d --long=31 {path}"
     return UserError(f"{path}: cannot be read after {where} ({why}); {cure}")

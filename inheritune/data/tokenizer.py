@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
 import tiktoken
@@ -21,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from inheritune.base.errors import UserError, nearest
 from inheritune.base.tokenizer_identity import (
     CONFIG_FILE,
+    OLDER_FILES,
     TOKENIZER_FILE,
     find_end_of_text,
     has_tokenizer,
@@ -32,11 +32,6 @@ from inheritune.base.tokenizer_identity import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
-HF_FILES = (
-    *(TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "generation_config.json", "chat_template.jinja", "tokenizer.model", "spiece.model"),
-    *("sentencepiece.bpe.model", "vocab.txt"),
-)
 PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
 # Before a blank that follows a letter or digit all vocabularies begin a new word, tiktoken's before a line
 # end too: there the tokens of the parts are the tokens of the whole. A match ends at the last such place.
@@ -51,11 +46,11 @@ GPT2_FILES = {
 
 
 def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
-    """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a Hugging Face
-    tokenizer.json or of a folder that holds one.
+    """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a tokenizer.json
+    or of a folder that holds one.
 
-    With `folder`, a data or checkpoint folder, `spec` is what its meta.json or config.json says, and
-    tokenizer files in it come before a tiktoken name.
+    With `folder`, a data or checkpoint folder whose meta.json or config.json says `spec`, tokenizer files in
+    it come before a tiktoken name.
     """
     if spec == "bytes":
         return Bytes()
@@ -68,10 +63,8 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
     if spec.endswith(".json") or os.path.isdir(path):
         return HuggingFace(path)
     known = ["bytes", *sorted(known)]
-    raise UserError(
-        f"no tokenizer {spec!r}{nearest(spec, known)}; choose {', '.join(known)} or the path of a "
-        "tokenizer.json or of a folder that holds one"
-    )
+    choices = f"{', '.join(known)} or the path of a tokenizer.json or of a folder that holds one"
+    raise UserError(f"no tokenizer {spec!r}{nearest(spec, known)}; choose {choices}")
 
 
 def utf8(text: str) -> bytes:
@@ -128,11 +121,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of ids that come one at a time, given out in whole characters.
-
-    `before` holds the ids of what is already shown, such as a prompt: whether a blank comes before a token
-    can depend on them.
-    """
+    """The text of ids that come one at a time, given out in whole characters. `before` holds the ids before
+    them, such as a prompt's: whether a blank comes before a token can depend on them."""
 
     CONTEXT = 8  # ids decoded together with the new one
 
@@ -160,12 +150,7 @@ class Bytes(Tokenizer):
     name, n_vocab, eot = "bytes", 257, 256
 
     def encode_batch(self, texts, goes_on=()):
-        encoded = [utf8(text) for text in texts]
-        ids, ends = (
-            np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint32),
-            accumulate(map(len, encoded)),
-        )
-        return [ids[end - len(some) : end] for some, end in zip(encoded, ends, strict=True)]
+        return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
 
     def decode_bytes(self, ids):
         return b"".join(END_OF_TEXT.encode() if i == self.eot else bytes((i,)) for i in self.known(ids))
@@ -207,10 +192,9 @@ def from_tiktoken(name: str) -> TikToken:
     try:
         return TikToken(tiktoken.get_encoding(name))
     except (requests.RequestException, OSError, ValueError, AssertionError) as e:  # the last: sizes differ
-        raise UserError(
-            f"tiktoken could not fetch the {name} vocabulary ({type(e).__name__}); without a network, set "
-            "TIKTOKEN_CACHE_DIR to a filled cache or give --tokenizer the path of a tokenizer.json"
-        ) from None
+        cure = "set TIKTOKEN_CACHE_DIR to a filled cache or give --tokenizer the path of a tokenizer.json"
+        what = f"tiktoken could not fetch the {name} vocabulary ({type(e).__name__})"
+        raise UserError(f"{what}; without a network, {cure}") from None
 
 
 class HuggingFace(Tokenizer):
@@ -228,10 +212,8 @@ class HuggingFace(Tokenizer):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.eot = find_end_of_text(folder, self.tokenizer)
         if self.eot is None:
-            raise UserError(
-                f"{folder or '.'} does not say which token ends a text: put "
-                f'{{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
-            )
+            cure = f'put {{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
+            raise UserError(f"{folder or '.'} does not say which token ends a text: {cure}")
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
         self.n_ids = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         plain, whole = (self.tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
@@ -282,12 +264,11 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
     """{file name: bytes} that a checkpoint with this config (its `tokenizer` and `block_size`) holds beside
     its weights, so that AutoTokenizer gives our ids.
 
-    Files found in `folder`, of the data or of the model that a run starts from, are taken as they are;
-    without any, those of `bytes` and `gpt2` are made. Other tiktoken names have none; nor has `gpt2`, after a
-    line on stderr, when it cannot be fetched.
+    Those found in `folder`, of the data or of a model, are taken as they are; without any, those of `bytes`
+    and `gpt2` are made. Other tiktoken names have none; nor has `gpt2` when it cannot be fetched.
     """
     found = {}
-    for file in HF_FILES:
+    for file in (TOKENIZER_FILE, CONFIG_FILE, *OLDER_FILES):
         if folder and os.path.isfile(path := os.path.join(folder, file)):
             with open(path, "rb") as f:
                 found[file] = f.read()
@@ -296,9 +277,7 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
     made = {TOKENIZER_FILE: bytes_tokenizer()} if config.tokenizer == "bytes" else gpt2_files()
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast" if config.tokenizer == "bytes" else "GPT2Tokenizer",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         "model_max_length": config.block_size,
         "split_special_tokens": True,  # special tokens in a text are ordinary text there, too
         "clean_up_tokenization_spaces": False,
@@ -308,8 +287,7 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
 
 @functools.cache
 def byte_letters() -> list[str]:
-    """The characters by which GPT-2's files call the 256 bytes: printable ones themselves, the others U+0100
-    and on."""
+    """The letters that stand for the 256 bytes in GPT-2's files: printable ones, else U+0100 and on."""
     letters = set(pre_tokenizers.ByteLevel.alphabet())
     others = iter(range(0x100, 0x200))
     return [chr(byte) if chr(byte) in letters else chr(next(others)) for byte in range(256)]

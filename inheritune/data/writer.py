@@ -31,7 +31,6 @@ FORMAT = 1
 PART = 10**8  # tokens
 BATCH = 1 << 18  # characters that a thread tokenises at a time
 COUNTS = ("tokens", "documents", "bytes")
-NOT_COMPARED = ("sources",)  # arguments that say where the text lies, not what it is
 UNFINISHED = re.compile(r"(train|val|all)_\d{6}\.part|\..*\.(part|bin|json)\.tmp|progress\.json")
 OURS = re.compile(UNFINISHED.pattern + r"|(train|val)(_\d{6})?\.bin|(tokenizer|tokenizer_config)\.json")
 
@@ -72,7 +71,11 @@ def write_tokens(
             return check_finished(out, note)
         progress = open_progress(out, note, dtype)
         try:
-            write_parts(out, source, tokenizer, dtype, threads, progress, shard_tokens, max_tokens)
+            pieces = itertools.islice(source.pieces, progress["pieces"], None)
+            size = min(BATCH, 1 + (shard_tokens or PART) // 10)  # so that no shard gets much too long
+            encode = functools.partial(tokenise, tokenizer, dtype)
+            batches = in_order(encode, batched(pieces, size), threads)
+            write_parts(out, batches, progress, shard_tokens, max_tokens)
             if shard_tokens:
                 shards = [bin_entry(out, entry["file"], [entry]) for entry in progress["files"]]
             elif val_fraction:
@@ -87,24 +90,13 @@ def write_tokens(
 
 
 def write_parts(
-    out: str,
-    source: Source,
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-    threads: int,
-    progress: dict,
-    shard_tokens: int | None,
-    max_tokens: int,
+    out: str, batches: Iterator[tuple], progress: dict, shard_tokens: int | None, most: int
 ) -> None:
-    """Tokenise the text of a source into parts, after those in `progress`, which gets what comes to be."""
-    encode = functools.partial(tokenise, tokenizer, dtype)
-    pieces = itertools.islice(source.pieces, progress["pieces"], None)
-    size = min(BATCH, 1 + (shard_tokens or PART) // 10)  # so that no shard gets much longer than asked
-    with ThreadPoolExecutor(threads) as pool, tqdm(unit="tok", unit_scale=True, desc=out) as bar:
-        batches = in_order(pool, encode, batched(pieces, size), 2 * threads)
-        while (tokens := add_up(progress["files"])["tokens"]) < max_tokens:
+    """Write batches of ids into parts until they come to `most` tokens, and note each part in `progress`."""
+    with tqdm(unit="tok", unit_scale=True, desc=out) as bar:
+        while (tokens := add_up(progress["files"])["tokens"]) < most:
             names = part_names(progress["parts"], shard_tokens)
-            wanted = min(shard_tokens or PART, max_tokens - tokens)
+            wanted = min(shard_tokens or PART, most - tokens)
             files, n_pieces = write_part(out, names, batches, wanted, bar, tokens)
             if not n_pieces:
                 break
@@ -129,21 +121,22 @@ def batched(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator[tuple]:
-    """Yield (work(item), item) in input order, at most `ahead` of them under way."""
+def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
+    """Yield (work(item), item) in input order, while threads work on the next ones."""
     waiting = collections.deque()
-    for item in items:
-        waiting.append((pool.submit(work, item), item))
-        if len(waiting) == ahead:
-            result, item = waiting.popleft()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append((pool.submit(work, item), item))
+            if len(waiting) == 2 * threads:
+                result, item = waiting.popleft()
+                yield result.result(), item
+        for result, item in waiting:
             yield result.result(), item
-    for result, item in waiting:
-        yield result.result(), item
 
 
 def tokenise(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> dict[str, tuple]:
     """{split: (ids, [tokens, documents, bytes of text, times that end-of-text is spelled out])} of a batch.
-    The end-of-text id gets in here, after each document."""
+    An end-of-text id follows each document."""
     found = {}
     arrays = tokenizer.encode_batch([piece.text for piece in batch], [piece.goes_on for piece in batch])
     for split in {piece.split for piece in batch}:
@@ -171,12 +164,8 @@ def part_names(number: int, shard_tokens: int | None) -> dict[str, str]:
 def write_part(
     out: str, names: dict[str, str], batches: Iterator[tuple], size: int, bar: tqdm, before: int
 ) -> tuple[list[dict], int]:
-    """Write batches until they come to `size` tokens, and then give the files their names.
-
-    before: the number of tokens in earlier parts
-
-    Returns (an entry for each file, the number of pieces, 0 when there was none left).
-    """
+    """Write batches until they come to `size` tokens; earlier parts have `before`. Returns (an entry for each
+    file, the number of pieces, 0 when there was none left)."""
     files, sums, pieces, written = {}, {}, 0, 0
     with contextlib.ExitStack() as stack:
         for encoded, batch in batches:
@@ -209,8 +198,7 @@ def join(out: str, name: str, entries: list[dict], split: str) -> dict:
 def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtype, fraction: float) -> list:
     """Write train.bin and, with this share of the tokens from the end, val.bin; their entries in meta.json.
 
-    Validation begins where a document does, if one does within a tenth of its length, or else inside a
-    document, which then ends in train.bin and begins anew in val.bin.
+    Validation begins where a document does, if one does within a tenth of its length, or else inside one.
     """
     whole, eot = join(out, "all_000000.part", entries, "train"), np.array([tokenizer.eot], dtype)
     ids = np.memmap(os.path.join(out, whole["file"]), dtype, "r")
@@ -245,12 +233,11 @@ def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtyp
 @contextlib.contextmanager
 def own_folder(out: str) -> Iterator[None]:
     """Make and lock the folder `out`. A new one is removed again if it stays empty."""
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out} is a file; --out names a folder")
     is_new = not os.path.exists(out)
+    if not is_new and not os.path.isdir(out):
+        raise UserError(f"{out} is a file; --out names a folder")
     os.makedirs(out, exist_ok=True)
-    lock = lock_folder(out)
-    if lock is None:
+    if (lock := lock_folder(out)) is None:
         raise UserError(f"{out} is being written by another run; wait or choose another --out")
     try:
         yield
@@ -286,8 +273,8 @@ def check_same(out: str, state: str, old: dict, new: dict) -> None:
         )
     except (KeyError, TypeError):
         raise UserError(f"{out} was not written by this script; choose another --out") from None
-    for key in [key for key in [*now, *was] if key not in NOT_COMPARED]:
-        if was.get(key) != now.get(key):
+    for key in now | was:
+        if was.get(key) != now.get(key) and key != "sources":  # where the text lies, not what it is
             what = f"with {key} {was.get(key)!r}, not {now.get(key)!r}"
             what = "its input has changed" if key in ("files", "bytes", "content_sha256") else what
             raise UserError(f"{out} is {state}, but {what}; choose another --out or delete it")
@@ -312,8 +299,7 @@ def check_finished(out: str, note: dict) -> dict:
 
 
 def finish(out: str, note: dict, shards: list[dict], tokenizer: Tokenizer, parts: list[dict]) -> dict:
-    """Write meta.json, which makes the folder a finished one, remove what only an unfinished one needs, and
-    return it. Raises UserError, and leaves the folder unfinished, when a split got no token."""
+    """Write meta.json, which makes the folder a finished one, and return it; the parts are removed."""
     splits = {}
     for split in ("train", "val"):
         own = [shard for shard in shards if shard["file"].startswith(split)]
@@ -329,23 +315,20 @@ def finish(out: str, note: dict, shards: list[dict], tokenizer: Tokenizer, parts
     print(f"{out}: {summary(splits)}")
     if spelled := sum(part["spelled"] for part in parts):
         marker = tokenizer.end_of_text
-        print(
-            f"note: the text holds {marker} {spelled:,} times, which is ordinary text here; in text files "
-            f"where it parts documents, --split_on '{marker}' makes it do so"
-        )
+        what = f"the text holds {marker} {spelled:,} times, which is ordinary text here"
+        print(f"note: {what}; where it parts a file's documents, --split_on '{marker}' makes it do so")
     return meta
 
 
 def clear(out: str, pattern: re.Pattern) -> None:
-    """Remove the files of a folder whose names match: UNFINISHED, or OURS."""
-    # progress.json is the last to go: while it is there, the next run knows the folder as ours.
+    """Remove the files of a folder whose names match. progress.json is the last to go: while it is there, the
+    next run knows the folder as ours."""
     for name in sorted(os.listdir(out), key=lambda name: name == "progress.json"):
         if pattern.fullmatch(name):
             os.unlink(os.path.join(out, name))
 
 
 def add_up(entries: list[dict]) -> dict:
-    """The sums of the COUNTS of entries."""
     return {key: sum(entry[key] for entry in entries) for key in COUNTS}
 
 

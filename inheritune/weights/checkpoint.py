@@ -25,7 +25,7 @@ from fnmatch import fnmatch
 import torch
 
 from inheritune.base.cpus import usable_cpus
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, first_line
 from inheritune.base.files import deleting, is_locked_by_us, new_folder, read_json, sync_folder, write_json
 from inheritune.weights.gpt2_format import CONFIG, INDEX, WEIGHTS, other_format, write_model
 from inheritune.weights.tensors import read_tensors, write_tensors
@@ -100,17 +100,13 @@ def download(name: str, weights: bool) -> str:
             files = sorted({*shards.values()}) if isinstance(shards, dict) else []
             folder = hub.snapshot_download(name, allow_patterns=[WEIGHTS, *files])
     except Exception as e:  # of the client, its HTTP library or the disk: the model is not available
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"no folder {name!r} here, and the Hugging Face hub did not give it ({type(e).__name__}: "
-            f"{reason:.150}); check the name and the network, or give a folder that holds config.json and "
-            "model.safetensors"
-        ) from None
+        what = f"the Hugging Face hub did not give it ({type(e).__name__}: {first_line(e):.150})"
+        cure = "check the name and the network, or give a folder that holds config.json and model.safetensors"
+        raise UserError(f"no folder {name!r} here, and {what}; {cure}") from None
     if weights and not glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-        raise UserError(
-            f"{name} on the Hugging Face hub has no model.safetensors, perhaps only a pickle, which is never "
-            "opened: convert it with transformers' save_pretrained and give that folder"
-        )
+        what = "has no model.safetensors, perhaps only a pickle, which is never opened"
+        cure = "convert it with transformers' save_pretrained and give that folder"
+        raise UserError(f"{name} on the Hugging Face hub {what}: {cure}")
     return folder
 
 
