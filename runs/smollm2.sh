@@ -49,3 +49,11 @@ PYTHON
 # the analysis: the paper's 100 windows of 100 tokens, 50 of them for the loss without a block
 "$python" analyze.py --ckpt data/smollm2 --data data/sotu --skip_sequences 50 --out results/smollm2
 "$python" tools/correlate_measures.py results/smollm2/analysis.json
+
+# half of it: the 15 blocks with the highest block influence, trained for 100 steps of 2,048 tokens. Step 0 is the loss
+# before training. Run again after an interruption, it goes on.
+[ -d out/smollm2/start ] || "$python" inherit.py --ckpt data/smollm2 --layers auto --data data/sotu --out out/smollm2/start
+"$python" train.py --init_from=out/smollm2/start --dataset=data/sotu --out_dir=out/smollm2/half --resume=auto \
+  --block_size=256 --batch_tokens=2048 --batch_size=8 --max_iters=100 --warmup_iters=10 --learning_rate=5e-4 --min_lr=5e-5 \
+  --eval_interval=50 --eval_tokens=16384 --log_interval=5 --keep_last=1
+"$python" sample.py --ckpt out/smollm2/half --prompt "My fellow Americans," --max_new_tokens 60

@@ -32,7 +32,22 @@ SIZES = {
     0: "pad_token_id",
 }
 SIZE_OF = {key: size for size, keys in SIZES.items() for key in keys.split()}
+# tested beyond the sweep; the GPT-2 here is one that model.py refuses, and Mixtral a mixture of experts
+KINDS = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    "gpt_neox",
+    "smollm3",
+]
+KINDS += ["gpt2", "mixtral"]
 OTHERS = {
+    "gpt2": {"activation_function": "relu"},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "mamba2": {"num_heads": 8},
     "qwen2": {"use_sliding_window": True},

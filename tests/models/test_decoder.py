@@ -12,22 +12,9 @@ from inheritune.models.decoder import Decoder
 from inheritune.models.interface import load_model, model_class, open_config, open_weights
 from inheritune.weights.gpt2_format import NO_EOT
 from model import GPT
-from tests.other_models import build
+from tests.other_models import KINDS, build
 from tests.tiny import write_checkpoint
 
-KINDS = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-    "phi3",
-    "gpt_neox",
-    "smollm3",
-]
-KINDS += ["gpt2", "mixtral"]  # a GPT-2 with another activation; a mixture of experts
 IDX = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(1))
 TARGETS = IDX.roll(-1, 1)
 
@@ -36,7 +23,7 @@ TARGETS = IDX.roll(-1, 1)
 def pair(request, tmp_path_factory):
     """(transformers' model, ours of the folder that it has saved, the folder)."""
     folder = str(tmp_path_factory.mktemp("decoder") / request.param)
-    theirs = build(request.param, **{"activation_function": "relu"} if request.param == "gpt2" else {})
+    theirs = build(request.param)
     theirs.save_pretrained(folder)
     return theirs, load_model(folder), folder
 

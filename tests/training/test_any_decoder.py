@@ -19,11 +19,10 @@ import train
 from inheritune.data.reader import TrainData
 from inheritune.models.interface import load_model
 from inheritune.training.losses import to_device
-from tests.other_models import build
+from tests.other_models import KINDS, build
 from tests.tiny import arguments, column, contents, refusal, rows
 from tests.training.test_shard import alike, together
 
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox"]
 GIVEN = dict.fromkeys(("n_layer", "n_head", "n_embd"))  # not on the command line: the model decides
 CPU = torch.device("cpu")
 
