@@ -25,7 +25,7 @@ from inheritune.base.files import read_json, sha256
 from inheritune.data import text_files, writer
 from inheritune.data.python_corpus import python_documentation, python_sources
 from inheritune.data.sources import open_files
-from inheritune.data.tokenizer import byte_letters, bytes_tokenizer, load_tokenizer
+from inheritune.data.tokenizer import byte_letters, load_tokenizer
 from tests.assets import english, gpt2
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -399,26 +399,13 @@ def make_inputs(folder):
     (folder / "none").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("keep this")
-    (folder / "bad.json").write_text("nonsense\n")
-    (folder / "bare").mkdir()
-    (folder / "bare" / "tokenizer.json").write_bytes(bytes_tokenizer())
 
 
 OWT, FINEWEB, LOCAL = prepare_owt, prepare_fineweb, prepare
 WRONG = [
-    (LOCAL, "missing.txt --out o", "missing.txt does not exist"),
     (LOCAL, "*.nothing --out o", "*.nothing does not exist"),
-    (LOCAL, "good.jsonl", "--out"),
-    (LOCAL, "good.jsonl --out o --val_fraction 1.5", "--val_fraction 1.5 must lie between 0 and 1"),
     (LOCAL, "good.jsonl --out o --val_fraction many", "invalid float value: 'many'"),
-    (LOCAL, "good.jsonl --out o --num_proc 0", "--num_proc 0 must be at least 1"),
     (LOCAL, "good.jsonl --out o --num_procs 2", "did you mean --num_proc?"),
-    (LOCAL, "good.jsonl --out o --tokenizer gtp2", "did you mean gpt2?"),
-    (LOCAL, "good.jsonl --out o --tokenizer no.json", "there is no tokenizer no.json"),
-    (LOCAL, "good.jsonl --out o --tokenizer none", "there is no tokenizer none/tokenizer.json"),
-    (LOCAL, "good.jsonl --out o --tokenizer bad.json", "bad.json: not a tokenizer of the tokenizers package"),
-    (LOCAL, "good.jsonl --out o --tokenizer bare", "bare does not say which token ends a text: put"),
-    (LOCAL, "good.jsonl good.jsonl --out o", "good.jsonl is given twice"),
     (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with"),
     (LOCAL, "body.parquet --out o", "no column 'text' among body, n"),
     (LOCAL, "body.parquet --out o --text_column n", "'n' holds a int, not text"),
@@ -439,15 +426,10 @@ WRONG = [
     (LOCAL, "not.jsonl.gz --out o", "not.jsonl.gz holds no gzip"),
     (LOCAL, "bad.parquet --out o", "bad.parquet: cannot be read after its beginning (Parquet magic bytes"),
     (LOCAL, "null.parquet good.jsonl --out o", "null.parquet, row 2: 'text' holds a NoneType"),
-    (LOCAL, "good.jsonl --out full", "full is not empty and was not made by this script"),
-    (LOCAL, "good.jsonl --out one.jsonl", "one.jsonl is a file"),
     (LOCAL, "good.jsonl --out one.jsonl/x", "one.jsonl/x"),
-    (LOCAL, "https://me:secret@host/a.txt --out o", "a URL is not fetched: download it"),
-    (OWT, "--data_files good.jsonl one.txt --out o", "one.txt does not exist"),
     (OWT, "--data_files one.jsonl --out o", "no text is left for train; give more text"),
     (OWT, "--data_files --out o", "expected at least one argument"),
     (OWT, "good.jsonl --out o", "unknown argument 'good.jsonl'"),
-    (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 0", "--shard_tokens 0 must be at least 1"),
     (FINEWEB, "--data_files good.jsonl --out o --shard_tokens 9 --max_tokens 9", "must exceed --shard"),
 ]
 
@@ -457,13 +439,10 @@ def test_wrong_invocation(tmp_path, monkeypatch, script, command, said):
     monkeypatch.chdir(tmp_path)
     make_inputs(tmp_path)
     before = {path: os.path.getsize(path) for path in tmp_path.rglob("*")}
-    argv = command.split()
-    if "--tokenizer" not in argv:
-        argv += ["--tokenizer", "bytes"]
     with pytest.raises(SystemExit) as e:
-        script.main(argv)
+        script.main([*command.split(), "--tokenizer", "bytes"])
     assert isinstance(e.value.code, str) and e.value.code.startswith(f"{script.__name__}.py: ")
-    assert said in e.value.code and "\n" not in e.value.code and "secret" not in e.value.code
+    assert said in e.value.code and "\n" not in e.value.code
     assert {path: os.path.getsize(path) for path in tmp_path.rglob("*")} == before
 
 

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import pytest
 import train
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, identity, read_meta
-from tests.tiny import ROOT, arguments, refusal, write_data
+from tests.tiny import arguments, refusal, write_data
 
 IDS = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
 
@@ -106,15 +104,3 @@ def test_a_run_goes_on_with_the_same_tokens_elsewhere_and_not_with_others(tmp_pa
     if not meta:
         other = arguments(write("b", 2), out, max_iters=8, lr_decay_iters=8, resume="auto")
         assert "holds other tokens than" in refusal(train.main, other)
-
-
-def test_300_shards_where_256_files_may_be_open(tmp_path):
-    for i in range(300):
-        IDS[i * 10 : i * 10 + 10].tofile(tmp_path / f"train_{i:06d}.bin")
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); "
-    code += (
-        "from inheritune.data.reader import Tokens; print(Tokens(sys.argv[1], 'train').read(0, 3000).sum())"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and int(done.stdout) == IDS[:3000].sum(dtype=int), done.stderr

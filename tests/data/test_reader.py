@@ -235,11 +235,6 @@ def test_a_nanogpt_folder_without_meta_is_gpt2_uint16(tmp_path):
     assert (windows[:, :-1].flatten().numpy() == stream(tmp_path / "d", "val")[:32]).all()
 
 
-def test_a_folder_that_is_not_there_is_to_be_prepared(tmp_path):
-    with pytest.raises(UserError, match=r"no data folder .*: prepare it first"):
-        read_meta(str(tmp_path / "nowhere"))
-
-
 def test_windows_begin_with_the_token_that_texts_begin_with(tmp_path):
     """The targets are those of the stream, and so is the rest of the inputs."""
     folder = write_data(tmp_path / "data", tokenizer=TOKENIZER | {"bos": 200})
@@ -263,12 +258,6 @@ def test_a_bin_whose_size_contradicts_its_meta_is_refused(tmp_path, change):
     path.write_bytes((path.read_bytes() + bytes(1000))[: 200 + change])
     with pytest.raises(UserError, match=rf"has {200 + change:,} bytes, but meta.json says 100 tokens of 2"):
         Tokens(tmp_path / "d", "train")
-
-
-def test_half_a_token_at_the_end_is_refused_without_meta_too(tmp_path):
-    (tmp_path / "train.bin").write_bytes(bytes(201))
-    with pytest.raises(UserError, match="201 bytes"):
-        Tokens(tmp_path, "train")
 
 
 def test_an_id_above_the_vocabulary_is_refused(tmp_path):
