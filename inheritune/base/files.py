@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 from inheritune.base.errors import UserError
@@ -162,6 +162,22 @@ def read_json(path: str | os.PathLike) -> dict:
         kind = type(value).__name__
         raise UserError(f"{path} holds a JSON {kind} where an object is expected; make it again")
     return value
+
+
+def read_optional(folder: str, name: str) -> dict | None:
+    """The object in a folder's JSON file, or None where there is no such file."""
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.exists(path) else None
+
+
+def read_files(folder: str, names: Iterable[str]) -> dict[str, bytes]:
+    """{name: bytes} of those of these files that a folder holds."""
+    found = {}
+    for name in names:
+        if os.path.isfile(path := os.path.join(folder, name)):
+            with open(path, "rb") as f:
+                found[name] = f.read()
+    return found
 
 
 def sha256(path: str | os.PathLike) -> str:

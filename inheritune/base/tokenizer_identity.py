@@ -14,13 +14,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from inheritune.base.errors import UserError, first_line
-from inheritune.base.files import read_json
+from inheritune.base.files import read_optional
 
 TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a tokenizer in this file
 CONFIG_FILE = "tokenizer_config.json"
 OLDER_FILES = ("vocab.json", "merges.txt")  # the form in which GPT-2 was released
 MAX_BYTES = 256 << 20  # of a tokenizer.json: five times the largest public one
 GPT2_SHA256 = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"  # by vocabulary_sha256
+SAVE = "where transformers' AutoTokenizer can open the model, its save_pretrained writes"
 PROBE = "Hello  world's na\u00efve nai\u0308ve\n\n 123,"
 PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 11]
 
@@ -71,10 +72,7 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
     if from_file and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_BYTES):
         raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
     if not from_file and not (os.path.isfile(vocab) and os.path.isfile(merges)):
-        raise UserError(
-            f"there is no tokenizer {file}; where transformers' AutoTokenizer can open the model, its "
-            "save_pretrained writes one"
-        )
+        raise UserError(f"there is no tokenizer {file}; {SAVE} one")
     with package_errors(path):
         if from_file:
             return tokenizers.Tokenizer.from_file(file)
@@ -97,10 +95,8 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, folder: str) -> None:
     for token, number in sorted(added.items(), key=lambda item: str(item[1]).zfill(9)):
         tokenizer.add_tokens([tokenizers.AddedToken(token, special=token in special)])
         if tokenizer.token_to_id(token) != number:
-            raise UserError(
-                f"{folder}/added_tokens.json: {token} cannot get the id {number}; where transformers' "
-                "AutoTokenizer can open the model, its save_pretrained writes a tokenizer.json"
-            )
+            what = f"{token} cannot get the id {number}"
+            raise UserError(f"{folder}/added_tokens.json: {what}; {SAVE} a tokenizer.json")
 
 
 @contextlib.contextmanager
@@ -129,9 +125,3 @@ def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int | None
         eot = eot[0] if isinstance(eot, list) and eot else eot
     usable = type(eot) is int and 0 <= eot < 2**32 and tokenizer.id_to_token(eot) is not None
     return eot if usable else None
-
-
-def read_optional(folder: str, name: str) -> dict | None:
-    """The object in a folder's JSON file, or None where there is no such file."""
-    path = os.path.join(folder, name)
-    return read_json(path) if os.path.exists(path) else None

@@ -39,11 +39,8 @@ def open_python() -> Source:
 
 
 def python_documentation() -> list[tuple[str, str]]:
-    """[(name, text)] of the topics of `pydoc`'s help, and for each module of the standard library (tests left
-    out) its docstrings, each after the name it documents.
-
-    A docstring that appeared before, or of less than 40 characters, is left out.
-    """
+    """[(name, text)] of the topics of `pydoc`'s help, and for each module of the standard library its
+    docstrings, each after the name it documents. Repeated ones and those under 40 letters are left out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions split it off
@@ -76,11 +73,8 @@ def docstrings(code: str, name: str, seen: set[str]) -> Iterator[str]:
 
 
 def python_sources() -> list[tuple[str, str]]:
-    """[(module name, text)] of the standard library's own source files, tests left out.
-
-    Generated tables are left out too: the build's own variables (_sysconfigdata…), and files of whose lines
-    more than half begin with a number or a string, as encodings' character maps do.
-    """
+    """[(module name, text)] of the standard library's own source files without generated tables: the build's
+    variables (_sysconfigdata…), and files of whose lines more than half begin with a number or a string."""
     texts = []
     for module, code in standard_library():
         lines = [line for line in code.splitlines() if line.strip()]

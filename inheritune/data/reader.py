@@ -210,8 +210,8 @@ def read_meta(folder: str) -> dict:
 
 
 def identity(folder: str) -> str:
-    """A hash of a data folder's tokens, wherever it lies: of what its meta.json says of them, or of the sizes
-    and of 64 samples of the bins that others made."""
+    """A hash of a data folder's tokens, wherever it lies: of what its meta.json says of them, or of sizes and
+    64 samples of others' bins."""
     meta = read_meta(folder)
     if splits := meta.get("splits"):
         return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
@@ -255,11 +255,8 @@ def warn_of_vocabulary(folder: str, highest: int) -> None:
 
 
 def check_tokenizer(folder: str, model_folder: str, config) -> None:
-    """Raise UserError unless a data folder's tokenizer is that of the model in `model_folder`.
-
-    `config` is the model's config.json (`tokenizer`, `n_vocab`, `vocab_size`); it may have more rows than the
-    tokenizer has ids: padded, or enlarged by others.
-    """
+    """Raise UserError unless a data folder's tokenizer is that of the model in `model_folder`. The model's
+    `config` may have a larger vocab_size than the tokenizer has ids: padded, or enlarged by others."""
     theirs = read_meta(folder)["tokenizer"]
     ours = {"name": config.tokenizer, "n_vocab": config.n_vocab}
     if config.tokenizer == TOKENIZER_FILE:

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from inheritune.base.errors import UserError, nearest
+from inheritune.base.files import read_files, read_optional
 from inheritune.base.tokenizer_identity import (
     CONFIG_FILE,
     OLDER_FILES,
@@ -27,7 +28,6 @@ from inheritune.base.tokenizer_identity import (
     is_gpt2,
     open_tokenizer,
     package_errors,
-    read_optional,
     vocabulary_sha256,
 )
 
@@ -267,11 +267,7 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
     Those found in `folder`, of the data or of a model, are taken as they are; without any, those of `bytes`
     and `gpt2` are made. Other tiktoken names have none; nor has `gpt2` when it cannot be fetched.
     """
-    found = {}
-    for file in (TOKENIZER_FILE, CONFIG_FILE, *OLDER_FILES):
-        if folder and os.path.isfile(path := os.path.join(folder, file)):
-            with open(path, "rb") as f:
-                found[file] = f.read()
+    found = read_files(folder, (TOKENIZER_FILE, CONFIG_FILE, *OLDER_FILES)) if folder else {}
     if TOKENIZER_FILE in found or "vocab.json" in found or config.tokenizer not in ("bytes", "gpt2"):
         return found
     made = {TOKENIZER_FILE: bytes_tokenizer()} if config.tokenizer == "bytes" else gpt2_files()

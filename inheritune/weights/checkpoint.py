@@ -26,7 +26,16 @@ import torch
 
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError, first_line
-from inheritune.base.files import deleting, is_locked_by_us, new_folder, read_json, sync_folder, write_json
+from inheritune.base.files import (
+    deleting,
+    is_locked_by_us,
+    new_folder,
+    read_files,
+    read_json,
+    read_optional,
+    sync_folder,
+    write_json,
+)
 from inheritune.weights.gpt2_format import CONFIG, INDEX, WEIGHTS, other_format, write_model
 from inheritune.weights.tensors import read_tensors, write_tensors
 
@@ -95,8 +104,7 @@ def download(name: str, weights: bool) -> str:
     try:
         folder = hub.snapshot_download(name, allow_patterns=wanted)
         if weights:  # the shards that the index names: a repository may hold the model twice, in two forms
-            index = os.path.join(folder, INDEX)
-            shards = read_json(index).get("weight_map") if os.path.exists(index) else None
+            shards = (read_optional(folder, INDEX) or {}).get("weight_map")
             files = sorted({*shards.values()}) if isinstance(shards, dict) else []
             folder = hub.snapshot_download(name, allow_patterns=[WEIGHTS, *files])
     except Exception as e:  # of the client, its HTTP library or the disk: the model is not available
@@ -120,12 +128,7 @@ def files_beside(folder: str) -> dict[str, bytes]:
     names = [n for n in os.listdir(folder) if any(fnmatch(n.lower(), pattern) for pattern in BESIDE)]
     templates = os.path.join(folder, TEMPLATES)
     names += [f"{TEMPLATES}/{n}" for n in (os.listdir(templates) if os.path.isdir(templates) else [])]
-    found = {}
-    for name in sorted(names):
-        if os.path.isfile(path := os.path.join(folder, name)):
-            with open(path, "rb") as f:
-                found[name] = f.read()
-    return found
+    return read_files(folder, sorted(names))
 
 
 def list_steps(run: str) -> list[str]:
@@ -261,9 +264,8 @@ def new_lineage(
     notes: whatever else is needed to make the model again.
     """
     names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
-    sources = {"reference": fingerprint(folder) | {"lineage": read_lineage(folder)}}
-    if onto:
-        sources["onto"] = fingerprint(onto) | {"lineage": read_lineage(onto)}
+    folders = {"reference": folder} | ({"onto": onto} if onto else {})
+    sources = {key: fingerprint(path) | {"lineage": read_lineage(path)} for key, path in folders.items()}
     return {  # frozen: checkpoint layout
         "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
         "embeddings_and_ln_f": "onto" if onto else "reference",
@@ -274,8 +276,7 @@ def new_lineage(
 
 def read_lineage(folder: str) -> dict:
     """lineage.json of a checkpoint folder, or {} where there is none."""
-    path = os.path.join(folder, LINEAGE)
-    return read_json(path) if os.path.exists(path) else {}
+    return read_optional(folder, LINEAGE) or {}
 
 
 def fingerprint(folder: str) -> dict:
@@ -291,10 +292,9 @@ def fingerprint(folder: str) -> dict:
                 f.seek(size * i // 64)
                 digest.update(f.read(1024))
         files[name] = {"bytes": size, "sample_sha256": digest.hexdigest()}
-    state = os.path.join(folder, STATE)
     return {
         "name": hub_id(folder) or "/".join(os.path.abspath(folder).split(os.sep)[-2:]),
-        "step": read_json(state).get("step") if os.path.exists(state) else None,
+        "step": (read_optional(folder, STATE) or {}).get("step"),
         "files": files,
     }
 
