@@ -253,18 +253,6 @@ def test_layers_auto_takes_the_blocks_that_change_most(tmp_path, capsys):
     assert f"blocks 1, 3: {reason}" in capsys.readouterr().out
 
 
-def test_layers_auto_refusals(reference, tmp_path):
-    def answer(*flags):
-        return refusal(inherit.main, ["--ckpt", reference[0], "--out", tmp_path / "small", *flags])
-
-    assert "--layers auto and --data FOLDER go together" in answer("--layers", "auto")
-    assert "--layers auto and --data FOLDER go together" in answer("--layers", "2", "--data", "x")
-    assert "no data folder 'x'" in answer("--layers", "auto", "--data", "x")
-    for flags in (("--recipe", "half_width"), ("--recipe", "last"), ("--onto", reference[0])):
-        assert "auto chooses the blocks" in answer("--layers", "auto", "--data", "x", *flags)
-    assert not (tmp_path / "small").exists()
-
-
 def test_lineage_says_how_to_make_it_again(tmp_path, capsys):
     write_checkpoint(tmp_path / "ref")
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):

@@ -16,7 +16,7 @@ from inheritune.models import initialisations
 from inheritune.models.initialisations import PARTS, RECIPES, Recipe, assemble, choose_blocks
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
-from tests.tiny import arguments, hf_state, refusal, tiny_config, tiny_model, write_checkpoint, write_data
+from tests.tiny import arguments, hf_state, tiny_config, tiny_model, write_checkpoint, write_data
 
 OUTSIDE = (
     "transformer.wte.weight",
@@ -241,25 +241,3 @@ def test_each_command_trains_one_step(tmp_path, flags, bias):
     train.main(arguments(data, tmp_path / "run", init_from=out, max_iters=1, warmup_iters=0, **sizes))
     new = gpt2_format.read_weights(checkpoint.find(str(tmp_path / "run")))
     assert any(not torch.equal(new[name][:], t[:]) for name, t in gpt2_format.read_weights(str(out)).items())
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--recipe", "stack", "--layers", "4"], "stack makes 6 blocks out of 3: --layers cannot be 4"),
-        (["--recipe", "hybrid", "--layers", "3"], "hybrid makes 2 blocks out of 3: --layers cannot be 3"),
-        (["--recipe", "half_width", "--layers", "2"], "half_width makes 3 blocks out of 3"),
-        (["--recipe", "last", "--layers", "4"], "more than the 3 blocks"),
-        (["--recipe", "last"], "give --layers K"),
-        (["--recipe", "lost", "--layers", "2"], "invalid choice"),
-        (["--recipe", "last", "--blocks", "0"], "--blocks says which blocks"),
-        (["--layers", "2", "--layernorms", "maybe"], "must be True or False"),
-        (["--layers", "few"], "must be a whole number from 1 on, or auto"),
-        (["--onto", "x", "--layers", "2", "--parts", "attn"], "takes whole blocks"),
-    ],
-)
-def test_refusals(tmp_path, flags, message):
-    write_checkpoint(tmp_path / "reference")
-    shown = refusal(inherit.main, ["--ckpt", tmp_path / "reference", "--out", tmp_path / "small", *flags])
-    assert message in shown and "\n" not in shown
-    assert not (tmp_path / "small").exists()
