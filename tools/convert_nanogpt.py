@@ -48,7 +48,7 @@ def read_ckpt(path: str) -> tuple[dict, dict]:
     config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": gpt2_format.NO_EOT}
     gpt2_format.check_architecture(path, gpt2_format.config_json(config))
     tensors = canonical(path, state, config)
-    gpt2_format.check_weights(tensors, config, path)
+    gpt2_format.check_weights(tensors, gpt2_format.shapes(config), path)
     return tensors, config
 
 

@@ -35,7 +35,7 @@ from inheritune.models.skeleton import (
     stored_shapes,
     transformers_config,
 )
-from inheritune.weights.gpt2_format import CONFIG, NO_EOT, stored_tensors
+from inheritune.weights.gpt2_format import CONFIG, NO_EOT, check_weights, stored_tensors
 from inheritune.weights.tensors import Lazy, copy_rows, row_runs
 from model import cross_entropy, next_token
 
@@ -350,13 +350,7 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
             a, b = tensors.pop(copy), tensors[kept]
             if a.shape != b.shape or not all(map(torch.equal, row_runs(a), row_runs(b))):
                 raise UserError(f"{folder}: {copy} differs from {kept}, to which config.json ties it")
-    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
-    wrong += [f"{n} is no tensor of a {model.config.model_type}" for n in tensors if n not in wanted]
-    shapes = {n: tuple(t.shape) for n, t in tensors.items() if n in wanted}
-    wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in shapes.items() if s != wanted[n]]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(f"{folder}: {'; '.join(wrong[:3])}{more}")
+    check_weights(tensors, wanted, folder, model.config.model_type)
     return tensors
 
 

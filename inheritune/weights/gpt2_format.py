@@ -10,7 +10,6 @@ In this file a configuration is a dict with the fields of model.GPTConfig. A sta
 """
 
 import glob
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
 from inheritune.base.tokenizer_identity import tokenizer_name
-from inheritune.weights.tensors import Lazy, copy_rows, read_tensors, row_runs, write_tensors
+from inheritune.weights.tensors import Lazy, copy_rows, n_bytes, read_tensors, row_runs, write_tensors
 
 # frozen: checkpoint layout
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -51,7 +50,7 @@ class OtherModel(UserError):
 def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
     """(state dict, configuration) of a checkpoint folder. Raises UserError unless they fit each other."""
     config, weights = read_config(folder), read_weights(folder)
-    check_weights(weights, config, folder)
+    check_weights(weights, shapes(config), folder)
     return weights, config
 
 
@@ -225,11 +224,11 @@ def shapes(config: dict) -> dict[str, tuple]:
     return {f"transformer.{name}": shape for name, shape in every.items()}
 
 
-def check_weights(weights: Mapping, config: dict, source: str) -> None:
-    """Raise UserError, naming `source`, unless these are all tensors of `config`, in the right shapes."""
-    wanted = shapes(config)
+def check_weights(weights: Mapping, wanted: dict[str, tuple], source: str, kind: str = "GPT-2") -> None:
+    """Raise UserError, naming `source`, unless these are the wanted tensors, {name: shape}, of
+    a model of this kind."""
     wrong = [f"{n} is missing" for n in wanted if n not in weights]
-    wrong += [f"{n} is not a GPT-2 tensor" for n in weights if n not in wanted]
+    wrong += [f"{n} is not a {kind} tensor" for n in weights if n not in wanted]
     found = {n: tuple(t.shape) for n, t in weights.items() if n in wanted}
     wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
     if wrong:
@@ -261,10 +260,6 @@ def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torc
         else:
             state[name] = torch.zeros(shape)
     return state
-
-
-def n_bytes(tensor: torch.Tensor | Lazy) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def write_model(folder: str, state: Mapping, config: dict, files: dict[str, bytes]) -> None:

@@ -42,6 +42,10 @@ class Lazy:
         return self.rows(start, stop)
 
 
+def n_bytes(tensor: torch.Tensor | Lazy) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
 def row_runs(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
     """Yield the rows of a tensor, some RUN bytes at a time, or one row."""
     if not tensor.shape:
@@ -118,7 +122,7 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
     ordered = sorted(tensors.items(), key=lambda item: (list(names).index(item[1].dtype), item[0]))
     entries, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in ordered:
-        begin, end = end, end + math.prod(t.shape) * t.dtype.itemsize
+        begin, end = end, end + n_bytes(t)
         entries[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)

@@ -107,7 +107,7 @@ def test_extra_blocks_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
     folders = ["--ckpt", tmp_path / "llama", "--out", tmp_path / "out"]
     message = refusal(inherit.main, [*folders, "--layers", "2"])
-    assert re.search(r"model.layers.3.\S+ is no tensor of a llama.*\(and 6 more\)", message)
+    assert re.search(r"model.layers.3.\S+ is not a llama tensor.*\(and 6 more\)", message)
 
 
 def test_refusals(tmp_path):
