@@ -18,7 +18,7 @@ from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments.measurements import loss_curve, measure
 from inheritune.experiments.plots import plot_growth
-from inheritune.experiments.stages import Common, Stage, check_stages, plan_reference, run_stage, small_flags
+from inheritune.experiments.stages import Common, Stage, plan_reference, run_problems, run_stage, small_flags
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
 from inheritune.models.interface import open_config
 from inheritune.training import planning
@@ -50,11 +50,11 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
     named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
-    raise_all(problems + planning.check_inherited(named, explicit - decided, config))
+    raise_all(problems + planning.inherited_problems(named, explicit - decided, config))
     if "block_size" in explicit:
         config = dataclasses.replace(config, block_size=settings.block_size)
     c = Common(settings.out_dir, small_flags(settings, explicit), k, config, name, reference_stage=stage)
-    raise_all(check_stages([*([stage] if stage else []), c.random("random", k)]))
+    raise_all(run_problems([*([stage] if stage else []), c.random("random", k)]))
     return c
 
 

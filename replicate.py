@@ -27,7 +27,7 @@ from inheritune.data.reader import identity
 from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.measurements import arm_curve, make_row
 from inheritune.experiments.plots import plot_results
-from inheritune.experiments.stages import ALONE, Common, check_stages, plan_reference, run_stage, small_flags
+from inheritune.experiments.stages import ALONE, Common, plan_reference, run_problems, run_stage, small_flags
 from inheritune.experiments.tables import write_tables
 from inheritune.models.interface import Config, open_config
 from inheritune.training import device as machine
@@ -73,7 +73,7 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: f
     reasons = impossible(c)
     left_out = {arm.name: reasons[arm.base] for arm in seeds if arm.base in reasons}
     seeds = {arm: count for arm, count in seeds.items() if arm.base not in reasons}
-    raise_all(check_stages([stage for arm in seeds for stage in arm.stages(c)]))
+    raise_all(run_problems([stage for arm in seeds for stage in arm.stages(c)]))
     return Comparison(commons, seeds, left_out)
 
 
@@ -99,7 +99,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
         config, flops, layer_steps = given_reference(name)
         named = dataclasses.replace(settings, init_from=name)
-        raise_all(planning.check_inherited(named, explicit & {"block_size"}, config))
+        raise_all(planning.inherited_problems(named, explicit & {"block_size"}, config))
         if "block_size" in explicit:
             config = dataclasses.replace(config, block_size=settings.block_size)
 

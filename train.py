@@ -166,7 +166,7 @@ def save_checkpoint(run: Run) -> None:
         "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
         "tokens": state.step * s.batch_tokens,
         "scaler": run.scaler.state_dict(),
-        "data": run.plan.data,
+        "data": run.plan.data_id,
         "settings": dataclasses.asdict(s),
     }
 
@@ -254,8 +254,8 @@ def main(argv=None):
             )
             if plan.warning:
                 print(plan.warning)
-            if plan.change:
-                print(f"from step {run.state.step} with other settings: {plan.change}")
+            if plan.changed_now:
+                print(f"from step {run.state.step} with other settings: {plan.changed_now}")
         with run.request:
             val_loss = fit(run)
         if ranks.first:

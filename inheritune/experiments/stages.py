@@ -139,12 +139,12 @@ def plan_reference(path: str, settings: TrainSettings, explicit: frozenset, run:
     return Stage(run, config, flags, config_files=(path,))
 
 
-def check_stages(stages: list[Stage]) -> list[str]:
+def run_problems(stages: list[Stage]) -> list[str]:
     """What is wrong with the settings of runs of train.py, before any of them starts: one sentence each."""
     problems = []
     for stage in stages:
         settings = stage.settings
-        found = planning.check_settings(settings)
+        found = planning.settings_problems(settings)
         try:
             planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
         except UserError as e:

@@ -133,8 +133,8 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     optimizer = make_optimizer(module, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
-    if plan.change:
-        state.changes.append(f"step {state.step}: {plan.change}")
+    if plan.changed_now:
+        state.changes.append(f"step {state.step}: {plan.changed_now}")
     recorder = Recorder(settings, flops_per_token(plan.config, plan.teacher), device, ranks.world)
     ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.first else None)
 

@@ -38,14 +38,14 @@ class Plan:
     teacher: Config | None = None
     resume_from: str | None = None  # the checkpoint folder that this run continues
     damaged: list[str] = field(default_factory=list)  # newer ones that cannot be continued
-    data: str | None = None  # which tokens these are: the same string for the same tokens
+    data_id: str | None = None  # a hash of the data's tokens
     train_tokens: int | None = None  # in this run's part of the corpus; None when the data is not prepared
     n_vocab: int = 0  # ids of the data's tokenizer
     sequences: int = 0  # per optimizer step, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank
     accumulation: int = 0  # forward passes per step on each rank
     warning: str = ""  # of what is allowed, but hardly meant
-    change: str = ""  # which settings of the run that is continued were others: "max_iters was 12, is 24"
+    changed_now: str = ""  # by --change, since the checkpoint: "max_iters was 12, is 24"
 
 
 def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> Plan:
@@ -56,7 +56,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 
     Raises one UserError with every problem found. A dry run may lack its data.
     """
-    plan, problems = Plan(world, warning=warn_of_warmup(settings)), check_settings(settings)
+    plan, problems = Plan(world, warning=warn_of_warmup(settings)), settings_problems(settings)
 
     def attempt(work, *arguments):
         """What work(*arguments) returns. A UserError joins the other problems, and the planning goes on."""
@@ -68,11 +68,12 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     # what the run folder and the data folder hold
     if not settings.dry_run:
         plan.resume_from, plan.damaged = attempt(find_resumable, settings) or (None, [])
-    tokenizer = None  # of the data; data that is not prepared is taken to fit the models
+    tokenizer = None  # of the data; without prepared data, assume the model's tokenizer
     if os.path.isdir(settings.dataset) or not settings.dry_run:
-        tokenizer, plan.data, plan.train_tokens = attempt(read_data, settings) or (None, None, None)
+        tokenizer, plan.data_id, plan.train_tokens = attempt(read_data, settings) or (None, None, None)
     if plan.resume_from:
-        problems += check_same_run(settings, plan)
+        wrong, plan.changed_now = same_run_problems(settings, plan.resume_from, plan.data_id)
+        problems += wrong
     also = settings.also_validate
     if also and tokenizer and (os.path.isdir(also) or not settings.dry_run):
         attempt(check_also_validate, settings)
@@ -86,7 +87,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     elif is_from_settings(settings, explicit):
         plan.config = new_config(settings, tokenizer or tokenizer_of(plan.teacher or GPTConfig()))
     elif source := attempt(source_config, settings.init_from):
-        wrong = check_inherited(settings, explicit, source)
+        wrong = inherited_problems(settings, explicit, source)
         problems += wrong
         plan.config = None if wrong else attempt(inherited_config, settings, explicit, source, tokenizer)
         if tokenizer:
@@ -110,7 +111,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 # What can be wrong
 
 
-def check_settings(settings: TrainSettings) -> list[str]:
+def settings_problems(settings: TrainSettings) -> list[str]:
     """What is wrong with the settings by themselves, before model and data are known: one sentence each."""
     s, problems = settings, []
     if s.data_start >= s.data_end:
@@ -132,15 +133,15 @@ def check_settings(settings: TrainSettings) -> list[str]:
     return problems
 
 
-def check_same_run(settings: TrainSettings, plan: Plan) -> list[str]:
-    """Why the run that saved plan.resume_from cannot be continued with these settings and data.
+def same_run_problems(settings: TrainSettings, folder: str, data_id: str | None) -> tuple[list[str], str]:
+    """(why the run that saved `folder` cannot be continued with these settings and data, what was changed).
 
     A run that is continued must end as if it had never been interrupted. So all settings must be the same,
     except for HARMLESS ones. Those of the SCHEDULE may change if all steps so far keep their rates: a run
     with schedule=wsd can be made longer, or decayed earlier, until its decay begins. With settings.change
-    they may change in any case, and plan.change says how.
+    they may change in any case, and the second value says how: "max_iters was 12, is 24", or "".
     """
-    saved = checkpoint.read_state(plan.resume_from)
+    saved = checkpoint.read_state(folder)
     defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
     before = TrainSettings(**{key: saved["settings"].get(key, value) for key, value in defaults.items()})
     differ = [key for key in defaults if getattr(before, key) != getattr(settings, key)]
@@ -154,18 +155,16 @@ def check_same_run(settings: TrainSettings, plan: Plan) -> list[str]:
         return "; ".join(f"{key} was {getattr(before, key)!r}, is {getattr(settings, key)!r}" for key in keys)
 
     problems, cure = [], "restore them, or use another out_dir"
-    if settings.change:
-        plan.change = was_and_is(rates)
-    else:
+    if not settings.change:
         changed += rates
     if changed:
         other = f"cannot continue {settings.out_dir} with other settings ({was_and_is(changed)})"
         flag = "add --change to go on with the new learning rates, " if changed == rates else ""
         problems.append(f"{other}: {flag}{cure}")
-    if plan.data and saved.get("data") not in (None, plan.data):
+    if data_id and saved.get("data") not in (None, data_id):
         other = f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on"
         problems.append(f"{other}: {cure}")
-    return problems
+    return problems, was_and_is(rates) if settings.change else ""
 
 
 def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
@@ -174,7 +173,7 @@ def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
     return all(learning_rate(step, before) == learning_rate(step, after) for step in range(steps))
 
 
-def check_inherited(settings: TrainSettings, explicit: frozenset, source: Config) -> list[str]:
+def inherited_problems(settings: TrainSettings, explicit: frozenset, source: Config) -> list[str]:
     """Why settings and the model to start from do not fit: only depth and context may differ from it."""
     name, n_layer = settings.init_from, settings.inherit_layers or source.n_layer
     problems = []
@@ -197,7 +196,7 @@ def check_teacher(settings: TrainSettings, plan: Plan) -> None:
     name, theirs, ours = settings.teacher, plan.teacher.limit, plan.config.block_size
     if theirs < ours:
         raise UserError(f"teacher {name} reads {theirs} tokens, the student {ours}: too short")
-    if plan.data:
+    if plan.data_id:
         check_tokenizer(settings.dataset, config_folder(name), plan.teacher)
 
 

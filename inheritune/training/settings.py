@@ -169,7 +169,7 @@ MACHINE = frozenset(
 HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 
 # What decides the learning rate of each step. It may change for the steps to come, and those made had other
-# rates only if `change` asks for that (planning.check_same_run).
+# rates only if `change` asks for that (planning.same_run_problems).
 SCHEDULE = frozenset(
     {"learning_rate", "min_lr", "warmup_iters", "schedule", "lr_decay_iters", "cooldown_iters"}
 )

@@ -14,7 +14,7 @@ from inheritune.experiments.arms import (
     settings_hash,
 )
 from inheritune.experiments.block_choice import RULES
-from inheritune.experiments.stages import check_stages
+from inheritune.experiments.stages import run_problems
 from inheritune.models.initialisations import RECIPES
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint
@@ -154,8 +154,8 @@ def test_every_arm_keeps_its_hash(monkeypatch):
 
 def test_wrong_settings_of_any_stage_are_found_before_training(tmp_path):
     c = common_of(write_config(tmp_path))
-    (problem,) = check_stages(find_arm("random@min_lr=1").stages(c) * 2)
+    (problem,) = run_problems(find_arm("random@min_lr=1").stages(c) * 2)
     assert "min_lr 1 is above learning_rate 0.01" in problem
-    (problem,) = check_stages(find_arm("kd@batch_tokens=60").stages(c))
+    (problem,) = run_problems(find_arm("kd@batch_tokens=60").stages(c))
     assert "not a multiple of block_size" in problem
-    assert check_stages([s for name in ARMS for s in find_arm(name).stages(c)]) == []
+    assert run_problems([s for name in ARMS for s in find_arm(name).stages(c)]) == []
