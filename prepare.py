@@ -24,11 +24,15 @@ def make_parser() -> Parser:
     add("sources", nargs="*", metavar="PATH", help=f"{kinds}; {others}")
     add("--out", help="folder to write (default without PATH: data/python)")
     add("--tokenizer", help=f"{TOKENIZERS} (default: gpt2; without PATH bytes)")
-    help = "what is for validation; without it a folder's own validation split, or a share of all text"
+    help = "validation files (default: the folder's own validation split, else --val_fraction of all text)"
     add("--val_files", nargs="+", default=[], metavar="PATH", help=help)
-    add("--val_fraction", type=float, help="that share of the tokens, from the end (default: 0.1)")
+    add(
+        "--val_fraction",
+        type=float,
+        help="share of the tokens, from the end, used for validation (default: 0.1)",
+    )
     add("--text_column", help="where a table keeps the text (default: text)")
-    help = "parts the documents of a text file, such as '<|endoftext|>', or $'\\n\\n' for empty lines"
+    help = "separator between the documents of a text file: '<|endoftext|>', or $'\\n\\n' for empty lines"
     add("--split_on", default="", metavar="TEXT", help=help)
     add("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     return parser

@@ -307,7 +307,7 @@ def test_documents_are_counted_and_the_share_read_grows_to_one(tmp_path, texts, 
     source = open_files([str(tmp_path / name), str(tmp_path / "b.txt")], [], None, "", "out")
     n, pieces = source.documents(), list(source.pieces)
     assert sum(piece.end for piece in pieces) == n == (2 if name == "a.txt" else 301)
-    shares = [piece.done for piece in pieces]
+    shares = [piece.progress for piece in pieces]
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 

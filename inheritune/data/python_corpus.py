@@ -32,7 +32,7 @@ def open_python() -> Source:
     def read() -> Iterator[Piece]:
         for i, (name, text) in enumerate(documents, 1):
             held_out = int(digests[name].hexdigest(), 16) % 10 == 0
-            yield Piece(text, True, "val" if held_out else "train", done=i / len(documents))
+            yield Piece(text, True, "val" if held_out else "train", progress=i / len(documents))
 
     arguments = {"corpus": f"Python {platform.python_version()}"}
     return Source(arguments, read(), lambda: len(documents), True)

@@ -210,8 +210,8 @@ def read_meta(folder: str) -> dict:
 
 
 def identity(folder: str) -> str:
-    """A hash of a data folder's tokens, wherever it lies: of what its meta.json says of them, or of sizes and
-    64 samples of others' bins."""
+    """A hash of a data folder's tokens, wherever it lies: from meta.json's list of shards, or without one
+    from sizes and 64 samples."""
     meta = read_meta(folder)
     if splits := meta.get("splits"):
         return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()

@@ -45,13 +45,13 @@ class Piece(NamedTuple):
     end: bool  # does its document end with it?
     split: str = "train"
     goes_on: bool = False  # did its document begin before it?
-    done: float | None = None  # the share of the input read so far, where it is known
+    progress: float | None = None  # the share of the input read so far, where it is known
 
 
 class Source(NamedTuple):
     """A corpus, opened."""
 
-    arguments: dict  # what tells it from others, for meta.json
+    arguments: dict  # identify the corpus; stored in meta.json
     pieces: Iterator[Piece]
     documents: Callable[[], int]  # how many there are; may take as long as reading them
     has_val: bool = False  # does some of it have the split "val"?
@@ -65,7 +65,7 @@ def open_files(
 ) -> Source:
     """Files, folders and patterns as a Source.
 
-    val_paths: those for validation; []: what folders in the hub's layout hold for it; None: none is allowed
+    val_paths: validation files; []: use a folder's own validation split; None: refuse one
     column: where tables keep the text; None: "text"
     split_on: what parts the documents of a text file; "": nothing
     out: the folder that will be written, which may not lie in one that is read
@@ -170,7 +170,7 @@ def find_in_folder(folder: str, split: str) -> dict[str, list[str]]:
 
 def walk(folder: str, skip: tuple = ()) -> Iterator[str]:
     """Yield the paths of the files under `folder`, hidden ones left out, always in one order. Links to
-    folders are followed, but none to where it was before. Raises OSError where a folder cannot be listed."""
+    folders are followed, and each folder is visited once. Raises OSError where a folder cannot be listed."""
     seen = {os.path.realpath(folder)}
 
     def is_new(path):
@@ -286,4 +286,4 @@ def read_hub(dataset, n: float | None) -> Iterator[Piece]:
         if not isinstance(found["text"], str):
             kind = type(found["text"]).__name__
             raise UserError(f"row {row} of the dataset: 'text' holds a {kind}, not text")
-        yield Piece(found["text"], True, done=n and min(1.0, row / n))
+        yield Piece(found["text"], True, progress=n and min(1.0, row / n))

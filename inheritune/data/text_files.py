@@ -162,8 +162,8 @@ def holds(file: File, split_on: str) -> bool:
 def read_text(file: File, split_on: str = "") -> Iterator[tuple[str, bool, float]]:
     """Yield (text, whether its document ends with it, share read) for the pieces of a text file.
 
-    A long text is cut where the tokens of the parts are those of the whole (tokenizer.CUT), if there is such
-    a place. With `split_on`, a document ends wherever that text stands; blanks at the end are no document.
+    A long text is cut at tokenizer.CUT, where cutting does not change the tokens, if there is such a place.
+    With `split_on`, a document ends wherever that text stands; blanks at the end are no document.
     """
     pattern = pattern_of(split_on) if split_on else None
     text, inside = "", False  # inside: a part of this document was given out before

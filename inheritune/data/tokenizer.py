@@ -33,8 +33,8 @@ from inheritune.base.tokenizer_identity import (
 
 END_OF_TEXT = "<|endoftext|>"
 PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
-# Before a blank that follows a letter or digit all vocabularies begin a new word, tiktoken's before a line
-# end too: there the tokens of the parts are the tokens of the whole. A match ends at the last such place.
+# Every vocabulary begins a new word at a space after a letter or digit, and tiktoken's also at a line end
+# there. A text that is cut at such a place keeps its tokens. A match ends at the last such place.
 CUT = re.compile(r"(?s).*[^\W_](?= )|.*[^\W_](?=\n)")
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
@@ -49,8 +49,8 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
     """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a tokenizer.json
     or of a folder that holds one.
 
-    With `folder`, a data or checkpoint folder whose meta.json or config.json says `spec`, tokenizer files in
-    it come before a tiktoken name.
+    folder: the data or checkpoint folder whose meta.json or config.json says `spec`; tokenizer files there
+    win over a tiktoken name
     """
     if spec == "bytes":
         return Bytes()

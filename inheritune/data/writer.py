@@ -53,7 +53,7 @@ def write_tokens(
 
     script: the command's name, for meta.json
     threads: how many tokenise
-    val_fraction: take this share of the tokens, from the end, for validation; the source has none
+    val_fraction: hold out this share of the tokens, from the end; only for a source without validation text
     shard_tokens: write shards of about so many tokens, the first for validation, instead of two files
     max_tokens: stop after about so many
 
@@ -155,7 +155,7 @@ def tokenise(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> dict[
 
 def part_names(number: int, shard_tokens: int | None) -> dict[str, str]:
     """{split of the text: file} of part 3: {"train": "train_000003.part", "val": "val_000003.part"}; of shard
-    3 {"train": "train_000002.bin"}, as all text is training text and shard 0 makes validation data of it."""
+    3 {"train": "train_000002.bin"}. All text has the split "train" here; shard 0 is used for validation."""
     if shard_tokens:
         return {"train": f"train_{number - 1:06d}.bin" if number else "val_000000.bin"}
     return {split: f"{split}_{number:06d}.part" for split in ("train", "val")}
@@ -176,8 +176,10 @@ def write_part(
                 sums[split] = [a + b for a, b in zip(sums.get(split, [0] * 4), counts, strict=True)]
                 written += len(ids)
             pieces += len(batch)
-            if done := batch[-1].done:  # what the text so far came to gives the total, and the remaining time
-                bar.total = round((before + written) / done)
+            if share := batch[
+                -1
+            ].progress:  # what the text so far came to gives the total, and the remaining time
+                bar.total = round((before + written) / share)
             bar.update(before + written - bar.n)
             if written >= size:
                 break

@@ -220,7 +220,7 @@ def test_a_compressed_text(tmp_path, monkeypatch, pack):
     name.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
     pieces = list(opened(name).pieces)
     assert "".join(piece.text for piece in pieces) == text and len(pieces) > 10
-    assert [p.done for p in pieces] == sorted(p.done for p in pieces)
+    assert [p.progress for p in pieces] == sorted(p.progress for p in pieces)
 
 
 def test_byte_order_marks_and_cr_lf(tmp_path):
