@@ -47,6 +47,7 @@ class GPTConfig:
 
     # What follows is asked of every model: see inheritune/models/interface.py.
     warning = ""  # what a reader of config.json must know
+    recomputes = ("none", "cheap", "full")  # the values of checkpoint_activations
     block_prefix = "transformer.h."  # parameters of block 3 begin with "transformer.h.3."
 
     @property

@@ -145,6 +145,7 @@ def run_problems(stages: list[Stage]) -> list[str]:
     for stage in stages:
         settings = stage.settings
         found = planning.settings_problems(settings)
+        found += planning.recompute_problems(settings, stage.config)
         try:
             planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
         except UserError as e:

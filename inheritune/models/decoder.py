@@ -61,6 +61,7 @@ class DecoderConfig:
     dropout: float = 0.0
     warning: str = dataclasses.field(default="", compare=False)  # what readers of a cut config.json must know
 
+    recomputes = ("none", "full")  # the values of checkpoint_activations
     scratch_settings = None  # train.py has none for it: only config.json describes it
 
     def __post_init__(self):
@@ -221,8 +222,7 @@ class Decoder(nn.Module):
 
     @checkpoint_activations.setter
     def checkpoint_activations(self, value: str) -> None:
-        if value not in ("none", "full"):
-            raise UserError(f"checkpoint_activations={value} is implemented for GPT-2 only: use full")
+        assert value in self.config.recomputes  # planning.recompute_problems says it to the user
         self._activations = value
         for block in self.blocks:
             vars(block).pop("forward", None)

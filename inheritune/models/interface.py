@@ -10,6 +10,7 @@ A configuration is a frozen dataclass:
     num_params block_params     parameters of the model, and of its largest block
     flops_per_token             FLOPs of training, forward and backward
     block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors
+    recomputes                  the values of checkpoint_activations that the model implements
     scratch_settings            train.py's settings that make a new model like it; None: there are none
     with_blocks(blocks)         the configuration of a model that has these blocks of this one
     content(dtype=torch.float32)  what config.json holds beside tensors of this dtype
@@ -23,7 +24,7 @@ A model is an nn.Module whose named_parameters() carry the names of its folder's
     attention_steps(idx)        (None, what enters block 0), then each block's (attention matrices, output)
     fill(state, source)         copies a folder's state dict into the parameters; errors name `source`
     num_params()                of its parameters, tied ones once
-    checkpoint_activations      what the backward pass recomputes: "none", "cheap" (GPT-2 only) or "full"
+    checkpoint_activations      what the backward pass recomputes: one of the config's `recomputes`
     empty(config)               a class method: the model with unset weights, to be filled
 """
 

@@ -119,7 +119,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
     module, lineage, files = ranks.agree(lambda: load_weights(plan, folder))
-    ranks.agree(lambda: setattr(module, "checkpoint_activations", settings.checkpoint_activations))
+    module.checkpoint_activations = settings.checkpoint_activations
     pad_head(module, device, compiled)
     model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
     teacher = None

@@ -97,6 +97,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 
     # the batch
     if plan.config:
+        problems += recompute_problems(settings, plan.config)
         tokens, block_size = plan.train_tokens, plan.config.block_size
         plan.n_vocab = (tokenizer or tokenizer_of(plan.config))["n_vocab"]
         if tokens is not None and tokens <= block_size:
@@ -189,6 +190,14 @@ def inherited_problems(settings: TrainSettings, explicit: frozenset, source: Con
                 f"{key} {asked} was asked for, but the model from {name} has {has.get(key)}: leave it out"
             )
     return problems
+
+
+def recompute_problems(settings: TrainSettings, config: Config) -> list[str]:
+    """Why a model cannot recompute what checkpoint_activations asks for: not all models know "cheap"."""
+    if settings.checkpoint_activations in config.recomputes:
+        return []
+    asked = f"checkpoint_activations={settings.checkpoint_activations}"
+    return [f"{asked} is implemented for GPT-2 only: use {' or '.join(config.recomputes)}"]
 
 
 def check_teacher(settings: TrainSettings, plan: Plan) -> None:

@@ -181,6 +181,6 @@ def test_a_dry_run_reads_no_weights_and_the_context_is_the_runs_choice(folder, d
         ({"inherit_layers": 5}, "inherit_layers 5 is more than the 4 blocks of"),
     ],
 )
-def test_what_such_models_do_not_have_is_refused(folder, data, tmp_path, changes, message):
-    how = {**GIVEN, "init_from": folder("llama"), **changes}
+def test_what_such_models_do_not_have_is_refused_by_the_plan(folder, data, tmp_path, changes, message):
+    how = {**GIVEN, "init_from": folder("llama"), "dry_run": True, **changes}
     assert message in refusal(train.main, arguments(data, tmp_path / "out", **how))
