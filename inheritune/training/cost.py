@@ -28,6 +28,8 @@ def training_memory(
 ) -> dict[str, float]:
     """{name: bytes} on one device at the fullest moment of a step. The allocator's overhead is not counted.
 
+    Every model is counted as if it were a GPT-2 of its width: MLP of 4 C, as many keys as queries, tied head.
+
     micro_batch: sequences in a forward pass
     accumulation: forward passes in a step
     half: whether autocast computes in 16 bits
@@ -88,12 +90,15 @@ def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str, narr
 
 def logits_memory(rows: int, config: Config, half: bool, fused: bool, teacher: bool) -> int:
     """Bytes of the logits of `rows` tokens, of a teacher's logits, and of what the loss makes of both."""
-    if teacher:  # both sides' logits and, fused, gradients in fp32 and in their dtype; else six fp32 copies
-        each = (10 if half else 16) if fused else (28 if half else 32)
-    elif fused:  # logits and gradient
-        each = 4 if half else 8
-    elif half or not CHUNKED_LOSS:  # in fp32, the log-softmax of all logits and two gradients
-        each = 12
+    act = 2 if half else 4  # bytes of a logit
+    if teacher:
+        each = 2 * act  # both sides' logits
+        each += 4 + act if fused else 0  # gradients in fp32, and in the logits' dtype
+        each += 0 if fused else 6 * 4  # six copies in fp32
+    elif fused:
+        each = 2 * act  # logits and gradient
+    elif half or not CHUNKED_LOSS:
+        each = 3 * 4  # in fp32, the log-softmax of all logits and two gradients
     else:  # a chunk of logits, its gradient, and the head's, which the forward pass computes already
         return min(rows, LOSS_ROWS) * config.vocab_size * 2 * 4 + 4 * config.vocab_size * config.n_embd
     return rows * config.vocab_size * each
