@@ -96,7 +96,7 @@ class Run:
     state: State
     recorder: Recorder
     saver: Saver
-    request: StopRequest = field(default_factory=StopRequest)  # that this process got
+    request: StopRequest = field(default_factory=StopRequest)  # stop signals received by this process
 
     def close(self) -> None:
         """Release the run folder, after waiting for what is being written there."""

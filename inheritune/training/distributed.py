@@ -126,8 +126,8 @@ class DistributedModel:
 
     module: the plain model, whose parameters are trained and saved
     forward: what training calls; it averages gradients over ranks
-    local_forward: what validation calls. With DDP ranks may call it unequally often; with FSDP2 they may not,
-        because every call gathers parameters.
+    local_forward: what validation calls. Under FSDP2 every rank must call it equally often (each call
+        gathers); under DDP not.
     autocast: the dtype under which callers run both; fp32 is no autocast
 
     dtype: what the model computes in

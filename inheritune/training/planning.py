@@ -384,7 +384,7 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     whole, shared = (sum(t.values()) / 1e9 for t in terms)
     parts = [", ".join(f"{name} {size / 1e9:.1f}" for name, size in t.items()) for t in terms]
     lines = [
-        f"memory       about {whole:.1f} GB per GPU, as of a GPT-2, without the allocator's overhead:",
+        f"memory       about {whole:.1f} GB per GPU, counted as a GPT-2's, without the allocator's overhead:",
         f"               {parts[0]}",
         f"             about {shared:.1f} GB on each of {world} with shard=True:",
         f"               {parts[1]}",

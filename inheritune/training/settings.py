@@ -83,7 +83,7 @@ class TrainSettings:
     cooldown_iters: int | None = setting(None, "steps of wsd's decay (default: a fifth of lr_decay_iters)", 1)
     layer_lr_decay: float = setting(
         1.0,
-        "each block's rate is that of the block above times this; embeddings come below block 0",
+        "multiply the rate by this per block downwards; embeddings count as the block below 0",
         0.0,
         1.0,
     )
@@ -97,7 +97,8 @@ class TrainSettings:
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(
-        "never", "if out_dir holds a run: never: refuse; auto: continue it; must: that, and fail without one"
+        "never",
+        "if out_dir holds a run: never: refuse; auto: continue it; must: continue it, fail if there is none",
     )
     change: bool = setting(False, "with resume: go on although max_iters or the learning rates were others")
 
@@ -131,7 +132,8 @@ class GrowSettings:
     k_step: int = setting(2, "blocks added from round to round", 1)  # paper Algorithm 1
     growth: Literal["reinherit", "onto"] = setting(
         "reinherit",
-        "a further round: reinherit: all blocks of the reference; onto: its next ones onto the small model",
+        "later rounds: reinherit takes all blocks from the reference again; "
+        "onto adds its next ones to the trained small model",
     )
     control: bool = setting(
         True, "train random-init controls too: for equal steps, for the pipeline's compute"
@@ -146,7 +148,7 @@ class ReplicateSettings:
     results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
     reference: str = setting("", "checkpoint, run folder or hub id (default: one for each seed)")
     reference_config: str = setting("", "train.py config that trains each seed's reference")
-    arms: str = setting("all:1", "arms and their numbers of seeds: 'all:1 random:3'; later ones count")
+    arms: str = setting("all:1", "arms and their numbers of seeds: 'all:1 random:3'; later entries override")
     first_seed: int = setting(1, "seeds count up from this one", 0)
     layers: int | None = setting(None, "blocks of the small models (default: half of the reference's)", 1)
     rounds_from: int | None = setting(None, "first round of growing arms (default: layers - rounds_step)", 1)
@@ -168,8 +170,8 @@ MACHINE = frozenset(
 # (Of data the tokens are compared, not the path.)
 HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 
-# What decides the learning rate of each step. It may change for the steps to come, and those made had other
-# rates only if `change` asks for that (planning.same_run_problems).
+# What decides the learning rate of each step. May change for future steps; for steps already made only with
+# `change` (planning.same_run_problems).
 SCHEDULE = frozenset(
     {"learning_rate", "min_lr", "warmup_iters", "schedule", "lr_decay_iters", "cooldown_iters"}
 )
