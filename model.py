@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from inheritune.base.errors import UserError
+from inheritune.weights import gpt2_format
 from inheritune.weights.checkpoint import find
-from inheritune.weights.gpt2_format import arrange, config_json, fill, open_model, read_config
 
 LOSS_ROWS = 512  # rows of logits that are in memory at once in the chunked fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
@@ -43,11 +43,12 @@ class GPTConfig:
     @classmethod
     def from_folder(cls, folder: str) -> "GPTConfig":
         """The config of a checkpoint folder. Raises UserError."""
-        return cls(**read_config(folder))
+        return cls(**gpt2_format.read_config(folder))
 
     # What follows is asked of every model: see inheritune/models/interface.py.
     warning = ""  # what a reader of config.json must know
     recomputes = ("none", "cheap", "full")  # the values of checkpoint_activations
+    has_parts = True  # recipes know attention, MLP, LayerNorms and heads by their names
     block_prefix = "transformer.h."  # parameters of block 3 begin with "transformer.h.3."
 
     @property
@@ -89,11 +90,11 @@ class GPTConfig:
 
     def content(self, dtype: torch.dtype = torch.float32) -> dict:
         """What config.json holds beside tensors of this dtype."""
-        return config_json(asdict(self)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        return gpt2_format.config_json(asdict(self)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
     def arrange(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A model's parameters as its folder stores them: fp32 on the CPU, in Hugging Face's layout."""
-        return arrange(parameters, asdict(self))
+        return gpt2_format.arrange(parameters, asdict(self))
 
 
 # The architecture: n_layer, and what two models must share to exchange blocks.
@@ -225,7 +226,7 @@ class GPT(nn.Module):
         Raises UserError when it cannot be fetched or is not a GPT-2 that this file implements.
         """
         folder = find(name_or_folder)
-        weights, config = open_model(folder)
+        weights, config = gpt2_format.open_model(folder)
         model = cls.empty(GPTConfig(**config))
         model.fill(weights, folder)
         return model
@@ -246,7 +247,7 @@ class GPT(nn.Module):
         """
         wpe = "transformer.wpe.weight"
         state = {**state, wpe: state[wpe][: self.config.block_size]}
-        fill(dict(self.named_parameters()), state, source)
+        gpt2_format.fill(dict(self.named_parameters()), state, source)
 
     @property
     def blocks(self) -> nn.ModuleList:

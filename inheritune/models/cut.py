@@ -1,5 +1,9 @@
 """The config.json of a model that has some blocks of another, whatever its keys mean.
 
+Example: blocks [0, 2] of a Qwen2 make
+    {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+  → {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+
 No key is trusted for its name. The depth is changed, lists with an entry for each block are cut, and the
 skeletons of both models are compared: block j of the result must be what block blocks[j] of the source is,
 module by module, and all else must be the same. Where they differ, other values are tried for numbers and
@@ -24,16 +28,13 @@ TRIES = 60  # configurations that are compared before a cut is refused
 
 
 def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
-    """(config.json of the model with these blocks, what a reader of it must know, if anything).
+    """(config.json of the model with these blocks, a warning for readers of config.json, or '').
 
     Raises UserError when no config.json gives these blocks.
     """
     c = transformers_config(json.dumps(content))
     n = c.num_hidden_layers
-    missing = [i for i in blocks if not 0 <= i < n]
-    if missing or not blocks:
-        what = f"block {missing[0]}" if missing else "at least one block"
-        raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
+    check_blocks(blocks, n)
     depth = {key: len(blocks) for key in DEPTHS if content.get(key) == n} or {DEPTHS[0]: len(blocks)}
     with cannot_open() as transformers:
         general = transformers.PreTrainedConfig().to_dict().keys() | {"architectures"}
@@ -45,7 +46,7 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
             check_shared(key, own[key], blocks)
 
     reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
-    # at last a block may hold a list of all blocks, which a cut changes: GPT-Neo's do
+    # last try: let a block's copy of a per-block list differ (GPT-Neo)
     for change, lists_may_differ in [*itertools.product(changes, [False]), ({}, True)]:
         wanted = lists | change
         new = add_computed(content | depth, wanted)
@@ -54,6 +55,14 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
             return without_contradiction(content, new, {k: wanted[k] for k in lists}, blocks)
         reason = reason or problem
     raise UserError(f"blocks {', '.join(map(str, blocks))} alone are no {c.model_type}: {reason}")
+
+
+def check_blocks(blocks: list[int], n: int) -> None:
+    """Raise UserError unless these are blocks of a model with n."""
+    missing = [i for i in blocks if not 0 <= i < n]
+    if missing or not blocks:
+        what = f"block {missing[0]}" if missing else "at least one block"
+        raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
 
 
 def check_shared(key: str, kinds: list, blocks: list[int]) -> None:
@@ -103,7 +112,7 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
 
 
 def add_computed(content: dict, wanted: dict) -> dict:
-    """config.json's content with the wanted values of keys that it has, and of those that would be others."""
+    """config.json's content with wanted keys set that exist, or whose computed default would be wrong."""
     new = content | {key: value for key, value in wanted.items() if key in content}
     try:
         found = transformers_config(json.dumps(new)).to_dict()
@@ -113,9 +122,17 @@ def add_computed(content: dict, wanted: dict) -> dict:
 
 
 def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[int]) -> tuple[dict, str]:
-    """(new, a warning or ""): without the numbers by which other readers would compute other lists."""
+    """Drop or adapt numbers of `new` that contradict its lists. Returns (new, a warning or "").
 
-    def computed(content):  # by a reader to whom the lists say nothing
+    Example: Qwen's max_window_layers is the first block with a sliding window, from which layer_types is
+    computed where it is missing. A reader that ignores layer_types must compute the same.
+
+    content, new: config.json of the source, and of the model with these blocks of it.
+    lists: {key of new: its list with an entry for each block}.
+    """
+
+    def computed(content):
+        """The lists that transformers computes where config.json has none; None where it cannot."""
         try:
             found = transformers_config(json.dumps({k: v for k, v in content.items() if k not in lists}))
         except UserError:
@@ -127,7 +144,7 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
     source, alone = json.dumps(content), computed(new)
     for key in [k for k, v in new.items() if type(v) is int and k not in DEPTHS]:
         if all(computed(new | {key: new[key] + d}) in (alone, None) for d in (1, -1)):
-            continue
+            continue  # no list is computed from this number
         count = new | {key: sum(i < new[key] for i in blocks)}
         rest = {k: v for k, v in new.items() if k != key}
         for other in [count] if computed(count) == lists else [rest]:
@@ -135,7 +152,8 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
     if computed(new) == lists:
         return new, ""
     names = " and ".join(key for key in lists if computed(new)[key] != lists[key])
-    return new, f"{names} in config.json must be read: what goes by a block's number computes another model"
+    what = "computing it from the block number gives another model"
+    return new, f"readers must use {names} of config.json; {what}"
 
 
 def difference(source: str, new: str, blocks: list[int], lists_may_differ=False) -> str | None:

@@ -1,8 +1,8 @@
 """Causal models of transformers that are no GPT-2 of model.py, under the interface of interface.py.
 
-This is the one place that knows transformers (requirements-extra.txt), which is imported when such a folder
-is opened. A DecoderConfig carries config.json whole, as text, and asks transformers for everything else: a
-skeleton, which is the model with its buffers but without its weights, tells names, shapes and sizes.
+Only this file, skeleton.py and cut.py know transformers (requirements-extra.txt), which is imported when such
+a folder is opened. A DecoderConfig carries config.json whole, as text, and asks transformers for everything
+else: a skeleton, which is the model with its buffers but without its weights, tells names, shapes and sizes.
 """
 
 import contextlib
@@ -63,6 +63,8 @@ class DecoderConfig:
 
     recomputes = ("none", "full")  # the values of checkpoint_activations
     scratch_settings = None  # train.py has none for it: only config.json describes it
+    has_parts = False  # what its blocks consist of differs from model to model
+    scale_attn_by_inverse_layer_idx = False
 
     def __post_init__(self):
         if self.dropout:
@@ -136,8 +138,7 @@ class DecoderConfig:
         return dataclasses.replace(self, source=json.dumps(content), n_layer=len(blocks), warning=warning)
 
     def content(self, dtype: torch.dtype = torch.float32) -> dict:
-        """config.json: the source's with the dtype of the tensors beside it, and keys of ours that
-        transformers has none for."""
+        """config.json: the source's with the dtype of the tensors beside it, plus our own keys."""
         content, name = json.loads(self.source), str(dtype).removeprefix("torch.")
         content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
         ours = {"n_vocab": self.n_vocab, "tokenizer": self.tokenizer, "run_block_size": self.block_size}

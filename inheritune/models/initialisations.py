@@ -16,12 +16,12 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import new_folder, read_json, write_json
 from inheritune.data.tokenizer import tokenizer_files
+from inheritune.models.cut import check_blocks
 from inheritune.models.interface import Config, model_class, open_config, open_weights
 from inheritune.weights.checkpoint import LINEAGE, files_beside, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, shapes, write_model
 from inheritune.weights.model_card import write_card
 from inheritune.weights.tensors import Lazy
-from model import GPTConfig
 
 
 def alternate(n: int, k: int) -> list[int]:
@@ -133,7 +133,7 @@ def initialise(
 
 
 def check_fits(recipe: Recipe, config: Config) -> None:
-    """Raise UserError for what needs GPT-2's names and shapes of tensors, where the model is another one."""
+    """Raise UserError for what takes parts of blocks, where the model's blocks have none that we know."""
     flags = {
         "--recipe half_width": recipe.recipe == "half_width",
         "--parts": recipe.parts != "all",
@@ -141,7 +141,7 @@ def check_fits(recipe: Recipe, config: Config) -> None:
         "--released_slice": recipe.released_slice,
     }
     wrong = [flag for flag, is_set in flags.items() if is_set]
-    if wrong and not isinstance(config, GPTConfig):
+    if wrong and not config.has_parts:
         raise UserError(f"only whole blocks can be taken of this model: leave out {', '.join(wrong)}")
 
 
@@ -172,11 +172,7 @@ def choose_blocks(recipe: str, n: int, k: int) -> list[int]:
 
 def inherit(state: Mapping, config: Config, blocks: list[int]) -> tuple[dict, Config]:
     """(state dict, configuration) of the model with these blocks, repeats allowed (paper, Alg. 1)."""
-    missing = [i for i in blocks if not 0 <= i < config.n_layer]
-    if not blocks or missing:
-        what = f"block {missing[0]}" if missing else "at least one block"
-        has = f"blocks 0 to {config.n_layer - 1} ({config.n_layer} layers)"
-        raise UserError(f"asked for {what}, but the model has {has}")
+    check_blocks(blocks, config.n_layer)
     return assemble(state, [(state, i) for i in blocks], config), config.with_blocks(blocks)
 
 
@@ -207,7 +203,7 @@ def assemble(outside: Mapping, blocks: list[tuple[Mapping, int]], config: Config
     Where attention logits are divided by (block number + 1), the queries of a block that gets another number
     are multiplied to make up for it: it computes what it did.
     """
-    prefix, scaled = config.block_prefix, getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    prefix, scaled = config.block_prefix, config.scale_attn_by_inverse_layer_idx
     new = {name: outside[name] for name in outside if not name.startswith(prefix)}
     for i, (state, number) in enumerate(blocks):
         old = f"{prefix}{number}."
@@ -238,8 +234,8 @@ def by_columns(tensor: torch.Tensor | Lazy, shape: tuple, change: Callable) -> L
 
 
 def halve(state: Mapping, config: Config) -> tuple[dict, Config]:
-    """(state dict, configuration) at half width: the first floor(n_head / 2) heads, as many channels as they
-    have, and an MLP of 4 times that. The paper does not say which channels of embeddings and LayerNorms it
+    """(state dict, configuration) at half width: the first floor(n_head / 2) heads and their channels,
+    and an MLP of 4 times that. The paper does not say which channels of embeddings and LayerNorms it
     keeps; the first ones go with the first heads."""
     n_head = config.n_head // 2
     if not n_head:

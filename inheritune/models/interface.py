@@ -1,8 +1,8 @@
 """The one interface of a model, and the functions that open whichever model a folder holds.
 
 There are two implementations: GPTConfig and GPT (model.py), and DecoderConfig and Decoder (decoder.py) for
-every other causal model that transformers opens. Callers use what is listed here and nothing else, and never
-ask which of the two it is.
+every other causal model that transformers opens. Outside of this file nobody asks which of the two it is:
+callers use what is listed here.
 
 A configuration is a frozen dataclass:
     n_layer n_head n_embd block_size vocab_size n_vocab tokenizer eot dropout
@@ -12,6 +12,9 @@ A configuration is a frozen dataclass:
     block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors
     recomputes                  the values of checkpoint_activations that the model implements
     scratch_settings            train.py's settings that make a new model like it; None: there are none
+    has_parts                   whether recipes can take parts of its blocks (GPT-2's attention, MLP, …)
+    scale_attn_by_inverse_layer_idx  whether block i divides attention logits by i + 1 (GPT-2 only)
+    warning                     what readers of its config.json must know, or ""
     with_blocks(blocks)         the configuration of a model that has these blocks of this one
     content(dtype=torch.float32)  what config.json holds beside tensors of this dtype
     arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU

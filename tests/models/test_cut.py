@@ -103,7 +103,7 @@ def test_config_json_says_one_thing(kind, key, changes, tmp_path):
     edit(tmp_path, **changes)
     assert key in assert_cut(model, tmp_path, [0, 1])  # as before: every second block
     assert key not in assert_cut(model, tmp_path, [1, 2, 3])
-    assert "must be read" in open_config(str(tmp_path)).with_blocks([1, 2, 3]).warning
+    assert "readers must use" in open_config(str(tmp_path)).with_blocks([1, 2, 3]).warning
     assert not open_config(str(tmp_path)).with_blocks([0, 1]).warning
 
 
