@@ -149,12 +149,17 @@ def skip_losses(model, idx: Tensor, targets: Tensor, title: str | None = None) -
                 sums[n] += model(part, y).cpu().double() * y.numel()
             for i, (x, output) in enumerate(calls):
                 # blocks 0 … i return what enters block i: the blocks before it need not run again
-                result = type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
+                result = like_output(x, output)
                 with replaced(model.blocks[: i + 1], lambda *_, result=result, **__: result):
                     sums[i] += model(part, y).cpu().double() * y.numel()
             bar.update(len(part) * (n + 1))
     *skipped, complete = (sums / idx.numel()).tolist()
     return complete, skipped
+
+
+def like_output(x: Tensor, output):
+    """x (B, T, C) in the form in which a block has returned `output`: by itself, or first of a tuple."""
+    return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
 
 
 @contextlib.contextmanager

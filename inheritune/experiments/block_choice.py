@@ -1,7 +1,7 @@
 """Which k blocks of a reference to keep, measured on its training data: the rules that arms compare.
 
-The windows are SEQUENCES of 100 tokens of the training split, the same for every arm and seed. The influence
-of a block is 1 − cosine of its input and output, averaged over tokens (ShortGPT, arXiv 2403.03853).
+The windows are CHOICE_WINDOWS of 100 tokens of the training split, the same for every arm and seed. The
+influence of a block is 1 − cosine of its input and output, averaged over tokens (ShortGPT, arXiv 2403.03853).
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from inheritune.experiments.attention_metrics import (
     LENGTH,
+    like_output,
     measure_layers,
     open_with_windows,
     recorded,
@@ -20,7 +21,7 @@ from inheritune.experiments.attention_metrics import (
 )
 from inheritune.models.interface import Config
 
-SEQUENCES = 20
+CHOICE_WINDOWS = 20
 END = 2  # the last blocks, which `consecutive` never removes
 
 
@@ -32,8 +33,8 @@ def most_influence(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
 
 @torch.inference_mode()
 def without_consecutive(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
-    """All blocks but the n - k consecutive ones that together turn the residual stream least, and that are
-    not among the last two (arXiv 2403.17887)."""
+    """Remove the n - k consecutive blocks (never the last two) that change the residual stream least
+    (arXiv 2403.17887)."""
     n = model.config.n_layer
     stream = [x for _, x in model.attention_steps(idx)]  # n + 1 of (N, T, C)
     removed = n - k
@@ -54,9 +55,8 @@ def greedy(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
     _, output = calls[0]
 
     def skip(*args, **kwargs):
-        """A block's input, in the form in which this model's blocks return their output."""
-        x = args[0] if args else kwargs["hidden_states"]
-        return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
+        """Return a block's input as its output."""
+        return like_output(args[0] if args else kwargs["hidden_states"], output)
 
     for _ in tqdm(range(len(kept) - k), desc="choosing blocks", unit="block"):
         losses = {}
@@ -77,7 +77,7 @@ RULES: dict[str, Callable[[torch.nn.Module, Tensor, Tensor, int], list[int]]] = 
 
 def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
     """The k blocks of the checkpoint `folder` to keep by one of RULES, on a data folder. Raises UserError."""
-    model, idx, targets = open_with_windows(folder, data, "train", SEQUENCES)
+    model, idx, targets = open_with_windows(folder, data, "train", CHOICE_WINDOWS)
     return RULES[rule](model.eval(), idx, targets, k)
 
 
@@ -86,6 +86,6 @@ def choice_flops(rule: str, config: Config, k: int) -> float:
     depths = [config.n_layer]
     if rule == "greedy":
         depths = [depth - 1 for depth in range(config.n_layer, k, -1) for _ in range(depth)]
-    tokens = SEQUENCES * min(LENGTH, config.block_size)
+    tokens = CHOICE_WINDOWS * min(LENGTH, config.block_size)
     forward = {depth: config.with_blocks(list(range(depth))).flops_per_token / 3 for depth in set(depths)}
     return tokens * sum(forward[depth] for depth in depths)

@@ -85,9 +85,9 @@ def test_the_choice_is_made_on_training_data_and_has_a_cost(tmp_path, monkeypatc
         block_choice, "open_with_windows", lambda *a: seen.append(a) or (load_model(a[0]), IDX, TARGETS)
     )
     assert len(choose_kept("greedy", str(tmp_path / "ckpt"), data, 2)) == 2
-    assert seen == [(str(tmp_path / "ckpt"), data, "train", block_choice.SEQUENCES)]
+    assert seen == [(str(tmp_path / "ckpt"), data, "train", block_choice.CHOICE_WINDOWS)]
     config = open_config(str(tmp_path / "ckpt"))
-    tokens = block_choice.SEQUENCES * config.block_size
+    tokens = block_choice.CHOICE_WINDOWS * config.block_size
     one = {d: config.with_blocks(list(range(d))).flops_per_token / 3 * tokens for d in (2, 3, 4)}
     assert choice_flops("influence", config, 2) == pytest.approx(one[4])
     assert choice_flops("greedy", config, 2) == pytest.approx(4 * one[3] + 3 * one[2])
