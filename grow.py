@@ -18,7 +18,15 @@ from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments.measurements import loss_curve, measure
 from inheritune.experiments.plots import plot_growth
-from inheritune.experiments.stages import Common, Stage, plan_reference, run_problems, run_stage, small_flags
+from inheritune.experiments.stages import (
+    Common,
+    Stage,
+    plan_reference,
+    run_problems,
+    run_stage,
+    shared_config,
+    small_flags,
+)
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
 from inheritune.models.interface import open_config
 from inheritune.training import planning
@@ -49,10 +57,7 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     k = grow.k_start or config.n_layer // 2
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
-    named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
-    raise_all(problems + planning.inherited_problems(named, explicit - decided, config))
-    if "block_size" in explicit:
-        config = dataclasses.replace(config, block_size=settings.block_size)
+    config = shared_config(name, config, settings, explicit, problems)
     c = Common(settings.out_dir, small_flags(settings, explicit), k, config, name, reference_stage=stage)
     raise_all(run_problems([*([stage] if stage else []), c.random("random", k)]))
     return c
@@ -83,7 +88,8 @@ def run_row(arm: str, run: str, out_dir: str) -> dict:
 
 
 def train_rounds(c: Common, grow: GrowSettings, reference: str, target: float) -> list[dict]:
-    """Train the small model, and grow it until its loss is ≤ target or it would be as deep as the reference.
+    """Train the small model, and grow it until its loss is ≤ target, or one more round would reach the
+    reference's depth.
 
     Returns a row for each round. The first round inherits k blocks of `reference`, a checkpoint folder. A
     later round inherits more of them (reinherit), or puts its next ones onto the model just trained (onto).
@@ -114,7 +120,7 @@ def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
     rows: the reference's, and one for each round.
     """
     n_layer, rounds = rows[-1]["n_layer"], rows[1:]
-    # all rounds went into the weights of a model that was grown, otherwise the last one alone
+    # onto: count all rounds' tokens; reinherit: only the last round's
     tokens = sum(row["tokens"] for row in (rounds if growth == "onto" else rounds[-1:]))
     batch_tokens, max_iters = c.flags["batch_tokens"], c.flags["max_iters"]
 

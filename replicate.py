@@ -27,7 +27,15 @@ from inheritune.data.reader import identity
 from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.measurements import arm_curve, make_row
 from inheritune.experiments.plots import plot_results
-from inheritune.experiments.stages import ALONE, Common, plan_reference, run_problems, run_stage, small_flags
+from inheritune.experiments.stages import (
+    ALONE,
+    Common,
+    plan_reference,
+    run_problems,
+    run_stage,
+    shared_config,
+    small_flags,
+)
 from inheritune.experiments.tables import write_tables
 from inheritune.models.interface import Config, open_config
 from inheritune.training import device as machine
@@ -98,10 +106,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     else:
         name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
         config, flops, layer_steps = given_reference(name)
-        named = dataclasses.replace(settings, init_from=name)
-        raise_all(planning.inherited_problems(named, explicit & {"block_size"}, config))
-        if "block_size" in explicit:
-            config = dataclasses.replace(config, block_size=settings.block_size)
+        config = shared_config(name, config, settings, explicit, [])
 
     # the small models
     k = rep.layers or config.n_layer // 2
@@ -227,7 +232,7 @@ def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | Non
     write_json(path, row)
     keep_logs(settings, rep, c, arm, seed)  # now, for a report while others are training
     for stage in stages:
-        if stage.inherit:  # as large as a model, and made again if needed
+        if stage.start_options:  # as large as a model, and made again if needed
             shutil.rmtree(stage.start_folder, ignore_errors=True)
     return row
 

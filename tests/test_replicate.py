@@ -221,7 +221,7 @@ def test_parts_of_blocks_are_left_out_where_inherit_refuses_them(tmp_path):
     for name in set(ARMS) - {"random_matched"}:
         for stage in find_arm(name).stages(c):
             try:
-                check_fits(Recipe(**{k: v for k, v in stage.inherit.items() if k in names}), c.config)
+                check_fits(Recipe(**{k: v for k, v in stage.start_options.items() if k in names}), c.config)
             except UserError:
                 refused.add(name)
     assert refused == set(PARTS_OF_GPT2)

@@ -28,8 +28,8 @@ FIXED += ("stop_at_val_loss", "stop_after_worse")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """An entry of ARMS."""
+class ArmEntry:
+    """A line of ARMS: what all variants of an arm have in common."""
 
     label: str  # in tables and legends
     stages: Callable[[Common, str], list[Stage]]  # of the Common and the arm's folder in it
@@ -74,8 +74,8 @@ def stacking(c, folder):
 
 
 def growing(c, folder, onto):
-    """A Stage for each round, with all blocks from the reference or, onto the model just trained, its next
-    ones."""
+    """A Stage for each round, which takes all blocks from the reference, or (onto) adds the next ones to the
+    model just trained."""
     stages = []
     for k in c.rounds:
         more = {"onto": os.path.join(stages[-1].run, "latest")} if onto and stages else {}
@@ -108,22 +108,22 @@ def unseen(c, run):
 
 
 def one_run(label, make_stage, **facts):
-    """A Kind with a single Stage, which make_stage(common, run) gives."""
-    return Kind(label, lambda c, folder: [make_stage(c, f"{folder}/run")], **facts)
+    """An ArmEntry with a single Stage, which make_stage(common, run) gives."""
+    return ArmEntry(label, lambda c, folder: [make_stage(c, f"{folder}/run")], **facts)
 
 
 def from_nothing(label, make_stage, longer=""):
-    """A Kind with a single Stage that takes nothing from the reference."""
+    """An ArmEntry with a single Stage that takes nothing from the reference."""
     return one_run(label, make_stage, from_reference=False, longer=longer)
 
 
 def first_k(label, **options):
-    """A Kind that trains what inherit.py makes of k blocks with these options."""
+    """An ArmEntry that trains what inherit.py makes of k blocks with these options."""
     return one_run(label, lambda c, run: c.inherited(run, layers=c.k, **options))
 
 
 def chosen(label, rule):
-    """A Kind that trains the k blocks which a rule of block_choice.py chooses on the training data."""
+    """An ArmEntry that trains the k blocks which a rule of block_choice.py chooses on the training data."""
 
     def make_stage(c, run):
         stage = c.inherited(run, layers=c.k, choose=rule)
@@ -133,7 +133,7 @@ def chosen(label, rule):
 
 
 ARMS = {
-    "reference": Kind("reference", trained_reference, from_reference=False),
+    "reference": ArmEntry("reference", trained_reference, from_reference=False),
     "random": from_nothing("random init", Common.random),
     "random_2x": from_nothing("random init, twice the steps", random_2x, "random"),
     "random_matched": from_nothing(
@@ -142,7 +142,7 @@ ARMS = {
     "inheritune": first_k("Inheritune"),
     "released_slice": first_k("authors' released slice", released_slice=True),
     "half_width": one_run("half width", half_width),
-    "stacking": Kind("stacking", stacking, from_reference=False),
+    "stacking": ArmEntry("stacking", stacking, from_reference=False),
     "hybrid": first_k("hybrid stacking", recipe="hybrid"),
     "last": first_k("last k", recipe="last"),
     "middle": first_k("middle k", recipe="middle"),
@@ -158,8 +158,8 @@ ARMS = {
     "attn": first_k("attention only", parts="attn"),
     "mlp": first_k("MLP only", parts="mlp"),
     "attn_mlp": first_k("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
-    "rounds": Kind("Inheritune, by rounds", functools.partial(growing, onto=False)),
-    "onto": Kind("growth onto the trained model", functools.partial(growing, onto=True)),
+    "rounds": ArmEntry("Inheritune, by rounds", functools.partial(growing, onto=False)),
+    "onto": ArmEntry("growth onto the trained model", functools.partial(growing, onto=True)),
     "unseen": one_run("Inheritune, data unseen by reference", unseen),
 }
 
@@ -177,13 +177,13 @@ class Arm:
     changes: dict  # {"max_iters": 500, "optimizer": "muon"}
 
     @property
-    def kind(self) -> Kind:
+    def entry(self) -> ArmEntry:
         return ARMS[self.base]
 
     @property
     def from_reference(self) -> bool:
         """Whether it starts or learns from the reference."""
-        return self.kind.from_reference or "teacher" in self.changes
+        return self.entry.from_reference or "teacher" in self.changes
 
     @property
     def label(self) -> str:
@@ -191,7 +191,7 @@ class Arm:
         min_lr beside learning_rate."""
         hidden = MACHINE | ({"min_lr"} if "learning_rate" in self.changes else set())
         told = [change_label(key, value) for key, value in self.changes.items() if key not in hidden]
-        return ", ".join([self.kind.label, *told])
+        return ", ".join([self.entry.label, *told])
 
     def stages(self, c: Common) -> list[Stage]:
         """The runs of train.py that make it; none for a reference that was given."""
@@ -200,7 +200,7 @@ class Arm:
             changes = {"lr_decay_iters": None} | changes  # the schedule ends with the run
         reference_stage = c.reference_stage and c.reference_stage.with_flags(**changes)
         c = dataclasses.replace(c, flags=c.flags | changes, reference_stage=reference_stage)
-        stages = self.kind.stages(c, self.name)
+        stages = self.entry.stages(c, self.name)
         return [distilled(c, s) for s in stages] if "teacher" in self.changes else stages
 
 
@@ -234,8 +234,8 @@ def change_label(key: str, value) -> str:
 
 
 def parse_arms(text: str) -> dict[Arm, int]:
-    """{arm: number of seeds} of a text such as "all:1 random:3", in the order of ARMS; a variant comes behind
-    what it varies. Later entries replace earlier ones, and the reference gets as many seeds as any other arm.
+    """{arm: number of seeds} of a text such as "all:1 random:3", in the order of ARMS; variants follow their
+    base arm. Later entries replace earlier ones, and the reference gets as many seeds as any other arm.
     Raises UserError."""
     seeds = {}
     for part in text.replace(",", " ").split():
@@ -264,7 +264,7 @@ def impossible(c: Common) -> dict[str, str]:
         reasons |= dict.fromkeys(("stacking", "hybrid"), f"{c.k} blocks are not twice a whole number")
     if c.config.n_head == 1:
         reasons["half_width"] = "it needs two heads"
-    if c.config.scratch_settings is None:
+    if not c.config.has_parts:
         reasons |= dict.fromkeys(PARTS_OF_GPT2, "of this model only whole blocks can be taken")
     return reasons
 
@@ -278,7 +278,7 @@ def settings_hash(c: Common, arm: Arm) -> str:
     for stage in arm.stages(c) + (find_arm("reference").stages(c) if arm.from_reference else []):
         settings = dataclasses.asdict(stage.settings)
         chosen = {k: v for k, v in settings.items() if v != defaults[k] and k not in MACHINE}
-        content.append([sorted(chosen.items()), stage.inherit_flags])
+        content.append([sorted(chosen.items()), stage.start_text])
     if arm.from_reference and c.reference_stage is None:
         content.append(fingerprint(c.reference))
     text = json.dumps(content).replace(c.reference, "reference").replace(c.folder, "")

@@ -85,15 +85,15 @@ def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]
     device = machine.pick(settings.device)
     model = load().to(device)
     length = min(LENGTH, model.config.block_size)
-    ranks = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0])
+    of_layers = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0])
     del model
     release(device)
-    return None if ranks is None else ranks.tolist()
+    return None if of_layers is None else of_layers.tolist()
 
 
-def count_lazy(ranks: list[float] | None) -> int | None:
+def count_lazy(of_layers: list[float] | None) -> int | None:
     """How many layers have MaxRank 1; None where nothing is known of them."""
-    return None if ranks is None else sum(r == 1 for r in ranks)
+    return None if of_layers is None else sum(rank == 1 for rank in of_layers)
 
 
 def release(device: torch.device) -> None:
@@ -154,7 +154,7 @@ def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
         config = open_config(folder)
 
         def untrained():
-            if last.inherit:
+            if last.start_options:
                 return load_model(last.start_folder)
             seed_all(c.flags["seed"])  # as train.py does before it makes the same model
             return model_class(config)(config)

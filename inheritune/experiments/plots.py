@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, Arm, find_arm
 from inheritune.experiments.tables import (
+    base_and_steps,
     best_variant,
     by_arm,
     mean_and_error,
@@ -199,8 +200,7 @@ def budgets(arms: dict) -> dict:
     for arm, rows in arms.items():
         if set(arm.changes) <= {"max_iters", "optimizer", *SCHEDULE} and arm.base != "reference":
             optimizer, steps = arm.changes.get("optimizer"), rows[0]["steps"]
-            base = arm.kind.longer or arm.base
-            asked = steps if arm.kind.longer else arm.changes.get("max_iters")
+            base, asked = base_and_steps(arm, rows)
             found.setdefault((base, optimizer), {})[steps] = best_variant(arms, base, optimizer, asked)
     return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
 
@@ -240,7 +240,8 @@ def mean_ranks(rows, key):
 
 
 def plot_ranks(path: str, arms: dict, title: str) -> None:
-    """Plot MaxRank by depth before and after training, one panel for each arm but those of other lengths."""
+    """Plot MaxRank by depth before and after training, one panel per arm without changed settings other than
+    the optimizer."""
     shown = [arm for arm in arms if set(arm.changes) <= {"optimizer"}]
     columns, highest = min(5, len(shown)), 0.0
     rows = -(-len(shown) // columns)

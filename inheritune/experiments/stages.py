@@ -1,4 +1,4 @@
-"""A `Stage` is one run of train.py and what it starts from; `Common` is what all runs of a seed share."""
+"""A `Stage` is one run of train.py and what it starts from; `Common` is what an experiment's runs share."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, raise_all
 from inheritune.base.signals import StopRequest
 from inheritune.experiments.block_choice import choose_kept
 from inheritune.models.initialisations import make_checkpoint
@@ -35,7 +35,8 @@ class Stage:
     run: str  # run folder
     config: Config  # of the model it trains
     flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
-    inherit: dict = field(default_factory=dict)  # inherit.py's flags that make its start; {}: no such start
+    # what makes its start: options of inherit.py, or `choose`, a rule of block_choice.py; {}: no such start
+    start_options: dict = field(default_factory=dict)
     config_files: tuple[str, ...] = ()  # of train.py, at most one
     teacher: Config | None = None
     start_flops: float = 0.0  # of choosing the blocks that it starts from
@@ -52,11 +53,11 @@ class Stage:
         return parse((TrainSettings,), [*self.config_files, *flags], "")[0]
 
     @property
-    def inherit_flags(self) -> list[str]:
-        """The command line of inherit.py that makes the start."""
+    def start_text(self) -> list[str]:
+        """The start's options as text, for settings_hash (frozen)."""
         pairs = [
             (f"--{key}",) if value is True else (f"--{key}", str(value))
-            for key, value in self.inherit.items()
+            for key, value in self.start_options.items()
         ]
         return [part for pair in pairs for part in pair]
 
@@ -83,9 +84,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Common:
-    """What all arms of one seed share."""
+    """What stages of one experiment share: the arms of one seed, or the runs of grow.py."""
 
-    folder: str  # every arm has a folder of its own in it
+    folder: str  # every arm, or run of grow.py, has a folder of its own in it
     flags: dict  # of train.py for every small model; max_iters, batch_tokens and seed are always among them
     k: int  # blocks of the small models
     config: Config  # of the reference
@@ -109,17 +110,29 @@ class Common:
     def inherited(self, run: str, **options) -> Stage:
         """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
         recipe="last". ckpt=... takes another source."""
-        inherit = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
+        start = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
         n_layer = options.get("layers", self.config.n_layer)
         config = self.config.with_blocks(list(range(n_layer)))
         flags = self.flags | {"block_size": config.block_size}
-        return Stage(os.path.join(self.folder, run), config, flags, inherit)
+        return Stage(os.path.join(self.folder, run), config, flags, start)
 
 
 def small_flags(settings: TrainSettings, explicit: frozenset) -> dict:
     """The flags of every small model: what the user has set (`explicit`), without what each stage decides."""
     chosen = explicit - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
     return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
+
+
+def shared_config(
+    name: str, config: Config, settings: TrainSettings, explicit: frozenset, problems: list[str]
+) -> Config:
+    """The config of the reference `name`, with the context that the user has set, which all stages share.
+
+    Raises UserError with `problems`, and with why settings and reference do not fit.
+    """
+    named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
+    raise_all(problems + planning.inherited_problems(named, explicit - set(DECIDED), config))
+    return dataclasses.replace(config, block_size=settings.block_size) if "block_size" in explicit else config
 
 
 def plan_reference(path: str, settings: TrainSettings, explicit: frozenset, run: str, **flags) -> Stage:
@@ -156,7 +169,7 @@ def run_problems(stages: list[Stage]) -> list[str]:
 
 def train_command(stage: Stage) -> list[str]:
     """The command line of train.py that begins or continues a stage, under torchrun with several GPUs."""
-    start = {"init_from": stage.start_folder} if stage.inherit else {}
+    start = {"init_from": stage.start_folder} if stage.start_options else {}
     flags = stage.flags | start | {"out_dir": stage.run, "resume": "auto"}
     command = [sys.executable, os.path.join(ROOT, "train.py"), *stage.config_files]
     command += [f"--{key}={value}" for key, value in flags.items()]
@@ -173,7 +186,7 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
     quiet: the output of train.py goes to RUN.txt beside the run folder RUN, not to the terminal. Raises
     UserError when train.py fails, and Stopped when `request` asks to end.
     """
-    if stage.inherit and not os.path.exists(stage.start_folder):
+    if stage.start_options and not os.path.exists(stage.start_folder):
         with ALONE:
             make_start(stage)
     command, why = train_command(stage), "see above"
@@ -194,7 +207,7 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
 
 def make_start(stage: Stage) -> None:
     """Make the checkpoint that a stage starts from."""
-    options = dict(stage.inherit)
+    options = dict(stage.start_options)
     source = checkpoint.find(options.pop("ckpt"))
     if rule := options.pop("choose", None):
         options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))

@@ -76,6 +76,14 @@ def mean_val_loss(rows: list[dict]) -> float:
     return statistics.fmean(r["val_loss"] for r in rows)
 
 
+def base_and_steps(arm: Arm, rows: list[dict]) -> tuple[str, int | None]:
+    """(base, steps) of an arm: random@max_iters=500 → ("random", 500), and random_2x, which is random trained
+    for longer → ("random", 2000). None: it was trained for the experiment's usual steps."""
+    if arm.entry.longer:
+        return arm.entry.longer, rows[0]["steps"]
+    return arm.base, arm.changes.get("max_iters")
+
+
 def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | None:
     """Among the variants of `base` with this optimizer and number of steps, the one to report.
 
@@ -86,11 +94,9 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | Non
     wanted = {"optimizer": optimizer, "max_iters": steps}
     found = []
     for arm, rows in arms.items():
-        name, changes = arm.base, arm.changes
-        if arm.kind.longer:  # random_2x is random for as many steps
-            name, changes = arm.kind.longer, changes | {"max_iters": rows[0]["steps"]}
-        others = {key: value for key, value in changes.items() if key not in SCHEDULE}
-        if name == base and dict.fromkeys(wanted) | others == wanted:
+        name, asked = base_and_steps(arm, rows)
+        others = {key: value for key, value in arm.changes.items() if key not in SCHEDULE}
+        if name == base and dict.fromkeys(wanted) | others | {"max_iters": asked} == wanted:
             found.append(arm)
     return min(found, key=lambda arm: most_seeds_first(arms[arm]), default=None)
 
@@ -103,7 +109,8 @@ def most_seeds_first(rows: list[dict]) -> tuple:
 def loss_difference(arms: dict, arm: Arm, base: str, any_length=False) -> str:
     """An arm's loss minus that of `base`, as text; '' if there is no such arm.
 
-    `base` was trained with the same optimizer for the same number of steps, or its usual one (any_length).
+    `base` was trained with the same optimizer for the same number of steps; any_length: at the experiment's
+    usual steps.
     """
     steps = None if any_length else arm.changes.get("max_iters")
     other = best_variant(arms, base, arm.changes.get("optimizer"), steps)

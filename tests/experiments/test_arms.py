@@ -42,7 +42,7 @@ def test_what_every_arm_starts_from(tmp_path):
     c = common_of(write_config(tmp_path))
     stages = {name: find_arm(name).stages(c) for name in ARMS}
     # between --ckpt SOURCE and --seed SEED
-    options = {name: [" ".join(s.inherit_flags[2:-2]) for s in found] for name, found in stages.items()}
+    options = {name: [" ".join(s.start_text[2:-2]) for s in found] for name, found in stages.items()}
     for name in ("reference", "random", "random_2x", "random_matched", "kd"):
         assert options[name] == [""], name
     for name in ("inheritune", "kd_inherit", "unseen"):
@@ -57,7 +57,7 @@ def test_what_every_arm_starts_from(tmp_path):
     assert options["attn"] == ["--layers 2 --parts attn"] and options["mlp"] == ["--layers 2 --parts mlp"]
     assert options["attn_mlp"] == ["--layers 2 --parts attn+mlp --layernorms False"]
     assert options["stacking"] == ["", "--recipe stack --layers 2"]
-    assert stages["stacking"][1].inherit["ckpt"] == stages["stacking"][0].run + "/latest"
+    assert stages["stacking"][1].start_options["ckpt"] == stages["stacking"][0].run + "/latest"
     assert options["rounds"] == ["--layers 1", "--layers 2"]
     assert options["onto"][1] == f"--layers 2 --onto {stages['onto'][0].run}/latest"
     others = [s for name, found in stages.items() for s in found if name != "unseen"]
@@ -93,7 +93,7 @@ def test_a_variant_is_an_arm_with_settings_of_its_own(tmp_path):
     assert (arm.base, arm.changes) == ("ends", {"max_iters": 3, "optimizer": "muon"})
     (plain,), (stage,) = find_arm("ends").stages(c), arm.stages(c)
     changed = {"max_iters": 3, "lr_decay_iters": None, "optimizer": "muon"}  # the schedule ends with the run
-    assert stage.flags == plain.flags | changed and stage.inherit == plain.inherit
+    assert stage.flags == plain.flags | changed and stage.start_options == plain.start_options
     assert stage.run == f"{c.folder}/{arm.name}/run" and arm.label.endswith(", 3 steps, Muon")
     label = find_arm("random@learning_rate=8e-3@min_lr=8e-4@batch_size=2").label
     assert label == "random init, lr 0.008", "batch_size changes no number, min_lr goes with the rate"
