@@ -23,7 +23,7 @@ from inheritune.experiments.attention_metrics import (
     open_with_windows,
 )
 from inheritune.experiments.plots import plot_analysis, plot_maps
-from inheritune.models.interface import open_config
+from inheritune.models.open_model import open_config
 from inheritune.training import device as machine
 from inheritune.weights import checkpoint
 

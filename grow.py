@@ -28,7 +28,7 @@ from inheritune.experiments.stages import (
     small_flags,
 )
 from inheritune.experiments.tables import growth_label, growth_table, verdicts
-from inheritune.models.interface import open_config
+from inheritune.models.open_model import open_config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings

@@ -45,7 +45,7 @@ class GPTConfig:
         """The config of a checkpoint folder. Raises UserError."""
         return cls(**gpt2_format.read_config(folder))
 
-    # What follows is asked of every model: see inheritune/models/interface.py.
+    # What follows is asked of every model: see inheritune/models/open_model.py.
     warning = ""  # what a reader of config.json must know
     recomputes = ("none", "cheap", "full")  # the values of checkpoint_activations
     has_parts = True  # recipes know attention, MLP, LayerNorms and heads by their names

@@ -9,8 +9,8 @@ Kill a run anywhere and start it again: it goes on, and the result is the same t
 
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import Parser, UserError, one_line
-from inheritune.data.python_corpus import open_python
 from inheritune.data.sources import TOKENIZERS, open_files
+from inheritune.data.standard_library import open_python
 from inheritune.data.text_files import TABLES, TEXT
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens

@@ -37,7 +37,7 @@ from inheritune.experiments.stages import (
     small_flags,
 )
 from inheritune.experiments.tables import write_tables
-from inheritune.models.interface import Config, open_config
+from inheritune.models.open_model import Config, open_config
 from inheritune.training import device as machine
 from inheritune.training import planning
 from inheritune.training.command_line import parse

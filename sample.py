@@ -14,7 +14,7 @@ from inheritune.base.errors import Parser, UserError, expand_home, one_line
 from inheritune.base.files import read_optional
 from inheritune.base.tokenizer_identity import has_tokenizer
 from inheritune.data.tokenizer import TextStream, Tokenizer, load_tokenizer
-from inheritune.models.interface import Config, load_model, open_config
+from inheritune.models.open_model import Config, load_model, open_config
 from inheritune.training.device import pick, pick_dtype
 from inheritune.weights import checkpoint
 

@@ -22,7 +22,7 @@ from inheritune.base.files import write_json
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
 from inheritune.data.tokenizer import has_tokenizer
 from inheritune.experiments.tables import markdown
-from inheritune.models.interface import Config, load_model, open_config
+from inheritune.models.open_model import Config, load_model, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import total_nats

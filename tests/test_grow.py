@@ -14,7 +14,7 @@ import grow
 import train
 from inheritune.base.signals import StopRequest
 from inheritune.experiments.measurements import loss_curve, measure
-from inheritune.models.interface import open_config
+from inheritune.models.open_model import open_config
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format

@@ -23,8 +23,8 @@ import prepare_fineweb
 import prepare_owt
 from inheritune.base.files import read_json, sha256
 from inheritune.data import text_files, writer
-from inheritune.data.python_corpus import python_documentation, python_sources
 from inheritune.data.sources import open_files
+from inheritune.data.standard_library import python_documentation, python_sources
 from inheritune.data.tokenizer import byte_letters, load_tokenizer
 from tests.assets import english, gpt2
 

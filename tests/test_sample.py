@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 import sample
 from inheritune.data.tokenizer import TextStream, bytes_tokenizer, load_tokenizer
-from inheritune.models.interface import load_model
+from inheritune.models.open_model import load_model
 from model import GPT
 from tests.data.test_tokenizer import bpe
 from tests.other_models import build

@@ -2,7 +2,7 @@
 position).
 
 A data folder holds `{train,val}.bin` or `train_000000.bin …`, raw little-endian token ids, and `meta.json`,
-which says what they are. The bins of others, without meta.json, are read as GPT-2's ids (foreign_bins.py).
+which says what they are. The bins of others, without meta.json, are read as GPT-2's ids (external_bins.py).
 
 Window i is the block_size + 1 tokens from i × block_size on: inputs, and targets one further. Within an epoch
 every window comes exactly once, in an order that a keyed permutation computes window by window: there is no
@@ -22,7 +22,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
-from inheritune.data.foreign_bins import Bin, foreign_bins
+from inheritune.data.external_bins import Bin, external_bins
 from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
@@ -227,7 +227,7 @@ def identity(folder: str) -> str:
 def bins_of(folder: str, split: str, meta: dict) -> list[Bin]:
     """The bins of a split, in order. Raises UserError when a file is missing or contradicts meta.json."""
     if "splits" not in meta:
-        return foreign_bins(folder, split, meta["dtype"])
+        return external_bins(folder, split, meta["dtype"])
     try:
         shards = [(shard["file"], shard["tokens"]) for shard in meta["splits"][split]["shards"]]
     except (KeyError, TypeError):

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
-from inheritune.models.decoder import recorded
-from inheritune.models.interface import load_model, open_config
+from inheritune.models.hf_decoder import recorded
+from inheritune.models.open_model import load_model, open_config
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number

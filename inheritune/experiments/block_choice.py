@@ -19,7 +19,7 @@ from inheritune.experiments.attention_metrics import (
     recorded,
     replaced,
 )
-from inheritune.models.interface import Config
+from inheritune.models.open_model import Config
 
 CHOICE_WINDOWS = 20
 END = 2  # the last blocks, which `consecutive` never removes

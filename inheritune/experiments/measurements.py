@@ -10,7 +10,7 @@ from inheritune.data.reader import ValData, identity
 from inheritune.experiments.arms import Arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
 from inheritune.experiments.stages import ALONE, Common, Stage
-from inheritune.models.interface import Config, Model, load_model, model_class, open_config
+from inheritune.models.open_model import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import read_rows

@@ -13,7 +13,7 @@ from inheritune.base.errors import UserError, raise_all
 from inheritune.base.signals import StopRequest
 from inheritune.experiments.block_choice import choose_kept
 from inheritune.models.initialisations import make_checkpoint
-from inheritune.models.interface import Config
+from inheritune.models.open_model import Config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
 from inheritune.training.cost import flops_per_token

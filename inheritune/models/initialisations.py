@@ -16,8 +16,8 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import new_folder, read_json, write_json
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.models.cut import check_blocks
-from inheritune.models.interface import Config, model_class, open_config, open_weights
+from inheritune.models.cut_config import check_blocks
+from inheritune.models.open_model import Config, model_class, open_config, open_weights
 from inheritune.weights.checkpoint import LINEAGE, files_beside, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, shapes, write_model
 from inheritune.weights.model_card import write_card

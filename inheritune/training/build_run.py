@@ -13,7 +13,7 @@ from inheritune.base.files import lock_folder, unlock_folder
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
 from inheritune.models.initialisations import inherit
-from inheritune.models.interface import load_model, model_class, open_config, open_weights
+from inheritune.models.open_model import load_model, model_class, open_config, open_weights
 from inheritune.training.cost import flops_per_token
 from inheritune.training.device import is_compiled, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all

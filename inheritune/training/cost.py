@@ -5,7 +5,7 @@ Nothing here makes a model; bench/memory.py compares the memory with real steps.
 
 import torch
 
-from inheritune.models.interface import Config
+from inheritune.models.open_model import Config
 from inheritune.training.device import peak_flops
 from model import CHUNKED_LOSS, LOSS_ROWS
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from inheritune.base.errors import Stopped, UserError, error_line
-from inheritune.models.interface import Model
+from inheritune.models.open_model import Model
 
 BUCKETS = 12  # of DDP in large models, about; a compiled model is cut into as many graphs
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares

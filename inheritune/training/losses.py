@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from inheritune.data.reader import ValData
-from inheritune.models.interface import Model
+from inheritune.models.open_model import Model
 from inheritune.training.distributed import Ranks
 from inheritune.training.settings import TrainSettings
 from model import pad_vocab

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from inheritune.base.errors import UserError
-from inheritune.models.interface import Model
+from inheritune.models.open_model import Model
 from inheritune.training.distributed import distribute, gather
 from inheritune.training.settings import TrainSettings
 

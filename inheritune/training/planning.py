@@ -11,7 +11,7 @@ import torch
 
 from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
-from inheritune.models.interface import Config, open_config, open_weights
+from inheritune.models.open_model import Config, open_config, open_weights
 from inheritune.training.cost import flops_per_token, training_memory
 from inheritune.training.device import PEAKS, is_compiled
 from inheritune.training.logs import read_rows

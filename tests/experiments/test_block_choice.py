@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from inheritune.experiments import block_choice
 from inheritune.experiments.block_choice import RULES, choice_flops, choose_kept
-from inheritune.models.interface import load_model, open_config
+from inheritune.models.open_model import load_model, open_config
 from tests import other_models
 from tests.tiny import write_data
 

@@ -21,8 +21,8 @@ from inheritune.experiments.attention_metrics import (
     measure_layers,
     skip_losses,
 )
-from inheritune.models.decoder import Decoder, DecoderConfig, read_decoder
-from inheritune.models.interface import load_model
+from inheritune.models.hf_decoder import Decoder, DecoderConfig, read_decoder
+from inheritune.models.open_model import load_model
 from model import GPT
 from tests.experiments.test_attention_metrics import mass, no_column_0, rank, row_entropy
 from tests.other_models import build, without

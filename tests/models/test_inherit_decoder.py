@@ -12,7 +12,7 @@ import transformers
 import inherit
 import train
 from inheritune.models.initialisations import RECIPES, choose_blocks
-from inheritune.models.interface import open_config
+from inheritune.models.open_model import open_config
 from inheritune.weights import checkpoint
 from tests.other_models import build
 from tests.tiny import arguments, gpt2, refusal, tiny_model, write_data

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from inheritune.base.errors import UserError
 from inheritune.experiments.attention_metrics import measure_layers
 from inheritune.models.initialisations import assemble
-from inheritune.models.interface import load_model, model_class, open_config, open_weights
+from inheritune.models.open_model import load_model, model_class, open_config, open_weights
 from tests.other_models import TYPES, build, without
 
 CUTS = {

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import inherit
 import train
 from inheritune.data.reader import TrainData
-from inheritune.models.interface import load_model
+from inheritune.models.open_model import load_model
 from inheritune.training.losses import to_device
 from tests.other_models import KINDS, build
 from tests.tiny import arguments, column, contents, refusal, rows

@@ -1,6 +1,6 @@
 """The one interface of a model, and the functions that open whichever model a folder holds.
 
-There are two implementations: GPTConfig and GPT (model.py), and DecoderConfig and Decoder (decoder.py) for
+There are two implementations: GPTConfig and GPT (model.py), and DecoderConfig and Decoder (hf_decoder.py) for
 every other causal model that transformers opens. Outside of this file nobody asks which of the two it is:
 callers use what is listed here.
 
@@ -31,7 +31,7 @@ A model is an nn.Module whose named_parameters() carry the names of its folder's
     empty(config)               a class method: the model with unset weights, to be filled
 """
 
-from inheritune.models.decoder import Decoder, DecoderConfig, read_decoder
+from inheritune.models.hf_decoder import Decoder, DecoderConfig, read_decoder
 from inheritune.weights.gpt2_format import OtherModel, open_model
 from inheritune.weights.tensors import Lazy
 from model import GPT, GPTConfig

@@ -7,7 +7,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.models.initialisations import assemble
-from inheritune.models.interface import model_class, open_config, open_weights
+from inheritune.models.open_model import model_class, open_config, open_weights
 from tests.other_models import build, without
 
 IDX = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(5))

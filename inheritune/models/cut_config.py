@@ -21,7 +21,13 @@ import torch
 from torch import nn
 
 from inheritune.base.errors import UserError
-from inheritune.models.skeleton import cannot_open, find_blocks, skeleton, stored_shapes, transformers_config
+from inheritune.models.meta_model import (
+    cannot_open,
+    find_blocks,
+    skeleton,
+    stored_shapes,
+    transformers_config,
+)
 
 DEPTHS = "num_hidden_layers", "n_layer", "num_layers", "n_layers"  # names of the depth: some have two
 TRIES = 60  # configurations that are compared before a cut is refused

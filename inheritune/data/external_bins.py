@@ -24,7 +24,7 @@ class Bin(NamedTuple):
     start: int = 0  # the byte at which the tokens begin
 
 
-def foreign_bins(folder: str, split: str, dtype: str | None) -> list[Bin]:
+def external_bins(folder: str, split: str, dtype: str | None) -> list[Bin]:
     """The files of a split, in the order of their names. `dtype` is what a meta.json says, if there is one.
 
     Raises UserError where there are none, or one is not what its header, its metadata or its ids say.

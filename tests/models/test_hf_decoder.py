@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from inheritune.base.errors import UserError
-from inheritune.models.decoder import Decoder
-from inheritune.models.interface import load_model, model_class, open_config, open_weights
+from inheritune.models.hf_decoder import Decoder
+from inheritune.models.open_model import load_model, model_class, open_config, open_weights
 from inheritune.weights.gpt2_format import NO_EOT
 from model import GPT
 from tests.other_models import KINDS, build

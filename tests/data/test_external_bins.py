@@ -1,4 +1,4 @@
-"""Bins of others: read for what they are, or refused by name. pytest tests/data/test_foreign_bins.py"""
+"""Bins of others: read for what they are, or refused by name. pytest tests/data/test_external_bins.py"""
 
 import os
 import shutil

@@ -1,8 +1,9 @@
-"""Causal models of transformers that are no GPT-2 of model.py, under the interface of interface.py.
+"""Causal models of transformers that are no GPT-2 of model.py, under the interface of open_model.py.
 
-Only this file, skeleton.py and cut.py know transformers (requirements-extra.txt), which is imported when such
-a folder is opened. A DecoderConfig carries config.json whole, as text, and asks transformers for everything
-else: a skeleton, which is the model with its buffers but without its weights, tells names, shapes and sizes.
+Only this file, meta_model.py and cut_config.py know transformers (requirements-extra.txt), which is imported
+when such a folder is opened. A DecoderConfig carries config.json whole, as text, and asks transformers for
+everything else: a skeleton, which is the model with its buffers but without its weights, tells names, shapes
+and sizes.
 """
 
 import contextlib
@@ -23,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
 from inheritune.base.tokenizer_identity import tokenizer_name
-from inheritune.models.cut import cut_content
-from inheritune.models.skeleton import (
+from inheritune.models.cut_config import cut_content
+from inheritune.models.meta_model import (
     build,
     cannot_open,
     find_blocks,
