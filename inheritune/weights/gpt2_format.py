@@ -269,11 +269,13 @@ def write_model(folder: str, state: Mapping, config: dict, files: dict[str, byte
     config: the content of config.json.
     files: {name: bytes} of other files; a name may lie in a subfolder.
     """
-    shards = [{}]
+    shards, size = [{}], 0  # size: of the last shard
     for name, tensor in state.items():
-        if shards[-1] and sum(map(n_bytes, (*shards[-1].values(), tensor))) > MAX_FILE:
+        if shards[-1] and size + n_bytes(tensor) > MAX_FILE:
             shards.append({})
+            size = 0
         shards[-1][name] = tensor
+        size += n_bytes(tensor)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if shards[1:] else [WEIGHTS]
     for file, shard in zip(names, shards, strict=True):
