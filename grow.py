@@ -8,7 +8,6 @@ train.py in a folder of its own under out_dir; all of them continue where they w
 is just run again.
 """
 
-import dataclasses
 import os
 
 import torch
@@ -26,8 +25,9 @@ from inheritune.experiments.stages import (
     run_stage,
     shared_config,
     small_flags,
+    stage_text,
 )
-from inheritune.experiments.tables import growth_label, growth_table, verdicts
+from inheritune.experiments.tables import growth_label, growth_table, verdict
 from inheritune.models.open_model import open_config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
@@ -58,9 +58,20 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
     config = shared_config(name, config, settings, explicit, problems)
-    c = Common(settings.out_dir, small_flags(settings, explicit), k, config, name, reference_stage=stage)
-    raise_all(run_problems([*([stage] if stage else []), c.random("random", k)]))
+    rounds = tuple(range(k, config.n_layer, grow.k_step))
+    c = Common(settings.out_dir, small_flags(settings, explicit), k, config, name, stage, rounds=rounds)
+    raise_all(run_problems([*([stage] if stage else []), c.random("random")]))
     return c
+
+
+def describe_recipe(grow: GrowSettings, c: Common) -> str:
+    """The text of --dry_run: every run, and what it costs if none stops early."""
+    own = stage_text(c.reference_stage) if c.reference_stage else f"{c.config.n_layer} blocks, given"
+    lines = [f"reference  {c.reference}: {own}"]
+    lines += [f"round      {stage_text(c.random('', k))}" for k in c.rounds]
+    until = "a round at or below the reference's validation loss is the last one"
+    control = "random init for equal steps, and for the compute of the pipeline" if grow.control else "none"
+    return "\n".join([*lines, f"           {grow.growth}; {until}", f"controls   {control}"])
 
 
 def run_to_end(stage: Stage) -> None:
@@ -87,30 +98,28 @@ def run_row(arm: str, run: str, out_dir: str) -> dict:
     }
 
 
-def train_rounds(c: Common, grow: GrowSettings, reference: str, target: float) -> list[dict]:
-    """Train the small model, and grow it until its loss is ≤ target, or one more round would reach the
-    reference's depth.
+def train_rounds(c: Common, growth: str, reference: str, target: float) -> list[dict]:
+    """Train small models of the depths c.rounds, until one has a loss ≤ target; returns a row for each.
 
-    Returns a row for each round. The first round inherits k blocks of `reference`, a checkpoint folder. A
-    later round inherits more of them (reinherit), or puts its next ones onto the model just trained (onto).
+    The first round inherits blocks of `reference`, a checkpoint folder. A later round inherits more of them
+    (growth="reinherit"), or puts its next ones onto the model just trained ("onto").
     """
-    k, rows, previous = c.k, [], None
-    while True:
+    rows = []
+    for k in c.rounds:
         run = f"inheritune_{k:02}"
-        if previous and grow.growth == "onto":
-            onto = checkpoint.find(previous, prefer="latest")
+        if rows and growth == "onto":
+            onto = checkpoint.find(os.path.join(c.folder, rows[-1]["folder"]), prefer="latest")
             stage = c.inherited(run, ckpt=reference, layers=k, onto=onto)
         else:  # train.py can do it alone
-            config = c.config.with_blocks(range(k))
             flags = c.flags | {"init_from": reference, "inherit_layers": k}
-            stage = Stage(os.path.join(c.folder, run), config, flags)
+            stage = Stage(os.path.join(c.folder, run), c.config.with_blocks(range(k)), flags)
         run_to_end(stage)
         rows.append(run_row("inheritune", stage.run, c.folder))
         loss = rows[-1]["val_loss"]
-        if loss <= target or k + grow.k_step >= c.config.n_layer:
-            return rows
-        print(f"\n{k} blocks end at {loss:.4f}, the reference at {target:.4f}: {grow.k_step} more")
-        previous, k = stage.run, k + grow.k_step
+        print(f"\n{k} blocks end at {loss:.4f}, the reference at {target:.4f}", flush=True)
+        if loss <= target:
+            break
+    return rows
 
 
 def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
@@ -139,29 +148,13 @@ def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
     return [*controls, train("random_matched", round(sum(row["flops"] for row in rows) / per_step))]
 
 
-def describe_recipe(settings: TrainSettings, grow: GrowSettings, c: Common) -> str:
-    """The text of --dry_run: the stages, and the plan of the first round."""
-    depths = [str(d) for d in range(c.k, c.config.n_layer, grow.k_step)]
-    first = dataclasses.replace(settings, init_from=c.reference, inherit_layers=c.k)
-    small = dataclasses.replace(c.config.with_blocks(range(c.k)), dropout=settings.dropout)
-    batch = settings.batch_tokens, small.block_size, settings.batch_size, 1
-    _, micro, accumulation = planning.split_batch(*batch)
-    tokens = planning.part_tokens(settings)
-    plan = planning.Plan(1, small, train_tokens=tokens, micro_batch=micro, accumulation=accumulation)
-    train_it = f", trained by {grow.reference_config} unless it is there" if grow.reference_config else ""
-    control = "random init at equal steps, and at the compute of the pipeline" if grow.control else "none"
-    rounds = f"{' then '.join(depths)} blocks ({grow.growth}), until validation loss is ≤ the reference's"
-    lines = [f"reference    {c.reference}: {c.config.n_layer} blocks{train_it}", f"rounds       {rounds}"]
-    return "\n".join([*lines, f"controls     {control}", "first round:", planning.plan_text(plan, first)])
-
-
 def write_growth_report(out_dir: str, rows: list[dict]) -> str:
     """Write report.md, loss.png and results.json into out_dir, and return the report's text.
 
     rows: as of run_row, the reference first.
     """
-    target = rows[0]["val_loss"]
     last = max(i for i, row in enumerate(rows) if row["arm"] == "inheritune")
+    target, ours = rows[0]["val_loss"], rows[last]
     curves = []
     for i, row in enumerate(rows):
         tokens, losses = loss_curve(os.path.join(out_dir, row["folder"]))
@@ -170,9 +163,9 @@ def write_growth_report(out_dir: str, rows: list[dict]) -> str:
             curves.append((growth_label(row), row["arm"], alpha, tokens, losses))
     title = "Inheritune against its reference and its controls"
     plot_growth(os.path.join(out_dir, "loss.png"), curves, target, title)
-    results = {"runs": rows, "matched": rows[last]["val_loss"] <= target, "k": rows[last]["n_layer"]}
+    results = {"runs": rows, "matched": ours["val_loss"] <= target, "k": ours["n_layer"]}
     write_json(os.path.join(out_dir, "results.json"), results)
-    text = f"# Inheritune\n\n{growth_table(rows)}\n\n" + "\n\n".join(verdicts(rows, target)) + "\n"
+    text = f"# Inheritune\n\n{growth_table(rows)}\n\n{verdict(ours, rows[0])}\n"
     with replacing(os.path.join(out_dir, "report.md"), "w") as f:
         f.write(text + "\n![validation loss](loss.png)\n")
     return text + f"\nreport: {out_dir}/report.md   picture: {out_dir}/loss.png   model: {out_dir}/final"
@@ -190,7 +183,7 @@ def carry_out(settings: TrainSettings, grow: GrowSettings, c: Common) -> None:
     rows = [run_row("reference", name, c.folder) | {"val_loss": target}]
 
     # rounds and controls
-    rows += train_rounds(c, grow, folder, target)
+    rows += train_rounds(c, grow.growth, folder, target)
     final = os.path.join(c.folder, "final")
     checkpoint.link(final, rows[-1]["folder"])
     measured = {fact: rows[0][fact] for fact in ("val_loss", "tokens") if rows[0][fact] is not None}
@@ -208,7 +201,7 @@ def main(argv=None):
     settings, grow, explicit = parse((TrainSettings, GrowSettings), argv, about)
     c = plan_recipe(settings, grow, explicit)
     if settings.dry_run:
-        print(describe_recipe(settings, grow, c))
+        print(describe_recipe(grow, c))
         return
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -1,4 +1,4 @@
-"""Replicate: the paper's comparison, and the controls it lacks, arms × seeds, as one table and a few figures.
+"""Replicate: the paper's comparison, and the controls it lacks, arms × seeds, as one table and two figures.
 
     python replicate.py config/replicate_smoke.py
     python replicate.py config/replicate_smoke.py --report   # table and figures from what results/ holds
@@ -35,6 +35,7 @@ from inheritune.experiments.stages import (
     run_stage,
     shared_config,
     small_flags,
+    stage_text,
 )
 from inheritune.experiments.tables import write_tables
 from inheritune.models.open_model import Config, open_config
@@ -98,7 +99,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         run = os.path.join(folder, "reference", "run")
         name = os.path.join(run, "latest")
         stage = plan_reference(rep.reference_config, settings, explicit, run, **data)
-    if rep.report and (kept := kept_reference(settings, rep)):
+    if rep.report and (kept := kept_reference(rep)):
         config, flops, layer_steps = kept
         stage = stage and dataclasses.replace(stage, config=config)
     elif stage:
@@ -139,27 +140,14 @@ def given_reference(name: str) -> tuple[Config, float | None, int | None]:
     return config, known["tokens"] * config.flops_per_token, known["step"] * config.n_layer
 
 
-def kept_reference(settings: TrainSettings, rep: ReplicateSettings):
-    """(config, FLOPs of its training, layer-steps) of a reference whose row.json and config.json lie in
-    out_dir or results; None if there is none. With these a report needs neither data nor checkpoints."""
-    for place in (settings.out_dir, logs_of(rep)):
-        folders = sorted(glob.glob(os.path.join(glob.escape(place), "seed_*", "reference")))
-        for folder in folders:
-            if os.path.exists(os.path.join(folder, "config.json")):
-                row = read_json(os.path.join(folder, "row.json"))
-                return open_config(folder), row["flops"], row["layer_steps"]
+def kept_reference(rep: ReplicateSettings) -> tuple[Config, float | None, int | None] | None:
+    """The same of a reference in results/NAME/logs; None if there is none. With this a report needs neither
+    data nor checkpoints."""
+    for folder in sorted(glob.glob(os.path.join(glob.escape(logs_of(rep)), "seed_*", "reference"))):
+        if os.path.exists(os.path.join(folder, "config.json")):
+            row = read_json(os.path.join(folder, "row.json"))
+            return open_config(folder), row["flops"], row["layer_steps"]
     return None
-
-
-def count_jobs(settings: TrainSettings, rep: ReplicateSettings) -> int:
-    """How many arms to train side by side. Raises UserError when the jobs need more threads than cores."""
-    cores = usable_cpus()
-    threads = settings.threads or cores
-    most = max(1, cores // threads) if machine.pick(settings.device).type == "cpu" else 1
-    if rep.jobs and rep.jobs > most:
-        on = f"{cores} cores with {threads} threads each (set threads)"
-        raise UserError(f"jobs {rep.jobs}: at most {most} on {on}")
-    return rep.jobs or most
 
 
 def row_path(out_dir: str, arm: Arm, seed: int) -> str:
@@ -182,7 +170,7 @@ def finished_row(settings: TrainSettings, c: Common, arm: Arm, seed: int) -> dic
     return row
 
 
-def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Comparison, jobs: int) -> None:
+def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Comparison) -> None:
     """Train and measure every arm that is not done, `jobs` side by side.
 
     Raises the first UserError once the arms already running have ended; the others do not begin.
@@ -191,6 +179,8 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
     rows = {(arm, seed): finished_row(settings, commons[seed], arm, seed) for arm, seed in pairs}
     missing = [pair for pair in pairs if rows[pair] is None]
     flops = {(arm, seed): sum(s.flops for s in arm.stages(commons[seed])) for arm, seed in missing}
+    on_cpu = machine.pick(settings.device).type == "cpu"
+    jobs = rep.jobs or (max(1, usable_cpus() // settings.threads) if on_cpu and settings.threads else 1)
     done, began = [], time.perf_counter()
     ready = f"{len(pairs) - len(missing)} of them done, {jobs} side by side"
     print(f"{len(pairs)} arms × seeds, {ready}", flush=True)
@@ -200,6 +190,7 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
         row = train_arm(settings, rep, commons[seed], arm, seed, target, request)
         rows[arm, seed] = row
         with ALONE:
+            keep_logs(settings, rep)  # now, for a report while others are training
             done.append(flops[arm, seed])
             per_flop = (time.perf_counter() - began) / (sum(done) or math.inf)
             eta = planning.duration(per_flop * (sum(flops.values()) - sum(done)))
@@ -221,7 +212,7 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
 
 
 def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | None, request) -> dict:
-    """Run an arm's stages and write its row.json, which is returned, into out_dir and results."""
+    """Run an arm's stages and write its row.json, which is returned."""
     stages = arm.stages(c)
     for stage in stages:
         run_stage(stage, request, quiet=True)
@@ -230,7 +221,6 @@ def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | Non
     if arm.name == "reference":  # the report needs it
         write_json(os.path.join(os.path.dirname(path), "config.json"), c.config.content())
     write_json(path, row)
-    keep_logs(settings, rep, c, arm, seed)  # now, for a report while others are training
     for stage in stages:
         if stage.start_options:  # as large as a model, and made again if needed
             shutil.rmtree(stage.start_folder, ignore_errors=True)
@@ -242,15 +232,15 @@ def logs_of(rep: ReplicateSettings) -> str:
     return os.path.join(rep.results, "logs")
 
 
-def keep_logs(settings, rep, c: Common, arm: Arm, seed: int) -> None:
-    """Copy an arm's row.json, a reference's config.json, and each stage's log.csv to results/NAME/logs."""
-    source = os.path.dirname(row_path(settings.out_dir, arm, seed))
-    target = os.path.dirname(row_path(logs_of(rep), arm, seed))
-    names = ["row.json"] + ["config.json"] * (arm.name == "reference")
-    names += [os.path.join(os.path.basename(s.run), "log.csv") for s in arm.stages(c)]
-    for name in names:
-        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
-        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+def keep_logs(settings: TrainSettings, rep: ReplicateSettings) -> None:
+    """Copy the row.json, config.json and log.csv of every arm that is done to results/NAME/logs."""
+    for row in glob.glob("seed_*/*/row.json", root_dir=settings.out_dir):
+        arm = glob.escape(os.path.dirname(row))
+        others = glob.glob(f"{arm}/config.json", root_dir=settings.out_dir)
+        for name in [row, *others, *glob.glob(f"{arm}/*/log.csv", root_dir=settings.out_dir)]:
+            target = os.path.join(logs_of(rep), name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(os.path.join(settings.out_dir, name), target)
 
 
 def write_report(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset) -> str:
@@ -281,11 +271,9 @@ def describe_comparison(comparison: Comparison) -> str:
     c = next(iter(comparison.commons.values()))
     for arm, count in comparison.seeds.items():
         stages = arm.stages(c)
-        flops = sum(s.flops for s in stages)
-        runs = [f"{s.config.n_layer} blocks x {s.config.n_embd} for {s.steps:,} steps" for s in stages]
-        shape = " then ".join(runs) or "given"
-        lines.append(f"{arm.name:18} {count} seed(s), {flops:.3g} FLOPs each: {shape}")
-        total += count * flops
+        runs = " then ".join(stage_text(stage) for stage in stages) or "given"
+        lines.append(f"{arm.name:18} {count} seed(s): {runs}")
+        total += count * sum(stage.flops for stage in stages)
     lines += [f"{name:18} left out: {why}" for name, why in comparison.left_out.items()]
     return "\n".join([*lines, f"{len(comparison.pairs())} arms × seeds, {total:.3g} FLOPs in all"])
 
@@ -293,23 +281,22 @@ def describe_comparison(comparison: Comparison) -> str:
 @one_line
 def main(argv=None):
     """Command line: train what is missing, then write the table and the figures."""
-    about = "The paper's comparison: arms × seeds, one table, a few figures. Run again to go on."
+    about = "The paper's comparison: arms × seeds, one table, two figures. Run again to go on."
     settings, rep, explicit = parse((TrainSettings, ReplicateSettings), argv, about)
+    if rep.report:
+        keep_logs(settings, rep)  # also of a comparison that is still under way
     comparison = plan_comparison(settings, rep, explicit)
     if settings.dry_run:
         print(describe_comparison(comparison))
         return
     if not rep.report:
-        jobs = count_jobs(settings, rep)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         for name, why in comparison.left_out.items():
             print(f"{name} is left out: {why}")
         with ended_after(settings.max_hours):
-            train_all(settings, rep, comparison, jobs)
-    for arm, seed in comparison.pairs():  # also rows of a comparison that is still under way
-        if os.path.exists(row_path(settings.out_dir, arm, seed)):
-            keep_logs(settings, rep, comparison.commons[seed], arm, seed)
+            train_all(settings, rep, comparison)
+        keep_logs(settings, rep)
     print("\n" + write_report(settings, rep, explicit))
 
 

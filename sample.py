@@ -10,7 +10,7 @@ from typing import TextIO
 
 import torch
 
-from inheritune.base.errors import Parser, UserError, expand_home, one_line
+from inheritune.base.errors import Parser, UserError, one_line
 from inheritune.base.files import read_optional
 from inheritune.base.tokenizer_identity import has_tokenizer
 from inheritune.data.tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -20,7 +20,7 @@ from inheritune.weights import checkpoint
 
 # nanoGPT's flags
 NANOGPT = {
-    "start": "write --prompt",
+    "start": 'write --prompt; "$(cat FILE)" is the text of a file',
     "out_dir": "write --ckpt; it takes the folder of a run",
     "init_from": "write --ckpt FOLDER, or --ckpt gpt2",
     "compile": "leave it out",
@@ -31,7 +31,7 @@ def make_parser() -> Parser:
     parser = Parser(description="Sample text from a checkpoint.", instead=NANOGPT)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
-    add("--prompt", default="", help="text to continue; FILE:path reads it from a file")
+    add("--prompt", default="", help="text to continue")
     add("--num_samples", type=int, default=1, help="drawn together in one batch; the first streams")
     add("--max_new_tokens", type=int, default=256, help="tokens per sample, unless end-of-text comes")
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
@@ -83,17 +83,6 @@ def find_ends(folder: str, tokenizer: Tokenizer) -> set[int]:
     return ends
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt, from a file if it says FILE:path; a byte order mark is skipped."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    try:
-        with open(expand_home(prompt[5:]), encoding="utf-8-sig", newline="") as f:
-            return f.read()
-    except UnicodeDecodeError:
-        raise UserError(f"{prompt[5:]} is not a UTF-8 text file") from None
-
-
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a prompt. Special tokens spelled out in it are their ids.
 
@@ -112,17 +101,17 @@ def stream(steps: Iterable[torch.Tensor], text: TextStream, ends: set[int], out:
 
     Returns the ids of each row, up to its end, once all rows have ended.
     """
-    rows, done = [], []
+    rows, ended = [], set()
     for step in steps:
         ids = step.tolist()
-        rows, done = rows or [[] for _ in ids], done or [False for _ in ids]
-        done = [was_done or i in ends for was_done, i in zip(done, ids, strict=True)]
-        for row, i, is_done in zip(rows, ids, done, strict=True):
-            row += [] if is_done else [i]
-        if not done[0]:
+        rows = rows or [[] for _ in ids]
+        ended |= {b for b, i in enumerate(ids) if i in ends}
+        for b in set(range(len(ids))) - ended:
+            rows[b].append(ids[b])
+        if 0 not in ended:
             out.write(text.add(ids[0]))
             out.flush()
-        if all(done):
+        if len(ended) == len(ids):
             break
     out.write(text.end() + "\n")
     return rows
@@ -137,8 +126,7 @@ def main(argv=None):
     folder = checkpoint.find(args.ckpt)
     config = open_config(folder)
     tokenizer = open_tokenizer_of(folder, config, args.tokenizer)
-    prompt = read_prompt(args.prompt)
-    ids = encode_prompt(prompt, tokenizer)
+    ids = encode_prompt(args.prompt, tokenizer)
     if max(ids) >= config.vocab_size:
         raise UserError(f"the prompt holds a special token, id {max(ids)}, that the model does not have")
 
@@ -152,10 +140,10 @@ def main(argv=None):
     idx = torch.tensor([ids], device=device).repeat(args.num_samples, 1)  # (B, T)
     generator = torch.Generator().manual_seed(args.seed)
     steps = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
-    sys.stdout.write(prompt)
+    sys.stdout.write(args.prompt)
     rows = stream(steps, TextStream(tokenizer, ids), find_ends(folder, tokenizer), sys.stdout)
     for row in rows[1:]:
-        print(f"{'-' * 20}\n{prompt}{tokenizer.decode(row)}")
+        print(f"{'-' * 20}\n{args.prompt}{tokenizer.decode(row)}")
 
 
 if __name__ == "__main__":

@@ -82,10 +82,11 @@ def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict
 
 def loss_table(found: dict) -> str:
     """What `score_split` found, as a Markdown table."""
-    columns = ["data", "split", "tokens scored", "loss (nats/token)", "perplexity", "bits per byte"]
     bits = "n/a" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
-    losses = [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}", bits]
-    return markdown(columns, [[found["data"], found["split"], f"{found['tokens_scored']:,}", *losses]])
+    cells = [found["data"], found["split"], f"{found['tokens_scored']:,}"]
+    cells += [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}", bits]
+    columns = ["data", "split", "tokens scored", "loss (nats/token)", "perplexity", "bits per byte"]
+    return markdown(columns, [cells])
 
 
 def open_tasks(names: list[str], include_path: str | None):
@@ -122,18 +123,17 @@ def score_tasks(args, names: list[str], manager, folder: str, device) -> dict:  
 
 def make_parser() -> Parser:
     parser = Parser(description="Score a checkpoint on a data folder, on downstream tasks, or on both.")
-    what = "checkpoint folder, run folder (its best) or Hugging Face id"
-    parser.add_argument("--ckpt", required=True, help=what)
-    parser.add_argument("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
-    parser.add_argument("--split", default="val", help="the split of --data")
-    what = "lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-extra.txt)"
-    parser.add_argument("--tasks", help=what)
-    parser.add_argument("--include_path", help="folder with YAML files of further tasks")
-    parser.add_argument("--limit", type=int, help="only this many examples of each task, to try things out")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows or requests per forward pass")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--out", help="write the results to this JSON file")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
+    add("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
+    add("--split", default="val", help="the split of --data")
+    add("--tasks", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-extra.txt)")
+    add("--include_path", help="folder with YAML files of further tasks")
+    add("--limit", type=int, help="only this many examples of each task, to try things out")
+    add("--batch_size", type=int, default=8, help="windows or requests per forward pass")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--out", help="write the results to this JSON file")
     return parser
 
 

@@ -38,8 +38,8 @@ def test_dry_run(name, capsys, monkeypatch):
             assert f"no folder {reference!r} here" in refusal(replicate.main, [path, "--dry_run"])
             return
     else:
-        script = grow if keys & GrowSettings.__dataclass_fields__.keys() else train
-        words = ("parameters", "memory", "FLOPs")
+        grows = keys & GrowSettings.__dataclass_fields__.keys()
+        script, words = (grow, ("FLOPs",)) if grows else (train, ("parameters", "memory", "FLOPs"))
     script.main([path, "--dry_run"])
     shown = capsys.readouterr().out
     assert all(word in shown for word in words)

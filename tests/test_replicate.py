@@ -23,15 +23,15 @@ from inheritune.data.reader import ValData
 from inheritune.experiments import measurements
 from inheritune.experiments.arms import ARMS, PARTS_OF_GPT2, find_arm
 from inheritune.models.initialisations import Recipe, check_fits
+from inheritune.models.open_model import open_config
 from inheritune.training.command_line import parse
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from model import GPT
 from tests import other_models
 from tests.experiments.comparison import common_of, write_config
-from tests.tiny import ROOT, refusal, rows, write_checkpoint, write_data
+from tests.tiny import ROOT, refusal, rows, write_data
 
 
 def in_process(request, command, stdout, stderr):
@@ -44,90 +44,89 @@ def read_results(folder):
     """results.csv as {(arm, seed): {column: text}}, wall time left out."""
     with open(os.path.join(folder, "results.csv")) as f:
         found = {(r["arm"], int(r["seed"])): r for r in csv.DictReader(f)}
-    assert all(float(r.pop("wall_s")) >= 0 for r in found.values())
+    assert all(float(r.pop("wall_s") or 0) >= 0 for r in found.values())
     return found
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A comparison of ten arms, two seeds of some, run to its end in this process; (config path, folder)."""
+    """(config path, folder) of a comparison of six arms that ran to its end in this process."""
     folder = tmp_path_factory.mktemp("replicate")
-    chosen = (
-        "reference:2 random:2 inheritune:2 kd_inherit half_width stacking onto random_matched attn rounds"
-    )
-    path = write_config(folder, arms=chosen)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(StopRequest, "call", in_process)
-    replicate.main([path])
-    patch.undo()
+    path = write_config(folder, arms="random inheritune:2 kd_inherit stacking rounds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "call", in_process)
+        replicate.main([path])
     return path, folder
 
 
 def test_small_comparison(finished):
     _, folder = finished
     found = read_results(folder / "results")
-    assert len(found) == 13 and ("random", 2) in found and ("kd_inherit", 2) not in found
+    assert len(found) == 8 and ("inheritune", 2) in found and ("kd_inherit", 2) not in found
     for (arm, seed), row in found.items():
         last = find_arm(arm).stages(common_of(finished[0], f"--first_seed={seed}"))[-1]
         assert float(row["val_loss"]) == rows(last.run)[-1]["val_loss"]
-        model = GPT.from_pretrained(checkpoint.find(last.run, prefer="latest"))
-        assert int(row["params"]) == model.num_params() and int(row["n_layer"]) == model.config.n_layer
+        config = open_config(checkpoint.find(last.run, prefer="latest"))
+        assert int(row["params"]) == config.num_params and int(row["n_layer"]) == config.n_layer
         assert not os.path.exists(last.start_folder)
     own, whole = (float(found["inheritune", 1][key]) for key in ("flops", "flops_with_reference"))
     assert whole - own == float(found["reference", 1]["flops"])
-    assert (
-        found["rounds", 1]["val_loss"] == found["inheritune", 1]["val_loss"]
-    )  # its last round is that very run
+    same = "its last round is that very run"
+    assert found["rounds", 1]["val_loss"] == found["inheritune", 1]["val_loss"], same
     assert float(found["rounds", 1]["flops"]) > own
     table = (folder / "results/table.md").read_text()
-    assert "| Inheritune | 2 |" in table and "±" in table and table.count("\n| ") == 1 + 10
-    for name in ("curves.png", "compute.png", "rank.png"):
+    assert "| Inheritune | 2 |" in table and "±" in table and table.count("\n| ") == 1 + 6
+    for name in ("curves.png", "compute.png"):
         assert (folder / "results" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_report_from_what_results_holds(finished, tmp_path, monkeypatch):
-    """In a fresh clone: no run folders, no data, no checkpoints; the same table, and a note of what is
-    missing."""
+@pytest.fixture
+def no_figures(monkeypatch):
+    """A report trains nothing, and its figures take a while."""
+    monkeypatch.setattr(StopRequest, "call", None)
+    monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
+
+
+def test_report_from_what_results_holds(finished, no_figures, tmp_path):
+    """In a fresh clone: no run folders, no data, no checkpoints; the same table, and what is missing."""
     _, folder = finished
     shutil.copytree(folder / "results", tmp_path / "results")
-    for name in ("results.csv", "table.md", "curves.png"):
+    for name in ("results.csv", "table.md"):
         os.remove(tmp_path / "results" / name)
     (tmp_path / "c.py").write_text((folder / "c.py").read_text())
-    monkeypatch.setattr(StopRequest, "call", None)  # nothing is trained
     nowhere = [f"--{key}={tmp_path}/nowhere" for key in ("dataset", "out_dir")]
     replicate.main([str(tmp_path / "c.py"), "--report", f"--results={tmp_path}/results", *nowhere])
     for name in ("results.csv", "table.md", "logs/seed_1/stacking/stage_2/log.csv"):
         assert (tmp_path / "results" / name).read_bytes() == (folder / "results" / name).read_bytes()
-    assert (tmp_path / "results/curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_report_takes_in_what_another_folder_has(finished, tmp_path, monkeypatch, capsys):
+def test_report_takes_in_what_another_folder_has(finished, no_figures, tmp_path, capsys):
     """Rows of a comparison that is still under way somewhere else, some arms not there yet."""
     path, folder = finished
     out = tmp_path / "out"
     for name in ("seed_1/reference", "seed_1/inheritune", "seed_2/reference"):
         shutil.copytree(folder / "out" / name, out / name, symlinks=True)
-    monkeypatch.setattr(StopRequest, "call", None)
     replicate.main([path, "--report", f"--results={tmp_path}/results", f"--out_dir={out}"])
     assert set(read_results(tmp_path / "results")) == {("reference", 1), ("reference", 2), ("inheritune", 1)}
-    assert "10 arms × seeds are not there yet" in capsys.readouterr().out
+    assert "5 arms × seeds are not there yet" in capsys.readouterr().out
     flags = ["--report", f"--results={tmp_path}/none", f"--out_dir={tmp_path}/none"]
     assert "has no row of a reference" in refusal(replicate.main, [path, *flags])
 
 
+GIVEN = ("config/replicate_mini.py", "--reference_config=", "--reference=x")
 MUON = ("--optimizer=muon", "--learning_rate=8e-3", "--min_lr=8e-4", "--arms=inheritune@max_iters=1000")
 HALVES = "--arms=random@max_iters=1000 inheritune@max_iters=1000"
 COMMITTED = {  # results: their replicate.py command, without where the given reference is
     "mini": ("config/replicate_mini.py",),
     "english": ("config/replicate_english.py",),
-    "muon_reference": ("config/replicate_mini.py", "--reference_config=", "--reference=x", *MUON),
-    "depth/4": ("config/replicate_mini.py", "--reference_config=", "--reference=x", "--layers=2", HALVES),
-    "depth/12": ("config/replicate_mini.py", "--reference_config=", "--reference=x", "--layers=6", HALVES),
+    "muon_reference": (*GIVEN, *MUON),
+    "depth/4": (*GIVEN, "--layers=2", HALVES),
+    "depth/12": (*GIVEN, "--layers=6", HALVES),
 }
 
 
 @pytest.mark.parametrize("logs", glob.glob("results/**/logs", root_dir=ROOT, recursive=True))
-def test_committed_tables_are_rebuilt_from_committed_logs(logs, tmp_path, monkeypatch):
+def test_committed_tables_are_rebuilt_from_committed_logs(logs, no_figures, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     committed = os.path.dirname(logs)
     shutil.copytree(logs, tmp_path / "results/logs")
@@ -145,6 +144,7 @@ def test_deleted_arm_comes_back_the_same(finished, monkeypatch):
     shutil.rmtree(folder / "out/seed_1/kd_inherit")
     shutil.rmtree(folder / "out/seed_1/stacking/stage_1")
     monkeypatch.setattr(StopRequest, "call", in_process)
+    monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
     times = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("row.json")}
     replicate.main([path])
     assert read_results(folder / "results") == before
@@ -161,56 +161,42 @@ def test_models_before_training_are_those_that_were_trained(finished, monkeypatc
     c = common_of(path)
     measurements.make_row(settings, rep, c, find_arm("random"), 1, None)
     val = ValData(settings.dataset, 8, settings.eval_tokens, settings.batch_size)
-    device = torch.device("cpu")
-    loss = mean_loss(seen[0].eval(), val, Ranks(), device, torch.float32)
+    loss = mean_loss(seen[0].eval(), val, Ranks(), torch.device("cpu"), torch.float32)
     assert loss == pytest.approx(rows(f"{c.folder}/random/run")[0]["val_loss"], rel=1e-6)
 
 
-def test_other_settings_are_refused(finished):
+def test_arms_made_with_other_settings_or_tokens_are_refused(finished, monkeypatch):
     path, _ = finished
     assert "was made with other settings" in refusal(replicate.main, [path, "--max_iters=7"])
     assert "was made with other settings" in refusal(replicate.main, [path, "--kd_alpha=0.1"])
-
-
-def test_a_given_reference(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "given", n_layer=4)
-    path = write_config(
-        tmp_path, reference_config="", reference=str(tmp_path / "given"), arms="all:0 inheritune random"
-    )
-    monkeypatch.setattr(StopRequest, "call", in_process)
-    replicate.main([path])
-    with open(tmp_path / "results/results.csv") as f:
-        found = {r["arm"]: r for r in csv.DictReader(f)}
-    assert found["reference"]["flops"] == found["inheritune"]["flops_with_reference"] == ""
-    assert set(found) == {"reference", "random", "inheritune"} and float(found["reference"]["val_loss"]) > 0
-    table = (tmp_path / "results/table.md").read_text()
-    shutil.rmtree(tmp_path / "given")
-    shutil.rmtree(tmp_path / "out")
-    replicate.main([path, "--report"])
-    assert (tmp_path / "results/table.md").read_text() == table, "the logs say what the reference was"
+    # a folder of the same name and size, prepared from other text
+    monkeypatch.setattr(replicate, "identity", lambda folder: "another")
+    assert "was trained on other tokens than" in refusal(replicate.main, [path])
 
 
 def test_any_decoder_as_the_given_reference(tmp_path, monkeypatch):
-    """All arms that make sense for a Llama, and a report from the logs alone."""
+    """Arms of each kind for a Llama, and a report from the logs alone."""
     other_models.build("llama").save_pretrained(tmp_path / "llama")
-    options = {"reference": str(tmp_path / "llama"), "block_size": 16, "max_iters": 4}
+    options = {"reference": str(tmp_path / "llama"), "block_size": 16, "max_iters": 2, "eval_interval": 2}
     path = write_config(tmp_path, reference_config="", **options)
-    monkeypatch.setattr(StopRequest, "call", in_process)
-    replicate.main([path])
-    with open(tmp_path / "results/results.csv") as f:
-        found = {r["arm"]: r for r in csv.DictReader(f)}
+    arms = {"random", "last", "influence", "whole", "stacking", "onto", "kd"}
     left_out = {"random_matched", "unseen", *PARTS_OF_GPT2}
-    assert set(found) == set(ARMS) - left_out
+    monkeypatch.setattr(StopRequest, "call", in_process)
+    monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
+    replicate.main([path, "--arms=" + " ".join(arms | left_out)])
+    found = {arm: row for (arm, _), row in read_results(tmp_path / "results").items()}
+    assert set(found) == arms | {"reference"}
     table = (tmp_path / "results/table.md").read_text()
     assert all(f"Left out: {arm} (" in table for arm in left_out)
     # the whole reference, trained on, is transformers' model of 4 blocks
     step = checkpoint.find(tmp_path / "out/seed_1/whole/run", prefer="latest")
     assert transformers.AutoModelForCausalLM.from_pretrained(step).config.num_hidden_layers == 4
     assert found["random"]["params"] == found["last"]["params"] != found["whole"]["params"]
+    assert found["reference"]["flops"] == found["last"]["flops_with_reference"] == "", "nobody knows them"
     shutil.rmtree(tmp_path / "llama")
     shutil.rmtree(tmp_path / "out")
-    replicate.main([path, "--report"])
-    assert (tmp_path / "results/table.md").read_text() == table
+    replicate.main([path, "--arms=" + " ".join(arms | left_out), "--report"])
+    assert (tmp_path / "results/table.md").read_text() == table, "the logs say what the reference was"
 
 
 def test_parts_of_blocks_are_left_out_where_inherit_refuses_them(tmp_path):
@@ -227,28 +213,6 @@ def test_parts_of_blocks_are_left_out_where_inherit_refuses_them(tmp_path):
     assert refused == set(PARTS_OF_GPT2)
 
 
-def test_an_arm_trained_on_other_tokens_is_not_taken(finished, monkeypatch):
-    """A folder of the same name and size, prepared from other text."""
-    monkeypatch.setattr(replicate, "identity", lambda folder: "another")
-    assert "was trained on other tokens than" in refusal(replicate.main, [finished[0]])
-
-
-def test_failed_training_is_one_line(tmp_path, monkeypatch):
-    path = write_config(tmp_path, arms="random")
-    shutil.rmtree(tmp_path / "data")
-    write_data(tmp_path / "data", val=5)  # too short to validate on: train.py will say so
-
-    def fail(request, command, stdout, stderr):
-        stdout.write("train.py: val has 5 tokens\n" + "=" * 60 + "\n")  # torchrun frames its own
-        return 1
-
-    monkeypatch.setattr(StopRequest, "call", fail)
-    message = refusal(replicate.main, [path])
-    output = tmp_path / "out/seed_1/reference/run.txt"
-    assert f"did not finish (train.py: val has 5 tokens; see {output}); run the same" in message
-    assert not (tmp_path / "results").exists()
-
-
 def test_dry_run_writes_nothing(tmp_path, capsys):
     path = write_config(tmp_path, layers=3)
     replicate.main([path, "--dry_run"])
@@ -260,24 +224,18 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--arms=inheritun"], "there is no arm 'inheritun' (did you mean inheritune?)"),
         (["--arms=all:0"], "there is nothing to do"),
-        (["--layers=4"], "layers 4 must be below the reference's 4 blocks"),
         (["--layers=1", "--rounds_from=2"], "rounds_from 2 at most layers"),
         (["--reference=x"], "set one of reference_config"),
-        (["--reference_config="], "set one of reference_config"),
-        (["--seed=3"], "seed is decided by the arms"),
         (["--stop_at_val_loss=2"], "stop_at_val_loss is decided by the arms"),
         (["--n_embd=32"], "n_embd is the reference's"),
         (["--batch_tokens=60"], "not a multiple of block_size"),
-        (["--jobs=99"], "jobs 99: at most"),
-        (["--arm=x"], "did you mean --arms"),
         (["--k_start=2"], "unknown argument '--k_start=2'"),
     ],
 )
 def test_refusals(tmp_path, flags, message):
-    shown = refusal(replicate.main, [write_config(tmp_path), *flags])
-    assert message in shown and not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
+    said = refusal(replicate.main, [write_config(tmp_path), *flags])
+    assert message in said and not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
 
 
 def test_train_points_to_replicate(tmp_path):

@@ -405,13 +405,6 @@ def test_a_person_spells_out_end_of_text_in_a_prompt():
     assert sample.encode_prompt("<|endoftext|", tokenizer) == [*b"<|endoftext|"]
 
 
-def test_a_person_has_a_prompt_file_from_a_windows_editor(sampled, tmp_path, capsys):
-    """With a byte order mark, which is skipped, and with carriage returns, which stay."""
-    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    sample.main(["--ckpt", sampled, "--prompt", f"FILE:{tmp_path}/prompt.txt", "--max_new_tokens", "1"])
-    assert capsys.readouterr().out.startswith("one\r\ntwo")
-
-
 @pytest.mark.parametrize("how", [["--temperature=0"], [], ["--top_k=3"], ["--top_p=0.5", "--num_samples=2"]])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_person_samples_from_a_run_that_has_diverged(tmp_path, value, how):

@@ -127,12 +127,6 @@ def test_sixteen_bits_are_of_the_weights_not_of_the_positions(decoder, monkeypat
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_prompt_from_a_file(model_folder, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("from a file")
-    sample.main(["--ckpt", model_folder, "--prompt", f"FILE:{tmp_path}/p.txt", "--max_new_tokens", "2"])
-    assert capsys.readouterr().out.startswith("from a file")
-
-
 def test_output_is_flushed_before_the_end(model_folder, monkeypatch):
     """A reader of a pipe sees text while it is drawn: every token is flushed."""
     flushes = []

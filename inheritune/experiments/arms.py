@@ -73,7 +73,7 @@ def stacking(c, folder):
     return [half, c.inherited(f"{folder}/stage_2", ckpt=source, recipe="stack", layers=c.k)]
 
 
-def growing(c, folder, onto):
+def growing(c, folder, onto=False):
     """A Stage for each round, which takes all blocks from the reference, or (onto) adds the next ones to the
     model just trained."""
     stages = []
@@ -87,11 +87,6 @@ def distilled(c, stage):
     """The Stage with the reference as its teacher."""
     flags = c.kd | stage.flags | {"teacher": c.reference}
     return dataclasses.replace(stage, flags=flags, teacher=c.config)
-
-
-def kd_inherit(c, run):
-    """The first k blocks, with the reference as the teacher."""
-    return distilled(c, c.inherited(run, layers=c.k))
 
 
 def whole(c, run):
@@ -112,11 +107,6 @@ def one_run(label, make_stage, **facts):
     return ArmEntry(label, lambda c, folder: [make_stage(c, f"{folder}/run")], **facts)
 
 
-def from_nothing(label, make_stage, longer=""):
-    """An ArmEntry with a single Stage that takes nothing from the reference."""
-    return one_run(label, make_stage, from_reference=False, longer=longer)
-
-
 def first_k(label, **options):
     """An ArmEntry that trains what inherit.py makes of k blocks with these options."""
     return one_run(label, lambda c, run: c.inherited(run, layers=c.k, **options))
@@ -132,17 +122,17 @@ def chosen(label, rule):
     return one_run(label, make_stage)
 
 
+NOTHING = {"from_reference": False}  # the arm takes nothing from the reference
+LONGER = NOTHING | {"longer": "random"}
 ARMS = {
-    "reference": ArmEntry("reference", trained_reference, from_reference=False),
-    "random": from_nothing("random init", Common.random),
-    "random_2x": from_nothing("random init, twice the steps", random_2x, "random"),
-    "random_matched": from_nothing(
-        "random init, compute of reference + Inheritune", random_matched, "random"
-    ),
+    "reference": ArmEntry("reference", trained_reference, **NOTHING),
+    "random": one_run("random init", Common.random, **NOTHING),
+    "random_2x": one_run("random init, twice the steps", random_2x, **LONGER),
+    "random_matched": one_run("random init, compute of reference + Inheritune", random_matched, **LONGER),
     "inheritune": first_k("Inheritune"),
     "released_slice": first_k("authors' released slice", released_slice=True),
     "half_width": one_run("half width", half_width),
-    "stacking": ArmEntry("stacking", stacking, from_reference=False),
+    "stacking": ArmEntry("stacking", stacking, **NOTHING),
     "hybrid": first_k("hybrid stacking", recipe="hybrid"),
     "last": first_k("last k", recipe="last"),
     "middle": first_k("middle k", recipe="middle"),
@@ -154,16 +144,16 @@ ARMS = {
     "greedy": chosen("greedy by loss", "greedy"),
     "whole": one_run("the whole reference, trained on", whole),
     "kd": one_run("distillation", lambda c, run: distilled(c, c.random(run))),
-    "kd_inherit": one_run("distillation + Inheritune", kd_inherit),
+    "kd_inherit": one_run(
+        "distillation + Inheritune", lambda c, run: distilled(c, c.inherited(run, layers=c.k))
+    ),
     "attn": first_k("attention only", parts="attn"),
     "mlp": first_k("MLP only", parts="mlp"),
     "attn_mlp": first_k("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
-    "rounds": ArmEntry("Inheritune, by rounds", functools.partial(growing, onto=False)),
+    "rounds": ArmEntry("Inheritune, by rounds", growing),
     "onto": ArmEntry("growth onto the trained model", functools.partial(growing, onto=True)),
     "unseen": one_run("Inheritune, data unseen by reference", unseen),
 }
-
-
 # these take parts of GPT-2's blocks and tensors, by their names
 PARTS_OF_GPT2 = ("released_slice", "half_width", "attn", "mlp", "attn_mlp")
 

@@ -59,7 +59,7 @@ def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int
     return windows[:, :-1], windows[:, 1:]
 
 
-def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, skip_sequences: int) -> dict:
+def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequences: int) -> dict:
     """Everything, as analysis.json has it; lists run over layers, lists of lists over layers and heads.
 
     idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them.
@@ -67,42 +67,41 @@ def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, groups: int, 
     heads, influence, norms = measure_layers(model, idx, taus, eta, title="attention")
     blocks, reason = choose_by_influence(influence.tolist())
     layers = {"block_influence": influence.tolist(), "residual_norm": norms[1:].tolist()}
-    loss, few = None, min(skip_sequences, len(idx))
-    if few:
-        loss, layers["loss_without"] = skip_losses(
-            model, idx[:few], targets[:few], title="loss without a block"
-        )
     found = {
         "sequences": len(idx),
         "length": idx.size(1),
         "suggestion": {"blocks": blocks, "reason": reason},
         "embedding_norm": norms[0].item(),
-        "loss": loss,
-        "loss_sequences": few,
+        "loss": None,
+        "loss_sequences": min(skip_sequences, len(idx)),
         "layers": layers,
         "heads": None,
     }
-    return found | (summarise_heads(heads, taus, eta, groups, layers) if heads else {})
+    if few := found["loss_sequences"]:
+        title = "loss without a block"
+        found["loss"], layers["loss_without"] = skip_losses(model, idx[:few], targets[:few], title)
+    if heads:
+        found |= summarise_heads(heads, taus, eta, layers)
+    return found
 
 
-def summarise_heads(heads: dict[str, Tensor], taus, eta: float, groups: int, layers: dict) -> dict:
+def summarise_heads(heads: dict[str, Tensor], taus, eta: float, layers: dict) -> dict:
     """What analysis.json says of heads; `layers` gains what heads say of their layer."""
-    ranks = heads[f"rank_{taus[0]:g}"]  # (n_layer, n_head)
-    max_ranks = ranks.amax(-1).tolist()
+    max_ranks = {tau: heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus}
+    near = (heads[f"rank_{taus[0]:g}"] <= NEAR).double()  # (n_layer, n_head)
     layers |= {
-        "max_rank": max_ranks,
-        **{f"max_rank_{tau:g}": heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus[1:]},
-        "lazy": [r == 1 for r in max_ranks],
+        "max_rank": max_ranks[taus[0]],
+        **{f"max_rank_{tau:g}": max_ranks[tau] for tau in taus[1:]},
+        "lazy": [rank == 1 for rank in max_ranks[taus[0]]],
         "avg_mass": heads["mass"].mean(-1).tolist(),
-        "near_rank_one": (ranks <= NEAR).cpu().double().mean(-1).tolist(),
+        "near_rank_one": near.mean(-1).tolist(),
     }
     return {
         "taus": list(taus),
         "eta": eta,
         "near_rank_one_means_at_most": NEAR,
         "lazy_layers": sum(layers["lazy"]),
-        "near_rank_one_heads": (ranks <= NEAR).cpu().double().mean().item(),
-        "groups": groups_of(max_ranks, groups),
+        "near_rank_one_heads": near.mean().item(),
         "learned_sink": heads["rest"].max().item() > REST,
         "heads": {name: values.tolist() for name, values in heads.items() if name != "rest"},
     }
@@ -183,18 +182,19 @@ def max_rank(model, idx: Tensor, tau=0.9) -> Tensor | None:
     return heads and heads[f"rank_{tau:g}"].amax(-1)
 
 
-def choose_by_influence(influence: list[float]) -> tuple[list[int], str]:
-    """(blocks, reason): which half of the blocks to inherit, given how far each turns the residual stream.
+def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:
+    """(blocks, reason): which k blocks to inherit (default: half), given how far each turns its input.
 
     The paper announces such a choice without making it, and starts from half of the blocks. Which half: those
     of highest influence, the measure that best predicts the loss without a block (results/smollm2; ShortGPT,
     arXiv 2403.03853, removes blocks by it). The rank of their attention predicts nothing there.
     """
     n = len(influence)
-    kept = sorted(range(n), key=lambda i: -influence[i])[: max(1, n // 2)]
-    most = max((influence[i] for i in range(n) if i not in kept), default=0.0)
+    order = sorted(range(n), key=lambda i: -influence[i])
+    k = k or max(1, n // 2)
+    most = max((influence[i] for i in order[k:]), default=0.0)
     reason = f"of {n} blocks those that turn the residual stream most, by more than {most:.3f}"
-    return sorted(kept), reason
+    return sorted(order[:k]), reason
 
 
 def choose_for(folder: str, data: str) -> tuple[list[int], str]:
@@ -202,15 +202,6 @@ def choose_for(folder: str, data: str) -> tuple[list[int], str]:
     model, idx, _ = open_with_windows(folder, data)
     _, influence, _ = measure_layers(model, idx)
     return choose_by_influence(influence.tolist())
-
-
-def groups_of(ranks: list[float], n: int) -> list[dict]:
-    """The layers in at most n equal groups: [{first, last, avg_rank, lazy}], lazy: floor(AvgRank) = 1."""
-    made = []
-    for part in np.array_split(np.arange(len(ranks)), min(n, len(ranks))):
-        average = float(np.mean([ranks[i] for i in part]))
-        made.append({"first": int(part[0]), "last": int(part[-1]), "avg_rank": average, "lazy": average < 2})
-    return made
 
 
 @torch.inference_mode()

@@ -11,14 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from inheritune.experiments.attention_metrics import (
-    LENGTH,
-    like_output,
-    measure_layers,
-    open_with_windows,
-    recorded,
-    replaced,
-)
+from inheritune.experiments import attention_metrics as metrics
+from inheritune.models.hf_decoder import recorded
 from inheritune.models.open_model import Config
 
 CHOICE_WINDOWS = 20
@@ -27,8 +21,8 @@ END = 2  # the last blocks, which `consecutive` never removes
 
 def most_influence(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
     """The k blocks of the highest block influence."""
-    _, influence, _ = measure_layers(model, idx)
-    return sorted(influence.argsort(descending=True)[:k].tolist())
+    _, influence, _ = metrics.measure_layers(model, idx)
+    return metrics.choose_by_influence(influence.tolist(), k)[0]
 
 
 @torch.inference_mode()
@@ -56,13 +50,13 @@ def greedy(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
 
     def skip(*args, **kwargs):
         """Return a block's input as its output."""
-        return like_output(args[0] if args else kwargs["hidden_states"], output)
+        return metrics.like_output(args[0] if args else kwargs["hidden_states"], output)
 
     for _ in tqdm(range(len(kept) - k), desc="choosing blocks", unit="block"):
         losses = {}
         for i in kept:
             removed = [block for j, block in enumerate(model.blocks) if j not in kept or j == i]
-            with replaced(removed, skip):
+            with metrics.replaced(removed, skip):
                 losses[i] = sum(model(x[None], y[None]).item() for x, y in zip(idx, targets, strict=True))
         kept.remove(min(losses, key=losses.get))
     return kept
@@ -77,7 +71,7 @@ RULES: dict[str, Callable[[torch.nn.Module, Tensor, Tensor, int], list[int]]] = 
 
 def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
     """The k blocks of the checkpoint `folder` to keep by one of RULES, on a data folder. Raises UserError."""
-    model, idx, targets = open_with_windows(folder, data, "train", CHOICE_WINDOWS)
+    model, idx, targets = metrics.open_with_windows(folder, data, "train", CHOICE_WINDOWS)
     return RULES[rule](model.eval(), idx, targets, k)
 
 
@@ -86,6 +80,6 @@ def choice_flops(rule: str, config: Config, k: int) -> float:
     depths = [config.n_layer]
     if rule == "greedy":
         depths = [depth - 1 for depth in range(config.n_layer, k, -1) for _ in range(depth)]
-    tokens = CHOICE_WINDOWS * min(LENGTH, config.block_size)
+    tokens = CHOICE_WINDOWS * min(metrics.LENGTH, config.block_size)
     forward = {depth: config.with_blocks(list(range(depth))).flops_per_token / 3 for depth in set(depths)}
     return tokens * sum(forward[depth] for depth in depths)

@@ -63,7 +63,8 @@ def first_reach(stages: list[Stage], target: float) -> dict:
 
 def measure(settings: TrainSettings, config: Config, folder: str) -> float:
     """Validation loss (nats/token) of a checkpoint as train.py measures it: on the same tokens in the same
-    windows, compiled or not, in the same number format. Nothing stays on the device.
+    windows, compiled or not, in the same number format. Nothing stays on the device, as the training that
+    comes next is another process.
 
     config: of the model whose context the windows have.
     """
@@ -75,31 +76,20 @@ def measure(settings: TrainSettings, config: Config, folder: str) -> float:
     model = DistributedModel(module, ranks, device, dtype, compiled, shard=False)
     loss = mean_loss(model.local_forward, val, ranks, device, dtype)
     del model, module
-    release(device)
+    torch.cuda.empty_cache()
     return loss
 
 
 def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float] | None:
     """MaxRank of each layer of the model that `load` makes, on the paper's 100 windows of val, the same for
     every arm and seed; None for a model without attention matrices. Nothing stays on the device."""
-    device = machine.pick(settings.device)
-    model = load().to(device)
+    model = load().to(machine.pick(settings.device))
     length = min(LENGTH, model.config.block_size)
-    of_layers = max_rank(model, draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)[0])
+    idx, _ = draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)
+    of_layers = max_rank(model, idx)
     del model
-    release(device)
+    torch.cuda.empty_cache()
     return None if of_layers is None else of_layers.tolist()
-
-
-def count_lazy(of_layers: list[float] | None) -> int | None:
-    """How many layers have MaxRank 1; None where nothing is known of them."""
-    return None if of_layers is None else sum(rank == 1 for rank in of_layers)
-
-
-def release(device: torch.device) -> None:
-    """Give the memory of deleted models back, as the training that comes next is another process."""
-    if device.type == "cuda":  # needs a GPU
-        torch.cuda.empty_cache()
 
 
 def make_row(
@@ -120,6 +110,9 @@ def make_row(
         if not arm.from_reference:
             return own
         return None if references is None else own + references
+
+    def count_lazy(ranks):
+        return None if ranks is None else sum(rank == 1 for rank in ranks)
 
     return {
         "arm": arm.name,
@@ -147,7 +140,6 @@ def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
 
     Without stages it is the given reference; nothing is known of it before its training.
     """
-    ranks_before = None
     if stages:
         last = stages[-1]
         folder = checkpoint.find(last.run, prefer="latest")
@@ -159,14 +151,12 @@ def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
             seed_all(c.flags["seed"])  # as train.py does before it makes the same model
             return model_class(config)(config)
 
-        curve_loss = loss_curve(last.run)[1][-1]
-        ranks_before = max_ranks(settings, untrained)
+        curve_loss, ranks_before = loss_curve(last.run)[1][-1], max_ranks(settings, untrained)
     else:
         folder, config = c.reference, c.config
-        curve_loss = measure(settings, config, folder)
+        curve_loss, ranks_before = measure(settings, config, folder), None
     val_loss = curve_loss
     if rep.final_tokens:
         val_loss = measure(dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder)
-    ranks_after = max_ranks(settings, lambda: load_model(folder))
     found = {"val_loss": val_loss, "curve_loss": curve_loss, "ranks_before": ranks_before}
-    return found | {"ranks_after": ranks_after}, config
+    return found | {"ranks_after": max_ranks(settings, lambda: load_model(folder))}, config

@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import textwrap
 
 import matplotlib
 import numpy as np
@@ -14,16 +13,14 @@ from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
-from inheritune.experiments.arms import OPTIMIZERS, Arm, find_arm
+from inheritune.experiments.arms import OPTIMIZERS, find_arm
 from inheritune.experiments.tables import (
-    base_and_steps,
     best_variant,
     by_arm,
     mean_and_error,
     mean_val_loss,
     most_seeds_first,
 )
-from inheritune.training.settings import SCHEDULE
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
@@ -31,7 +28,6 @@ BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
 COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
-STYLES = {"adamw": "-", "muon": "--"}
 LOSS = "validation loss (nats/token)"
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
@@ -84,20 +80,12 @@ def plot_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[
     """
     title = os.path.basename(os.path.normpath(folder))
     arms = by_arm(rows)
-    by_name = {name: [] for name in dict.fromkeys(r["arm"] for r in rows)}
+    of_arm = {arm: [] for arm in arms}
     for row, curve in zip(rows, curves, strict=True):
-        by_name[row["arm"]] += [curve] if curve[0] else []
-    curves = {arm: by_name[arm.name] for arm in arms}
-    plot_comparison(os.path.join(folder, "curves.png"), arms, curves, title)
-    plot_compute(os.path.join(folder, "compute.png"), arms, curves, title, optimizer)
-    names = ["curves.png", "compute.png"]
-    if any(mean_ranks(found, "ranks_after") for found in arms.values()):
-        plot_ranks(os.path.join(folder, "rank.png"), arms, title)
-        names.append("rank.png")
-    if budgets(arms):
-        plot_budget(os.path.join(folder, "budget.png"), arms, title, optimizer)
-        names.append("budget.png")
-    return names
+        of_arm[find_arm(row["arm"])] += [curve] if curve[0] else []
+    plot_comparison(os.path.join(folder, "curves.png"), arms, of_arm, title)
+    plot_compute(os.path.join(folder, "compute.png"), arms, of_arm, title, optimizer)
+    return ["curves.png", "compute.png"]
 
 
 def mean_curve(curves):
@@ -179,93 +167,21 @@ def compute_panels(arms: dict, curves: dict) -> dict:
     best of all arms that start from the reference. An optimizer of no such arm has no panel."""
     panels = {}
     for optimizer in dict.fromkeys(arm.changes.get("optimizer") for arm in arms):
-        bases = ("reference", "random", "inheritune", "ends")
-        shown = [best_variant(arms, base, optimizer) for base in bases]
-        recipes = [arm for arm in arms if curves[arm] and is_recipe(arm, optimizer)]
+        shown = [
+            best_variant(arms, base, optimizer) for base in ("reference", "random", "inheritune", "ends")
+        ]
+        recipes = [
+            arm
+            for arm in arms
+            if arm.from_reference
+            and arm.changes.get("optimizer") == optimizer
+            and "max_iters" not in arm.changes
+            and curves[arm]
+        ]
         shown.append(min(recipes, key=lambda arm: most_seeds_first(arms[arm]), default=None))
         if recipes or optimizer is None:
             panels[optimizer] = list(dict.fromkeys(arm for arm in shown if arm and curves[arm]))
     return panels
-
-
-def is_recipe(arm: Arm, optimizer: str | None) -> bool:
-    """Whether an arm starts or learns from the reference, with this optimizer, for the usual steps."""
-    same = arm.changes.get("optimizer") == optimizer and "max_iters" not in arm.changes
-    return same and arm.from_reference
-
-
-def budgets(arms: dict) -> dict:
-    """{(base, optimizer): {steps: best arm}} of all that were trained for several numbers of steps."""
-    found = {}
-    for arm, rows in arms.items():
-        if set(arm.changes) <= {"max_iters", "optimizer", *SCHEDULE} and arm.base != "reference":
-            optimizer, steps = arm.changes.get("optimizer"), rows[0]["steps"]
-            base, asked = base_and_steps(arm, rows)
-            found.setdefault((base, optimizer), {})[steps] = best_variant(arms, base, optimizer, asked)
-    return {key: dict(sorted(by_steps.items())) for key, by_steps in found.items() if len(by_steps) > 1}
-
-
-def plot_budget(path: str, arms: dict, title: str, own: str) -> None:
-    """Plot final loss over training steps; each point is a run with a schedule of its own."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    found = budgets(arms)
-    for (base, name), by_steps in found.items():
-        optimizer = name or own
-        points = [mean_and_error([r["val_loss"] for r in arms[arm]]) for arm in by_steps.values()]
-        means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
-        style = {"color": COLOURS.get(base, GREY), "linestyle": STYLES[optimizer], "capsize": 3}
-        label = f"{find_arm(base).label}, {OPTIMIZERS[optimizer]}"
-        axes.errorbar(list(by_steps), means, errors, marker="o", markersize=4, label=label, **style)
-
-    # levels of the references
-    for name in dict.fromkeys(name for _, name in found):
-        if reference := best_variant(arms, "reference", name):
-            style = LEVEL | {"linestyle": STYLES[name or own]}
-            label = f"reference at its end, {OPTIMIZERS[name or own]}"
-            axes.axhline(mean_val_loss(arms[reference]), label=label, **style)
-    ticks = sorted({steps for by_steps in found.values() for steps in by_steps})
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
-    axes.minorticks_off()
-    texts = {"xlabel": "training steps, each point a run of its own", "ylabel": f"final {LOSS}"}
-    about = "mean and standard error over seeds; a point without an error is of one seed"
-    finish_axes(axes, title=f"{title}: {about}", **texts)
-    save_figure(figure, path)
-
-
-def mean_ranks(rows, key):
-    """MaxRank by depth, averaged over seeds; [] where it is not known."""
-    lists = [r[key] for r in rows]
-    return [] if None in lists else [statistics.fmean(layer) for layer in zip(*lists, strict=True)]
-
-
-def plot_ranks(path: str, arms: dict, title: str) -> None:
-    """Plot MaxRank by depth before and after training, one panel per arm without changed settings other than
-    the optimizer."""
-    shown = [arm for arm in arms if set(arm.changes) <= {"optimizer"}]
-    columns, highest = min(5, len(shown)), 0.0
-    rows = -(-len(shown) // columns)
-    size = 2.6 * columns, 2.0 * rows + 0.6
-    figure, places = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
-    for place in places.flat[len(shown) :]:
-        place.axis("off")
-    for place, arm in zip(places.flat, shown, strict=False):
-        before, after = mean_ranks(arms[arm], "ranks_before"), mean_ranks(arms[arm], "ranks_after")
-        highest = max(highest, *before, *after)
-        place.axhline(1, **LEVEL)
-        if before:
-            place.plot(before, ".--", color=GREY, linewidth=1, label="before training")
-        place.plot(after, "o-", color=RED, markersize=3, linewidth=1.2, label="after")
-        place.set_title(textwrap.fill(arm.label, 36), fontsize=7)
-        place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.grid()
-    places.flat[0].set_ylim(0, 1.05 * highest)  # shared by all
-    handles, labels = place.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2)
-    figure.supxlabel("layer", fontsize=9)
-    figure.supylabel("MaxRank", fontsize=9)
-    figure.suptitle(f"{title}: MaxRank by depth", fontsize=10)
-    save_figure(figure, path)
 
 
 def plot_analysis(path: str, found: dict, title: str) -> None:

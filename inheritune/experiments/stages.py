@@ -55,11 +55,10 @@ class Stage:
     @property
     def start_text(self) -> list[str]:
         """The start's options as text, for settings_hash (frozen)."""
-        pairs = [
-            (f"--{key}",) if value is True else (f"--{key}", str(value))
-            for key, value in self.start_options.items()
-        ]
-        return [part for pair in pairs for part in pair]
+        text = []
+        for key, value in self.start_options.items():
+            text += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+        return text
 
     @property
     def steps(self) -> int:
@@ -157,14 +156,19 @@ def run_problems(stages: list[Stage]) -> list[str]:
     problems = []
     for stage in stages:
         settings = stage.settings
-        found = planning.settings_problems(settings)
-        found += planning.recompute_problems(settings, stage.config)
+        problems += planning.settings_problems(settings)
+        problems += planning.recompute_problems(settings, stage.config)
         try:
             planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
         except UserError as e:
-            found.append(str(e))
-        problems += found
+            problems.append(str(e))
     return list(dict.fromkeys(problems))
+
+
+def stage_text(stage: Stage) -> str:
+    """A run in the text of --dry_run: '4 blocks x 128 for 2,000 steps, 3.2e+13 FLOPs'."""
+    shape = f"{stage.config.n_layer} blocks x {stage.config.n_embd}"
+    return f"{shape} for {stage.steps:,} steps, {stage.flops:.3g} FLOPs"
 
 
 def train_command(stage: Stage) -> list[str]:
@@ -187,8 +191,12 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
     UserError when train.py fails, and Stopped when `request` asks to end.
     """
     if stage.start_options and not os.path.exists(stage.start_folder):
+        options = dict(stage.start_options)
+        source = checkpoint.find(options.pop("ckpt"))
         with ALONE:
-            make_start(stage)
+            if rule := options.pop("choose", None):
+                options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
+            make_checkpoint(source, stage.start_folder, **options)
     command, why = train_command(stage), "see above"
     if quiet:
         os.makedirs(os.path.dirname(stage.run), exist_ok=True)
@@ -203,12 +211,3 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
         status = request.call(command)
     if status:
         raise UserError(f"training {stage.run} did not finish ({why}); run the same command again to go on")
-
-
-def make_start(stage: Stage) -> None:
-    """Make the checkpoint that a stage starts from."""
-    options = dict(stage.start_options)
-    source = checkpoint.find(options.pop("ckpt"))
-    if rule := options.pop("choose", None):
-        options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
-    make_checkpoint(source, stage.start_folder, **options)

@@ -191,40 +191,10 @@ def growth_table(rows: list[dict]) -> str:
     return markdown(columns, lines)
 
 
-def against(a: float, b: float) -> str:
-    """'0.1234 below' if loss a is that much lower than loss b, else '0.1234 above'."""
-    return f"{abs(a - b):.4f} {'below' if a <= b else 'above'}"
-
-
-def verdicts(rows: list[dict], target: float) -> list[str]:
-    """One sentence for each of grow.py's comparisons: which way it fell, and what that means.
-
-    rows: as in results.json, the reference first; target: the reference's loss.
-    """
-    named = {r["arm"]: r for r in rows}  # of several rounds, the last one stays
-    ours, reference = named["inheritune"], named["reference"]
-    share = ours["params"] / reference["params"]
-    matched = "matched." if ours["val_loss"] <= target else "not matched, at the deepest size tried."
-    lines = [
-        f"Against the reference: {ours['n_layer']} of its {reference['n_layer']} blocks ({share:.0%} of the "
-        f"parameters) end {against(ours['val_loss'], target)} its loss: {matched}"
-    ]
-    if "random" in named:
-        gap = against(ours["val_loss"], named["random"]["val_loss"])
-        lines.append(
-            f"Against the same small model from random init for as many steps: {gap} it. This is what "
-            "inheriting gives to someone who has the reference already."
-        )
-    if "random_matched" in named:
-        other = named["random_matched"]
-        wins = (
-            "Inheriting wins even" if ours["val_loss"] <= other["val_loss"] else "Plain longer training wins"
-        )
-        lines.append(
-            "Against random init trained for the compute of the whole pipeline, reference included "
-            f"({other['flops']:.3g} FLOPs): {against(ours['val_loss'], other['val_loss'])} it. "
-            f"{wins} when the reference has to be paid for."
-        )
-    if len([r for r in rows if r["arm"] == "inheritune"]) > 1:
-        lines.append("Growth took more than one round; every round's tokens count in the pipeline's compute.")
-    return lines
+def verdict(ours: dict, reference: dict) -> str:
+    """Whether grow.py's small model has matched the reference, as a sentence. ours, reference: their rows."""
+    gap, share = ours["val_loss"] - reference["val_loss"], ours["params"] / reference["params"]
+    small = f"{ours['n_layer']} of its {reference['n_layer']} blocks ({share:.0%} of the parameters)"
+    end = f"{abs(gap):.4f} {'below' if gap <= 0 else 'above'} its loss"
+    matched = "matched." if gap <= 0 else "not matched, at the deepest size tried."
+    return f"Against the reference: {small} end {end}: {matched}"

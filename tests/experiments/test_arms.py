@@ -6,16 +6,8 @@ import os
 import pytest
 
 from inheritune.base.errors import UserError
-from inheritune.experiments.arms import (
-    ARMS,
-    find_arm,
-    impossible,
-    parse_arms,
-    settings_hash,
-)
-from inheritune.experiments.block_choice import RULES
+from inheritune.experiments.arms import ARMS, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.stages import run_problems
-from inheritune.models.initialisations import RECIPES
 from tests.experiments.comparison import common_of, write_config
 from tests.tiny import ROOT, write_checkpoint
 
@@ -38,33 +30,17 @@ def test_arms_and_their_seeds():
             parse_arms(text)
 
 
-def test_what_every_arm_starts_from(tmp_path):
+def test_what_arms_of_several_stages_start_from(tmp_path):
+    """(What every other arm starts from is in its hash, below.)"""
     c = common_of(write_config(tmp_path))
     stages = {name: find_arm(name).stages(c) for name in ARMS}
-    # between --ckpt SOURCE and --seed SEED
-    options = {name: [" ".join(s.start_text[2:-2]) for s in found] for name, found in stages.items()}
-    for name in ("reference", "random", "random_2x", "random_matched", "kd"):
-        assert options[name] == [""], name
-    for name in ("inheritune", "kd_inherit", "unseen"):
-        assert options[name] == ["--layers 2"], name
-    for recipe in set(RECIPES) & set(ARMS) - {"random", "half_width"}:
-        assert options[recipe] == [f"--layers 2 --recipe {recipe}"]
-    for rule in RULES:
-        assert options[rule] == [f"--layers 2 --choose {rule}"]
-    assert options["whole"] == ["--layers 4"]
-    assert options["released_slice"] == ["--layers 2 --released_slice"]
-    assert options["half_width"] == ["--recipe half_width"]
-    assert options["attn"] == ["--layers 2 --parts attn"] and options["mlp"] == ["--layers 2 --parts mlp"]
-    assert options["attn_mlp"] == ["--layers 2 --parts attn+mlp --layernorms False"]
-    assert options["stacking"] == ["", "--recipe stack --layers 2"]
-    assert stages["stacking"][1].start_options["ckpt"] == stages["stacking"][0].run + "/latest"
-    assert options["rounds"] == ["--layers 1", "--layers 2"]
-    assert options["onto"][1] == f"--layers 2 --onto {stages['onto'][0].run}/latest"
-    others = [s for name, found in stages.items() for s in found if name != "unseen"]
-    assert all(s.flags["data_end"] == 0.5 for s in others)
-    assert (stages["unseen"][0].flags["data_start"], stages["unseen"][0].flags["data_end"]) == (0.5, 1.0)
-    assert stages["random_2x"][0].steps == 12 and stages["random_2x"][0].flags["lr_decay_iters"] is None
-    assert stages["kd"][0].flags["teacher"] == c.reference and "teacher" not in stages["inheritune"][0].flags
+    half, stack = stages["stacking"]
+    assert stack.start_options["ckpt"] == half.run + "/latest" and half.start_options == {}
+    assert [s.start_options["layers"] for s in stages["rounds"]] == [1, 2]
+    assert stages["onto"][1].start_options["onto"] == stages["onto"][0].run + "/latest"
+    ends = {name: {s.flags["data_end"] for s in found} for name, found in stages.items()}
+    assert ends.pop("unseen") == {1.0} and set.union(*ends.values()) == {0.5}
+    assert stages["unseen"][0].flags["data_start"] == 0.5
 
 
 def test_costs_count_every_stage_and_the_teacher(tmp_path):

@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens
 from inheritune.experiments import attention_metrics
-from model import GPT
-from tests.tiny import gpt2, tiny_model, write_checkpoint, write_data
+from tests.tiny import gpt2, tiny_model, write_data
 
 T = 100
 
@@ -140,20 +138,6 @@ def test_bounded_memory_gives_the_same_numbers(monkeypatch):
     assert torch.allclose(whole[1], pieces[1], atol=1e-6) and torch.allclose(whole[2], pieces[2], atol=1e-5)
 
 
-def test_skip_losses_are_those_of_models_without_the_block():
-    model = tiny_model(n_layer=3)
-    idx, targets = torch.randint(0, 257, (2, 9, 8), generator=torch.Generator().manual_seed(3)).unbind(0)
-    loss, losses = attention_metrics.skip_losses(model, idx, targets)
-    with torch.no_grad():
-        assert loss == pytest.approx(model(idx, targets).item(), rel=1e-5)
-        for i in range(3):
-            shorter = GPT(model.config)
-            shorter.load_state_dict(model.state_dict())
-            del shorter.transformer.h[i]
-            assert losses[i] == pytest.approx(shorter.eval()(idx, targets).item(), rel=1e-5)
-    assert len({round(x, 4) for x in [loss, *losses]}) == 4
-
-
 @pytest.mark.parametrize(
     "influence, blocks, most",
     [
@@ -168,20 +152,8 @@ def test_choice_of_blocks(influence, blocks, most):
     assert chosen == blocks and most in reason
 
 
-def test_groups():
-    groups = attention_metrics.groups_of([8, 9, 10, 1, 2, 1.5, 1], 3)
-    assert [(g["first"], g["last"]) for g in groups] == [(0, 2), (3, 4), (5, 6)]
-    assert [g["avg_rank"] for g in groups] == [9, 1.5, 1.25]
-    assert [g["lazy"] for g in groups] == [False, True, True]
-    assert len(attention_metrics.groups_of([1, 2], 3)) == 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("metrics") / "data", val=600)
-
-
-def test_windows_are_random_places_of_the_split(data):
+def test_windows_are_random_places_of_the_split(tmp_path):
+    data = write_data(tmp_path, val=600)
     idx, targets = attention_metrics.draw_windows(data, "val", 50, 12, seed=1)
     assert idx.shape == targets.shape == (50, 12) and idx.dtype == torch.int64
     assert torch.equal(idx[:, 1:], targets[:, :-1])
@@ -190,10 +162,3 @@ def test_windows_are_random_places_of_the_split(data):
     assert all(tuple(w) in places for w in idx.tolist())
     assert torch.equal(idx, attention_metrics.draw_windows(data, "val", 50, 12, seed=1)[0])
     assert not torch.equal(idx, attention_metrics.draw_windows(data, "val", 50, 12, seed=2)[0])
-
-
-def test_refuses_data_of_another_tokenizer(tmp_path):
-    write_checkpoint(tmp_path / "ckpt", block_size=16)
-    data = write_data(tmp_path / "data", tokenizer={"name": "gpt2", "n_vocab": 50257, "eot": 50256})
-    with pytest.raises(UserError, match="was tokenised with"):
-        attention_metrics.choose_for(str(tmp_path / "ckpt"), data)

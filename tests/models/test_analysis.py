@@ -169,7 +169,6 @@ def test_refusals(data, tmp_path):
         return refusal(analyze.main, command)
 
     assert "--length 99 is more than the 64 tokens" in says("--length", "99")
-    assert "'4.0' is no head; write LAYER.HEAD, from 0.0 to 3.3" in says("--heads", "4.0")
     other = write_data(tmp_path / "data", tokenizer={"name": "gpt2", "n_vocab": 50257, "eot": 50256})
     assert "data has 50257 ids" in says(data=other)
 
