@@ -314,29 +314,39 @@ class GPT(nn.Module):
         is full, the last block_size/2 tokens are read anew, because learned positions forbid sliding the
         cache.
         """
-        block_size, eot = self.config.block_size, self.config.eot
         wte = self.transformer.wte.weight
-        room = min(block_size, idx.size(1) + max_new_tokens)
-        done = torch.zeros(idx.size(0), dtype=torch.bool)
-        cache = None
-        idx = idx[:, -block_size:]
-        for _ in range(max_new_tokens):
-            if idx.size(1) > block_size:
-                idx, cache = idx[:, -max(1, block_size // 2) :], None
+        room = min(self.config.block_size, idx.size(1) + max_new_tokens)
+
+        def read(idx, cache):
             if cache is None:
                 cache = KVCache(self.config, idx.size(0), room, wte.device, wte.dtype)
-                x = self.hidden(idx, cache)
-            else:
-                x = self.hidden(idx[:, -1:], cache)
-            logits = self.lm_head(x[:, -1]).float()[:, : self.config.n_vocab]  # (B, n_vocab)
-            token = next_token(logits, temperature, top_k, top_p, generator)
-            token = torch.where(done, eot, token)
-            done |= token == eot
-            # no need to wait for the device here: next_token has just done so
-            idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
-            yield token
-            if done.all():
-                return
+            return self.lm_head(self.hidden(idx, cache)[:, -1]), cache
+
+        options = temperature, top_k, top_p, generator
+        yield from continue_ids(read, idx, max_new_tokens, self.config, *options)
+
+
+def continue_ids(read, idx, max_new_tokens, config, *options) -> Iterator[torch.Tensor]:
+    """What `generate` yields, of every kind of model. `options` are those of next_token.
+
+    read(idx, cache): (logits (B, vocab_size) behind ids idx (B, T), cache that holds idx, too). The first
+        cache is None.
+    """
+    limit, eot = config.limit, config.eot
+    done = torch.zeros(idx.size(0), dtype=torch.bool)
+    idx, cache = idx[:, -limit:], None
+    for _ in range(max_new_tokens):
+        if idx.size(1) > limit:
+            idx, cache = idx[:, -max(1, limit // 2) :], None
+        logits, cache = read(idx if cache is None else idx[:, -1:], cache)
+        token = next_token(logits.float()[:, : config.n_vocab], *options)
+        token = torch.where(done, eot, token)
+        done |= token == eot
+        # no need to wait for the device here: next_token has just done so
+        idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
+        yield token
+        if done.all():
+            return
 
 
 def cross_entropy(x, head, targets):

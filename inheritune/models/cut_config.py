@@ -47,9 +47,9 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
     own = {key: v for key, v in c.to_dict().items() if key not in (general | depth.keys())}
     lists = {key: cut for key, v in own.items() if (cut := cut_list(v, n, blocks)) is not None}
 
-    for key in lists:
-        if "shared" in own[key]:
-            check_shared(key, own[key], blocks)
+    shared = [key for key in lists if "shared" in own[key]]  # these use what an earlier block has computed
+    if shared and blocks != list(range(len(blocks))):
+        raise UserError(f"its blocks share results ({shared[0]}): only the first ones can be taken")
 
     reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
     # last try: let a block's copy of a per-block list differ (GPT-Neo)
@@ -69,19 +69,6 @@ def check_blocks(blocks: list[int], n: int) -> None:
     if missing or not blocks:
         what = f"block {missing[0]}" if missing else "at least one block"
         raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
-
-
-def check_shared(key: str, kinds: list, blocks: list[int]) -> None:
-    """Raise UserError if a block whose kind is "shared" would lose the block whose results it shares."""
-
-    def owner(kinds, i):
-        return max((j for j in range(i) if kinds[j] != "shared"), default=-1)
-
-    for j, i in enumerate(blocks):
-        if kinds[i] == "shared":
-            had, has = owner(kinds, i), owner([kinds[b] for b in blocks], j)
-            if has < 0 or blocks[has] != had:
-                raise UserError(f"block {i} uses what block {had} computes ({key}): keep both, in this order")
 
 
 def cut_list(value, n: int, blocks: list[int]) -> list | None:
@@ -151,10 +138,11 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
     for key in [k for k, v in new.items() if type(v) is int and k not in DEPTHS]:
         if all(computed(new | {key: new[key] + d}) in (alone, None) for d in (1, -1)):
             continue  # no list is computed from this number
-        count = new | {key: sum(i < new[key] for i in blocks)}
-        rest = {k: v for k, v in new.items() if k != key}
-        for other in [count] if computed(count) == lists else [rest]:
-            new = new if difference(source, json.dumps(other), blocks) else other
+        other = new | {key: sum(i < new[key] for i in blocks)}
+        if computed(other) != lists:
+            del other[key]
+        if difference(source, json.dumps(other), blocks) is None:
+            new = other
     if computed(new) == lists:
         return new, ""
     names = " and ".join(key for key in lists if computed(new)[key] != lists[key])
@@ -170,8 +158,7 @@ def difference(source: str, new: str, blocks: list[int], lists_may_differ=False)
         return str(e)
     if after.config.num_hidden_layers != len(blocks):
         return f"it has {after.config.num_hidden_layers} blocks"
-    (prefix, _), (_, kept) = find_blocks(before), find_blocks(after)
-    sources, results = facts_of_blocks(source), [facts(block) for block in kept]
+    prefix, sources, results = find_blocks(before)[0], facts_of_blocks(source), facts_of_blocks(new)
     numbers = block_numbers(sources)
     was, became = before.config.to_dict(), after.config.to_dict()
     lists = [(v, became.get(key)) for key, v in was.items() if lists_may_differ and isinstance(v, list)]
@@ -197,7 +184,7 @@ def wrong_tensors(before: dict, after: dict, prefix: str, blocks: list[int]) -> 
     return wrong and f"{wrong} is {moved.get(wrong)} of the blocks and {after.get(wrong)} of the new model"
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def facts_of_blocks(source: str) -> list[dict]:
     return [facts(block) for block in find_blocks(skeleton(source))[1]]
 

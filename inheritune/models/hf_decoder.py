@@ -23,22 +23,20 @@ from torch.utils.checkpoint import checkpoint
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
-from inheritune.base.tokenizer_identity import tokenizer_name
 from inheritune.models.cut_config import cut_content
 from inheritune.models.meta_model import (
     build,
     cannot_open,
     find_blocks,
-    no_weights,
     own_tensors,
     skeleton,
     stored_form,
     stored_shapes,
     transformers_config,
 )
-from inheritune.weights.gpt2_format import CONFIG, NO_EOT, check_weights, stored_tensors
+from inheritune.weights.gpt2_format import CONFIG, check_weights, of_tokenizer, stored_tensors
 from inheritune.weights.tensors import Lazy, copy_rows, row_runs
-from model import cross_entropy, next_token
+from model import continue_ids, cross_entropy
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
 AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
@@ -84,8 +82,6 @@ class DecoderConfig:
             c = skeleton(source).config
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
-        eot, n_vocab = getattr(c, "eos_token_id", None), content.get("n_vocab")
-        eot = eot[0] if isinstance(eot, list) and eot else eot
         limit = getattr(c, "max_position_embeddings", None)
         limit = limit if type(limit) is int and limit > 0 else NO_LIMIT
         return cls(
@@ -94,11 +90,9 @@ class DecoderConfig:
             n_head=getattr(c, "num_attention_heads", None) or 0,
             n_embd=c.hidden_size,
             vocab_size=c.vocab_size,
-            n_vocab=n_vocab if type(n_vocab) is int and 0 < n_vocab < c.vocab_size else c.vocab_size,
-            tokenizer=content.get("tokenizer") or tokenizer_name(folder),
-            eot=eot if type(eot) is int and 0 <= eot < c.vocab_size else NO_EOT,
             limit=limit,
             block_size=content.get("run_block_size", min(BLOCK_SIZE, limit)),
+            **of_tokenizer(path, content | {"eos_token_id": getattr(c, "eos_token_id", None)}, c.vocab_size),
         )
 
     @property
@@ -163,8 +157,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, unset=False):
         super().__init__()
         self.config = config
-        with no_weights() if unset else contextlib.nullcontext():
-            theirs = build(config.source)
+        theirs = build(config.source, unset)
         theirs.tie_weights()
         for module in theirs.modules():
             for name in module._buffers.keys() - module._non_persistent_buffers_set:
@@ -224,7 +217,6 @@ class Decoder(nn.Module):
 
     @checkpoint_activations.setter
     def checkpoint_activations(self, value: str) -> None:
-        assert value in self.config.recomputes  # planning.recompute_problems says it to the user
         self._activations = value
         for block in self.blocks:
             vars(block).pop("forward", None)
@@ -249,25 +241,17 @@ class Decoder(nn.Module):
         self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
     ) -> Iterator[Tensor]:
         """Continue each row of ids idx (B, T): see GPT.generate."""
-        takes, c = inspect.signature(self.theirs.forward).parameters, self.config
+        takes = inspect.signature(self.theirs.forward).parameters
         flags = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         name = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
-        done = torch.zeros(idx.size(0), dtype=torch.bool)
-        idx, cache = idx[:, -c.limit :], None
-        for _ in range(max_new_tokens):
-            if idx.size(1) > c.limit:
-                idx, cache = idx[:, -max(1, c.limit // 2) :], None
-            flags |= {name: cache} if name else {}
-            out = self.theirs(input_ids=idx if cache is None else idx[:, -1:], use_cache=bool(name), **flags)
-            cache = getattr(out, name) if name else None
-            logits = out.logits[:, -1].float()[:, : c.n_vocab]  # (B, n_vocab)
-            token = next_token(logits, temperature, top_k, top_p, generator)
-            token = torch.where(done, c.eot, token)
-            done |= token == c.eot
-            idx = torch.cat((idx, token[:, None].to(idx.device)), dim=1)
-            yield token
-            if done.all():
-                return
+
+        def read(idx, cache):
+            known = {name: cache} if name else {}
+            out = self.theirs(input_ids=idx, use_cache=bool(name), **known, **flags)
+            return out.logits[:, -1], getattr(out, name) if name else None
+
+        options = temperature, top_k, top_p, generator
+        yield from continue_ids(read, idx, max_new_tokens, self.config, *options)
 
     def attention_steps(self, idx: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield (None, what enters block 0 (B, T, C)), then for each block (its attention matrices
@@ -331,22 +315,18 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
     A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. Left out are a copy of a tied
     tensor, what transformers leaves out itself, and blocks that predict a second token.
     """
-    model, wanted, prefix = skeleton(config.source), stored_shapes(config.source), config.block_prefix
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    tensors, extra = {}, {}  # extra: {number of a block behind the last: names of its tensors}
+    model, wanted = skeleton(config.source), stored_shapes(config.source)
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+    for i in range(read_json(os.path.join(folder, CONFIG)).get(AHEAD) or 0):
+        number = config.n_layer + i
+        ignored.append(f"^{re.escape(config.block_prefix)}{number}[.]")
+        print(f"{folder}: block {number} predicts a second token and is left out", file=sys.stderr)
+    tensors = {}
     for name, tensor in stored_tensors(folder):
         longer = f"{model.base_model_prefix}.{name}"
         name = longer if name not in wanted and longer in wanted else name
-        if name in wanted or not any(pattern.search(name) for pattern in ignored):
+        if name in wanted or not any(re.search(pattern, name) for pattern in ignored):
             tensors[name] = tensor
-            number, _, inside = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and number.isdecimal() and int(number) >= config.n_layer:
-                extra.setdefault(number, {})[inside] = name
-    inside = {name.removeprefix(prefix).partition(".")[2] for name in wanted if name.startswith(prefix)}
-    for number, names in extra.items():
-        if names.keys() - inside:  # what no block has serves another task
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in names.values()}
-            print(f"{folder}: block {number} predicts a second token and is left out", file=sys.stderr)
     for copy, kept in model.all_tied_weights_keys.items():
         if copy in tensors and kept in tensors and copy not in wanted:
             a, b = tensors.pop(copy), tensors[kept]
@@ -360,8 +340,8 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
 def probe(model: nn.Module, vocab_size: int) -> bool:
     """Whether logits are what a linear head makes of the base model's output, without a soft cap or a factor.
 
-    The head is made to return large numbers, which must come out as they are. Raises UserError for a model
-    whose logits depend on later tokens: it is not causal, so its loss would mean nothing.
+    The head's output is made large, as a soft cap leaves small numbers almost as they are. Raises UserError
+    for a model whose logits depend on later tokens: it is not causal, so its loss would mean nothing.
     """
     idx = torch.arange(8).remainder(vocab_size)[None]
     with cannot_open():
@@ -370,20 +350,12 @@ def probe(model: nn.Module, vocab_size: int) -> bool:
     if logits.shape != (1, 8, vocab_size) or not torch.allclose(logits[:, :7], changed[:, :7], 1e-3, 1e-4):
         kind = model.config.model_type
         raise UserError(f"this {kind} is no causal model: it predicts a token with later ones in sight")
-    head, seen = model.get_output_embeddings(), {}
-    if not isinstance(head, nn.Linear) or model.base_model is model:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or model.base_model is model or not logits.any():
         return False
-
-    def replace(_module, args, output):
-        seen["input"] = args[0]
-        seen["output"] = torch.linspace(-300, 300, output.numel()).view_as(output)
-        return seen["output"]
-
-    handle = head.register_forward_hook(replace)
-    try:
-        logits = model(input_ids=idx, use_cache=False).logits
-    finally:
-        handle.remove()
+    scale = 300 / logits.abs().max()
+    handle = head.register_forward_hook(lambda _module, _args, output: output * scale)
+    logits = model(input_ids=idx, use_cache=False).logits
+    handle.remove()
     x = model.base_model(input_ids=idx, use_cache=False).last_hidden_state
-    same = bool(seen) and torch.equal(logits, seen["output"]) and x.shape == seen["input"].shape
-    return same and torch.allclose(x, seen["input"], rtol=1e-6)
+    return x.size(-1) == head.in_features and torch.allclose(logits, head(x) * scale, rtol=1e-6, atol=1e-3)

@@ -56,13 +56,16 @@ def transformers_config(source: str):
     return c
 
 
-def build(source: str) -> nn.Module:
-    """transformers' fp32 model with random weights. Raises UserError."""
+def build(source: str, unset: bool = False) -> nn.Module:
+    """transformers' fp32 model with random weights, or with unset ones. Raises UserError."""
     c = transformers_config(source)
     if getattr(c, "quantization_config", None):
         raise UserError("it is quantised: save it in 16 or 32 bits first (transformers' dequantize)")
     with cannot_open() as transformers:
-        return transformers.AutoModelForCausalLM.from_config(c, dtype=torch.float32)
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights() if unset else contextlib.nullcontext():
+            return transformers.AutoModelForCausalLM.from_config(c, dtype=torch.float32)
 
 
 @functools.lru_cache(maxsize=8)
@@ -77,20 +80,12 @@ def skeleton(source: str) -> nn.Module:
 
     nn.Module.register_parameter = on_meta
     try:
-        with no_weights():
-            model = build(source)
+        model = build(source, unset=True)
     finally:
         nn.Module.register_parameter = register
     model.tie_weights()
     find_blocks(model)
     return model
-
-
-def no_weights():
-    """The context in which transformers' models are built without computing random weights."""
-    from transformers.initialization import no_init_weights
-
-    return no_init_weights()
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -39,8 +39,6 @@ OTHER_FORMATS = {
 }
 MAX_FILE = 50 * 10**9  # bytes of one file on the hub; larger models are written in shards
 NO_EOT = -1  # the `eot` of a model for which no token ends a text
-# how the hub's client calls the folders of the released GPT-2s
-GPT2_CACHE = re.compile(r"/models--(openai-community--)?gpt2(-medium|-large|-xl)?/[^/]+/[^/]+$")
 
 
 class OtherModel(UserError):
@@ -59,25 +57,28 @@ def read_config(folder: str) -> dict:
     path = os.path.join(folder, CONFIG)
     c = read_json(path)
     check_architecture(path, c)
-    n_vocab = c.get("n_vocab", c["vocab_size"])
-    bias, eot = c.get("bias", True), c.get("eos_token_id")
-    eot = eot[0] if isinstance(eot, list) and eot else eot
-    tokenizer = c.get("tokenizer") or find_tokenizer(folder)
-    if type(n_vocab) is not int or not 0 < n_vocab <= c["vocab_size"]:
-        raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {c['vocab_size']}")
-    if not isinstance(tokenizer, str) or type(bias) is not bool:
-        raise UserError(f"{path}: tokenizer must be a name and bias true or false")
+    bias = c.get("bias", True)
+    if type(bias) is not bool:
+        raise UserError(f"{path}: bias must be true or false")
     sizes = {key: c[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return sizes | {
-        "block_size": c["n_positions"],
-        "dropout": 0.0,
-        "bias": bias or has_biases(folder),
-        "scale_attn_by_inverse_layer_idx": bool(c.get("scale_attn_by_inverse_layer_idx", False)),
-        "n_vocab": n_vocab,
-        "tokenizer": tokenizer,
-        # a config.json with a small vocabulary, made by hand, often keeps GPT-2's 50256
-        "eot": eot if type(eot) is int and 0 <= eot < n_vocab else NO_EOT,
-    }
+    sizes |= {"block_size": c["n_positions"], "dropout": 0.0, "bias": bias}
+    sizes["scale_attn_by_inverse_layer_idx"] = bool(c.get("scale_attn_by_inverse_layer_idx", False))
+    return sizes | of_tokenizer(path, c, c["vocab_size"])
+
+
+def of_tokenizer(path: str, c: dict, vocab_size: int) -> dict:
+    """`n_vocab`, `tokenizer` and `eot` of a model, by the content `c` of the config.json at `path` and
+    by the tokenizer beside it. Raises UserError."""
+    n_vocab, eot = c.get("n_vocab", vocab_size), c.get("eos_token_id")
+    eot = eot[0] if isinstance(eot, list) and eot else eot
+    tokenizer = c.get("tokenizer") or tokenizer_name(os.path.dirname(path))
+    if type(n_vocab) is not int or not 0 < n_vocab <= vocab_size:
+        raise UserError(f"{path}: n_vocab {n_vocab!r} is not between 1 and vocab_size {vocab_size}")
+    if not isinstance(tokenizer, str):
+        raise UserError(f"{path}: tokenizer must be a name")
+    # a config.json with a small vocabulary, made by hand, often keeps GPT-2's 50256
+    known = type(eot) is int and 0 <= eot < n_vocab
+    return {"n_vocab": n_vocab, "tokenizer": tokenizer, "eot": eot if known else NO_EOT}
 
 
 def check_architecture(path: str, c: dict) -> None:
@@ -104,26 +105,6 @@ def check_architecture(path: str, c: dict) -> None:
     refused = [f"{key}={c[key]!r}" for key, known in implemented.items() if key in c and c[key] not in known]
     if refused:
         raise OtherModel(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
-
-
-def find_tokenizer(folder: str) -> str:
-    """The tokenizer of a folder whose config.json does not name one.
-
-    Returns `gpt2` where its files are GPT-2's, `tokenizer.json` for other ones, "" where there are none.
-    A released GPT-2 in the hub client's cache needs no files.
-    """
-    released = GPT2_CACHE.search(os.path.abspath(folder))
-    return tokenizer_name(folder) or ("gpt2" if released else "")
-
-
-def has_biases(folder: str) -> bool:
-    """Whether a folder's weights, if it has any, hold a bias that is not zero.
-
-    transformers gives a model biases when it trains it, and the config.json goes on saying `bias: false`.
-    """
-    if not any(os.path.exists(os.path.join(folder, name)) for name in (WEIGHTS, INDEX)):
-        return False
-    return any(name.endswith(".bias") and tensor[:].any() for name, tensor in read_weights(folder).items())
 
 
 def config_json(config: dict) -> dict:
@@ -239,7 +220,8 @@ def check_weights(weights: Mapping, wanted: dict[str, tuple], source: str, kind:
 def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
     """Copy a state dict of any float dtype into the parameters of a model.
 
-    Raises UserError, naming `source`, for biases that are not zero where the model has none.
+    Raises UserError, naming `source`, for biases that are not zero where the model has none: transformers
+    trains biases, too, and its config.json goes on saying `bias: false`.
     """
     with torch.no_grad():
         for name in state:
@@ -247,7 +229,8 @@ def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> No
                 p = parameters[name]
                 copy_rows(p.t() if name.endswith(INPUT_FIRST) else p, state[name])
             elif state[name][:].any():
-                raise UserError(f"{source}: {name} is not zero, though its config.json says bias: false")
+                cure = "write bias: true there"
+                raise UserError(f"{source}: {name} is not zero, but config.json says bias: false; {cure}")
 
 
 def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:

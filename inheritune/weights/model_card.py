@@ -12,8 +12,8 @@ from inheritune.weights.checkpoint import hub_id, read_lineage
 
 CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link", "language")  # taken over from the source's card
-FACTS = {"val_loss": "validation loss {:.4f} nats/token", "tokens": "{:,} training tokens", "data": "data {}"}
-FACTS["changes"] = "settings changed in the run ({})"
+# of a training: nats/token on the validation split, tokens, name of the data, settings changed in the run
+FACTS = ("val_loss", "tokens", "data", "changes")
 
 
 def write_card(folder: str, name: str, source: str | None = None, reference: dict | None = None, **facts):
@@ -27,7 +27,7 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
 
     own, theirs = read_card(folder), read_card(source)
     parent = theirs.get("inheritune", {})
-    parent = {k: v for k, v in parent.items() if k in FACTS} or parent.get("reference", {})
+    parent = {key: parent[key] for key in FACTS if key in parent} or parent.get("reference", {})
     facts = own.get("inheritune", {}) | facts
     facts["reference"] = parent | facts.get("reference", {}) | (reference or {})
     base = [hub_id(source), own.get("base_model"), theirs.get("base_model")]
@@ -40,10 +40,11 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
         inheritune={key: value for key, value in facts.items() if value} or None,
     )
     lineage = read_lineage(folder)
-    lines = [f"Made from {origin(lineage)} by Inheritune (arXiv:2404.08634)."]
+    sources = " and ".join(f"`{source['name']}`" for source in lineage.get("sources", {}).values())
+    lines = [f"Made by Inheritune (arXiv:2404.08634) from {sources or 'random weights'}: see lineage.json."]
     lines += [lineage["warning"]] if "warning" in lineage else []
     for whose, known in (("This model", facts), ("The reference", facts["reference"])):
-        found = [text.format(known[key]) for key, text in FACTS.items() if key in known]
+        found = [f"{key} {known[key]}" for key in FACTS if key in known]
         lines += [f"{whose}: {', '.join(found)}."] if found else []
     lines += [] if facts.get("tokens") else ["It is a start for training: it has not been trained since."]
     with replacing(os.path.join(folder, CARD), "w") as f:
@@ -67,12 +68,3 @@ def read_card(folder: str | None) -> dict:
     except Exception as e:  # it is somebody else's file, and YAML, the hub and the encoding have their errors
         print(f"{path} cannot be read ({type(e).__name__}): correct the licence in the new card, now `other`")
         return {"license": "other"}
-
-
-def origin(lineage: dict) -> str:
-    """The sources that lineage.json names: "blocks 0, 1 of `gpt2`". It also says what they were made from."""
-    blocks = [(block["from"], str(block["block"])) for block in lineage.get("blocks", [])]
-    taken = {key: [number for whose, number in blocks if whose == key] for key in lineage.get("sources", {})}
-    names = {key: f"`{source['name']}`" for key, source in lineage.get("sources", {}).items()}
-    found = [f"blocks {', '.join(taken[key]) or '(none)'} of {name}" for key, name in names.items()]
-    return " and ".join(found) or "random weights"

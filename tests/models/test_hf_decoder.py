@@ -1,6 +1,7 @@
 """The models of transformers under our interface, against transformers itself. pytest tests/models"""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_dropout_and_longer_contexts_are_refused(pair):
         dataclasses.replace(pair[1].config, dropout=0.1)
     with pytest.raises(UserError, match=r"block_size 65: this model reads 1 to 64 tokens"):
         dataclasses.replace(pair[1].config, block_size=65)
+
+
+def test_a_block_that_predicts_a_second_token_is_left_out(tmp_path, capsys):
+    build("llama", depth=5).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content |= {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert len(load_model(str(tmp_path)).blocks) == 4
+    assert "block 4 predicts a second token and is left out" in capsys.readouterr().err
 
 
 def test_a_gpt2_is_opened_as_one(tmp_path):
