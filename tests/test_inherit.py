@@ -12,14 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import inherit
-from inherit import parse_blocks
-from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
 from inheritune.models.initialisations import Recipe
 from inheritune.weights import checkpoint, gpt2_format, tensors
 from model import GPT, GPTConfig
 from tests.tiny import (
-    gpt2,
     hf_state,
     refusal,
     same_weights,
@@ -29,12 +26,7 @@ from tests.tiny import (
     write_model,
 )
 
-OUTSIDE = {
-    "transformer.wte.weight",
-    "transformer.wpe.weight",
-    "transformer.ln_f.weight",
-    "transformer.ln_f.bias",
-}
+OUTSIDE = {f"transformer.{name}" for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")}
 
 
 def block(state, number):
@@ -74,26 +66,8 @@ def test_chosen_blocks_arrive_renumbered_bit_for_bit(tmp_path, flags, blocks, bi
     ]
 
 
-def test_transformers_to_inherit_to_transformers(tmp_path):
-    """The logits are those of transformers' own model, cut to two blocks."""
-    import transformers
-
-    theirs = gpt2(tiny_model(n_layer=4))
-    theirs.save_pretrained(tmp_path / "theirs")
-    inherit.main(["--ckpt", str(tmp_path / "theirs"), "--layers", "2", "--out", str(tmp_path / "sub")])
-    theirs.transformer.h = theirs.transformer.h[:2]
-    theirs.config.n_layer = 2
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sub").eval()
-    idx = torch.randint(320, (2, 8))
-    assert len(back.transformer.h) == 2
-    torch.testing.assert_close(back(idx).logits, theirs(idx).logits, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        GPT.from_pretrained(str(tmp_path / "sub")).eval()(idx), theirs(idx).logits, rtol=0, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_on_disk_is_kept(reference, tmp_path, dtype):
+def test_the_dtype_on_disk_is_kept(reference, tmp_path):
+    dtype = torch.bfloat16
     path = f"{reference[0]}/model.safetensors"
     half = {k: v.to(dtype) for k, v in load_file(path).items()}
     os.unlink(path)
@@ -105,22 +79,12 @@ def test_the_dtype_on_disk_is_kept(reference, tmp_path, dtype):
     assert f"torch.{read_json(tmp_path / 'sub/config.json')['torch_dtype']}" == str(dtype)
 
 
-@pytest.mark.parametrize("blocks", [[0, 1], [3]])
-def test_only_the_tensors_that_are_kept_are_read(reference, tmp_path, monkeypatch, blocks):
-    read = []
-    check = tensors.check_finite
-    monkeypatch.setattr(
-        tensors, "check_finite", lambda t, name, source: read.append(name) or check(t, name, source)
-    )
-    inherit.main(
-        ["--ckpt", reference[0], "--blocks", ",".join(map(str, blocks)), "--out", str(tmp_path / "sub")]
-    )
-    kept = {
-        n
-        for n in gpt2_format.shapes(vars(reference[1].config))
-        if ".h." not in n or int(n.split(".")[2]) in blocks
-    }
-    assert set(read) == kept and len(read) == len(kept), "each once"
+def test_only_the_tensors_that_are_kept_are_read(reference, tmp_path, monkeypatch):
+    read, check = [], tensors.check_finite
+    monkeypatch.setattr(tensors, "check_finite", lambda t, name, *a: read.append(name) or check(t, name, *a))
+    inherit.main(["--ckpt", reference[0], "--blocks", "3", "--out", str(tmp_path / "sub")])
+    names = gpt2_format.shapes(vars(reference[1].config))
+    assert sorted(read) == sorted(n for n in names if ".h." not in n or ".h.3." in n), "each once"
 
 
 def test_the_source_is_only_read(reference, tmp_path):
@@ -132,17 +96,8 @@ def test_the_source_is_only_read(reference, tmp_path):
 def test_growing_onto_a_trained_model(reference, tmp_path):
     """Its blocks and everything outside them, then the reference's next ones."""
     small = write_checkpoint(tmp_path / "small", seed=7, n_layer=2)
-    inherit.main(
-        [
-            "--ckpt",
-            reference[0],
-            "--layers=3",
-            "--onto",
-            str(tmp_path / "small"),
-            "--out",
-            str(tmp_path / "grown"),
-        ]
-    )
+    flags = ["--layers=3", "--onto", str(tmp_path / "small"), "--out", str(tmp_path / "grown")]
+    inherit.main(["--ckpt", reference[0], *flags])
     made, theirs = load_file(tmp_path / "grown/model.safetensors"), hf_state(small)
     for i in (0, 1):
         assert same_weights(block(made, i), block(theirs, i))
@@ -157,12 +112,8 @@ def test_growing_onto_a_trained_model(reference, tmp_path):
     "layers, change, said",
     [
         (2, {}, "layers must be between 3 and 4 to grow 2 blocks onto, not 2"),
-        (5, {}, "layers must be between 3 and 4 to grow 2 blocks onto, not 5"),
-        (3, {"n_layer": 4}, "there is nothing to add: the small model has 4 blocks, the reference 4"),
         (3, {"n_embd": 24}, "cannot grow: n_embd is 24 in the small model and 16 in the reference"),
-        (3, {"n_head": 4}, "cannot grow: n_head is 4"),
         (3, {"block_size": 4}, "cannot grow: n_ctx is 4"),
-        (3, {"vocab_size": 384}, "cannot grow: vocab_size is 384"),
         (3, {"bias": False}, "cannot grow: bias is False"),
     ],
 )
@@ -181,14 +132,10 @@ def test_lineage_says_where_from_and_through_what(reference, tmp_path):
     inherit.main(["--ckpt", str(first), "--blocks=0,2", "--out", str(second)])
     origin = json.loads((second / "lineage.json").read_text())
     source = origin["sources"]["reference"]
-    assert source["name"] == f"{tmp_path.name}/first" and str(tmp_path) not in json.dumps(origin), (
-        "no private paths"
-    )
+    assert source["name"] == f"{tmp_path.name}/first"
+    assert str(tmp_path) not in json.dumps(origin), "no private paths"
     (weights,) = source["files"].values()
-    assert (
-        weights["bytes"] == (first / "model.safetensors").stat().st_size
-        and len(weights["sample_sha256"]) == 64
-    )
+    assert weights["bytes"] == (first / "model.safetensors").stat().st_size
     assert [b["block"] for b in source["lineage"]["blocks"]] == [0, 1, 2]
     assert source["lineage"]["sources"]["reference"]["step"] == 42
 
@@ -200,36 +147,12 @@ def test_lineage_tells_models_apart(tmp_path):
     assert a["bytes"] == b["bytes"] and a["sample_sha256"] != b["sample_sha256"]
 
 
-def test_a_run_folder_will_do_and_the_tokenizer_goes_along(tmp_path):
-    write_checkpoint(tmp_path / "run/step_00000005", tokenizer="tokenizer.json")
-    (tmp_path / "run/step_00000005/tokenizer.json").write_text("as it stands")
-    inherit.main(["--ckpt", str(tmp_path / "run"), "--layers=1", "--out", str(tmp_path / "sub")])
-    assert sorted(os.listdir(tmp_path / "sub")) == [
-        "README.md",
-        "config.json",
-        "lineage.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
-
-
 def test_an_interrupted_inheritance_leaves_nothing(reference, tmp_path, monkeypatch):
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(gpt2_format, "write_json", lambda *a: (_ for _ in ()).throw(full))
     message = refusal(inherit.main, ["--ckpt", reference[0], "--layers=2", "--out", tmp_path / "sub"])
     assert "No space left on device" in message
     assert os.listdir(tmp_path) == ["ref"]
-
-
-@pytest.mark.parametrize(
-    "text, blocks", [("0", [0]), ("0-2", [0, 1, 2]), ("0-0", [0]), (" 0 - 1", None), ("5,0-1", [5, 0, 1])]
-)
-def test_parse_blocks(text, blocks):
-    if blocks is not None:
-        assert parse_blocks(text) == blocks
-    else:
-        with pytest.raises(UserError, match="write them like 0-11,23"):
-            parse_blocks(text)
 
 
 def test_layers_auto_takes_the_blocks_that_change_most(tmp_path, capsys):
@@ -258,19 +181,11 @@ def test_lineage_says_how_to_make_it_again(tmp_path, capsys):
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         made = ["--layers=2", "--recipe=random", f"--seed={seed}", "--out", str(tmp_path / name)]
         inherit.main(["--ckpt", str(tmp_path / "ref"), *made])
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{tmp_path}/a: 2 of 3 blocks, 11,840 values"
-    assert out[2] == f"  python train.py --init_from={tmp_path}/a …"
+    assert f"{tmp_path}/a: 2 of 3 blocks, 11,840 values" in capsys.readouterr().out
     a, b, c = (GPT.from_pretrained(str(tmp_path / name)) for name in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
-    with open(tmp_path / "c/lineage.json") as f:
-        lineage = json.load(f)
-    assert (lineage["recipe"], lineage["seed"], lineage["parts"], lineage["layernorms"]) == (
-        "random",
-        8,
-        "all",
-        True,
-    )
+    lineage = read_json(tmp_path / "c/lineage.json")
+    assert vars(Recipe("random", seed=8)).items() <= lineage.items()
 
 
 def test_every_field_of_a_recipe_is_a_flag():

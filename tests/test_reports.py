@@ -1,11 +1,8 @@
 """What people ran into: each test is named by what somebody did. pytest tests/test_reports.py"""
 
-import dataclasses
-import errno
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -25,10 +22,10 @@ from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training.command_line import NANOGPT, parse
-from inheritune.training.settings import GrowSettings, ReplicateSettings, TrainSettings
+from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
-from tests.assets import english, gpt2_ranks, original_files, read_ranks
+from tests.assets import english
 from tests.data.test_tokenizer import save
 from tests.tiny import (
     ROOT,
@@ -42,7 +39,7 @@ from tests.tiny import (
     write_model,
 )
 
-OUR_NAMES = TrainSettings.__dataclass_fields__
+SHAPELESS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))  # the model to start from has them
 
 
 # Settings
@@ -54,7 +51,7 @@ def test_a_person_brings_nanogpts_config(tmp_path, name):
     (tmp_path / "theirs.py").write_text(f"n_layer = 2\n{name} = 5\n")
     said = refusal(train.main, [str(tmp_path / "theirs.py")])
     assert said == f"train.py: {tmp_path}/theirs.py:2: {name} is not a setting but nanoGPT's: {NANOGPT[name]}"
-    assert name not in OUR_NAMES
+    assert name not in TrainSettings.__dataclass_fields__
     for flag in (f"--{name}=5", f"--{name.replace('_', '-')}"):
         assert refusal(train.main, [flag]) == f"train.py: {flag.split('=')[0]} is nanoGPT's: {NANOGPT[name]}"
 
@@ -62,19 +59,13 @@ def test_a_person_brings_nanogpts_config(tmp_path, name):
 def test_a_person_writes_a_path_with_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.py").write_text('dataset = "~/data"\nteacher = "~/teacher"\n')
-    argv = [str(tmp_path / "config.py"), "--out_dir=~/run", "--init_from=~/ref", "--results=~/r"]
-    argv += ["--reference=~/ref", "--reference_config=~/ref.py"]
-    train_settings, rep, _ = parse((TrainSettings, ReplicateSettings), argv, "")
-    found = [train_settings.dataset, train_settings.teacher, train_settings.out_dir, train_settings.init_from]
-    found += [rep.results, rep.reference, rep.reference_config]
-    names = ("data", "teacher", "run", "ref", "r", "ref", "ref.py")
-    assert found == [os.path.join(tmp_path, name) for name in names]
-    grow, _ = parse((GrowSettings,), argv[-2:], "")
-    assert grow.reference == str(tmp_path / "ref") and grow.reference_config == str(tmp_path / "ref.py")
-
+    argv = [str(tmp_path / "config.py"), "--out_dir=~/run", "--results=~/r", "--reference_config=~/ref.py"]
+    settings, rep, _ = parse((TrainSettings, ReplicateSettings), argv, "")
+    found = [settings.dataset, settings.teacher, settings.out_dir, rep.results, rep.reference_config]
+    assert found == [f"{tmp_path}/{name}" for name in ("data", "teacher", "run", "r", "ref.py")]
     # commands with flags of their own: --out ~/x the shell expands, --out=~/x nobody else does
     args = inherit.make_parser().parse_args(["--ckpt=~/ref", "--layers=2", "--out=~/small"])
-    assert (args.ckpt, args.out) == (str(tmp_path / "ref"), str(tmp_path / "small"))
+    assert (args.ckpt, args.out) == (f"{tmp_path}/ref", f"{tmp_path}/small")
 
 
 @pytest.mark.parametrize("flag", sample.NANOGPT)
@@ -88,8 +79,6 @@ def test_a_person_samples_with_nanogpts_flags(flag):
 
 def test_a_person_fine_tunes_a_bias_free_model_in_transformers(tmp_path):
     """There it has biases, which are trained. With our key set, they come back, and go on from there."""
-    import transformers
-
     write_checkpoint(tmp_path / "ours", bias=False)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     idx = torch.randint(257, (2, 8))
@@ -106,31 +95,17 @@ def test_a_person_fine_tunes_a_bias_free_model_in_transformers(tmp_path):
     torch.testing.assert_close(back(idx), theirs(idx).logits, rtol=0, atol=1e-5)
     inherit.main(["--ckpt", str(tmp_path / "theirs"), "--layers=2", "--out", str(tmp_path / "small")])
     assert GPT.from_pretrained(str(tmp_path / "small")).config.bias
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
     data = write_data(tmp_path / "data")
-    train.main(arguments(data, tmp_path / "run", init_from=tmp_path / "theirs", max_iters=4, **shape))
+    train.main(arguments(data, tmp_path / "run", init_from=tmp_path / "theirs", max_iters=1, **SHAPELESS))
 
 
-def other_gpt2(folder, vocabulary=None, file="tokenizer.json"):
-    """A folder of transformers' with 50,257 ids, and a tokenizer with this vocabulary."""
-    gpt2(tiny_model(n_layer=1, vocab_size=50257)).save_pretrained(folder)
-    if vocabulary:
-        content = (
-            {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}} if "tok" in file else vocabulary
-        )
-        (folder / file).write_text(json.dumps(content))
-    return str(folder)
-
-
-@pytest.mark.parametrize("rows", [257, 264, 320])
-def test_a_person_uses_a_model_whose_vocabulary_others_padded_or_enlarged(tmp_path, rows):
+def test_a_person_uses_a_model_whose_vocabulary_others_padded_or_enlarged(tmp_path):
     """As nanoGPT pads to 50,304 and resize_token_embeddings adds rows: all scripts go by train.py's rule."""
-    folder, data = str(tmp_path / "theirs"), write_data(tmp_path / "data", val=600)
-    gpt2(tiny_model(n_layer=4, block_size=16, vocab_size=rows)).save_pretrained(folder)
+    folder, out = str(tmp_path / "theirs"), str(tmp_path / "run")
+    data = write_data(tmp_path / "data", val=600)
+    gpt2(tiny_model(n_layer=4, block_size=16, vocab_size=264)).save_pretrained(folder)
     assert GPTConfig.from_folder(folder).tokenizer == ""
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
-    out = str(tmp_path / "run")
-    train.main(arguments(data, out, init_from=folder, max_iters=4, eval_tokens=600, **shape))
+    train.main(arguments(data, out, init_from=folder, max_iters=1, eval_tokens=600, **SHAPELESS))
     common = ["--ckpt", folder, "--data", data, "--device", "cpu", "--out"]
     score.main([*common, str(tmp_path / "score.json")])
     loss = json.loads((tmp_path / "score.json").read_text())["loss"]["loss"]
@@ -142,9 +117,8 @@ def test_a_person_uses_a_model_whose_vocabulary_others_padded_or_enlarged(tmp_pa
 def test_a_person_uses_a_model_with_too_few_rows(tmp_path):
     folder, data = str(tmp_path / "theirs"), write_data(tmp_path / "data")
     gpt2(tiny_model(vocab_size=200)).save_pretrained(folder)
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
     for main, argv in (
-        (train.main, arguments(data, tmp_path / "run", init_from=folder, **shape)),
+        (train.main, arguments(data, tmp_path / "run", init_from=folder, **SHAPELESS)),
         (score.main, ["--ckpt", folder, "--data", data]),
         (analyze.main, ["--ckpt", folder, "--data", data, "--out", tmp_path / "analysis"]),
         (inherit.main, ["--ckpt", folder, "--data", data, "--layers", "auto", "--out", tmp_path / "small"]),
@@ -152,68 +126,31 @@ def test_a_person_uses_a_model_with_too_few_rows(tmp_path):
         assert f"{data} has 257 ids, {folder} only 200" in refusal(main, argv)
 
 
-@pytest.mark.parametrize("file, name", [("tokenizer.json", "tokenizer.json"), ("vocab.json", "")])
-def test_a_person_brings_a_gpt2_of_another_language(tmp_path, file, name):
-    """It has as many ids as the English one."""
-    vocabulary = {f"ж{i}": i for i in range(50257)}
-    assert GPTConfig.from_folder(other_gpt2(tmp_path / "a", vocabulary, file)).tokenizer == name
-
-
 def test_a_person_brings_a_gpt2_without_a_tokenizer(tmp_path):
-    folder = other_gpt2(tmp_path / "a")
-    assert GPTConfig.from_folder(folder).tokenizer == ""
-    said = refusal(sample.main, ["--ckpt", folder, "--device", "cpu"])
+    gpt2(tiny_model(n_layer=1, vocab_size=50257)).save_pretrained(tmp_path / "a")
+    assert GPTConfig.from_folder(str(tmp_path / "a")).tokenizer == ""
+    said = refusal(sample.main, ["--ckpt", tmp_path / "a", "--device", "cpu"])
     assert "does not say what tokenizer it was trained with" in said
-
-
-@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
-def test_a_person_brings_a_fine_tuned_gpt2(tmp_path, file):
-    """Whatever form its tokenizer is saved in, it is GPT-2's."""
-    folder = other_gpt2(tmp_path / "a")
-    for name, content in original_files(read_ranks(gpt2_ranks())).items():
-        (tmp_path / "a" / name).write_bytes(content)
-    if file == "tokenizer.json":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        for name in ("vocab.json", "merges.txt"):
-            os.unlink(tmp_path / "a" / name)
-        tokenizer.save_pretrained(folder)
-    config = GPTConfig.from_folder(folder)
-    assert (config.tokenizer, config.n_vocab, config.eot) == ("gpt2", 50257, 50256)
 
 
 def test_a_person_inherits_from_a_model_with_files_of_all_kinds(tmp_path):
     """All but weights come along, and the special ids stay as they were."""
-    source = tmp_path / "source"
+    source, small = tmp_path / "source", tmp_path / "small"
     write_checkpoint(source, n_layer=3)
-    config = json.loads((source / "config.json").read_text())
-    config |= {"bos_token_id": 5, "eos_token_id": 7, "pad_token_id": 9}
-    (source / "config.json").write_text(json.dumps(config))
-    kept = ["vocab.txt", "spiece.model", "chat_template.jinja", "generation_config.json"]
-    left = [
-        "pytorch_model.bin",
-        "optimizer.pt",
-        "model.safetensors.index.json.bak.h5",
-        "SHA256SUMS",
-        ".gitattributes",
-    ]
-    for name in [*kept, *left, "README.md"]:
+    config, ids = json.loads((source / "config.json").read_text()), {"bos_token_id": 5, "eos_token_id": 7}
+    (source / "config.json").write_text(json.dumps(config | ids))
+    kept = ["vocab.txt", "spiece.model", "chat_template.jinja", "generation_config.json", "tokenizer.json"]
+    left = ["pytorch_model.bin", "optimizer.pt", "model.safetensors.index.json.bak.h5", "SHA256SUMS"]
+    for name in [*kept, *left, ".gitattributes", "README.md"]:
         (source / name).write_text(name)
-    (source / "tokenizer.json").write_text("{}")
     (source / "onnx").mkdir()
-    inherit.main(["--ckpt", str(source), "--layers=2", "--out", str(tmp_path / "small")])
-    ours = ["config.json", "model.safetensors", "lineage.json", "tokenizer.json", "tokenizer_config.json"]
-    ours.append("README.md")  # a card of its own
-    assert sorted(os.listdir(tmp_path / "small")) == sorted(kept + ours)
-    assert all((tmp_path / "small" / name).read_text() == name for name in kept)
-    assert (tmp_path / "small/tokenizer.json").read_text() == "{}"
-    assert (tmp_path / "small/README.md").read_text() != (source / "README.md").read_text() == "README.md"
-    made = json.loads((tmp_path / "small/config.json").read_text())
-    assert {key: made[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "n_layer")} == {
-        "bos_token_id": 5,
-        "eos_token_id": 7,
-        "pad_token_id": 9,
-        "n_layer": 2,
-    }
+    inherit.main(["--ckpt", str(source), "--layers=2", "--out", str(small)])
+    ours = ["config.json", "model.safetensors", "lineage.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(small)) == sorted([*kept, *ours, "README.md"])
+    assert all((small / name).read_text() == name for name in kept)
+    assert (small / "README.md").read_text() != "README.md", "a card of its own"
+    made = json.loads((small / "config.json").read_text())
+    assert ids.items() <= made.items() and made["n_layer"] == 2
 
 
 # W&B and TensorBoard
@@ -228,10 +165,10 @@ class Wandb:
     def __init__(self, error=None):
         self.error, self.runs = error, []
 
-    def init(self, **how):
+    def init(self, **options):
         if self.error:
             raise self.Error(self.error)
-        self.runs.append(how)
+        self.runs.append(options)
         return self
 
     def log(self, values, step):
@@ -252,8 +189,8 @@ def test_a_person_resumes_a_run_that_wandb_shows(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
     data = write_data(tmp_path / "data")
     for out, steps in (("a", 4), ("a", 8), ("b", 4)):
-        how = {"log_to": "wandb", "resume": "auto", "max_iters": steps, "lr_decay_iters": 8}
-        train.main(arguments(data, tmp_path / out, **how))
+        options = {"log_to": "wandb", "resume": "auto", "max_iters": steps, "lr_decay_iters": 8}
+        train.main(arguments(data, tmp_path / out, **options))
     first, second, other = [run["id"] for run in module.runs]
     assert first == second != other and {run["resume"] for run in module.runs} == {"allow"}
 
@@ -296,13 +233,12 @@ SCRIPTS = ["analyze", "grow", "inherit", "prepare", "prepare_fineweb", "prepare_
 SCRIPTS += ["replicate", "sample", "score", "train"]
 
 
-@pytest.mark.parametrize("rank", ["1", "7", "x"])
-def test_a_person_trains_in_a_job_pod_that_sets_rank(tmp_path, rank, monkeypatch, capsys):
+def test_a_person_trains_in_a_job_pod_that_sets_rank(tmp_path, monkeypatch, capsys):
     """... and WORLD_SIZE=1, or not at all: it is one process, which prints and writes."""
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("RANK", "7")
     data = write_data(tmp_path / "data")
-    for world in ("1", "", None):
-        monkeypatch.setenv("WORLD_SIZE", world) if world is not None else monkeypatch.delenv("WORLD_SIZE")
+    for world in ("1", None):
+        monkeypatch.setenv("WORLD_SIZE", world) if world else monkeypatch.delenv("WORLD_SIZE")
         train.main(arguments(data, tmp_path / f"out{world}", max_iters=1))
         assert "done: " in capsys.readouterr().out
         assert os.path.exists(tmp_path / f"out{world}/log.csv")
@@ -322,23 +258,15 @@ def test_a_person_makes_a_mistake_in_a_shell_inside_a_job(script, monkeypatch):
         assert "--help lists all" in refusal(main, ["--no_such_flag"])
 
 
-@pytest.mark.parametrize(
-    "place, said",
-    [
-        ({"WORLD_SIZE": "two"}, "of WORLD_SIZE=two: unset both, or use torchrun"),
-        ({"WORLD_SIZE": "2", "RANK": "one"}, "the environment says RANK=one of WORLD_SIZE=2: unset both"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "the environment says RANK=2 of WORLD_SIZE=2: unset both"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT not set"),
-    ],
-)
 @pytest.mark.parametrize("script", ["train", "score"])
-def test_a_person_has_half_of_torchruns_environment(tmp_path, script, place, said, monkeypatch):
+def test_a_person_has_half_of_torchruns_environment(tmp_path, script, monkeypatch):
     write_checkpoint(tmp_path / "ref")
     data = write_data(tmp_path / "data")
     argv = {"train": arguments(data, tmp_path / "out"), "score": [f"--ckpt={tmp_path}/ref", f"--data={data}"]}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    assert said in refusal(importlib.import_module(script).main, argv[script])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    said = refusal(importlib.import_module(script).main, argv[script])
+    assert "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT not set" in said
 
 
 def test_a_person_starts_on_windows():
@@ -354,25 +282,6 @@ for name in {SCRIPTS}:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["nanoInheritune runs on Linux and macOS; on Windows use WSL"] * 10
-
-
-def test_a_person_trains_on_a_disk_without_links(tmp_path, monkeypatch):
-    """A FAT stick, some network disks: a file with the name takes the link's place, everywhere."""
-
-    def refuse(target, path):
-        raise OSError(errno.EPERM, "Operation not permitted", path)
-
-    monkeypatch.setattr(os, "symlink", refuse)
-    data, out = write_data(tmp_path / "data"), str(tmp_path / "out")
-    train.main(arguments(data, out, max_iters=8, lr_decay_iters=12))
-    assert open(f"{out}/latest").read() == "step_00000008"
-    checkpoint.link(f"{out}/best", "step_00000004")
-    assert checkpoint.find(out) == checkpoint.find(f"{out}/best") == f"{out}/step_00000004"
-    assert checkpoint.find(out, prefer="latest") == f"{out}/step_00000008"
-    train.main(arguments(data, out, lr_decay_iters=12, resume="must"))
-    assert open(f"{out}/latest").read() == "step_00000012"
-    checkpoint.link(f"{tmp_path}/final", "out")
-    assert checkpoint.find(f"{tmp_path}/final", prefer="latest") == f"{tmp_path}/out/step_00000012"
 
 
 # Sampling
@@ -393,21 +302,14 @@ def test_a_person_spells_out_end_of_text_in_a_prompt():
     assert sample.encode_prompt("<|endoftext|", tokenizer) == [*b"<|endoftext|"]
 
 
-@pytest.mark.parametrize("how", [["--temperature=0"], [], ["--top_k=3"], ["--top_p=0.5", "--num_samples=2"]])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_person_samples_from_a_run_that_has_diverged(tmp_path, value, how):
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}])
+def test_a_person_samples_from_a_run_that_has_diverged(options):
     """(Its checkpoint is refused when it is loaded; the same weights may overflow in half precision only
     then.)"""
-    write_checkpoint(tmp_path / "ckpt")
-    model = GPT.from_pretrained(str(tmp_path / "ckpt")).eval()
+    model = tiny_model()
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_proj.weight[3, 5] = value
-    options = {
-        "--temperature=0": {"temperature": 0},
-        "--top_k=3": {"top_k": 3},
-        "--top_p=0.5": {"top_p": 0.5},
-    }
-    steps = model.generate(torch.zeros(1, 3, dtype=torch.int64), 4, **options[how[0]] if how else {})
+        model.transformer.h[1].mlp.c_proj.weight[3, 5] = float("nan")
+    steps = model.generate(torch.zeros(1, 3, dtype=torch.int64), 4, **options)
     with pytest.raises(UserError, match="weights, or its activations in this dtype, are not finite"):
         next(steps)
 
@@ -420,32 +322,17 @@ def test_a_persons_weights_overflow_in_half_precision(tmp_path, capsys):
     write_model(tmp_path / "ckpt", model)
     argv = ["--ckpt", str(tmp_path / "ckpt"), "--prompt", "ab", "--device", "cpu", "--max_new_tokens", "3"]
     sample.main(argv)
-    for how in ("--temperature=0", "--temperature=1"):
-        said = refusal(sample.main, [*argv, "--dtype", "float16", how])
-        assert said == "sample.py: the model's weights, or its activations in this dtype, are not finite"
+    said = refusal(sample.main, [*argv, "--dtype", "float16"])
+    assert said == "sample.py: the model's weights, or its activations in this dtype, are not finite"
 
 
 def test_a_person_asks_for_a_tiny_temperature(sampled, capsys):
     said = []
     for temperature in ("0", "1e-40", "1e-7"):
-        sample.main(
-            ["--ckpt", sampled, "--prompt", "ab", "--temperature", temperature, "--max_new_tokens", "9"]
-        )
+        flags = ["--prompt", "ab", "--temperature", temperature, "--max_new_tokens", "9"]
+        sample.main(["--ckpt", sampled, *flags])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2]
-
-
-def test_a_persons_model_has_more_rows_than_the_tokenizer_has_ids(tmp_path, capsys):
-    """Padded by others, and nothing says so: the rows behind the tokenizer's ids are never drawn."""
-    model = write_checkpoint(tmp_path / "ckpt")
-    with torch.no_grad():  # the padded rows would win every comparison
-        model.transformer.wte.weight[257:] = 50 * model.transformer.ln_f.bias
-    model.config = dataclasses.replace(model.config, n_vocab=320)
-    shutil.rmtree(tmp_path / "ckpt")
-    os.makedirs(tmp_path / "ckpt")
-    write_model(tmp_path / "ckpt", model)
-    sample.main(["--ckpt", str(tmp_path / "ckpt"), "--prompt", "ab", "--num_samples", "20"])
-    assert capsys.readouterr().out
 
 
 # Text
@@ -485,11 +372,10 @@ def test_a_persons_cached_gpt2_is_another(tmp_path, monkeypatch):
     assert "tiktoken could not fetch the gpt2 vocabulary (AssertionError)" in refusal(prepare.main, argv)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "word_piece", "unigram"])
-def test_a_person_goes_on_with_a_model_of_another_vocabulary(tmp_path, kind, capsys):
+def test_a_person_goes_on_with_a_model_of_another_vocabulary(tmp_path, capsys):
     """A model with a tokenizer of its own: prepared for, cut down, trained, scored and sampled."""
     source, data, out = tmp_path / "source", str(tmp_path / "data"), tmp_path / "run"
-    tokenizer = load_tokenizer(save(source, kind))
+    tokenizer = load_tokenizer(save(source, "word_piece"))
     gpt2(tiny_model(vocab_size=1000)).save_pretrained(source)
     text = "".join(english())[:60_000]
     (tmp_path / "a.txt").write_text(text)
@@ -498,10 +384,8 @@ def test_a_person_goes_on_with_a_model_of_another_vocabulary(tmp_path, kind, cap
     assert entry == tokenizer.describe() == load_tokenizer(entry["name"], data).describe()
 
     inherit.main(["--ckpt", str(source), "--layers=2", "--out", str(tmp_path / "small")])
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
-    train.main(arguments(data, out, init_from=tmp_path / "small", max_iters=4, **shape))
-    config = GPTConfig.from_folder(checkpoint.find(str(out)))
-    assert config.tokenizer == "tokenizer.json"
+    train.main(arguments(data, out, init_from=tmp_path / "small", max_iters=1, **SHAPELESS))
+    assert GPTConfig.from_folder(checkpoint.find(str(out))).tokenizer == "tokenizer.json"
     score.main(["--ckpt", str(out), "--data", data, "--device=cpu"])
     capsys.readouterr()
     sample.main(["--ckpt", str(out), "--prompt", "The", "--max_new_tokens=20", "--device=cpu"])
@@ -509,10 +393,3 @@ def test_a_person_goes_on_with_a_model_of_another_vocabulary(tmp_path, kind, cap
     theirs = transformers.AutoTokenizer.from_pretrained(checkpoint.find(str(out)))
     expected = theirs(text[:500], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.encode(text[:500]) == expected
-
-    save(tmp_path / "other", "bpe" if kind != "bpe" else "unigram")
-    prepare.main(
-        [str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "b")]
-    )
-    argv = arguments(tmp_path / "b", tmp_path / "c", init_from=tmp_path / "small", **shape)
-    assert "was tokenised with another tokenizer.json" in refusal(train.main, argv)

@@ -19,11 +19,9 @@ from torch.nn import functional as F
 import score
 import train
 from inheritune.data import reader as data
-from inheritune.data.tokenizer import load_tokenizer
 from inheritune.training.distributed import Ranks
 from model import GPT
 from tests import other_models
-from tests.data.test_tokenizer import save
 from tests.tiny import ROOT, hf_state, refusal, write_checkpoint, write_data, write_model
 
 TEXT = "Déjà vu: the quick brown fox jumps over the lazy dog. " * 4
@@ -73,12 +71,12 @@ def plain_nats(ckpt, ids, T):
 @pytest.mark.parametrize("batch_size", ["1", "3", "100"])
 def test_loss_is_the_plain_one(ckpt, tmp_path, capsys, batch_size):
     folder, ids = write_text(tmp_path / "data", [TEXT, TEXT * 2, "", "é"])
-    assert (len(ids) - 1) % 64, "the last window is a shorter one"
+    n = len(ids) - 1
+    assert n % 64, "the last window is a shorter one"
     found = scored(ckpt, folder, tmp_path, "--batch_size", batch_size)
     nats = plain_nats(ckpt, ids, 64)
-    assert found["tokens_scored"] == len(ids) - 1
-    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-6)
-    assert found["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
+    assert found["tokens_scored"] == n and found["loss"] == pytest.approx(nats / n, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-5)
     assert found["bytes"] == len(ids) - 4, "four end-of-texts"
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(ids) - 4), rel=1e-6)
     assert f"| {found['loss']:.4f} |" in capsys.readouterr().out
@@ -113,8 +111,7 @@ def test_on_whole_windows_it_is_the_validation_loss(ckpt, tmp_path):
 
 
 def test_another_split_and_no_byte_count(ckpt, tmp_path, capsys):
-    folder = write_data(tmp_path / "data")
-    found = scored(ckpt, folder, tmp_path, "--split", "train")
+    found = scored(ckpt, write_data(tmp_path / "data"), tmp_path, "--split", "train")
     assert found["tokens_scored"] == 2999 and found["bits_per_byte"] is None
     assert "| n/a |" in capsys.readouterr().out
 
@@ -145,53 +142,30 @@ def test_torchrun_gives_the_same_number(ckpt, tmp_path):
     folder, _ = write_text(tmp_path / "data", [TEXT] * 3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["score.py", "--ckpt", ckpt, "--data", folder, "--device", "cpu", "--batch_size", "2"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "two.json")], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--out", str(tmp_path / "two.json")], check=True, **options)
     assert done.stdout.count("| val |") == 1
     with open(tmp_path / "two.json") as f:
         assert json.load(f)["loss"] == scored(ckpt, folder, tmp_path, "--batch_size", "2")
-    done = subprocess.run([*command, "--split", "test"], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode
-        and done.stderr.count("score.py: ") == 1
-        and "no usable list of test shards" in done.stderr
-    )
+    done = subprocess.run([*command, "--split", "test"], **options)
+    assert done.returncode and done.stderr.count("score.py: ") == 1
+    assert "no usable list of test shards" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "nothing to score: give --data"),
         (["--tasks=,"], "nothing to score"),
-        (["--data=/nowhere"], "no data folder '/nowhere'"),
-        (["--data=DATA", "--split=test"], "no usable list of test shards"),
-        (["--data=DATA", "--batch_size=0"], "must be at least 1"),
-        (["--data=DATA", "--limit=3"], "belong to --tasks"),
         (["--data=DATA", "--include_path=."], "belong to --tasks"),
         (["--tasks=piqa", "--include_path=/nowhere"], "no folder '/nowhere'"),
-        (["--data=DATA", "--out=/no/such/folder/x.json"], "there is no such folder"),
-        (["--data=DATA", "--ckpt=/nowhere"], "no folder '/nowhere' here"),
-        (["--data=DATA", "--task=piqa"], "did you mean --tasks?"),
-        (["--data=OTHER"], "was tokenised with 'gpt2' (50257 ids), but"),
         (["--data=SHORT"], "val has 1 tokens; a loss needs two"),
     ],
 )
 def test_refusals(ckpt, tmp_path, argv, message):
     folders = {"DATA": write_data(tmp_path / "data"), "SHORT": write_data(tmp_path / "short", val=1)}
-    folders["OTHER"] = write_data(tmp_path / "other", meta=False)
     for name, folder in folders.items():
         argv = [a.replace(f"={name}", f"={folder}") for a in argv]
-    shown = refusal(score.main, ["--ckpt", ckpt, *argv])
-    assert message in shown and "\n" not in shown
-
-
-def test_another_tokenizer_json_is_refused(tmp_path):
-    write_checkpoint(tmp_path / "ckpt", tokenizer="tokenizer.json", vocab_size=700)
-    entry = load_tokenizer(save(tmp_path / "ckpt", "bpe")).describe()
-    folder, _ = write_text(tmp_path / "data", [TEXT], **entry | {"sha256": "0" * 64})
-    shown = refusal(score.main, ["--ckpt", str(tmp_path / "ckpt"), "--data", folder])
-    assert "another tokenizer.json" in shown
+    assert message in refusal(score.main, ["--ckpt", ckpt, *argv])
 
 
 def test_a_model_of_nans_is_one_line(tmp_path):
@@ -203,16 +177,13 @@ def test_a_model_of_nans_is_one_line(tmp_path):
     assert "the loss is nan" in refusal(score.main, ["--ckpt", str(tmp_path / "b"), "--data", folder])
 
 
-def test_tasks_under_torchrun_are_refused(ckpt, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--tasks runs in one process" in refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa"])
-
-
-def test_without_lm_eval_it_names_the_requirements(ckpt, monkeypatch):
+def test_tasks_need_lm_eval_and_one_process(ckpt, monkeypatch):
+    argv = ["--ckpt", ckpt, "--tasks", "piqa"]
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "piqa"])
-    assert "pip install -r requirements-extra.txt" in shown and "\n" not in shown
+    assert "pip install -r requirements-extra.txt" in refusal(score.main, argv)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--tasks runs in one process" in refusal(score.main, argv)
 
 
 # Tasks, where lm_eval is installed
@@ -251,9 +222,8 @@ def toy(tmp_path):
         for i in range(40):
             question = " ".join(rng.choice(words, 4 + i // 2))
             choices = [" ".join(rng.choice(words, n)) for n in (1, 2, 3)]
-            f.write(
-                json.dumps({"question": question, "choices": choices, "answer": int(rng.integers(3))}) + "\n"
-            )
+            row = {"question": question, "choices": choices, "answer": int(rng.integers(3))}
+            f.write(json.dumps(row) + "\n")
     (tmp_path / "choice.yaml").write_text(CHOICE.replace("FOLDER", str(tmp_path)))
     (tmp_path / "rolling.yaml").write_text(ROLLING.replace("FOLDER", str(tmp_path)))
     return tmp_path
@@ -272,11 +242,9 @@ def test_tasks_are_what_lm_eval_says_by_hand(kind, ckpt, toy, monkeypatch, capsy
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
     asked = ["--tasks", "toy_choice,toy_rolling", "--include_path", str(toy), "--device", "cpu"]
     asked += ["--batch_size", "4"]
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf"]
-    command += ["--model_args", f"pretrained={ckpt},dtype=float32"]
-    subprocess.run(
-        [*command, *asked, "--output_path", str(toy / "by_hand")], cwd=toy, check=True, capture_output=True
-    )
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", *asked, "--model_args"]
+    command += [f"pretrained={ckpt},dtype=float32", "--output_path", str(toy / "by_hand")]
+    subprocess.run(command, cwd=toy, check=True, capture_output=True)
     (by_hand,) = (toy / "by_hand").rglob("results_*.json")
     by_hand = json.loads(by_hand.read_text())["results"]
     score.main(["--ckpt", ckpt, *asked, "--out", str(toy / "scores.json")])
@@ -291,7 +259,7 @@ def test_tasks_are_what_lm_eval_says_by_hand(kind, ckpt, toy, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_a_limit_and_a_checkpoint_without_tokenizer_files(ckpt, toy, tmp_path, monkeypatch):
+def test_a_limit_no_tokenizer_files_and_an_unknown_task(ckpt, toy, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
     argv = ["--tasks", "toy_rolling", "--include_path", str(toy), "--limit", "3", "--device", "cpu"]
@@ -302,10 +270,5 @@ def test_a_limit_and_a_checkpoint_without_tokenizer_files(ckpt, toy, tmp_path, m
     for file in ("tokenizer.json", "tokenizer_config.json"):
         os.unlink(tmp_path / "bare" / file)
     assert "has no tokenizer files" in refusal(score.main, ["--ckpt", tmp_path / "bare", *argv])
-
-
-@pytest.mark.slow
-def test_a_task_that_lm_eval_does_not_know(ckpt):
-    pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
-    shown = refusal(score.main, ["--ckpt", ckpt, "--tasks", "arc_eazy"])
-    assert "lm_eval knows no task 'arc_eazy' (did you mean arc_easy?)" in shown
+    said = refusal(score.main, ["--ckpt", ckpt, "--tasks", "arc_eazy"])
+    assert "lm_eval knows no task 'arc_eazy' (did you mean arc_easy?)" in said
