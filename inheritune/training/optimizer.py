@@ -33,7 +33,8 @@ def make_optimizer(model: Model, settings: TrainSettings, device: torch.device) 
 def parameter_groups(model: Model, settings: TrainSettings) -> list[dict]:
     """The parameters of a model in torch's groups, matrices of the blocks first.
 
-    Only the blocks' matrices decay. Embeddings (and a tied head), norms and biases do not.
+    Only the blocks' matrices decay, also those that lie in a tensor of three dimensions: a mixture's experts.
+    Embeddings (and a tied head), norms and biases do not.
     """
     n, decay = len(model.blocks), settings.layer_lr_decay
     layer = {p: i for i, block in enumerate(model.blocks) for p in block.parameters()}
@@ -41,14 +42,15 @@ def parameter_groups(model: Model, settings: TrainSettings) -> list[dict]:
     embeddings = {p for table in tables for p in table.parameters()}
     groups = {}
     for p in filter(lambda p: p.requires_grad, model.parameters()):
-        matrix = p in layer and p.dim() == 2
+        decays = p in layer and p.dim() > 1
+        matrix = decays and p.dim() == 2  # Muon takes these alone
         # layer_lr_decay=0.8 in a model of 12 blocks: the last norm and block 11 × 1, block 10 × 0.8, …,
         # block 0 × 0.8^11, embeddings × 0.8^12
         below = n if p in embeddings else n - 1 - layer.get(p, n - 1)
         rate = decay**below
         group = {"params": [], "matrices": matrix, "rate": rate}
-        group["weight_decay"] = settings.weight_decay if matrix else 0.0
-        groups.setdefault((not matrix, rate), group)["params"].append(p)
+        group["weight_decay"] = settings.weight_decay if decays else 0.0
+        groups.setdefault((not matrix, not decays, rate), group)["params"].append(p)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -52,8 +52,8 @@ def independent_losses(source, data, steps, kept):
     """The losses of transformers' model with its first `kept` blocks: AdamW, decay, clipping, warm-up."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     inside = first_blocks(model, kept)
-    matrices = [p for p in model.parameters() if p in inside and p.dim() == 2]
-    others = [p for p in model.parameters() if not (p in inside and p.dim() == 2)]
+    matrices = [p for p in model.parameters() if p in inside and p.dim() > 1]  # 3: of a mixture's experts
+    others = [p for p in model.parameters() if not (p in inside and p.dim() > 1)]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     windows, losses = TrainData(data, 8, 1337), []
@@ -86,13 +86,17 @@ def test_losses_are_those_of_an_independent_loop(folder, data, tmp_path, kind):
     assert opened.config.num_hidden_layers == 2
 
 
-def test_the_whole_model_can_be_trained_on_and_muon_takes_matrices_of_blocks(folder, data, tmp_path):
-    how = {**GIVEN, "init_from": folder("llama"), "optimizer": "muon", "checkpoint_activations": "full"}
+@pytest.mark.parametrize("kind, matrices, experts", [("llama", 7, 0), ("mixtral", 5, 2)])  # of each block
+def test_the_whole_model_is_trained_and_muon_takes_matrices(folder, data, tmp_path, kind, matrices, experts):
+    how = {**GIVEN, "init_from": folder(kind), "optimizer": "muon", "checkpoint_activations": "full"}
     train.main(arguments(data, tmp_path / "out", **how, layer_lr_decay=0.9))
     losses = column(tmp_path / "out", "loss")
     assert losses[-1] < losses[0] - 0.3
-    momentum = [n for n in load_file(tmp_path / "out/latest/optimizer.safetensors") if "momentum" in n]
-    assert len(momentum) == 4 * 7 and all("model.layers." in name for name in momentum)
+    state = load_file(tmp_path / "out/latest/optimizer.safetensors")
+    momentum = [name for name in state if "momentum" in name]
+    assert len(momentum) == 4 * matrices and all("model.layers." in name for name in momentum)
+    stacked = [name for name, tensor in state.items() if tensor.dim() == 3]
+    assert len(stacked) == 4 * experts * 2 and all("/exp_avg" in name for name in stacked)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
