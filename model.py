@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from inheritune.base.errors import UserError
@@ -21,6 +22,8 @@ from inheritune.weights.checkpoint import find
 
 LOSS_ROWS = 512  # rows of logits that are in memory at once in the chunked fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
+# of sampling on GPUs: cuDNN's attention, torch's choice on Hopper, would be planned anew for every length
+ONE_TOKEN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GREEDY = 1e-6  # a temperature below this takes the likeliest id, as logits divided by it could overflow
 
 
@@ -194,6 +197,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = "none"  # or "cheap" or "full": Block.forward's `recompute`
+        self.loss = cross_entropy  # a sharded model has a compiled one in its place
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -289,7 +293,7 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        return cross_entropy(x, self.lm_head, targets)
+        return self.loss(x, self.lm_head, targets)
 
     def attention_steps(self, idx) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
         """Yield (None, embeddings (B, T, C)) of ids idx (B, T), then for each block its attention matrices
@@ -338,7 +342,8 @@ def continue_ids(read, idx, max_new_tokens, config, *options) -> Iterator[torch.
     for _ in range(max_new_tokens):
         if idx.size(1) > limit:
             idx, cache = idx[:, -max(1, limit // 2) :], None
-        logits, cache = read(idx if cache is None else idx[:, -1:], cache)
+        with sdpa_kernel(ONE_TOKEN):
+            logits, cache = read(idx if cache is None else idx[:, -1:], cache)
         token = next_token(logits.float()[:, : config.n_vocab], *options)
         token = torch.where(done, eot, token)
         done |= token == eot
@@ -353,11 +358,11 @@ def cross_entropy(x, head, targets):
     """The mean loss, an fp32 scalar, of hidden states x (B, T, C) under a linear head, for targets (B, T).
 
     Not in nanoGPT: to save memory, torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows.
-    All rows are computed at once under autocast, where the chunked function rounds the loss to 16 bits, and
-    when compiling, as it breaks the graph.
+    All rows are computed at once under autocast, where the chunked function rounds the loss to 16 bits, when
+    compiling, as it breaks the graph, and with a head that does more than multiply (training's PaddedHead).
     """
     whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-    if whole or x.dtype != torch.float32 or not CHUNKED_LOSS:
+    if whole or type(head) is not nn.Linear or x.dtype != torch.float32 or not CHUNKED_LOSS:
         return F.cross_entropy(head(x).flatten(0, 1).float(), targets.flatten())
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS, acc_policy="compact")
     return F.linear_cross_entropy(

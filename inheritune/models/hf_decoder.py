@@ -167,6 +167,7 @@ class Decoder(nn.Module):
         self._held = theirs, find_blocks(theirs)[1]
         self._modules, self._parameters, self._buffers = theirs._modules, theirs._parameters, theirs._buffers
         self._activations, self.plain_head = "none", False
+        self.loss = cross_entropy  # a sharded model has a compiled one in its place
         self.train()
         if not unset:
             self.plain_head = probe(theirs, config.vocab_size)
@@ -232,7 +233,7 @@ class Decoder(nn.Module):
         if targets is None:
             return self.theirs(input_ids=idx, use_cache=False).logits
         if self.plain_head:
-            return cross_entropy(self.hidden(idx), self.head, targets)
+            return self.loss(self.hidden(idx), self.head, targets)
         logits = self.theirs(input_ids=idx, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 

@@ -202,6 +202,8 @@ def shard_blocks(module, ranks, device, dtype, compiled):
         if compiled:
             block.compile(dynamic=False)
         fully_shard(block, **options)
+    if compiled:  # as one kernel it holds no fp32 copies of the logits
+        module.loss = torch.compile(module.loss, dynamic=False)
     fully_shard(module, **options)  # embeddings, head, the last norm
 
 

@@ -26,6 +26,7 @@ def total_nats(
     """
     model.eval()
     nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; zero for those of others
+    losses, sizes = [], []  # the losses stay on the device until the end: reading one would wait for the GPU
     turns = range(ranks.rank, data.n_groups + ranks.rank, ranks.world)
     for g in tqdm(turns, desc=title, unit="batch", disable=title is None or not ranks.first):
         if stop is not None and stop():
@@ -35,8 +36,10 @@ def total_nats(
         idx, targets = to_device(data.batch(min(g, data.n_groups - 1)), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(idx, targets)
-        if g < data.n_groups:
-            nats[g] = loss.cpu().double() * targets.numel()
+        losses.append(loss)
+        sizes.append(targets.numel())
+    own = nats[ranks.rank :: ranks.world]  # without the last group that was run once more
+    own += (torch.stack(losses).cpu().double() * torch.tensor(sizes))[: len(own)]
     return ranks.sum(nats, device).sum().item()
 
 
