@@ -75,6 +75,9 @@ def table(found: dict) -> str:
         cells = [f"{value:{max(9, len(name))}.4f}" for name, value in zip(columns, values, strict=True)]
         lines.append(f"{i:5}  " + "  ".join(cells) + ("  lazy" if heads and layers["lazy"][i] else ""))
     if heads:
+        for g in found["groups"]:
+            end = ", lazy as a group" if g["lazy"] else ""
+            lines.append(f"layers {g['first']} to {g['last']}: AvgRank {g['avg_rank']:.2f}{end}")
         lazy = f"{found['lazy_layers']} of {len(layers['lazy'])} layers are lazy (MaxRank 1"
         near = (
             f"{found['near_rank_one_heads']:.0%} of the heads near rank 1 (mean rank at most {metrics.NEAR})"

@@ -15,18 +15,10 @@ import torch
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest, ended_after
+from inheritune.experiments import stages
 from inheritune.experiments.measurements import loss_curve, measure
 from inheritune.experiments.plots import plot_growth
-from inheritune.experiments.stages import (
-    Common,
-    Stage,
-    plan_reference,
-    run_problems,
-    run_stage,
-    shared_config,
-    small_flags,
-    stage_text,
-)
+from inheritune.experiments.stages import Common, Stage
 from inheritune.experiments.tables import growth_label, growth_table, verdict
 from inheritune.models.open_model import open_config
 from inheritune.training import planning
@@ -42,7 +34,7 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     decided = explicit & {"init_from", "inherit_layers", "n_layer", "change"}
     problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
     if grow.reference_config:
-        stage = plan_reference(grow.reference_config, settings, explicit, name)
+        stage = stages.plan_reference(grow.reference_config, settings, explicit, name)
         config, dataset = stage.config, stage.settings.dataset
         if dataset != settings.dataset:
             other = f"trains on {dataset}, not on {settings.dataset}: set dataset"
@@ -57,18 +49,20 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     k = grow.k_start or config.n_layer // 2
     if not 1 <= k < config.n_layer:
         problems.append(f"k_start {k} must be at least 1 and below the reference's {config.n_layer} blocks")
-    config = shared_config(name, config, settings, explicit, problems)
+    config = stages.shared_config(name, config, settings, explicit, problems)
     rounds = tuple(range(k, config.n_layer, grow.k_step))
-    c = Common(settings.out_dir, small_flags(settings, explicit), k, config, name, stage, rounds=rounds)
-    raise_all(run_problems([*([stage] if stage else []), c.random("random")]))
+    c = Common(
+        settings.out_dir, stages.small_flags(settings, explicit), k, config, name, stage, rounds=rounds
+    )
+    raise_all(stages.run_problems([*([stage] if stage else []), c.random("random")]))
     return c
 
 
 def describe_recipe(grow: GrowSettings, c: Common) -> str:
     """The text of --dry_run: every run, and what it costs if none stops early."""
-    own = stage_text(c.reference_stage) if c.reference_stage else f"{c.config.n_layer} blocks, given"
+    own = stages.stage_text(c.reference_stage) if c.reference_stage else f"{c.config.n_layer} blocks, given"
     lines = [f"reference  {c.reference}: {own}"]
-    lines += [f"round      {stage_text(c.random('', k))}" for k in c.rounds]
+    lines += [f"round      {stages.stage_text(c.random('', k))}" for k in c.rounds]
     until = "a round at or below the reference's validation loss is the last one"
     control = "random init for equal steps, and for the compute of the pipeline" if grow.control else "none"
     return "\n".join([*lines, f"           {grow.growth}; {until}", f"controls   {control}"])
@@ -77,7 +71,7 @@ def describe_recipe(grow: GrowSettings, c: Common) -> str:
 def run_to_end(stage: Stage) -> None:
     """Train a stage to its end, with its output on the terminal."""
     with StopRequest() as request:
-        run_stage(stage, request)
+        stages.run_stage(stage, request)
 
 
 def run_row(arm: str, run: str, out_dir: str) -> dict:

@@ -24,19 +24,11 @@ from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.data.reader import identity
+from inheritune.experiments import stages
 from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.measurements import arm_curve, make_row
 from inheritune.experiments.plots import plot_results
-from inheritune.experiments.stages import (
-    ALONE,
-    Common,
-    plan_reference,
-    run_problems,
-    run_stage,
-    shared_config,
-    small_flags,
-    stage_text,
-)
+from inheritune.experiments.stages import Common
 from inheritune.experiments.tables import write_tables
 from inheritune.models.open_model import Config, open_config
 from inheritune.training import device as machine
@@ -82,7 +74,7 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: f
     reasons = impossible(c)
     left_out = {arm.name: reasons[arm.base] for arm in seeds if arm.base in reasons}
     seeds = {arm: count for arm, count in seeds.items() if arm.base not in reasons}
-    raise_all(run_problems([stage for arm in seeds for stage in arm.stages(c)]))
+    raise_all(stages.run_problems([stage for arm in seeds for stage in arm.stages(c)]))
     return Comparison(commons, seeds, left_out)
 
 
@@ -90,7 +82,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     """What the arms of one seed share."""
     folder = os.path.join(settings.out_dir, f"seed_{seed}")
     data = {"dataset": settings.dataset, "seed": seed} | ({"data_end": rep.seen} if rep.seen < 1 else {})
-    flags = small_flags(settings, explicit) | data
+    flags = stages.small_flags(settings, explicit) | data
     kd = {key: flags.pop(key) for key in ("kd_alpha", "kd_temperature") if key in flags}
 
     # the reference: trained here or given; in a report its row and its config.json say what it was
@@ -98,7 +90,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     if rep.reference_config:
         run = os.path.join(folder, "reference", "run")
         name = os.path.join(run, "latest")
-        stage = plan_reference(rep.reference_config, settings, explicit, run, **data)
+        stage = stages.plan_reference(rep.reference_config, settings, explicit, run, **data)
     if rep.report and (kept := kept_reference(rep)):
         config, flops, layer_steps = kept
         stage = stage and dataclasses.replace(stage, config=config)
@@ -107,7 +99,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     else:
         name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
         config, flops, layer_steps = given_reference(name)
-        config = shared_config(name, config, settings, explicit, [])
+        config = stages.shared_config(name, config, settings, explicit, [])
 
     # the small models
     k = rep.layers or config.n_layer // 2
@@ -189,7 +181,7 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
         target = None if arm.name == "reference" else rows[find_arm("reference"), seed]["curve_loss"]
         row = train_arm(settings, rep, commons[seed], arm, seed, target, request)
         rows[arm, seed] = row
-        with ALONE:
+        with stages.ALONE:
             keep_logs(settings, rep)  # now, for a report while others are training
             done.append(flops[arm, seed])
             per_flop = (time.perf_counter() - began) / (sum(done) or math.inf)
@@ -199,8 +191,7 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
 
     # the references first: the other arms start from them, or are compared with them
     references = [pair for pair in missing if pair[0].name == "reference"]
-    others = [pair for pair in missing if pair[0].name != "reference"]
-    for phase in (references, others):
+    for phase in (references, [pair for pair in missing if pair not in references]):
         with StopRequest() as request, ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(work, *pair, request) for pair in phase]
             try:
@@ -213,17 +204,15 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
 
 def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | None, request) -> dict:
     """Run an arm's stages and write its row.json, which is returned."""
-    stages = arm.stages(c)
-    for stage in stages:
-        run_stage(stage, request, quiet=True)
+    for stage in arm.stages(c):
+        stages.run_stage(stage, request, quiet=True)
     row, path = make_row(settings, rep, c, arm, seed, target), row_path(settings.out_dir, arm, seed)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if arm.name == "reference":  # the report needs it
         write_json(os.path.join(os.path.dirname(path), "config.json"), c.config.content())
     write_json(path, row)
-    for stage in stages:
-        if stage.start_options:  # as large as a model, and made again if needed
-            shutil.rmtree(stage.start_folder, ignore_errors=True)
+    for stage in arm.stages(c):  # what they start from is as large as a model, and made again if needed
+        shutil.rmtree(stage.start_folder, ignore_errors=True)
     return row
 
 
@@ -270,10 +259,11 @@ def describe_comparison(comparison: Comparison) -> str:
     lines, total = [], 0.0
     c = next(iter(comparison.commons.values()))
     for arm, count in comparison.seeds.items():
-        stages = arm.stages(c)
-        runs = " then ".join(stage_text(stage) for stage in stages) or "given"
-        lines.append(f"{arm.name:18} {count} seed(s): {runs}")
-        total += count * sum(stage.flops for stage in stages)
+        runs = arm.stages(c)
+        lines.append(
+            f"{arm.name:18} {count} seed(s): {' then '.join(map(stages.stage_text, runs)) or 'given'}"
+        )
+        total += count * sum(stage.flops for stage in runs)
     lines += [f"{name:18} left out: {why}" for name, why in comparison.left_out.items()]
     return "\n".join([*lines, f"{len(comparison.pairs())} arms × seeds, {total:.3g} FLOPs in all"])
 

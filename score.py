@@ -21,7 +21,6 @@ from inheritune.base.errors import Parser, UserError, nearest, one_line, rank_in
 from inheritune.base.files import write_json
 from inheritune.data.reader import Tokens, check_tokenizer, read_meta
 from inheritune.data.tokenizer import has_tokenizer
-from inheritune.experiments.tables import markdown
 from inheritune.models.open_model import Config, load_model, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
@@ -80,27 +79,43 @@ def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict
     }
 
 
-def loss_table(found: dict) -> str:
-    """What `score_split` found, as a Markdown table."""
-    bits = "n/a" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
-    cells = [found["data"], found["split"], f"{found['tokens_scored']:,}"]
-    cells += [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}", bits]
-    columns = ["data", "split", "tokens scored", "loss (nats/token)", "perplexity", "bits per byte"]
-    return markdown(columns, [cells])
+def loss_text(found: dict) -> str:
+    """What `score_split` found, as a line."""
+    bits = "" if found["bits_per_byte"] is None else f", {found['bits_per_byte']:.4f} bits per byte"
+    losses = f"loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.3f}{bits}"
+    return f"{found['data']}, {found['split']}: {losses}, over {found['tokens_scored']:,} tokens"
 
 
-def open_tasks(names: list[str], include_path: str | None):
-    """lm-evaluation-harness's TaskManager, which knows all of `names`. Raises UserError."""
+def open_tasks(args, world: int):
+    """(names of --tasks, lm-evaluation-harness's TaskManager, which knows them all; None for no tasks).
+
+    Raises UserError for arguments that make no sense.
+    """
+    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    if not args.data and not names:
+        raise UserError("nothing to score: give --data FOLDER for the loss, --tasks LIST, or both")
+    if not names and (args.include_path or args.limit is not None):
+        raise UserError("--include_path and --limit belong to --tasks, which is not given")
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise UserError("--batch_size and --limit must be at least 1")
+    if args.include_path and not os.path.isdir(args.include_path):
+        raise UserError(f"--include_path: no folder {args.include_path!r}")
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise UserError(f"--out {args.out}: there is no such folder")
+    if not names:
+        return [], None
+    if world > 1:
+        raise UserError("--tasks runs in one process: leave torchrun to a command of its own for --data")
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as e:
         raise UserError(f"--tasks needs {e.name}: pip install -r requirements-extra.txt") from None
-    manager = TaskManager(include_path=include_path)  # needs an extra package
+    manager = TaskManager(include_path=args.include_path)  # needs an extra package
     for name in names:  # needs an extra package
         if name not in manager.all_tasks:
             meant = nearest(name, manager.all_tasks)
             raise UserError(f"lm_eval knows no task {name!r}{meant}; see --include_path")
-    return manager  # needs an extra package
+    return names, manager  # needs an extra package
 
 
 def score_tasks(args, names: list[str], manager, folder: str, device) -> dict:  # needs an extra package
@@ -137,31 +152,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_tasks(args, world: int) -> list[str]:
-    """The names of --tasks. Raises UserError for arguments that make no sense."""
-    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
-    if not args.data and not names:
-        raise UserError("nothing to score: give --data FOLDER for the loss, --tasks LIST, or both")
-    if not names and (args.include_path or args.limit is not None):
-        raise UserError("--include_path and --limit belong to --tasks, which is not given")
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise UserError("--batch_size and --limit must be at least 1")
-    if names and world > 1:
-        raise UserError("--tasks runs in one process: leave torchrun to a command of its own for --data")
-    if args.include_path and not os.path.isdir(args.include_path):
-        raise UserError(f"--include_path: no folder {args.include_path!r}")
-    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise UserError(f"--out {args.out}: there is no such folder")
-    return names
-
-
 @one_line(ranks=True)
 def main(argv=None):
     """Command line: score, show tables on standard output, and write the JSON file."""
     args = make_parser().parse_args(argv)
     ranks = Ranks(*rank_info())
-    names = parse_tasks(args, ranks.world)
-    manager = open_tasks(names, args.include_path) if names else None  # a typo shows before the long work
+    names, manager = open_tasks(args, ranks.world)  # a typo shows before the long work
     device = machine.pick(args.device, ranks.local)
     with ranks.joined(device):
         folder = ranks.once_per_node(lambda: checkpoint.find(args.ckpt))
@@ -170,7 +166,7 @@ def main(argv=None):
         if args.data:
             found["loss"] = score_split(args, folder, config, ranks, device)
             if ranks.first:
-                print(loss_table(found["loss"]), flush=True)
+                print(loss_text(found["loss"]), flush=True)
     if names:  # needs an extra package
         found["tasks"] = score_tasks(args, names, manager, folder, device)
     if args.out and ranks.first:

@@ -21,6 +21,9 @@ from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
+# changed settings in labels; any other: "dropout 0.1"
+LABELS = {"max_iters": "{:,} steps", "batch_tokens": "{:,} tokens a step", "learning_rate": "lr {:g}"}
+LABELS |= {"optimizer": "{}", "teacher": "distillation"}
 TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
 # by the arms of a comparison, which all train on the same data and to the end
 FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end")
@@ -89,11 +92,6 @@ def distilled(c, stage):
     return dataclasses.replace(stage, flags=flags, teacher=c.config)
 
 
-def whole(c, run):
-    """All blocks of the reference: what its own training on the same tokens gives."""
-    return c.inherited(run, layers=c.config.n_layer)
-
-
 def unseen(c, run):
     """The first k blocks, on the part of the data that the reference has not seen."""
     return c.inherited(run, layers=c.k).with_flags(data_start=c.seen, data_end=1.0)
@@ -142,7 +140,10 @@ ARMS = {
     "influence": chosen("highest block influence", "influence"),
     "consecutive": chosen("without the consecutive blocks that turn least", "consecutive"),
     "greedy": chosen("greedy by loss", "greedy"),
-    "whole": one_run("the whole reference, trained on", whole),
+    # what the reference's own training on the same tokens gives
+    "whole": one_run(
+        "the whole reference, trained on", lambda c, run: c.inherited(run, layers=c.config.n_layer)
+    ),
     "kd": one_run("distillation", lambda c, run: distilled(c, c.random(run))),
     "kd_inherit": one_run(
         "distillation + Inheritune", lambda c, run: distilled(c, c.inherited(run, layers=c.k))
@@ -180,8 +181,8 @@ class Arm:
         """'Inheritune, 500 steps, Muon'. Settings of the machine change no number and are left out, as is
         min_lr beside learning_rate."""
         hidden = MACHINE | ({"min_lr"} if "learning_rate" in self.changes else set())
-        told = [change_label(key, value) for key, value in self.changes.items() if key not in hidden]
-        return ", ".join([self.entry.label, *told])
+        told = {key: OPTIMIZERS.get(value, value) for key, value in self.changes.items() if key not in hidden}
+        return ", ".join([self.entry.label, *(LABELS.get(k, f"{k} {{}}").format(v) for k, v in told.items())])
 
     def stages(self, c: Common) -> list[Stage]:
         """The runs of train.py that make it; none for a reference that was given."""
@@ -208,19 +209,6 @@ def find_arm(name: str) -> Arm:
         raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
     keys = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
     return Arm(name, base, {key: getattr(settings, key) for key in keys})
-
-
-def change_label(key: str, value) -> str:
-    """A changed setting in a label: '500 steps', 'lr 0.008', 'Muon'."""
-    if key == "max_iters":
-        return f"{value:,} steps"
-    if key == "batch_tokens":
-        return f"{value:,} tokens a step"
-    if key == "learning_rate":
-        return f"lr {value:g}"
-    if key == "teacher":
-        return "distillation"
-    return OPTIMIZERS[value] if key == "optimizer" else f"{key} {value}"
 
 
 def parse_arms(text: str) -> dict[Arm, int]:

@@ -102,6 +102,7 @@ def summarise_heads(heads: dict[str, Tensor], taus, eta: float, layers: dict) ->
         "near_rank_one_means_at_most": NEAR,
         "lazy_layers": sum(layers["lazy"]),
         "near_rank_one_heads": near.mean().item(),
+        "groups": groups_of(max_ranks[taus[0]]),
         "learned_sink": heads["rest"].max().item() > REST,
         "heads": {name: values.tolist() for name, values in heads.items() if name != "rest"},
     }
@@ -202,6 +203,17 @@ def choose_for(folder: str, data: str) -> tuple[list[int], str]:
     model, idx, _ = open_with_windows(folder, data)
     _, influence, _ = measure_layers(model, idx)
     return choose_by_influence(influence.tolist())
+
+
+def groups_of(ranks: list[float], n=3) -> list[dict]:
+    """The layers in at most n equal groups: [{first, last, avg_rank, lazy}], lazy: floor(AvgRank) = 1."""
+    groups = []
+    for part in np.array_split(np.arange(len(ranks)), min(n, len(ranks))):
+        average = float(np.mean([ranks[i] for i in part]))
+        groups.append(
+            {"first": int(part[0]), "last": int(part[-1]), "avg_rank": average, "lazy": average < 2}
+        )
+    return groups
 
 
 @torch.inference_mode()

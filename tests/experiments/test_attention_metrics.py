@@ -152,6 +152,12 @@ def test_choice_of_blocks(influence, blocks, most):
     assert chosen == blocks and most in reason
 
 
+def test_groups():
+    groups = attention_metrics.groups_of([8, 9, 10, 1, 2, 1.5, 1])
+    assert [(g["first"], g["last"]) for g in groups] == [(0, 2), (3, 4), (5, 6)]
+    assert [(g["avg_rank"], g["lazy"]) for g in groups] == [(9, False), (1.5, True), (1.25, True)]
+
+
 def test_windows_are_random_places_of_the_split(tmp_path):
     data = write_data(tmp_path, val=600)
     idx, targets = attention_metrics.draw_windows(data, "val", 50, 12, seed=1)
