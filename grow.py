@@ -42,7 +42,7 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
         if name in planning.RELEASED:
             problems.append(f"{name} is trained already: leave out reference_config (--reference_config=)")
     elif os.path.isdir(name) or grow.reference:
-        config = planning.source_config(name)
+        config = planning.find_source(name)[1]
     else:
         cure = "set reference to a trained one, or reference_config to train one"
         raise UserError(f"there is no reference: {cure}")

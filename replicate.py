@@ -124,7 +124,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
 
 def given_reference(name: str) -> tuple[Config, float | None, int | None]:
     """(config, FLOPs of its training, layer-steps) of a checkpoint; None where it does not say."""
-    config = planning.source_config(name)
+    config = planning.find_source(name)[1]
     state = os.path.join(name, "state.json")
     if not os.path.exists(state):
         return config, None, None

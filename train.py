@@ -90,7 +90,7 @@ def train_step(run: Run) -> None:
     grad_norm = model.clip_gradients(s.grad_clip)
 
     # One all-reduce tells every rank the mean losses, and whether any rank wants to stop
-    stopping = torch.tensor([float(run.request.signal is not None or run.saver.failed())])
+    stopping = torch.tensor([float(run.request.signal is not None or run.saver.error is not None)])
     shared = torch.cat((sums.cpu() / plan.accumulation, stopping))
     loss, *terms, stopping = (ranks.sum(shared, model.device) / ranks.world).tolist()
 
@@ -252,8 +252,6 @@ def main(argv=None):
                 f"{plan.accumulation} accumulation x {ranks.world} rank(s); "
                 f"an epoch is {run.epoch:,.1f} steps"
             )
-            if plan.warning:
-                print(plan.warning)
             if plan.changed_now:
                 print(f"from step {run.state.step} with other settings: {plan.changed_now}")
         with run.request:

@@ -8,9 +8,6 @@ import re
 import pytest
 
 import grow
-import prepare
-import prepare_fineweb
-import prepare_owt
 import replicate
 import train
 from inheritune.training.command_line import parse, read_config_file
@@ -48,34 +45,11 @@ def test_dry_run(name, capsys, monkeypatch):
         assert int(found.replace(",", "")) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith(("train_", "inheritune_gpt2"))])
-def test_paper_configs_divide_over_the_gpus_they_name(name):
-    settings, _ = parse((TrainSettings,), [os.path.join(ROOT, "config", name)], "")
-    ranks = 3 if "fineweb" in name else 8
-    assert settings.batch_tokens % (1024 * ranks) == 0
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_holds_what_differs_from_the_defaults(name):
     defaults = dataclasses.asdict(TrainSettings())
     values = read_config_file(os.path.join(ROOT, "config", name))
     assert not [key for key, (value, _) in values.items() if key in defaults and value == defaults[key]]
-
-
-def test_every_dataset_is_what_a_prepare_script_writes_by_default(capsys):
-    for script in (prepare_owt, prepare_fineweb):
-        with pytest.raises(SystemExit):
-            script.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    written = set(re.findall(r"folder to write \(default: (\S+)\)", shown))
-    assert written == {"data/openwebtext", "data/fineweb-edu"}
-    with pytest.raises(SystemExit):
-        prepare.main(["--help"])
-    written |= set(re.findall(r"folder to write \(default without PATH: (\S+)\)", capsys.readouterr().out))
-    for path in glob.glob(os.path.join(ROOT, "runs", "*.sh")):
-        with open(path, encoding="utf-8") as f:
-            written |= set(re.findall(r"--out (data/\S+)", f.read()))
-    assert {parse_all(name, TrainSettings).dataset for name in CONFIGS} <= written
 
 
 def parse_all(name, wanted):

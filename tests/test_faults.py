@@ -5,7 +5,6 @@ pytest tests/test_faults.py         (tests/stress/ goes on for longer)
 """
 
 import concurrent.futures
-import itertools
 import os
 import shutil
 import signal
@@ -19,10 +18,9 @@ import pytest
 import train
 from inheritune.base.errors import STOP_SIGNALS
 from inheritune.base.files import lock_folder
-from inheritune.training.build_run import Saver
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT
-from tests.tiny import ROOT, arguments, contents, refusal, rows
+from tests.tiny import ROOT, SHAPE, arguments, contents, cut, refusal, rows
 
 DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
 
@@ -55,7 +53,7 @@ def kill_and_continue(forks, data, out, undisturbed, moments):
     go_on(forks, data, out, undisturbed)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.38, 0.46, 0.55, 0.72, 0.8, 0.97])
+@pytest.mark.parametrize("share", [0.02, 0.38, 0.55, 0.97])
 def test_a_killed_run_continues_bit_for_bit(forks, data, tmp_path, undisturbed, share):
     """Weights, moments, log and links equal those of the uninterrupted run, with dropout."""
     kill_and_continue(forks, data, tmp_path / "out", undisturbed, [int(1 + share * (undisturbed[1] - 1))])
@@ -77,8 +75,8 @@ def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
 @pytest.mark.parametrize(
     "number, share",
     [
-        *itertools.product([signal.SIGTERM, signal.SIGINT], [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.98]),
-        *((number, 0.5) for number in STOP_SIGNALS[1:]),
+        *((signal.SIGTERM, share) for share in (0.05, 0.35, 0.98)),
+        *((number, 0.5) for number in (signal.SIGINT, *STOP_SIGNALS[1:])),
     ],
 )
 def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(
@@ -87,9 +85,7 @@ def test_a_run_asked_to_end_saves_and_continues_bit_for_bit(
     out, moment = str(tmp_path / "out"), int(1 + share * (undisturbed[1] - 1))
     status, _ = forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment, number=number)
     steps = checkpoint.list_steps(out) if os.path.exists(out) else []
-    if (
-        share >= 0.8 and status == 0
-    ):  # the last checkpoint was being written, and nothing else was left to stop
+    if share > 0.9 and status == 0:  # the last checkpoint was being written: nothing was left to stop
         assert contents(out) == undisturbed[0]
     else:
         assert status == 128 + number
@@ -119,9 +115,7 @@ def test_a_checkpoint_comes_within_one_step(data, tmp_path, monkeypatch, capsys)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize(
-    "nth", [1, 2, 4]
-)  # before the first step; where no checkpoint is due; after the last step
+@pytest.mark.parametrize("nth", [2, 4])  # where no checkpoint is due; after the last step
 def test_a_validation_is_given_up(data, tmp_path, monkeypatch, nth):
     """... and is made again by the run that goes on, as its row was not written."""
     out, mean_loss, calls = tmp_path / "out", train.mean_loss, []
@@ -210,20 +204,20 @@ def test_training_goes_on_while_a_checkpoint_is_written(plain, data, tmp_path, s
     assert done == [(what, step) for step in (4, 8, 12) for what in ("writing", "written")]
 
 
-@pytest.mark.parametrize("at", [4, 5, 6])  # the checkpoint of step 4 is on its way, or just whole
-def test_a_run_asked_to_end_waits_for_its_checkpoint(data, tmp_path, monkeypatch, slow_writing, at):
+def test_a_run_asked_to_end_waits_for_its_checkpoint(data, tmp_path, monkeypatch, slow_writing):
+    """The checkpoint of step 4 is on its way."""
     out, step = tmp_path / "out", train.train_step
 
     def asked(run):
-        if run.state.step == at:
+        if run.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         step(run)
 
     monkeypatch.setattr(train, "train_step", asked)
     with pytest.raises(SystemExit) as end:
         train.main(arguments(data, out, resume="auto"))
-    assert end.value.code == 143 and slow_writing[-1] == ("written", at + 1)
-    assert checkpoint.list_steps(out) == ["step_00000004", f"step_{at + 1:08d}"]
+    assert end.value.code == 143 and slow_writing[-1] == ("written", 5)
+    assert checkpoint.list_steps(out) == ["step_00000004", "step_00000005"]
     assert not [n for n in os.listdir(out) if n.startswith(".")]
 
 
@@ -259,28 +253,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
     assert contents(out) == contents(plain)
 
 
-def test_work_in_the_background_is_done_in_order_and_stops_at_a_failure():
-    saver, done = Saver({}, {}, None), []
-    saver.finish()
-    for n in range(50):
-        saver.start(lambda n=n: done.append(n))
-    saver.finish()
-    assert done == list(range(50)) and not saver.failed()
-    saver.start(lambda: 1 / 0)
-    saver.start(lambda: done.append("never"))
-    concurrent.futures.wait([saver.newest])
-    assert saver.failed() and done[-1] == 49
-    with pytest.raises(ZeroDivisionError):
-        saver.finish()
-    saver.start(lambda: done.append("again"))
-    saver.finish()
-    assert done[-1] == "again"
-
-
 # A full disk
 
 
-@pytest.mark.parametrize("limit", [100, 3000, 14_000, 30_000, 60_000])
+@pytest.mark.parametrize("limit", [100, 14_000, 60_000])
 def test_a_full_disk_is_one_line_and_costs_nothing(forks, data, tmp_path, undisturbed, limit):
     """No file may grow beyond the limit: the log, the weights, the optimizer's file, … fail."""
     out = tmp_path / "out"
@@ -290,27 +266,26 @@ def test_a_full_disk_is_one_line_and_costs_nothing(forks, data, tmp_path, undist
     go_on(forks, data, out, undisturbed)
 
 
-def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(plain, data, tmp_path):
-    """As a user without root's rights over other people's files."""
+# root obeys permissions without its capabilities
+POWERLESS = """
+import ctypes
+head, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(head, none) == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root's capabilities are Linux's")
+def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(forks, plain, data, tmp_path):
     ours = shutil.copytree(plain, tmp_path / "run", symlinks=True)
     for folder, _, names in os.walk(ours):
         for name in names:
             os.chmod(os.path.join(folder, name), 0o444)
         os.chmod(folder, 0o555)
-    powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
-    if powerless and not shutil.which("setpriv"):
-        pytest.skip("root, and no setpriv to give that up")
-    shape = {key: None for key in ("n_layer", "n_head", "n_embd", "block_size")}
-    wanted = (
-        (arguments(data, ours, resume="auto", max_iters=16, lr_decay_iters=12), "Permission denied"),
-        (arguments(data, tmp_path / "new", init_from=ours, max_iters=1, **shape), None),
-    )
-    for argv, message in wanted:
-        done = subprocess.run(
-            [*powerless, sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True
-        )
-        assert bool(done.returncode) == bool(message), done.stderr
-        assert not message or (message in done.stderr and len(done.stderr.splitlines()) == 1)
+    longer = arguments(data, ours, resume="auto", max_iters=16, lr_decay_iters=12)
+    assert forks.train(longer, code=POWERLESS)[0] == 1 and "Permission denied" in forks.said
+    shape = dict.fromkeys(SHAPE)
+    argv = arguments(data, tmp_path / "new", init_from=ours, max_iters=1, **shape)
+    assert forks.train(argv, code=POWERLESS)[0] == 0, forks.printed
     for folder, _, _ in os.walk(ours):
         os.chmod(folder, 0o755)
     assert contents(ours) == contents(plain)
@@ -321,24 +296,17 @@ def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(pla
 
 def flip(path, at):
     """Change one byte of a file."""
-    with open(path, "r+b") as f:
-        f.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
-        byte = f.read(1)[0]
-        f.seek(-1, os.SEEK_CUR)
-        f.write(bytes([byte ^ 0x40]))
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x40
+    path.write_bytes(content)
 
 
 DAMAGE = {
-    "no config": lambda f: os.unlink(f / "config.json"),
     "no weights": lambda f: os.unlink(f / "model.safetensors"),
     "no state": lambda f: os.unlink(f / "state.json"),
     "no optimizer": lambda f: os.unlink(f / "optimizer.safetensors"),
     "cut weights": lambda f: os.truncate(f / "model.safetensors", 5000),
-    "cut optimizer": lambda f: os.truncate(f / "optimizer.safetensors", 5000),
-    "empty weights": lambda f: os.truncate(f / "model.safetensors", 0),
-    "empty state": lambda f: os.truncate(f / "state.json", 0),
     "cut state": lambda f: os.truncate(f / "state.json", 300),
-    "header": lambda f: flip(f / "model.safetensors", 20),
     "optimizer's header": lambda f: flip(f / "optimizer.safetensors", 9),
     "nothing at all": lambda f: [os.unlink(f / n) for n in os.listdir(f)],
 }
@@ -354,46 +322,16 @@ def test_a_damaged_newest_checkpoint_is_set_aside(plain, data, tmp_path, damage,
     said = capsys.readouterr().out
     assert f"{out}/step_00000012 is no whole checkpoint and is set aside: " in said and "step 12/12" in said
     assert contents(out) == contents(plain) and os.path.isdir(out / "step_00000012.damaged")
-    damage(out / "step_00000012")
-    train.main(arguments(data, out, resume="auto"))
-    assert contents(out) == contents(plain), "a second time, when the name is taken"
 
 
-def test_a_checkpoint_that_was_mended_meanwhile_is_not_set_aside(plain, data, tmp_path, monkeypatch):
-    """By another run, between the look at the folder and the lock on it."""
-    out, setup = tmp_path / "out", train.build_run
-    shutil.copytree(plain, out, symlinks=True)
-    os.truncate(out / "step_00000012/state.json", 5)
-
-    def late(*arguments):
-        shutil.copy(os.path.join(plain, "step_00000012/state.json"), out / "step_00000012/state.json")
-        return setup(*arguments)
-
-    monkeypatch.setattr(train, "build_run", late)
-    assert "another process has just trained in" in refusal(train.main, arguments(data, out, resume="auto"))
-    assert contents(out) == contents(plain)
-
-
-def test_when_none_is_whole_nothing_is_touched(plain, data, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(plain, out, symlinks=True)
-    for step in checkpoint.list_steps(out):
-        os.truncate(out / step / "model.safetensors", 100)
-    before = sorted(os.listdir(out))
-    message = refusal(train.main, arguments(data, out, resume="auto"))
-    assert "holds no whole checkpoint to continue" in message and "step_00000012/model.safetensors" in message
-    assert sorted(os.listdir(out)) == before
-
-
-@pytest.mark.parametrize("link", [None, "gone", "step_00000008"])
+@pytest.mark.parametrize("link", [None, "gone"])
 def test_a_run_folder_may_be_moved_and_lose_its_links(plain, data, tmp_path, link):
-    shutil.copytree(plain, tmp_path / "a", symlinks=True)
+    cut(plain, tmp_path / "a", 8)
     os.rename(tmp_path / "a", tmp_path / "b")
     os.unlink(tmp_path / "b/best")
     os.unlink(tmp_path / "b/latest")
     if link:
         os.symlink(link, tmp_path / "b/latest")
-    shutil.rmtree(tmp_path / "b/step_00000012")
     assert checkpoint.find(str(tmp_path / "b"), prefer="latest") == str(tmp_path / "b/step_00000008")
     train.main(arguments(data, tmp_path / "b", resume="auto"))
     assert contents(tmp_path / "b") == contents(plain)

@@ -6,15 +6,21 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
+import traceback
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from inheritune.base.files import sha256
 from inheritune.data.tokenizer import tokenizer_files
@@ -133,6 +139,26 @@ def contents(out):
     return found | links
 
 
+def cut(run, out, step):
+    """A copy of a run folder as it was when the checkpoint of `step` was the newest."""
+    shutil.copytree(run, out, symlinks=True)
+    for name in checkpoint.list_steps(out):
+        if name > checkpoint.step_name(step):
+            shutil.rmtree(os.path.join(out, name))
+    return out
+
+
+def alike(a, b, atol=1e-5):
+    """The logs, weights and moments of two run folders agree."""
+    for name in ("loss", "val_loss", "grad_norm"):
+        np.testing.assert_allclose(column(a, name), column(b, name), rtol=0, atol=atol)
+    for name in ("model", "optimizer"):
+        one, two = (load_file(os.path.join(x, "latest", f"{name}.safetensors")) for x in (a, b))
+        assert one.keys() == two.keys()
+        for key in one:
+            np.testing.assert_allclose(one[key], two[key], rtol=0, atol=atol, err_msg=key)
+
+
 def same_weights(a, b):
     """Whether two models' or two state dicts' tensors are equal, bit for bit."""
     a, b = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (a, b))
@@ -163,37 +189,42 @@ def gpt2(model):
 
 
 class Forks:
-    """A process that has imported train.py once and forks a fresh child for every run: real processes, real
-    SIGKILLs, without five seconds of start each.
+    """A process that has imported train.py once and forks fresh children for every run: real processes, real
+    SIGKILLs and real ranks, without five seconds of start each."""
 
-    `die` counts the moments at which the disk is about to change or a step to begin: the child sends itself
-    `number` (SIGKILL) at that one, or after `seconds`; `limit` is the largest file in bytes that it may write
-    (RLIMIT_FSIZE); `lacks` names what its file system cannot do (LACKS). Each run returns (exit status as
-    subprocess gives it, moments passed or None); `said` is what it ended with.
-    """
-
-    def __init__(self, output=None):
+    def __init__(self):
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": ROOT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=output,
             text=True,
         )
 
-    def train(self, argv, die=None, seconds=None, number=signal.SIGKILL, limit=None, lacks=None):
-        request = {"argv": argv, "die": die, "seconds": seconds, "number": number, "limit": limit}
-        request["lacks"] = lacks
+    def train(self, argv, **options):
+        """(exit status as subprocess gives it, moments passed or None) of a run of train.py with this command
+        line: of rank 0, or of the first rank that failed. `said` is what it ended with, and `printed` what
+        all ranks have printed.
+
+        world: ranks
+        code: Python that every rank executes first; it finds `rank`, `train` and `step`, which is train_step
+        die: at which moment the child sends itself `number`. A moment is when the disk is about to change or
+            a step to begin.
+        seconds: after which the child sends itself `number` (SIGKILL)
+        limit: the largest file in bytes that the child may write
+        lacks: the key of LACKS for what its file system cannot do
+        """
+        request = {"argv": [str(a) for a in argv], "world": 1, "code": ""} | options
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        status, moments, self.said = json.loads(self.process.stdout.readline())
+        ended, self.printed = json.loads(self.process.stdout.readline())
+        status, moments, self.said = next((end for end in ended if end[0]), ended[0])
         return status, moments
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.kill()  # to end by itself would take it seconds
+        self.process.communicate()
 
 
 def serve():
@@ -204,35 +235,60 @@ def serve():
 
     for line in sys.stdin:
         request = json.loads(line)
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-            sys.stdin.close()
-            os.close(reader)
-            if request["lacks"]:
-                take_away(request["lacks"])
-            moments = count_moments(train, request["die"], request["number"])
-            if request["limit"]:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
-            if request["seconds"]:
-                wait = threading.Timer(request["seconds"], os.kill, (os.getpid(), request["number"]))
-                wait.daemon = True
-                wait.start()
-            status, said = 1, None
-            try:
-                train.main(request["argv"])
-                status = 0
-            except SystemExit as e:
-                status, said = (e.code, None) if isinstance(e.code, int) else (1, e.code)
-            finally:
-                os.write(writer, json.dumps([moments[0], said]).encode())
-                os._exit(status)
-        os.close(writer)
-        with os.fdopen(reader) as f:
-            passed = f.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps([status, *(json.loads(passed) if passed else [None, None])]), flush=True)
+        world = request.pop("world")
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        with tempfile.TemporaryFile() as output:
+            children = []
+            for rank in range(world):
+                reader, writer = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+                    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in place.items()})
+                    for fd in (sys.stdout.fileno(), sys.stderr.fileno()):
+                        os.dup2(output.fileno(), fd)
+                    sys.stdin.close()
+                    run_child(train, rank, writer, **request)
+                os.close(writer)
+                children.append((pid, reader))
+            ended = []
+            for pid, reader in children:
+                with os.fdopen(reader) as f:
+                    passed = f.read()
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                ended.append([status, *(json.loads(passed) if passed else [None, None])])
+            output.seek(0)
+            print(json.dumps([ended, output.read().decode()]), flush=True)
+
+
+def run_child(
+    train, rank, writer, argv, code, die=None, seconds=None, number=signal.SIGKILL, limit=None, lacks=None
+):
+    """train.main(argv) under the options of Forks.train; ends this process."""
+    if lacks:
+        take_away(lacks)
+    exec(textwrap.dedent(code), {"rank": rank, "train": train, "step": train.train_step})
+    moments = count_moments(train, die, number)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if seconds:
+        wait = threading.Timer(seconds, os.kill, (os.getpid(), number))
+        wait.daemon = True
+        wait.start()
+    status, said = 1, None
+    try:
+        train.main(argv)
+        status = 0
+    except SystemExit as e:
+        status, said = (e.code, None) if isinstance(e.code, int) else (1, e.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os.write(writer, json.dumps([moments[0], said]).encode())
+        sys.stdout.flush()
+        os._exit(status)
 
 
 # {what a file system lacks: (the calls that fail, for which arguments, with which errors)}

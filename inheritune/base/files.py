@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     raise SystemExit("nanoInheritune runs on Linux and macOS; on Windows use WSL") from None
 
-MAX_JSON = 50_000_000  # bytes; our largest, an index of weights and a list of shards, have about 100 kB
+MAX_JSON = 50_000_000  # characters; our largest file has about 100 kB
 LOCK = ".lock"  # in a locked folder: whose it is
 # what CIFS, VirtualBox and WSL answer to fsync of a folder
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EIO)
@@ -148,14 +148,12 @@ def write_json(path: str | os.PathLike, value) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file; UserError if the file is missing, too large, not JSON, or holds none."""
+    """The object in a JSON file; UserError if the file is missing, not JSON, or holds none."""
     if not os.path.isfile(path):  # opening a named pipe would wait for ever
         raise UserError(f"{path} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
-    if (size := os.path.getsize(path)) > MAX_JSON:
-        raise UserError(f"{path} has {size:,} bytes, too many for one of ours (at most {MAX_JSON:,})")
     try:
         with open(path, encoding="utf-8-sig") as f:  # others put a byte order mark before it
-            value = json.load(f)
+            value = json.loads(f.read(MAX_JSON))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); it is damaged or not ours: make it again") from None
     if not isinstance(value, dict):

@@ -20,7 +20,7 @@ from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import ALSO, Recorder
 from inheritune.training.losses import Teacher, pad_head
 from inheritune.training.optimizer import load_optimizer, make_optimizer
-from inheritune.training.planning import Plan, examine_checkpoint
+from inheritune.training.planning import Plan
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 
@@ -65,10 +65,6 @@ class Saver:
                 work()
             except Exception as e:
                 self.error = e
-
-    def failed(self) -> bool:
-        """Whether work has failed; `finish` raises what it was."""
-        return self.error is not None
 
     def finish(self) -> None:
         """Wait for all work, and raise what went wrong, if anything did."""
@@ -210,21 +206,18 @@ def open_run_folder(settings, plan, state, recorder):
         cure = "wait for it or stop it, or choose another --out_dir"
         raise UserError(f"another process is training in {out}: {cure}")
     try:
-        # set damaged checkpoints aside, unless another run has mended them since the plan was made
-        for folder in plan.damaged:
-            try:
-                examine_checkpoint(folder)
-            except UserError as e:
-                print(f"{folder} is no whole checkpoint and is set aside: {e}")
-                checkpoint.set_aside(folder)
         steps = checkpoint.list_steps(out)
-        if steps[-1:] != ([os.path.basename(plan.resume_from)] if plan.resume_from else []):
+        planned = [os.path.basename(folder) for folder in (*plan.damaged, plan.resume_from) if folder]
+        if steps[::-1][: max(1, len(planned))] != planned:  # newest first
             raise UserError(f"another process has just trained in {out}: run the same command again to go on")
+        for folder, why in plan.damaged.items():
+            print(f"{folder} is no whole checkpoint and is set aside: {why}")
+            checkpoint.set_aside(folder)
 
         # a killed run leaves temporary files, links that were not moved yet, and rows after the checkpoint
         checkpoint.sweep(out)
         if plan.resume_from:
-            checkpoint.link(os.path.join(out, "latest"), steps[-1])
+            checkpoint.link(os.path.join(out, "latest"), planned[-1])
         best = checkpoint.step_name(state.best_step or 0)
         if state.best_step is not None and best in steps:
             checkpoint.link(os.path.join(out, "best"), best)

@@ -143,14 +143,9 @@ def read_config_file(path: str) -> dict[str, tuple[Any, int]]:
     try:
         with open(path, encoding="utf-8-sig") as f:
             tree = ast.parse(f.read(1_000_000))
-    except FileNotFoundError:
-        raise UserError(f"no config file {path!r}") from None
-    except SyntaxError as e:
-        raise UserError(
-            f"{path}:{e.lineno}: {e.msg}; a config file holds lines like max_iters = 1000"
-        ) from None
-    except (UnicodeDecodeError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"{path} is not a text file of key = value lines") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        where = f"{path}:{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else path
+        raise UserError(f"{where}: not a config file, which holds lines like max_iters = 1000") from None
     values = {}
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None

@@ -55,11 +55,9 @@ class Ranks:
         except (Exception, KeyboardInterrupt) as e:
             known = isinstance(e, (UserError, OSError))
             said = error_line(e) if known else "".join(traceback.format_exception(e)).rstrip()
-            interrupted = isinstance(e, KeyboardInterrupt)
             sys.stdout.flush()
-            name = f"{os.path.basename(sys.argv[0])}: rank {self.rank}"
-            print(f"{name}: {'interrupted' if interrupted else said}", file=sys.stderr, flush=True)
-            os._exit(130 if interrupted else 1)
+            print(f"{os.path.basename(sys.argv[0])}: rank {self.rank}: {said}", file=sys.stderr, flush=True)
+            os._exit(1)
         dist.destroy_process_group()
 
     def join(self, device):

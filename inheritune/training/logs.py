@@ -137,10 +137,8 @@ def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
 
     columns: those that the file may have. Raises UserError when it has others.
     """
-    if not os.path.lexists(path):
+    if not os.path.exists(path):
         return []
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path} is no regular file")
     with open(path, encoding="utf-8", newline="") as f:
         text = f.read()
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))

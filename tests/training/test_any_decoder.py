@@ -1,9 +1,8 @@
 """train.py on models of transformers that are no GPT-2, against transformers' own model and torch's AdamW.
 
-pytest tests/training/test_any_decoder.py        (-m slow for shards and the compiler)
+pytest tests/training/test_any_decoder.py        (-m slow for two ranks)
 """
 
-import functools
 import os
 import shutil
 
@@ -14,14 +13,12 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import inherit
 import train
 from inheritune.data.reader import TrainData
 from inheritune.models.open_model import load_model
 from inheritune.training.losses import to_device
 from tests.other_models import KINDS, build
-from tests.tiny import arguments, column, contents, refusal, rows
-from tests.training.test_shard import alike, together
+from tests.tiny import alike, arguments, column, contents, cut, refusal
 
 GIVEN = dict.fromkeys(("n_layer", "n_head", "n_embd"))  # not on the command line: the model decides
 CPU = torch.device("cpu")
@@ -74,8 +71,8 @@ def independent_losses(source, data, steps, kept):
 def test_losses_are_those_of_an_independent_loop(folder, data, tmp_path, kind):
     """... and the checkpoint is one that transformers opens, with the same logits."""
     source, out = folder(kind), tmp_path / "out"
-    how = {**GIVEN, "init_from": source, "inherit_layers": 2, "max_iters": 5, "warmup_iters": 6}
-    train.main(arguments(data, out, **how))
+    options = {**GIVEN, "init_from": source, "inherit_layers": 2, "max_iters": 5, "warmup_iters": 6}
+    train.main(arguments(data, out, **options))
     np.testing.assert_allclose(column(out, "loss"), independent_losses(source, data, 5, 2), rtol=1e-5)
     opened = transformers.AutoModelForCausalLM.from_pretrained(out / "latest")
     idx = torch.arange(16).view(2, 8)
@@ -88,8 +85,8 @@ def test_losses_are_those_of_an_independent_loop(folder, data, tmp_path, kind):
 
 @pytest.mark.parametrize("kind, matrices, experts", [("llama", 7, 0), ("mixtral", 5, 2)])  # of each block
 def test_the_whole_model_is_trained_and_muon_takes_matrices(folder, data, tmp_path, kind, matrices, experts):
-    how = {**GIVEN, "init_from": folder(kind), "optimizer": "muon", "checkpoint_activations": "full"}
-    train.main(arguments(data, tmp_path / "out", **how, layer_lr_decay=0.9))
+    options = {**GIVEN, "init_from": folder(kind), "optimizer": "muon", "checkpoint_activations": "full"}
+    train.main(arguments(data, tmp_path / "out", **options, layer_lr_decay=0.9))
     losses = column(tmp_path / "out", "loss")
     assert losses[-1] < losses[0] - 0.3
     state = load_file(tmp_path / "out/latest/optimizer.safetensors")
@@ -103,8 +100,8 @@ def test_the_whole_model_is_trained_and_muon_takes_matrices(folder, data, tmp_pa
 def test_distillation_from_the_uncut_model(folder, data, tmp_path, kind):
     """The first KL is that of transformers' two models; training lowers it."""
     source, out = folder(kind), tmp_path / "out"
-    how = {**GIVEN, "init_from": source, "inherit_layers": 3, "teacher": source, "kd_alpha": 0.0}
-    train.main(arguments(data, out, **how, learning_rate=1e-3, warmup_iters=0, min_lr=1e-4, max_iters=24))
+    options = {**GIVEN, "init_from": source, "inherit_layers": 3, "teacher": source, "kd_alpha": 0.0}
+    train.main(arguments(data, out, **options, learning_rate=1e-3, warmup_iters=0, min_lr=1e-4, max_iters=24))
     x, _ = to_device(TrainData(data, 8, 1337).batch(0, 8), CPU)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():
@@ -118,61 +115,32 @@ def test_distillation_from_the_uncut_model(folder, data, tmp_path, kind):
     assert sum(kl[-3:]) < sum(kl[:3]) and column(out, "loss") == kl
 
 
-def test_a_killed_run_continues_bit_for_bit(forks, folder, data, tmp_path):
-    how = {**GIVEN, "init_from": folder("llama"), "inherit_layers": 2, "keep_last": 9}
-    status, moments = forks.train(arguments(data, tmp_path / "whole", **how))
-    assert status == 0
-    for share in (0.3, 0.6, 0.9):
-        out = tmp_path / str(share)
-        again = arguments(data, out, **how, resume="auto")
-        assert forks.train(again, die=int(share * moments))[0] == -9
-        assert forks.train(again)[0] == 0
-        assert contents(out) == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_ranks_are_one_run(folder, data, tmp_path, shard):
-    how = {**GIVEN, "init_from": folder("llama"), "inherit_layers": 2, "batch_size": 2}
-    train.main(arguments(data, tmp_path / "one", **how))
-    together(2, arguments(data, tmp_path / "two", **how, shard=shard))
-    alike(tmp_path / "two", tmp_path / "one")
+def test_a_run_continues_bit_for_bit(folder, data, tmp_path):
+    options = {**GIVEN, "init_from": folder("llama"), "inherit_layers": 2, "keep_last": 9}
+    train.main(arguments(data, tmp_path / "whole", **options))
+    train.main(arguments(data, cut(tmp_path / "whole", tmp_path / "out", 4), **options, resume="must"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_the_compiled_step_is_one_static_graph(folder, data, tmp_path, monkeypatch, kind):
-    """... as GPT-2's: fullgraph raises where the compiler would go back to Python."""
-    graphs = []
-    eager = torch._dynamo.lookup_backend("aot_eager")
-    noting = lambda graph, inputs: graphs.append(1) or eager(graph, inputs)  # noqa: E731
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=noting, fullgraph=True))
-    torch._dynamo.reset()
-    how = {**GIVEN, "init_from": folder(kind), "inherit_layers": 2, "max_iters": 4}
-    for compiled in (True, False):
-        train.main(arguments(data, tmp_path / f"{compiled}", **how, compile=compiled))
-    assert len(graphs) == 3, "the step, and validation's two sizes of groups"
-    np.testing.assert_allclose(
-        column(tmp_path / "True", "loss"), column(tmp_path / "False", "loss"), rtol=1e-5
-    )
-
-
-def test_inheriting_and_starting_from_it_is_inherit_layers(folder, data, tmp_path):
-    source = folder("llama")
-    train.main(arguments(data, tmp_path / "a", **GIVEN, init_from=source, inherit_layers=2))
-    inherit.main(["--ckpt", source, "--layers", "2", "--out", str(tmp_path / "cut")])
-    train.main(arguments(data, tmp_path / "b", **GIVEN, init_from=tmp_path / "cut"))
-    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_are_one_run(forks, folder, data, tmp_path, shard):
+    options = {**GIVEN, "init_from": folder("llama"), "inherit_layers": 2, "batch_size": 2}
+    train.main(arguments(data, tmp_path / "one", **options))
+    argv = arguments(data, tmp_path / "two", **options, shard=shard)
+    assert forks.train(argv, world=2)[0] == 0, forks.printed
+    alike(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_dry_run_reads_no_weights_and_the_context_is_the_runs_choice(folder, data, tmp_path, capsys):
     source = shutil.copytree(folder("llama"), tmp_path / "weightless")
     os.unlink(source / "model.safetensors")
-    how = {**GIVEN, "init_from": source, "dry_run": True, "batch_tokens": 64}
-    train.main(arguments(data, tmp_path / "out", **how | {"block_size": None}))
+    options = {**GIVEN, "init_from": source, "dry_run": True, "batch_tokens": 64}
+    train.main(arguments(data, tmp_path / "out", **options | {"block_size": None}))
     assert "4 blocks x 4 heads x 32, context 64, 257 ids" in capsys.readouterr().out
-    train.main(arguments(data, tmp_path / "out", **how, inherit_layers=2))
+    train.main(arguments(data, tmp_path / "out", **options, inherit_layers=2))
     assert "2 blocks x 4 heads x 32, context 8, 257 ids" in capsys.readouterr().out
-    message = refusal(train.main, arguments(data, tmp_path / "out", **how | {"block_size": 65}))
+    message = refusal(train.main, arguments(data, tmp_path / "out", **options | {"block_size": 65}))
     assert "block_size 65 is above the 64 positions of" in message
 
 
@@ -186,5 +154,5 @@ def test_a_dry_run_reads_no_weights_and_the_context_is_the_runs_choice(folder, d
     ],
 )
 def test_what_such_models_do_not_have_is_refused_by_the_plan(folder, data, tmp_path, changes, message):
-    how = {**GIVEN, "init_from": folder("llama"), "dry_run": True, **changes}
-    assert message in refusal(train.main, arguments(data, tmp_path / "out", **how))
+    options = {**GIVEN, "init_from": folder("llama"), "dry_run": True, **changes}
+    assert message in refusal(train.main, arguments(data, tmp_path / "out", **options))

@@ -1,24 +1,20 @@
 """What the compiler is given: whole static graphs, few of them, none anew after the first step.
 
-pytest tests/training/test_compile.py        (-m slow for inductor, shards and DDP's buckets)
+pytest tests/training/test_compile.py        (-m slow for inductor, shards and one block)
 """
 
 import collections
 import functools
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 import model
 import train
-from inheritune.training import distributed
-from inheritune.training.distributed import DistributedModel, Ranks
 from model import GPT, GPTConfig
+from tests.other_models import build
 from tests.tiny import arguments, column
-from tests.training.test_distributed import two_ranks
 
 # validation comes first, in groups of 4 windows and a last one of 3; two micro-batches of 4 a step
 STEPS = {"max_iters": 4, "eval_interval": 2, "eval_tokens": 8 * 27, "lr_decay_iters": 12}
@@ -29,23 +25,33 @@ def symbols(graph):
     return sum(isinstance(node.meta.get("example_value"), torch.SymInt) for node in graph.graph.nodes)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, backend):
+@pytest.mark.parametrize(
+    "kind, backend",
+    [
+        ("", "aot_eager"),
+        pytest.param("", "inductor", marks=pytest.mark.slow),
+        *(pytest.param(kind, "aot_eager", marks=pytest.mark.slow) for kind in ("llama", "gemma2")),
+    ],
+)
+def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, kind, backend):
     """fullgraph raises where the compiler would go back to Python."""
     found, counts, step = [], [], train.train_step
+    options = STEPS
+    if kind:
+        build(kind).save_pretrained(tmp_path / kind)
+        options = STEPS | {"init_from": tmp_path / kind} | dict.fromkeys(("n_layer", "n_head", "n_embd"))
 
     def noting(graph, inputs):
         found.append(symbols(graph))
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
-    compiling = functools.partial(torch.compile, backend=noting, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=noting, fullgraph=True))
     monkeypatch.setattr(train, "train_step", lambda run: step(run) or counts.append(len(found)))
     torch._dynamo.reset()
-    train.main(arguments(data, tmp_path / "compiled", **STEPS, compile=True))
+    train.main(arguments(data, tmp_path / "compiled", **options, compile=True))
     assert found == [0, 0, 0], "two validation groups, the step; no symbols"
     assert counts == [3] * 4, "nothing is compiled after step 1"
-    train.main(arguments(data, tmp_path / "plain", **STEPS))
+    train.main(arguments(data, tmp_path / "plain", **options))
     for name in ("loss", "val_loss", "grad_norm"):
         np.testing.assert_allclose(
             column(tmp_path / "compiled", name), column(tmp_path / "plain", name), rtol=1e-5
@@ -53,10 +59,10 @@ def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, back
 
 
 @pytest.mark.slow
-def test_one_graph_serves_all_blocks_of_a_sharded_model(data, tmp_path):
+def test_one_graph_serves_all_blocks_of_a_sharded_model(forks, data, tmp_path):
     """The compiler's limit is eight graphs of the same code."""
     code = """
-    import functools, torch._dynamo
+    import functools, torch
     from tests.training.test_compile import symbols
     graphs = []
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -67,12 +73,8 @@ def test_one_graph_serves_all_blocks_of_a_sharded_model(data, tmp_path):
         assert graphs == [0, 0, 0], graphs
     train.train_step = checked
     """
-    how = STEPS | {"n_layer": 12, "shard": True}
-    done = two_ranks(tmp_path, arguments(data, tmp_path / "a", **how, compile=True), code)
-    assert done.returncode == 0, done.stderr
-    train.main(arguments(data, tmp_path / "plain", **how))
-    for name in ("loss", "val_loss", "grad_norm"):
-        np.testing.assert_allclose(column(tmp_path / "a", name), column(tmp_path / "plain", name), rtol=1e-4)
+    argv = arguments(data, tmp_path / "a", **STEPS, n_layer=12, shard=True, compile=True)
+    assert forks.train(argv, world=2, code=code)[0] == 0, forks.printed
 
 
 @pytest.mark.slow
@@ -103,28 +105,3 @@ def test_a_compiled_block_keeps_its_products_too(monkeypatch):
         assert not any("mm.out" in op for op, _ in decided)
     assert counts[0] == counts[1] and any("mm" in op for op in counts[0])
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_ddp_cuts_a_large_model_into_a_dozen_graphs(monkeypatch):
-    """Torch's own buckets of 25 MB would make it 33."""
-    found = []
-    ddp = functools.partial(distributed.DistributedDataParallel, init_sync=False)  # it has no weights
-    monkeypatch.setattr(distributed, "DistributedDataParallel", ddp)
-    noting = functools.partial(
-        torch.compile, backend=lambda graph, inputs: found.append(symbols(graph)) or graph
-    )
-    monkeypatch.setattr(torch, "compile", noting)
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
-    try:
-        meta, ranks = torch.device("meta"), Ranks()
-        ranks.world = 2
-        with meta:
-            module = GPT(GPTConfig(n_layer=8, n_head=16, n_embd=2048, block_size=8))
-            idx = torch.zeros(2, 8, dtype=torch.int64)
-        DistributedModel(module, ranks, meta, torch.float32, True, False).forward(idx, idx)
-    finally:
-        dist.destroy_process_group()
-    assert 6 <= len(found) <= distributed.BUCKETS + 1

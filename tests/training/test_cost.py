@@ -13,13 +13,9 @@ from model import GPT
 from tests.tiny import ROOT, tiny_config
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "sizes", [{}, {"n_layer": 1, "n_embd": 10, "block_size": 3}, {"vocab_size": 7, "n_vocab": 7}]
-)
-def test_parameters_are_those_of_the_model(bias, sizes):
-    config = tiny_config(bias=bias, **sizes)
-    assert config.num_params == GPT(config).num_params()
+@pytest.mark.parametrize("changes", [{}, {"n_layer": 1, "n_embd": 10, "block_size": 3, "bias": False}])
+def test_parameters_are_those_of_the_model(changes):
+    assert tiny_config(**changes).num_params == GPT(tiny_config(**changes)).num_params()
 
 
 @pytest.mark.parametrize("bias", [True, False])  # biases are no matrix products
@@ -33,12 +29,6 @@ def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
     assert cost.mfu(1000.0, 3e6, device, 2) is None
     monkeypatch.setattr(cost, "peak_flops", lambda device: 1e12)
     assert cost.mfu(1000.0, 3e6, device, 2) == pytest.approx(1000 * 3e6 / 2e12)
-
-
-def test_a_teachers_forward_pass_is_a_third_of_its_training():
-    student, teacher = tiny_config(), tiny_config(n_layer=12)
-    assert cost.flops_per_token(student) == student.flops_per_token
-    assert cost.flops_per_token(student, teacher) == student.flops_per_token + teacher.flops_per_token / 3
 
 
 def total(*arguments, **named):
@@ -132,14 +122,6 @@ def test_a_dry_run_counts_the_teacher(capsys):
     chunk = 12 * rows if not cost.CHUNKED_LOSS else 0.4
     found = [logits for _, logits in said.values()]
     assert found == pytest.approx([4 * rows, 10 * rows, chunk, 8 * rows], abs=0.06)
-
-
-def test_the_terms_of_memory_have_names():
-    c = tiny_config(n_layer=2, n_embd=32, vocab_size=1000, block_size=64, bias=False)
-    n = GPT(c).num_params()
-    terms = training_memory(c, 5, 2, half=False)
-    assert list(terms) == ["weights", "moments", "gradients", "activations", "logits"]
-    assert (terms["weights"], terms["moments"], terms["gradients"]) == (4 * n, 8 * n, 4 * n)
 
 
 def test_without_torchs_chunked_loss_all_logits_count(monkeypatch):

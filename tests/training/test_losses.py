@@ -15,7 +15,7 @@ import train
 from inheritune.base.files import read_json
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import pad_head, to_device, total_nats
-from tests.tiny import arguments, column, tiny_model, write_checkpoint
+from tests.tiny import SHAPE, arguments, column, tiny_model, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -116,12 +116,12 @@ def test_a_run_goes_on_padded_or_not_and_writes_the_rows_it_was_given(data, tmp_
     one."""
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     write_checkpoint(tmp_path / "odd", vocab_size=257, bias=False)  # keys' biases have gradients of noise
-    how = {"init_from": tmp_path / "odd", "inherit_layers": 2, "lr_decay_iters": 12, "keep_last": 9}
-    how |= dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
-    train.main(arguments(data, tmp_path / "plain", **how))
+    options = {"init_from": tmp_path / "odd", "inherit_layers": 2, "lr_decay_iters": 12, "keep_last": 9}
+    options |= dict.fromkeys(SHAPE)
+    train.main(arguments(data, tmp_path / "plain", **options))
     for steps, compiled in ((4, True), (8, False), (12, True)):
         part = {"max_iters": steps, "compile": compiled, "resume": "auto"}
-        train.main(arguments(data, tmp_path / "mixed", **how | part))
+        train.main(arguments(data, tmp_path / "mixed", **options | part))
     for name in ("loss", "grad_norm", "val_loss"):
         a, b = (column(tmp_path / run, name) for run in ("plain", "mixed"))
         np.testing.assert_allclose(b, a, rtol=1e-5)

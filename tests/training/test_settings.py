@@ -6,8 +6,6 @@ pytest tests/training/test_settings.py
 import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import train
 from inheritune.base.errors import UserError
@@ -84,22 +82,16 @@ def test_config_files_hold_literals_and_arithmetic(config, text, key, value):
     "line",
     [
         "seed = open('{mark}', 'w') and 1",
-        "seed = (lambda: open('{mark}', 'w'))()",
         "open('{mark}', 'w')",
         "import os; os.mkdir('{mark}')",
         "seed = __import__('os').mkdir('{mark}')",
-        "def f(): pass",
         "if True: seed = 1",
-        "seed: int = 1",
-        "seed = batch_size = 1",
         "seed, batch_size = 1, 2",
         "out_dir = f'{{1 + 1}}'",
         "seed = batch_size",
         "out_dir = 'a' * 10",
         "seed = 2 ** 10",
-        "seed = (seed := 3)",
         "seed = 1 / 0",
-        "seed = True + 1",
         "seed = 1j",
         "seed = ",
     ],
@@ -119,10 +111,6 @@ def test_a_typo_names_the_nearest_key(config):
     assert "did you mean" not in refused("--qqqq=1")
 
 
-def test_abbreviations_are_not_guessed():
-    assert "unknown argument '--learn=1'" in refused("--learn=1")
-
-
 def test_all_problems_of_a_file_and_a_command_line_come_together(config):
     message = refused(config("n_layer = 'two'\nlerning_rate = 1\nbias = 3\n"), "--seed=-1", "--dtype=int8")
     assert message.startswith("5 problems:\n")
@@ -134,11 +122,6 @@ def test_all_problems_of_a_file_and_a_command_line_come_together(config):
         "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'",
     ):
         assert part in message
-
-
-@pytest.mark.parametrize("key", ["k_start", "k_step", "growth", "control", "reference"])
-def test_a_growing_config_is_sent_to_grow(config, key):
-    assert f"config.py:1: {key} is not a setting but one of grow.py" in refused(config(f"{key} = 1"))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +136,7 @@ def test_a_growing_config_is_sent_to_grow(config, key):
         (["--dropout=1"], "between 0.0 and 0.999"),
         (["--resume=maybe"], "must be one of never, auto, must"),
         (["a.py", "b.py"], "unknown argument 'b.py'"),
-        (["gone.py"], "no config file 'gone.py'"),
+        (["--learn=1"], "unknown argument '--learn=1'"),  # abbreviations are not guessed
     ],
 )
 def test_wrong_values_are_named(argv, message):
@@ -174,17 +157,6 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, content):
     assert "config.py" in message and "\n" not in message
 
 
-@given(st.text(max_size=60))
-def test_no_text_can_do_more_than_be_refused(tmp_path_factory, text):
-    path = tmp_path_factory.getbasetemp() / "any.py"
-    path.write_text(text, encoding="utf-8", errors="replace")
-    try:
-        settings, keys = read(str(path))
-    except UserError:
-        return
-    assert keys <= {f.name for f in dataclasses.fields(settings)}
-
-
 def test_every_setting_says_what_it_is(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--help"])
@@ -195,8 +167,3 @@ def test_every_setting_says_what_it_is(capsys):
         assert field.metadata["help"].split()[0] in text
         assert f"\n{field.metadata['heading']}:\n" in text
     assert {f.name for f in dataclasses.fields(TrainSettings)} >= HARMLESS
-
-
-def test_parsing_leaves_the_defaults_alone():
-    read("--n_layer=3")
-    assert read()[0] == TrainSettings()
