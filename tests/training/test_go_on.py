@@ -55,7 +55,7 @@ def test_the_change_is_written_down_once(plain, data, tmp_path, capsys):
     changes = ["step 12: max_iters was 12, is 20"]
     assert f"from step 12 with other settings: {changes[0][9:]}" in capsys.readouterr().out
     assert read_json(out / "latest/state.json")["changes"] == changes
-    assert f"settings changed in the run ({changes[0]})" in (out / "latest/README.md").read_text()
+    assert f"changes {changes[0]}" in (out / "latest/README.md").read_text()
     whole = contents(out)
     shutil.rmtree(out / "step_00000020")
     train.main(arguments(data, out, **options))
