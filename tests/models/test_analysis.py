@@ -16,7 +16,6 @@ import inherit
 from inheritune.base.errors import UserError
 from inheritune.experiments.attention_metrics import (
     attention_maps,
-    draw_windows,
     max_rank,
     measure_layers,
     skip_losses,
@@ -51,7 +50,7 @@ def as_decoder(folder):
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox", "mistral", "gemma2"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "mistral", "gemma2"])
 def test_agrees_with_numpy_on_transformers_attention(kind, tmp_path):
     theirs = build(kind)
     ours = saved(theirs, tmp_path)
@@ -82,7 +81,7 @@ def test_agrees_with_numpy_on_transformers_attention(kind, tmp_path):
     assert np.allclose(maps[1, 3], out.attentions[1][2, 3].numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2", "mamba", "jamba"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "jamba"])
 def test_skip_losses_are_those_of_models_without_the_block(kind, tmp_path):
     theirs = build(kind)
     ours = saved(theirs, tmp_path)
@@ -110,36 +109,17 @@ def test_gpt2_gives_the_same_either_way(tmp_path):
     assert [loss, *losses] == pytest.approx([loss_b, *losses_b], rel=1e-5)
 
 
-def test_command_line(data, tmp_path, capsys):
-    build("llama").save_pretrained(tmp_path / "llama")
-    flags = f"--ckpt {tmp_path}/llama --data {data} --out {tmp_path}/out"
-    analyze.main([*flags.split(), "--sequences=6", "--length=30", "--device=cpu"])
-    found = json.loads((tmp_path / "out/analysis.json").read_text())
-    idx, targets = draw_windows(data, "val", 6, 30, 1337)
-    model = load_model(str(tmp_path / "llama"))
-    assert found["heads"]["rank_0.9"] == measure_layers(model, idx)[0]["rank_0.9"].tolist()
-    assert (found["loss"], found["layers"]["loss_without"]) == skip_losses(model, idx, targets)
-    assert {"analysis.json", "rank.png", "maps.png"} == set(os.listdir(tmp_path / "out"))
-    assert "MaxRank" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", ["mamba", "jamba"])
-def test_models_without_attention_matrices(kind, data, tmp_path, capsys):
+def test_models_without_attention_matrices(data, tmp_path, capsys):
     """They get block influence, norms and losses; --layers auto chooses by these."""
-    build(kind).save_pretrained(tmp_path / kind)
-    ckpt = ["--ckpt", str(tmp_path / kind), "--data", data, "--out"]
+    build("mamba").save_pretrained(tmp_path / "mamba")
+    ckpt = ["--ckpt", str(tmp_path / "mamba"), "--data", data, "--out"]
     analyze.main([*ckpt, str(tmp_path / "analysis"), "--sequences=6", "--length=30", "--device=cpu"])
     found = json.loads((tmp_path / "analysis/analysis.json").read_text())
     assert os.listdir(tmp_path / "analysis") == ["analysis.json"] and found["heads"] is None
     assert found["layers"].keys() == {"block_influence", "residual_norm", "loss_without"}
     assert "this model has no attention matrices to measure" in capsys.readouterr().out
-    assert max_rank(load_model(str(tmp_path / kind)), IDX) is None
-
-
-def test_layers_auto(data, tmp_path, capsys):
-    build("mamba").save_pretrained(tmp_path / "mamba")
-    ckpt = ["--ckpt", str(tmp_path / "mamba"), "--out", str(tmp_path / "out")]
-    inherit.main([*ckpt, "--layers", "auto", "--data", data])
+    assert max_rank(load_model(str(tmp_path / "mamba")), IDX) is None
+    inherit.main([*ckpt, str(tmp_path / "out"), "--layers", "auto"])
     reason = json.loads((tmp_path / "out/lineage.json").read_text())["layers_auto"]
     assert reason in capsys.readouterr().out
 

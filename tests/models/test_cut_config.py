@@ -11,7 +11,6 @@ from inheritune.models.open_model import model_class, open_config, open_weights
 from tests.other_models import build, without
 
 IDX = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(5))
-CUTS = {"first half": [0, 1], "last half": [2, 3], "every second": [0, 2], "ends": [0, 3]}
 
 
 def cut(folder, blocks):
@@ -45,17 +44,10 @@ def assert_cut(model, folder, blocks):
     return config.content()
 
 
-@pytest.mark.parametrize("blocks", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "qwen2_moe", "gpt_neo", "smollm3", "bloom"])
-def test_a_cut_has_the_blocks_of_the_source(kind, blocks, tmp_path):
-    assert_cut(save(kind, tmp_path), tmp_path, blocks)
-
-
-def test_blocks_may_repeat(tmp_path):
-    save("llama", tmp_path)
-    config, model = cut(str(tmp_path), [0, 1, 0, 1])
-    assert config.n_layer == 4
-    assert torch.equal(*(model.blocks[i].mlp.up_proj.weight for i in (1, 3)))
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2_moe", "smollm3", "bloom"])
+def test_a_cut_has_the_blocks_of_the_source(kind, tmp_path):
+    """Of more kinds, and in more ways: test_sweep.py."""
+    assert_cut(save(kind, tmp_path), tmp_path, [2, 3])
 
 
 def test_lists_that_an_old_config_leaves_out_are_written(tmp_path):
@@ -112,7 +104,6 @@ def test_config_json_says_one_thing(kind, key, changes, tmp_path):
     [
         ("diffllama", [1, 2], "lambda_init of block 1 is"),
         ("minimax", [0, 1], "of block 1 is .* that of the new block 1"),
-        ("modernbert-decoder", [1, 2], "attn_norm.* of block 1"),
         ("llama", [4], "asked for block 4, but the model has blocks 0 to 3"),
         ("llama", [], "asked for at least one block"),
     ],
@@ -124,11 +115,7 @@ def test_what_cannot_be_cut_is_refused(kind, blocks, answer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, answer",
-    [
-        ("bert", "this bert is no causal model"),
-        ("xlm", "no single stack of 4 blocks"),
-    ],
+    "kind, answer", [("bert", "this bert is no causal model"), ("xlm", "no single stack of 4 blocks")]
 )
 def test_what_is_no_causal_stack_is_refused(kind, answer, tmp_path):
     save(kind, tmp_path)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from inheritune.base.errors import UserError
 from inheritune.models.hf_decoder import Decoder
-from inheritune.models.open_model import load_model, model_class, open_config, open_weights
+from inheritune.models.open_model import load_model, open_config, open_weights
 from inheritune.weights.gpt2_format import NO_EOT
 from model import GPT
 from tests.other_models import KINDS, build
@@ -45,9 +45,8 @@ def test_logits_and_loss(pair):
     theirs, ours, _ = pair
     logits = theirs(IDX).logits
     assert (ours(IDX) - logits).abs().max() < 1e-5
-    assert ours(IDX, TARGETS).item() == pytest.approx(
-        F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
+    assert ours(IDX, TARGETS).item() == pytest.approx(loss.item())
     soft_cap = getattr(theirs.config, "final_logit_softcapping", None) is not None
     assert ours.plain_head != soft_cap
     if ours.plain_head:
@@ -56,10 +55,8 @@ def test_logits_and_loss(pair):
 
 def test_the_folder_holds_the_parameters(pair):
     _, ours, folder = pair
-    stored, arranged = (
-        load_file(f"{folder}/model.safetensors"),
-        ours.config.arrange(dict(ours.named_parameters())),
-    )
+    stored = load_file(f"{folder}/model.safetensors")
+    arranged = ours.config.arrange(dict(ours.named_parameters()))
     assert stored.keys() == arranged.keys() == open_weights(folder, ours.config).keys()
     assert all(torch.equal(stored[name], arranged[name]) for name in stored)
 
@@ -67,8 +64,8 @@ def test_the_folder_holds_the_parameters(pair):
 def test_generates_as_transformers_does(pair):
     theirs, ours, _ = pair
     ours.config = dataclasses.replace(ours.config, eot=NO_EOT)
-    expected = theirs.generate(IDX[:, :9], max_new_tokens=50, do_sample=False, eos_token_id=None)[:, 9:]
-    assert torch.equal(torch.stack(list(ours.generate(IDX[:, :9], 50, temperature=0)), 1), expected)
+    expected = theirs.generate(IDX[:, :9], max_new_tokens=16, do_sample=False, eos_token_id=None)[:, 9:]
+    assert torch.equal(torch.stack(list(ours.generate(IDX[:, :9], 16, temperature=0)), 1), expected)
 
 
 def test_recomputed_blocks_have_the_same_gradients(pair):
@@ -80,15 +77,6 @@ def test_recomputed_blocks_have_the_same_gradients(pair):
         gradients[value] = [p.grad for p in ours.parameters()]
         ours.zero_grad(set_to_none=True)
     assert all(map(torch.equal, gradients["full"], gradients["none"]))
-
-
-def test_random_weights_are_seeded(pair):
-    config, models = pair[1].config, []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        models.append(model_class(config)(config))
-    first, same, other = ([p for p in m.parameters() if p.dim() > 1] for m in models)
-    assert all(map(torch.equal, first, same)) and not any(map(torch.equal, first, other))
 
 
 def test_dropout_and_longer_contexts_are_refused(pair):

@@ -1,29 +1,22 @@
-"""Each initialisation: exactly which tensors equal which, and that it trains.
+"""Each initialisation: exactly which tensors equal which.
 
 pytest tests/models/test_initialisations.py
 """
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 import inherit
-import train
 from inheritune.base.errors import UserError
 from inheritune.models import initialisations
 from inheritune.models.initialisations import PARTS, RECIPES, Recipe, assemble, choose_blocks
 from inheritune.weights import checkpoint, gpt2_format
-from model import GPT, GPTConfig
-from tests.tiny import arguments, hf_state, tiny_config, tiny_model, write_checkpoint, write_data
+from model import GPT
+from tests.tiny import hf_state, same_weights, tiny_config, tiny_model, write_checkpoint
 
-OUTSIDE = (
-    "transformer.wte.weight",
-    "transformer.wpe.weight",
-    "transformer.ln_f.weight",
-    "transformer.ln_f.bias",
-)
+OUTSIDE = [f"transformer.{name}" for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +39,6 @@ def block(state, i):
     """The tensors of one block by their names inside it."""
     prefix = f"transformer.h.{i}."
     return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +131,7 @@ def test_random_keeps_nothing_and_follows_its_seed(reference):
     new, small, blocks = initialise(state, config, "random", 3, seed=1)
     assert blocks == [] and small.n_layer == 3
     assert torch.equal(before, torch.get_rng_state())
-    assert same(new, initialise(state, config, "random", 3, seed=1)[0])
+    assert same_weights(new, initialise(state, config, "random", 3, seed=1)[0])
     other = initialise(state, config, "random", 3, seed=2)[0]
     wte = "transformer.wte.weight"
     assert not torch.equal(new[wte], other[wte]) and not torch.equal(new[wte], state[wte])
@@ -153,18 +142,15 @@ def test_half_width_takes_the_first_heads(reference):
     state, config = reference
     new, small, _ = initialise(state, config, "half_width", 6)
     assert (small.n_layer, small.n_head, small.n_embd) == (6, 2, 8)
-    assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(vars(small))
     new = {n: t[:] for n, t in new.items()}
     assert {n: tuple(t.shape) for n, t in new.items()} == gpt2_format.shapes(vars(small))
     c, C = 8, 20
     for i in range(6):
         old, got = block(state, i), block(new, i)
         for q in range(3):
-            there = slice(q * C, q * C + c)
-            assert torch.equal(
-                got["attn.c_attn.weight"][:, q * c : (q + 1) * c], old["attn.c_attn.weight"][:c, there]
-            )
-            assert torch.equal(got["attn.c_attn.bias"][q * c : (q + 1) * c], old["attn.c_attn.bias"][there])
+            here, there = slice(q * c, q * c + c), slice(q * C, q * C + c)
+            assert torch.equal(got["attn.c_attn.weight"][:, here], old["attn.c_attn.weight"][:c, there])
+            assert torch.equal(got["attn.c_attn.bias"][here], old["attn.c_attn.bias"][there])
         assert torch.equal(got["attn.c_proj.weight"], old["attn.c_proj.weight"][:c, :c])
         assert torch.equal(got["mlp.c_fc.weight"], old["mlp.c_fc.weight"][:c, : 4 * c])
         assert torch.equal(got["mlp.c_fc.bias"], old["mlp.c_fc.bias"][: 4 * c])
@@ -175,14 +161,6 @@ def test_half_width_takes_the_first_heads(reference):
         assert torch.equal(new[name], state[name][..., :c])
 
 
-def test_half_width_of_xl():
-    """25 heads of 64: 12 heads, 768 channels."""
-    config = GPTConfig(n_layer=1, n_head=25, n_embd=1600, vocab_size=64, n_vocab=64)
-    state = {n: torch.zeros(s) for n, s in gpt2_format.shapes(vars(config)).items()}
-    small = initialisations.halve(state, config)[1]
-    assert (small.n_head, small.n_embd) == (12, 768)
-
-
 @pytest.mark.parametrize("layernorms", [True, False])
 @pytest.mark.parametrize("parts", PARTS)
 def test_parts(reference, parts, layernorms):
@@ -190,11 +168,9 @@ def test_parts(reference, parts, layernorms):
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
     other = initialisations.random_state(small, 3)
-    taken = {"attn": ["attn."], "mlp": ["mlp."], "attn+mlp": ["attn.", "mlp."], "all": ["attn.", "mlp."]}[
-        parts
-    ]
-    if layernorms:
-        taken += {"attn": ["ln_1."], "mlp": ["ln_2."]}.get(parts, ["ln_1.", "ln_2."])
+    pairs = {"attn": ["attn.", "ln_1."], "mlp": ["mlp.", "ln_2."]}
+    taken = pairs.get(parts, [*pairs["attn"], *pairs["mlp"]])
+    taken = taken if layernorms else [name for name in taken if "ln_" not in name]
     for i in range(3):
         for name, tensor in block(new, i).items():
             source = block(state, i) if name.startswith(tuple(taken)) else block(other, i)
@@ -208,18 +184,10 @@ def test_released_slice_leaves_positions_and_final_norm_random(reference):
     new, small, _ = initialise(state, config, "first", 3, released_slice=True, seed=3)
     other = initialisations.random_state(small, 3)
     for i in range(3):
-        assert same(block(new, i), block(state, i))
+        assert same_weights(block(new, i), block(state, i))
     assert torch.equal(new["transformer.wte.weight"], state["transformer.wte.weight"])
     for name in OUTSIDE[1:]:
         assert torch.equal(new[name], other[name]) and not torch.equal(new[name], state[name])
-
-
-def test_arguments_are_not_changed(reference):
-    state, config = reference
-    before = {name: t.clone() for name, t in state.items()}
-    for recipe in RECIPES:
-        initialise(state, config, recipe, depth(recipe, 6), parts="attn", released_slice=True)
-    assert same(state, before)
 
 
 COMMANDS = [["--recipe", r, "--layers", {"stack": "6", "half_width": "3"}.get(r, "2")] for r in RECIPES]
@@ -227,17 +195,17 @@ COMMANDS += [["--layers", "2", "--parts", parts] for parts in PARTS]
 COMMANDS += [["--layers", "2", "--layernorms", "False"], ["--layers", "2", "--released_slice"]]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "ckpt"
+    write_checkpoint(folder, bias=False)
+    return str(folder)
+
+
 @pytest.mark.parametrize("flags", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("bias", [True, False])
-def test_each_command_trains_one_step(tmp_path, flags, bias):
-    write_checkpoint(tmp_path / "reference", bias=bias)
-    out = tmp_path / "small"
-    inherit.main(["--ckpt", str(tmp_path / "reference"), "--out", str(out), *flags])
-    origin = checkpoint.read_lineage(out)
+def test_each_command_makes_a_model(tmp_path, folder, flags):
+    inherit.main(["--ckpt", folder, "--out", str(tmp_path / "small"), *flags])
     recipe = flags[1] if flags[0] == "--recipe" else "first"
-    assert origin["recipe"] == recipe and json.dumps(origin)
-    data = write_data(tmp_path / "data")
-    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
-    train.main(arguments(data, tmp_path / "run", init_from=out, max_iters=1, warmup_iters=0, **sizes))
-    new = gpt2_format.read_weights(checkpoint.find(str(tmp_path / "run")))
-    assert any(not torch.equal(new[name][:], t[:]) for name, t in gpt2_format.read_weights(str(out)).items())
+    assert checkpoint.read_lineage(str(tmp_path / "small"))["recipe"] == recipe
+    idx = torch.arange(8)[None]
+    assert GPT.from_pretrained(str(tmp_path / "small"))(idx, idx).isfinite()
