@@ -17,28 +17,17 @@ from inheritune.weights import gpt2_format
 from model import CHUNKED_LOSS, GPT, GPTConfig, KVCache, next_token, pad_vocab
 from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint
 
-SHAPES = {
-    "one head, odd context": dict(n_layer=2, n_head=1, n_embd=7, block_size=7, vocab_size=101, n_vocab=101),
-    "three heads, two of them odd": dict(
-        n_layer=3, n_head=3, n_embd=15, block_size=33, vocab_size=65, n_vocab=65
-    ),
-    "five heads, inverse layer scale": dict(
-        n_layer=4,
-        n_head=5,
-        n_embd=20,
-        block_size=33,
-        vocab_size=67,
-        n_vocab=67,
-        scale_attn_by_inverse_layer_idx=True,
-    ),
-    "one block": dict(n_layer=1, n_head=2, n_embd=8, block_size=5, vocab_size=64, n_vocab=50),
-}
+SHAPES = [
+    dict(n_layer=2, n_head=1, n_embd=7, block_size=7, vocab_size=101, n_vocab=101),
+    dict(n_layer=3, n_head=3, n_embd=15, block_size=33, vocab_size=65, n_vocab=65),
+    dict(n_layer=4, n_head=5, n_embd=20, block_size=33, vocab_size=67, n_vocab=60),
+]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_are_those_of_transformers(shape, bias):
-    model = tiny_model(bias=bias, eot=0, **shape)
+    model = tiny_model(bias=bias, eot=0, scale_attn_by_inverse_layer_idx=shape["n_layer"] == 4, **shape)
     reference = gpt2(model)
     for T in (1, shape["block_size"] - 2, shape["block_size"]):
         idx = torch.randint(shape["vocab_size"], (3, T))
@@ -65,13 +54,12 @@ def test_loss_is_the_fp32_mean_cross_entropy_whatever_the_autocast(dtype):
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
-def kept_for_backward(work):
-    """The largest and the total number of elements of the tensors that autograd keeps while work() runs."""
-    sizes = {}
-    note = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4}) or t  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+def largest_kept(work):
+    """The number of elements of the largest tensor that autograd keeps while work() runs."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         work()
-    return max(sizes.values()), sum(sizes.values())
+    return max(sizes)
 
 
 def test_the_loss_in_chunks_is_the_loss_of_whole_logits():
@@ -93,28 +81,8 @@ def test_the_loss_in_chunks_is_the_loss_of_whole_logits():
 def test_the_loss_in_chunks_keeps_no_logits():
     model = tiny_model(block_size=64)
     idx, targets = torch.randint(257, (2, 18, 64)).unbind(0)
-    assert kept_for_backward(lambda: model(idx, targets))[0] < idx.numel() * 320 // 2
-    assert (
-        kept_for_backward(lambda: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()))[0]
-        == 1152 * 320
-    )
-
-
-def test_gradients_under_autocast_are_those_of_plain_cross_entropy():
-    model = tiny_model()
-    idx, targets = torch.randint(257, (2, 3, 8)).unbind(0)
-    grads = []
-    for loss in (
-        lambda: model(idx, targets),
-        lambda: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()),
-    ):
-        model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss()
-        value.backward()
-        grads.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert largest_kept(lambda: model(idx, targets)) < 1152 * 320 // 2
+    assert largest_kept(lambda: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())) == 1152 * 320
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -200,11 +168,6 @@ def test_pad_vocab():
     assert [pad_vocab(n) for n in (1, 64, 65, 257, 50257)] == [64, 64, 128, 320, 50304]
 
 
-def test_too_long_a_context_is_a_clear_error():
-    with pytest.raises(ValueError, match="9 tokens do not fit block_size 8"):
-        tiny_model()(torch.zeros(1, 9, dtype=torch.int64))
-
-
 @pytest.mark.parametrize(
     "n_layer, n_head, n_embd, count",
     [(24, 16, 1024, 354_599_936), (36, 20, 1280, 773_582_080), (48, 25, 1600, 1_556_840_000)],
@@ -222,12 +185,8 @@ def generate(model, idx, count, seed=0, **options):
     return torch.stack(list(model.generate(idx, count, generator=generator, **options)), dim=1)
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 7, 8])
-@pytest.mark.parametrize(
-    "options",
-    [dict(temperature=0), dict(), dict(temperature=0.7, top_k=40), dict(top_p=0.8)],
-    ids=["greedy", "t1", "k", "p"],
-)
+@pytest.mark.parametrize("block_size", [1, 7, 8])
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0.7, top_k=40), dict(top_p=0.8)])
 def test_cached_ids_are_the_uncached_ones_also_beyond_block_size(options, block_size):
     model = tiny_model(block_size=block_size, eot=300)  # nothing ends a text
     for T in (1, block_size, 2 * block_size + 1):
@@ -249,35 +208,23 @@ def generate_uncached(model, idx, count, **options):
     return torch.stack(ids, dim=1)
 
 
-def test_a_cache_that_holds_tokens_takes_one_at_a_time():
+def test_what_does_not_fit_the_context_or_the_cache_is_an_error():
     model = tiny_model(block_size=8)
+    with pytest.raises(ValueError, match="9 tokens do not fit block_size 8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
     cache = KVCache(model.config, 1, 8, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         model.hidden(torch.zeros(1, 3, dtype=torch.long), cache)
         with pytest.raises(ValueError, match="one more at a time"):
             model.hidden(torch.zeros(1, 2, dtype=torch.long), cache)
-        model.hidden(torch.zeros(1, 1, dtype=torch.long), cache)
-    assert cache.length == 4
 
 
 def test_the_cache_spares_reading_what_was_read(monkeypatch):
     read, hidden = [], GPT.hidden
-    monkeypatch.setattr(
-        GPT, "hidden", lambda self, idx, cache=None: read.append(idx.size(1)) or hidden(self, idx, cache)
-    )
-    idx = torch.randint(256, (1, 3))
-    generate(tiny_model(eot=0), idx, 4, temperature=0)
-    assert read[:4] == [3, 1, 1, 1][: len(read)]
-
-
-def test_greedy_ids_are_the_argmax_of_transformers():
-    model = tiny_model(block_size=32)
-    reference, idx = gpt2(model), torch.randint(257, (2, 3))
-    got = generate(model, idx, 20, temperature=0)
-    with torch.no_grad():
-        for step in range(20):
-            idx = torch.cat((idx, reference(idx).logits[:, -1, :257].argmax(-1, keepdim=True)), dim=1)
-            assert torch.equal(got[:, step], idx[:, -1]) or (got[:, : step + 1] == 256).any()
+    noted = lambda self, idx, cache=None: read.append(idx.size(1)) or hidden(self, idx, cache)  # noqa: E731
+    monkeypatch.setattr(GPT, "hidden", noted)
+    generate(tiny_model(eot=300), torch.randint(256, (1, 3)), 4, temperature=0)
+    assert read == [3, 1, 1, 1]
 
 
 def test_generation_streams_and_makes_no_more_than_asked():
@@ -308,23 +255,13 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_drawn():
 def allowed(logits, temperature=1.0, top_k=None, top_p=None):
     """The distribution that sampling must have, in numpy, written from the definition."""
     p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    order = np.argsort(-p)
-    keep = order[:top_k] if top_k else order
-    kept = np.zeros_like(p)
-    kept[keep] = p[keep]
-    p = kept / kept.sum()
-    if top_p is not None:
-        nucleus, mass = [], 0.0
-        for i in np.argsort(-p):  # the fewest likeliest ids whose mass reaches top_p
-            if mass >= top_p:
-                break
-            nucleus.append(i)
-            mass += p[i]
-        kept = np.zeros_like(p)
-        kept[nucleus] = p[nucleus]
-        p = kept / kept.sum()
-    return p
+    order, kept, mass = np.argsort(-p)[:top_k], np.zeros_like(p), 0.0
+    p /= p[order].sum()
+    for i in order:  # the fewest likeliest ids whose mass reaches top_p
+        if top_p is None or mass < top_p:
+            kept[i] = p[i]
+        mass += p[i]
+    return kept / kept.sum()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

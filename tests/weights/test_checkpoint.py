@@ -63,24 +63,14 @@ def test_a_checkpoint_holds_these_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where",
-    [
-        "inheritune.weights.gpt2_format.write_tensors",
-        "inheritune.weights.checkpoint.write_tensors",
-        "inheritune.weights.gpt2_format.write_json",
-        "inheritune.weights.checkpoint.write_json",
-        "os.fsync",
-        "os.rename",
-    ],
+    "where", ["checkpoint.write_tensors", "gpt2_format.write_json", "os.fsync", "os.rename"]
 )
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch, where, error):
     save(tmp_path, 1)
     before = everything(tmp_path)
 
-    monkeypatch.setattr(where, raising(error))
+    monkeypatch.setattr(where if where[:3] == "os." else f"inheritune.weights.{where}", raising(error))
     with pytest.raises(type(error)):
         save(tmp_path, 2)
     assert everything(tmp_path) == before
@@ -102,16 +92,14 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch):
     assert os.readlink(tmp_path / "best") == "step_00000001"
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EPROTO, errno.EROFS, errno.EACCES, errno.EINVAL])
-def test_where_there_are_no_links_a_file_takes_their_place(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(os, "symlink", raising(OSError(number, os.strerror(number))))
+def test_where_there_are_no_links_a_file_takes_their_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "symlink", raising(OSError(errno.EPROTO, "no links here")))
     for step in (1, 2):
         save(tmp_path, step)
         assert (tmp_path / "latest").read_text() == f"step_0000000{step}"
     checkpoint.link(f"{tmp_path}/best", "step_00000001")
-    assert (
-        checkpoint.find(str(tmp_path)) == checkpoint.find(f"{tmp_path}/best") == f"{tmp_path}/step_00000001"
-    )
+    assert checkpoint.find(str(tmp_path)) == f"{tmp_path}/step_00000001"
+    assert checkpoint.find(f"{tmp_path}/best") == f"{tmp_path}/step_00000001"
 
 
 def test_what_is_old_and_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch, capsys):
@@ -139,28 +127,24 @@ def test_names_that_are_no_folder_are_asked_of_the_hub_if_they_can_be(tmp_path, 
     monkeypatch.setattr(checkpoint, "download", lambda name, weights: f"hub:{name}:{weights}")
     assert checkpoint.find("gpt2-large") == "hub:gpt2-large:True"
     assert checkpoint.find("who/what.v2", weights=False) == "hub:who/what.v2:False"
-    for name in ("./gone", "a/b/c", "/gone", "a b", ""):
+    for name in ("./gone", "a/b/c", "a b", ""):
         with pytest.raises(UserError, match="no folder"):
             checkpoint.find(name)
-    assert checkpoint.list_steps(str(tmp_path / "gone")) == []
 
 
 def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     """Each file and the folder are fsynced before the rename, the parent after it; then the link, in the same
     way."""
     events = []
-    fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda fd: events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd),
-    )
-    monkeypatch.setattr(os, "rename", lambda a, b: events.append("RENAME") or rename(a, b))
-    symlink, replace = os.symlink, os.replace
-    monkeypatch.setattr(os, "symlink", lambda a, b: events.append(f"LINK {a}") or symlink(a, b))
-    monkeypatch.setattr(
-        os, "replace", lambda a, b: events.append(f"REPLACE {os.path.basename(b)}") or replace(a, b)
-    )
+
+    def note(name, event):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args: events.append(event(*args)) or call(*args))
+
+    note("fsync", lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+    note("rename", lambda a, b: "RENAME")
+    note("symlink", lambda a, b: f"LINK {a}")
+    note("replace", lambda a, b: f"REPLACE {os.path.basename(b)}")
     run = tmp_path / "run"
     save(run, 1)
     at = events.index("RENAME")
@@ -168,12 +152,6 @@ def test_everything_is_on_disk_before_the_name_appears(tmp_path, monkeypatch):
     files_inside = set(os.listdir(run / "step_00000001"))
     assert before >= files_inside | {"step_00000001"}
     assert events[at:] == ["RENAME", "run", "LINK step_00000001", "REPLACE latest", "run"]
-
-
-def test_a_checkpoint_is_never_overwritten(tmp_path):
-    save(tmp_path, 1)
-    with pytest.raises(UserError, match="exists already"):
-        save(tmp_path, 1)
 
 
 def test_what_a_kill_left_is_swept_and_the_rest_is_not(tmp_path):
@@ -253,12 +231,11 @@ def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():
     assert same_weights(copies, other) and not same_weights(copies, before)
 
 
-@pytest.mark.parametrize("missing", ["ln_f.weight", "ln_f.weight/step"])
-def test_an_optimizer_file_that_lacks_something_is_refused(tmp_path, missing):
+def test_an_optimizer_file_that_lacks_something_is_refused(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
     path = tmp_path / "step_00000003/optimizer.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if missing not in k}, path)
+    save_file({k: v for k, v in load_file(path).items() if "ln_f.weight/step" not in k}, path)
     with pytest.raises(UserError, match=r"transformer.ln_f.weight/.* is missing or does not fit"):
         load_optimizer(str(path.parent), model, optimizer)
     path.unlink()

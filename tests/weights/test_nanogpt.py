@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import inherit
-import train
+from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
 from tests.data.test_tokenizer import bpe
-from tests.tiny import arguments, refusal, same_weights, tiny_model, write_data
+from tests.tiny import refusal, same_weights, tiny_model
 from tools import convert_nanogpt
+
+ARGS = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 320}
 
 
 def write_ckpt(path, module, prefix="", masks=True, **changes):
@@ -27,13 +28,8 @@ def write_ckpt(path, module, prefix="", masks=True, **changes):
     state = {f"{prefix}{k}": v.detach().clone() for k, v in module.named_parameters()}
     state[f"{prefix}lm_head.weight"] = state[f"{prefix}transformer.wte.weight"]
     for i in range(c.n_layer if masks else 0):
-        state[f"{prefix}transformer.h.{i}.attn.bias"] = torch.tril(
-            torch.ones(1, 1, c.block_size, c.block_size)
-        )
-    sizes = {
-        k: getattr(c, k)
-        for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    }
+        state[f"{prefix}transformer.h.{i}.attn.bias"] = torch.ones(1, 1, c.block_size, c.block_size).tril()
+    sizes = {key: getattr(c, key) for key in (*ARGS, "dropout")}
     saved = {
         "model": state,
         "optimizer": {"state": {}, "param_groups": []},
@@ -51,15 +47,13 @@ def convert(path, out, *flags):
     return str(out)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod."), (True, "_orig_mod.module.")])
 def test_every_weight_arrives(tmp_path, bias, prefix):
     model = tiny_model(bias=bias)
     path = write_ckpt(tmp_path / "ckpt.pt", model, prefix, masks=bias, best_val_loss=np.float32(2.5))
     loaded = GPT.from_pretrained(convert(path, tmp_path / "out"))
     assert same_weights(loaded, model)
-    expected = dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=-1)
-    assert loaded.config == expected
+    assert loaded.config == dataclasses.replace(model.config, n_vocab=320, tokenizer="", eot=-1)
 
 
 def test_a_scripts_own_config_is_read(tmp_path, monkeypatch):
@@ -114,22 +108,10 @@ def test_the_tokenizer_can_be_said(tmp_path):
     assert said.endswith("--tokenizer bytes has 257 ids, the model only 200")
 
 
-def test_train_and_inherit_take_what_was_converted_and_name_the_tool_otherwise(tmp_path):
-    data = write_data(tmp_path / "data")
-    path = write_ckpt(tmp_path / "ckpt.pt", tiny_model(bias=False))
-    shape = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": None, "max_iters": 4}
-    run = arguments(data, tmp_path / "a", init_from=path, inherit_layers=2, **shape)
-    for main, argv in (
-        (train.main, run),
-        (inherit.main, ["--ckpt", path, "--layers=2", "--out", tmp_path / "small"]),
-    ):
-        assert f"convert it by python tools/convert_nanogpt.py {path} FOLDER" in refusal(main, argv)
-    folder = convert(path, tmp_path / "converted")
-    train.main(arguments(data, tmp_path / "a", init_from=folder, inherit_layers=2, **shape))
-    inherit.main(["--ckpt", folder, "--layers=2", "--out", str(tmp_path / "small")])
-    train.main(arguments(data, tmp_path / "b", init_from=tmp_path / "small", **shape))
-    assert open(tmp_path / "a/log.csv").read() == open(tmp_path / "b/log.csv").read()
-    assert same_weights(*(GPT.from_pretrained(checkpoint.find(str(tmp_path / n))) for n in "ab"))
+def test_the_commands_name_the_tool(tmp_path):
+    path = write_ckpt(tmp_path / "ckpt.pt", tiny_model())
+    with pytest.raises(UserError, match=f"convert it by python tools/convert_nanogpt.py {path} FOLDER"):
+        checkpoint.find(path)
 
 
 class Evil:
@@ -148,7 +130,6 @@ def tiny_state():
     return {name: p.detach() for name, p in tiny_model().named_parameters()}
 
 
-ARGS = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True, "vocab_size": 320}
 UNKNOWN = ARGS | {"activation": "relu", "causal": False, "window_size": 4, "logit_softcap": 30}
 BAD = {
     "a model with more": (
@@ -162,37 +143,19 @@ BAD = {
     ),
     "a function in the pickle": (hostile, "is no whole nanoGPT checkpoint of tensors and plain values"),
     "a plain pickle": (lambda p, m: p.write_bytes(pickle.dumps(Evil(m))), "is no nanoGPT checkpoint"),
-    "text": (lambda p, m: p.write_text("hello"), "is no nanoGPT checkpoint"),
     "empty": (lambda p, m: p.write_bytes(b""), "is no nanoGPT checkpoint"),
     "cut": (lambda p, m: os.truncate(write_ckpt(p, tiny_model()), 20_000), "is no nanoGPT checkpoint"),
     "a tensor": (lambda p, m: torch.save(torch.zeros(3), p), "lacks nanoGPT's model_args or model"),
-    "other keys": (lambda p, m: torch.save({"state_dict": {}}, p), "lacks nanoGPT's model_args or model"),
     "no sizes": (lambda p, m: write_ckpt(p, tiny_model(), model_args={}), "lacks nanoGPT's model_args"),
-    "absurd sizes": (
-        lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 2**40}),
-        "n_layer is 1099",
-    ),
     "zero heads": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 0}), "n_head is 0"),
-    "uneven heads": (
-        lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_head": 3}),
-        "not a multiple",
-    ),
     "other depth": (lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_layer": 4}), "is missing"),
-    "other width": (
-        lambda p, m: write_ckpt(p, tiny_model(), model_args=ARGS | {"n_embd": 32}),
-        "config.json says",
-    ),
     "no dict": (lambda p, m: write_ckpt(p, tiny_model(), model=[1]), "lacks nanoGPT's model_args or model"),
     "numbers": (lambda p, m: write_ckpt(p, tiny_model(), model={"a": 1}), "a is not a tensor"),
     "an untied head": (
         lambda p, m: write_ckpt(
-            p, tiny_model(), model=tiny_state() | {"lm_head.weight": torch.ones(320, 16)}
+            p, tiny_model(), model={"lm_head.weight": torch.ones(320, 16)} | tiny_state()
         ),
         "untied heads are not implemented",
-    ),
-    "integers": (
-        lambda p, m: write_ckpt(p, tiny_model(), model={"a": torch.ones(1).int()}),
-        "a is not a tensor",
     ),
 }
 

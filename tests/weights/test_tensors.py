@@ -43,10 +43,9 @@ def test_what_is_stored_is_read_by_rows(tmp_path):
     made = some_tensors()
     save_file(made, tmp_path / "file")
     lazy = read_tensors(tmp_path / "file")
-    assert {n: (t.shape, t.dtype) for n, t in lazy.items()} == {
-        n: (t.shape, t.dtype) for n, t in made.items()
-    }
+    assert lazy.keys() == made.keys()
     for name, tensor in made.items():
+        assert (lazy[name].shape, lazy[name].dtype) == (tensor.shape, tensor.dtype)
         copy = torch.empty(tensor.shape, dtype=torch.float64)
         copy_rows(copy, lazy[name])
         assert torch.equal(copy, tensor.double())
@@ -54,14 +53,10 @@ def test_what_is_stored_is_read_by_rows(tmp_path):
             assert not tensor.dim() or torch.equal(lazy[name][rows], tensor[rows]), (name, rows)
 
 
-@pytest.mark.parametrize(
-    "flags", [["--layers=2"], ["--blocks=2,0,0"], ["--recipe=half_width"], ["--recipe=stack", "--layers=6"]]
-)
-@pytest.mark.parametrize("shards", ["1GB", "20KB"])
-def test_no_more_than_a_run_of_rows_is_in_memory(tmp_path, monkeypatch, flags, shards):
-    """Every recipe that keeps what it takes gives the same file from runs of 300 bytes, and never holds
-    more."""
-    gpt2(tiny_model()).save_pretrained(tmp_path / "ref", max_shard_size=shards)
+@pytest.mark.parametrize("flags", [["--blocks=2,0,0"], ["--recipe=half_width"]])
+def test_no_more_than_a_run_of_rows_is_in_memory(tmp_path, monkeypatch, flags):
+    """Runs of 300 bytes give the same file, and no more is ever in memory."""
+    gpt2(tiny_model()).save_pretrained(tmp_path / "ref", max_shard_size="20KB")
     command = ["--ckpt", str(tmp_path / "ref"), *flags, "--out"]
     inherit.main([*command, str(tmp_path / "whole")])
     sizes, check = [], tensors.check_finite
@@ -71,9 +66,7 @@ def test_no_more_than_a_run_of_rows_is_in_memory(tmp_path, monkeypatch, flags, s
     made, whole = (tmp_path / name / "model.safetensors" for name in ("runs", "whole"))
     assert made.read_bytes() == whole.read_bytes()
     assert max(sizes) <= (600 if "half_width" in flags[0] else 300), "half of what is read is kept there"
-    assert sum(sizes) > os.path.getsize(tmp_path / "whole/model.safetensors") * 0.8, (
-        "nothing came another way"
-    )
+    assert sum(sizes) > os.path.getsize(whole) * 0.8, "nothing came another way"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
