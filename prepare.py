@@ -20,7 +20,7 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), a row a document"
-    others = "both also as .gz and .zst; folders of them; glob patterns. Without any: the text inside Python"
+    others = "both also as .gz and .zst; folders of them. Without any: the text inside Python"
     add("sources", nargs="*", metavar="PATH", help=f"{kinds}; {others}")
     add("--out", help="folder to write (default without PATH: data/python)")
     add("--tokenizer", help=f"{TOKENIZERS} (default: gpt2; without PATH bytes)")
@@ -49,13 +49,13 @@ def main(argv=None):
             raise UserError("say where to write with --out, for example --out data/mine")
         source = open_files(args.sources, args.val_files, args.text_column, args.split_on, args.out)
     else:
-        unused = [name for name in ("val_files", "text_column", "split_on") if getattr(args, name)]
-        if unused:
-            raise UserError(f"--{unused[0]} is for files: name some, or leave it out")
+        for name in ("val_files", "val_fraction", "text_column", "split_on"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is for files: name some, or leave it out")
         source = open_python()
-    fraction = None if source.has_val else args.val_fraction or 0.1
     if source.has_val and args.val_fraction:
         raise UserError("--val_fraction has no effect where validation text is given: leave it out")
+    fraction = None if source.has_val else args.val_fraction or 0.1
     source.arguments["val_fraction"] = fraction
     tokenizer = load_tokenizer(args.tokenizer or ("gpt2" if args.sources else "bytes"))
     write_tokens(args.out or "data/python", "prepare.py", source, tokenizer, args.num_proc, fraction)

@@ -15,9 +15,6 @@ from inheritune.data.sources import hub_parser, open_files, open_hub
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
 
-# roughly; only the remaining time follows from them
-DOCUMENTS = {"sample-10BT": 9.67e6, "sample-100BT": 97.3e6}
-
 
 @one_line
 def main(argv=None):
@@ -36,7 +33,7 @@ def main(argv=None):
     if args.data_files:
         source = open_files(args.data_files, None, None, "", args.out)
     else:
-        source = open_hub(args.dataset, True, DOCUMENTS.get(args.name), name=args.name)
+        source = open_hub(args.dataset, True, name=args.name)
     sizes = {"shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens or sys.maxsize}
     source.arguments.update(sizes)
     write_tokens(args.out, "prepare_fineweb.py", source, tokenizer, args.num_proc, **sizes)

@@ -100,9 +100,18 @@ def original_files(ranks):
 
 @functools.cache
 def english():
-    """The documentation in this Python: 2.4 MB in some 700 documents, in the order of their hashes."""
-    texts = (text for _, text in python_documentation())
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    """The documentation in this Python: 2.4 MB in some 700 documents, in the order of their hashes. Kept, as
+    compiling the standard library takes seconds in each process."""
+    path = os.path.join(FOLDER, f"english-{sys.version_info.major}.{sys.version_info.minor}.json")
+    if not os.path.exists(path):
+        os.makedirs(FOLDER, exist_ok=True)
+        texts = (text for _, text in python_documentation())
+        ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+        with open(f"{path}.{os.getpid()}", "w") as f:
+            json.dump(ordered, f)
+        os.replace(f.name, path)
+    with open(path) as f:
+        return json.load(f)
 
 
 def digest(path):

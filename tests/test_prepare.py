@@ -22,10 +22,10 @@ import prepare
 import prepare_fineweb
 import prepare_owt
 from inheritune.base.files import read_json, sha256
-from inheritune.data import text_files, writer
+from inheritune.data import standard_library, text_files, writer
 from inheritune.data.sources import open_files
 from inheritune.data.standard_library import python_documentation, python_sources
-from inheritune.data.tokenizer import byte_letters, load_tokenizer
+from inheritune.data.tokenizer import load_tokenizer
 from tests.assets import english, gpt2
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -101,16 +101,15 @@ def test_validation_documents_are_those_of_datasets(n):
     assert np.flatnonzero(~held_out).tolist() == sorted(split["train"]["number"])
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])
-def test_owt_tokens(tmp_path, texts, kind, small_batches, capsys):
+@pytest.mark.parametrize("kind, threads", [("parquet", 2), ("jsonl", 1), ("jsonl.gz", 1), ("jsonl.zst", 1)])
+def test_owt_tokens(tmp_path, texts, kind, threads, small_batches):
     """Against tiktoken and datasets themselves, as nanoGPT's script used them."""
     import datasets
 
     write_tables(tmp_path, texts)
     out = tmp_path / "out"
-    files = str(tmp_path / f"a.{kind}")
-    prepare_owt.main(["--data_files", files, "--out", str(out), "--tokenizer", gpt2(), "--num_proc", "1"])
-    assert "8,013,769" in capsys.readouterr().out, "this is not the whole corpus, and it says so"
+    argv = ["--data_files", f"{tmp_path}/a.{kind}", "--out", str(out), "--tokenizer", gpt2()]
+    prepare_owt.main([*argv, f"--num_proc={threads}"])
     dataset = datasets.Dataset.from_dict({"text": texts, "i": range(len(texts))})
     split = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     encoding = load_tokenizer("gpt2").encoding
@@ -121,34 +120,24 @@ def test_owt_tokens(tmp_path, texts, kind, small_batches, capsys):
     assert check_meta(out)["dtype"] == "uint16"
 
 
-def test_owt_full_counts(capsys):
-    train, val = {"documents": 8_009_762, "tokens": 9_035_582_198}, {"documents": 4_007, "tokens": 4_434_897}
-    prepare_owt.compare({"tokenizer": {"n_vocab": 50257}, "splits": {"train": train, "val": val}})
-    assert "are those of" in capsys.readouterr().out
-    train["tokens"] += 1
-    prepare_owt.compare({"tokenizer": {"n_vocab": 50257}, "splits": {"train": train, "val": val}})
-    assert "warning: 8,013,769 documents, 9,035,582,199 train" in capsys.readouterr().out
-
-
-def test_hub_path_equals_files(tmp_path, texts):
+def test_hub_path_equals_files(tmp_path, texts, monkeypatch):
     """A local folder in the hub's layout takes the way of the hub: mapped for OWT, streaming for FineWeb."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "hub").mkdir()
     write_tables(tmp_path, texts)
     os.rename(tmp_path / "a.parquet", tmp_path / "hub" / "a.parquet")
-    env = dict(os.environ, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
-    files = ["--data_files", str(tmp_path / "a.jsonl")]
-    small = ["--shard_tokens", "30000"]
-    for script, flags, shards in (
-        (prepare_owt, [], []),
-        (prepare_fineweb, ["--name", "default"], small),
+    for script, flags in (
+        (prepare_owt, []),
+        (prepare_fineweb, ["--name", "default", "--shard_tokens", "30000"]),
     ):
-        name = script.__name__
-        common = ["--tokenizer", "bytes", "--num_proc", "1", *shards]
-        script.main([*files, *common, "--out", str(tmp_path / name)])
-        hub = ["--dataset", str(tmp_path / "hub"), *flags, *common, "--out", str(tmp_path / f"{name}_hub")]
-        command = [sys.executable, f"{ROOT}/{name}.py", *hub]
-        subprocess.run(command, check=True, env=env, capture_output=True, timeout=120)
-        metas = [check_meta(tmp_path / folder) for folder in (name, f"{name}_hub")]
+        metas = []
+        for flag, path in (("--data_files", "a.jsonl"), ("--dataset", "hub")):
+            out = tmp_path / f"{script.__name__}{flag}"
+            argv = [flag, str(tmp_path / path), "--tokenizer", "bytes", "--num_proc", "1", "--out", str(out)]
+            script.main([*argv, *flags])
+            metas.append(check_meta(out))
         assert metas[0]["splits"] == metas[1]["splits"]
 
 
@@ -172,25 +161,18 @@ def test_loading_script_falls_back_to_the_parquet_revision(monkeypatch):
 
 def test_fineweb_shards(tmp_path, texts, small_batches):
     write_tables(tmp_path, texts)
-    out, flags = tmp_path / "out", ["--tokenizer", "bytes", "--num_proc", "1"]
-    files = ["--data_files", str(tmp_path / "a.jsonl"), "--shard_tokens", "10000"]
-    prepare_fineweb.main([*files, *flags, "--out", str(out)])
+    flags = ["--data_files", f"{tmp_path}/a.jsonl", "--shard_tokens", "10000", "--tokenizer", "bytes"]
     expected = [i for text in texts for i in [*text.encode(), 256]]
-    shards = check_meta(out)["splits"]["train"]["shards"]
-    names = [shard["file"] for shard in shards]
-    assert names[:2] == ["train_000000.bin", "train_000001.bin"]
-    assert {10_000 <= shard["tokens"] < 12_600 for shard in shards[:-1]} == {True}
-    found = np.concatenate([ids(out, name) for name in ["val_000000.bin", *names]])
-    assert found.tolist() == expected
-
-    limited = tmp_path / "limited"
-    prepare_fineweb.main([*files, *flags, "--out", str(limited), "--max_tokens", "23456"])
-    splits = check_meta(limited)["splits"]
-    assert splits["val"]["tokens"] < 12_600 and splits["train"]["tokens"] + splits["val"]["tokens"] < 26_000
-    found = [ids(limited, shard["file"]) for split in ("val", "train") for shard in splits[split]["shards"]]
-    assert (
-        np.concatenate(found).tolist() == expected[: sum(map(len, found))] and sum(map(len, found)) >= 23_456
-    )
+    for out, most in ((tmp_path / "whole", 0), (tmp_path / "limited", 23_456)):
+        prepare_fineweb.main([*flags, "--num_proc", "1", "--out", str(out), "--max_tokens", str(most)])
+        splits = check_meta(out)["splits"]
+        shards = [shard for split in ("val", "train") for shard in splits[split]["shards"]]
+        names = [shard["file"] for shard in shards]
+        assert names[:3] == ["val_000000.bin", "train_000000.bin", "train_000001.bin"]
+        assert all(10_000 <= shard["tokens"] < 12_600 for shard in shards[:-1])
+        found = np.concatenate([ids(out, name) for name in names])
+        assert found.tolist() == expected[: len(found)]
+        assert most <= len(found) < most + 2600 if most else len(found) == len(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,22 +181,24 @@ def test_fineweb_shards(tmp_path, texts, small_batches):
 
 def test_the_python_corpus_holds_the_sources_and_holds_out_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    some = ("argparse", "json.decoder", "antigravity", "encodings.cp437", "html.entities", "test.support")
+    files = list(standard_library.standard_library())
+    files = [(name, text) for i, (name, text) in enumerate(files) if i % 20 == 0 or name in some]
+    monkeypatch.setattr(standard_library, "standard_library", lambda: iter(files))  # a part of it, for speed
+    code, documentation = dict(python_sources()), dict(python_documentation())
     prepare.main([])
     meta = check_meta(tmp_path / "data/python")
-    code, documentation = dict(python_sources()), dict(python_documentation())
     assert {"argparse", "json.decoder", "antigravity"} <= code.keys()
     assert not {"encodings.cp437", "html.entities"} & code.keys()
     assert not any(name.startswith(("_sysconfigdata", "test.")) for name in code)
-    held_out = {
-        name: int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 for name in [*code, *documentation]
-    }
-    val = [name for name in [*code, *documentation] if held_out[name]]
+    names = [*code, *documentation]
+    held_out = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 for name in names}
+    n_val = sum(held_out[name] for name in names)
     splits = meta["splits"]
-    n = len(code) + len(documentation)
-    assert splits["val"]["documents"] == len(val) and 0.05 < len(val) / n < 0.15
-    assert splits["train"]["documents"] == n - len(val)
+    assert splits["val"]["documents"] == n_val and 0.02 < n_val / len(names) < 0.2
+    assert splits["train"]["documents"] == len(names) - n_val
     text = bytes(ids(tmp_path / "data/python", "val.bin").astype(np.uint8))
-    for name in ("argparse", *list(code)[:40]):
+    for name in code:
         assert (code[name].encode() in text) == held_out[name]
     capsys.readouterr()
     prepare.main([])
@@ -223,7 +207,10 @@ def test_the_python_corpus_holds_the_sources_and_holds_out_by_name(tmp_path, mon
 
 def test_without_pydoc_data(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # importing it raises ImportError
-    assert sum(len(text) for _, text in python_documentation()) > 500_000
+    first, second = "Words. " * 8 + "End.", "More. " * 8 + "End."
+    files = [("a", f'"""{first}"""\nclass B:\n    """{second}"""'), ("b", "")]
+    monkeypatch.setattr(standard_library, "standard_library", lambda: iter(files))
+    assert python_documentation() == [("a", f"a\n\n{first}\n\na.B\n\n{second}\n")]
 
 
 def test_folder_and_one_file(tmp_path, small_batches):
@@ -247,7 +234,7 @@ def test_folder_and_one_file(tmp_path, small_batches):
     assert len(parts[0].decode()) == 271 and b"".join(parts).decode() == "日本語" * 100
 
 
-def test_links_and_odd_names(tmp_path, capsys):
+def test_links_and_odd_names(tmp_path):
     """A linked folder is read once, wherever it lies; a loop of links ends; a name need not be UTF-8."""
     folder, other = tmp_path / "text", tmp_path / "other"
     folder.mkdir(), other.mkdir()
@@ -262,8 +249,6 @@ def test_links_and_odd_names(tmp_path, capsys):
     prepare.main([str(folder), *flags, str(tmp_path / "out")])
     assert ids(tmp_path / "out", "train.bin").tolist() == [*b"one", 256, *b"two", 256]
     assert ids(tmp_path / "out", "val.bin").tolist() == [*b"three", 256]
-    prepare.main([f"{tmp_path}/*/[abc]*", *flags, str(tmp_path / "out2")])
-    assert "1 folders or other than files left out" in capsys.readouterr().err
 
 
 def test_a_finished_folder_keeps_what_a_person_puts_there(tmp_path):
@@ -288,37 +273,23 @@ def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches)
     assert ids(out, "train.bin").tolist() == [*load_tokenizer("gpt2").encode(text), 50256]
 
 
-def test_a_file_without_a_blank(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "PIECE", 1000)
-    path = tmp_path / "a.txt"
-    path.write_text("é" * 5000)
-    pieces = list(open_files([str(path)], [], None, "", "out").pieces)
-    assert "".join(piece.text for piece in pieces) == "é" * 5000
-    assert [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert [piece.goes_on for piece in pieces] == [False] + [True] * (len(pieces) - 1)
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_documents_are_counted_and_the_share_read_grows_to_one(tmp_path, texts, monkeypatch, name):
     monkeypatch.setattr(text_files, "PIECE", 5000)
     write_tables(tmp_path, texts)
-    (tmp_path / "a.txt").write_text("".join(texts))
+    (tmp_path / "a.txt").write_text("é" * 400_000)  # without a blank at which it could be cut
     (tmp_path / "b.txt").write_text("")
     source = open_files([str(tmp_path / name), str(tmp_path / "b.txt")], [], None, "", "out")
     n, pieces = source.documents(), list(source.pieces)
     assert sum(piece.end for piece in pieces) == n == (2 if name == "a.txt" else 301)
+    assert [p.goes_on for p in pieces[1:]] == [not p.end for p in pieces[:-1]]
+    if name == "a.txt":
+        assert "".join(text for piece in pieces for text in piece.texts) == "é" * 400_000
     shares = [piece.progress for piece in pieces]
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
-def test_threads_change_nothing(tmp_path, texts, small_batches):
-    write_tables(tmp_path, texts)
-    flags = ["--data_files", str(tmp_path / "a.parquet"), "--tokenizer", gpt2()]
-    for n in (1, 2):
-        prepare_owt.main([*flags, "--out", str(tmp_path / str(n)), "--num_proc", str(n)])
-    assert same(tmp_path / "1", tmp_path / "2")
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a child process")
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
@@ -347,23 +318,18 @@ PEAK = "r.getrusage(r.RUSAGE_SELF).ru_maxrss"
 
 
 def test_large_ids_take_uint32(tmp_path):
-    letters = byte_letters()
-    vocab = [*letters, *(a + b for a in letters for b in letters)]
-    merges = [(a, b) for a in letters for b in letters]
-    pairs = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(vocab)}, merges))
-    pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pairs.decoder = tokenizers.decoders.ByteLevel()
-    pairs.add_special_tokens(["<|endoftext|>"])
-    pairs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    (tmp_path / "a.jsonl").write_text('{"text": "\u00ff\u00ff"}\n{"text": "ab"}')
+    vocab = {str(i): i for i in range(70_000)} | {"<eos>": 70_000}
+    numbers = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="0"))
+    numbers.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    numbers.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    (tmp_path / "a.jsonl").write_text('{"text": "3 65536"}\n{"text": "69999 1"}')
     out = tmp_path / "out"
     prepare.main(
-        [str(tmp_path / "a.jsonl"), "--val_fraction=0.5", "--tokenizer", str(tmp_path), "--out", str(out)]
+        [f"{tmp_path}/a.jsonl", "--val_fraction=0.5", "--tokenizer", str(tmp_path), "--out", str(out)]
     )
-    assert check_meta(out)["dtype"] == "uint32"
-    assert os.path.getsize(out / "train.bin") == 4 * len(ids(out, "train.bin"))
-    assert ids(out, "train.bin")[-1] == 65792  # the end-of-text id, after 256 + 256² tokens
+    assert read_json(out / "meta.json")["dtype"] == "uint32"
+    assert np.fromfile(out / "train.bin", "<u4").tolist() == [3, 65536, 70_000]
 
 
 def test_lone_surrogates_are_replaced(tmp_path):
@@ -379,14 +345,9 @@ def test_lone_surrogates_are_replaced(tmp_path):
 
 
 def make_inputs(folder):
-    """Inputs that are broken, each in its own way."""
-    good = b'{"text": "one"}\n{"text": "two"}\n'
-    (folder / "good.jsonl").write_bytes(good)
+    (folder / "good.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
     (folder / "one.jsonl").write_bytes(b'{"text": "one"}\n')
-    (folder / "null.jsonl").write_bytes(good + b'{"text": null}\n')
-    (folder / "latin.jsonl").write_bytes(good + b'{"text": "\xe9"}\n')
-    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(good * 99, mtime=0)[:-20])
-    (folder / "cut.jsonl.zst").write_bytes(zstandard.compress(good * 9999)[:-5])
+    (folder / "no-rows.jsonl").write_bytes(b"")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), folder / "body.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), folder / "null.parquet")
     (folder / "empty.txt").write_bytes(b"")
@@ -396,11 +357,9 @@ def make_inputs(folder):
 
 
 OWT, FINEWEB, LOCAL = prepare_owt, prepare_fineweb, prepare
-WRONG = [
-    (LOCAL, "*.nothing --out o", "*.nothing does not exist"),
+WRONG = [  # besides those in bad_input.txt and in tests/data/test_sources.py
     (LOCAL, "good.jsonl --out o --val_fraction many", "invalid float value: 'many'"),
     (LOCAL, "good.jsonl --out o --num_procs 2", "did you mean --num_proc?"),
-    (LOCAL, "good.jsonl --out o --text_column body", "no column 'body' among text; choose with"),
     (LOCAL, "body.parquet --out o", "no column 'text' among body, n"),
     (LOCAL, "body.parquet --out o --text_column n", "'n' holds a int, not text"),
     (LOCAL, "good.jsonl ./good.jsonl --out o", "good.jsonl is given twice"),
@@ -409,10 +368,7 @@ WRONG = [
     (LOCAL, "none --out o", "none holds no .txt"),
     (LOCAL, "one.jsonl --out o", "too little text to part"),
     (LOCAL, "empty.txt --out o", "too little text to part"),
-    (LOCAL, "null.jsonl --out o", "null.jsonl, line 3: 'text' holds a NoneType"),
-    (LOCAL, "latin.jsonl --out o", "latin.jsonl, line 3: not UTF-8"),
-    (LOCAL, "cut.jsonl.gz --out o", "cut.jsonl.gz: cannot be read after"),
-    (FINEWEB, "--data_files cut.jsonl.zst --out o", "cut.jsonl.zst: cannot be read after"),
+    (LOCAL, "no-rows.jsonl --out o", "too little text to part"),
     (LOCAL, "null.parquet good.jsonl --out o", "null.parquet, row 2: 'text' holds a NoneType"),
     (LOCAL, "good.jsonl --out one.jsonl/x", "one.jsonl/x"),
     (OWT, "--data_files one.jsonl --out o", "no text is left for train; give more text"),
@@ -467,10 +423,11 @@ def test_two_runs_at_once(tmp_path, monkeypatch):
         prepare.main(["good.jsonl", "--out", "o", "--tokenizer", "bytes"])
 
 
-@pytest.mark.parametrize("script", ["prepare", "prepare_owt", "prepare_fineweb"])
-def test_help_and_no_torch(script):
-    code = f"import sys, {script} as s\ntry: s.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+def test_help_and_no_torch():
+    names = "prepare, prepare_owt, prepare_fineweb"
+    code = f"import sys, {names}; assert 'torch' not in sys.modules\nfor s in ({names}):\n"
+    code += "    try: s.main(['--help'])\n    except SystemExit: pass"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())
-    assert "(default: " in shown and "None" not in shown and "(default: )" not in shown
+    assert shown.count("(default: ") > 6 and "None" not in shown and "(default: )" not in shown

@@ -11,6 +11,7 @@ list of indices, no generator state, and the position in the data is one integer
 
 import functools
 import hashlib
+import io
 import json
 import os
 import sys
@@ -125,6 +126,13 @@ class ValData:
         return self.tokens.windows(numbers, self.block_size)
 
 
+class OpenFile(io.FileIO):
+    """A file to read from, which its last reference closes without a warning."""
+
+    def __del__(self):
+        self.close()
+
+
 class Tokens:
     """One split of a data folder as a read-only stream of `len(tokens)` ids, by plain reads. A memory map
     fills memory with what was read, and kills the process when a bin is cut off meanwhile."""
@@ -134,7 +142,7 @@ class Tokens:
         self.folder, self.split, self.tokenizer = folder, split, meta["tokenizer"]
         self.bins = bins_of(folder, split, meta)
         self.ends = np.cumsum([bin.tokens for bin in self.bins], dtype=np.int64)
-        self.open = functools.lru_cache(MAX_OPEN)(functools.partial(open, mode="rb", buffering=0))
+        self.open = functools.lru_cache(MAX_OPEN)(OpenFile)
         if "splits" not in meta and split == "val" and len(self):
             highest = int(self.read(0, min(len(self), 1 << 20)).max())
             if highest < 0.9 * self.tokenizer["n_vocab"]:
@@ -153,7 +161,8 @@ class Tokens:
             begin = start + filled - (int(self.ends[shard - 1]) if shard else 0)
             here = min(count - filled, int(self.ends[shard]) - start - filled)
             size = here * dtype.itemsize
-            piece = os.pread(self.open(path).fileno(), size, offset + begin * dtype.itemsize)
+            file = self.open(path)
+            piece = os.pread(file.fileno(), size, offset + begin * dtype.itemsize)
             if len(piece) != size:
                 raise UserError(f"{path} ends before token {begin + here:,}: it has just been cut off")
             out[filled : filled + here] = np.frombuffer(piece, dtype)
@@ -193,20 +202,25 @@ def read_meta(folder: str) -> dict:
         return {"tokenizer": GPT2, "dtype": None}
     meta = read_json(path)
     try:
-        tokenizer = meta["tokenizer"]
+        tokenizer, splits = meta["tokenizer"], meta.get("splits", {})
         usable = (
             meta["dtype"] in ("uint16", "uint32")
-            and isinstance(meta.get("splits", {}), dict)
             and isinstance(tokenizer["name"], str)
             and all(type(tokenizer[key]) is int for key in {"n_vocab", "eot", "bos"} & {*tokenizer})
             and 0 <= tokenizer["eot"] < tokenizer["n_vocab"] <= MAX_VOCAB
             and 0 <= tokenizer.get("bos", 0) < tokenizer["n_vocab"]
+            and all(is_usable(shard) for split in splits.values() for shard in split["shards"])
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         usable = False
     if not usable:
-        raise UserError(f"{path} lacks a usable dtype, tokenizer or splits; prepare the data again")
+        raise UserError(f"{path} lacks a usable dtype, tokenizer or list of shards; prepare the data again")
     return meta
+
+
+def is_usable(shard: dict) -> bool:
+    """Whether an entry of meta.json names a file in the same folder, and how many tokens it holds."""
+    return os.path.basename(shard["file"]) == shard["file"] and type(shard["tokens"]) is int
 
 
 def identity(folder: str) -> str:
@@ -228,17 +242,11 @@ def bins_of(folder: str, split: str, meta: dict) -> list[Bin]:
     """The bins of a split, in order. Raises UserError when a file is missing or contradicts meta.json."""
     if "splits" not in meta:
         return external_bins(folder, split, meta["dtype"])
-    try:
-        shards = [(shard["file"], shard["tokens"]) for shard in meta["splits"][split]["shards"]]
-    except (KeyError, TypeError):
-        what = f"{folder}/meta.json has no usable list of {split} shards"
-        raise UserError(f"{what}; prepare the data again") from None
+    if split not in meta["splits"]:
+        raise UserError(f"{folder}/meta.json has no {split} split; prepare the data again")
     bins, dtype = [], np.dtype(meta["dtype"]).newbyteorder("<")
-    for name, count in shards:
-        if not isinstance(name, str) or os.path.basename(name) != name or type(count) is not int or count < 0:
-            s = {"file": name, "tokens": count}
-            raise UserError(f"{folder}/meta.json has an unusable shard entry {s!r}; prepare the data again")
-        path = os.path.join(folder, name)
+    for shard in meta["splits"][split]["shards"]:
+        path, count = os.path.join(folder, shard["file"]), shard["tokens"]
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing or not a regular file; prepare the data again")
         if (size := os.path.getsize(path)) != count * dtype.itemsize:

@@ -1,14 +1,11 @@
 """Where text comes from: files, folders, the Hugging Face hub.
 
 A document is a text file (or a part of one, see --split_on), or a row of a table or of a hub dataset. It
-reaches the tokenizer as one or more `Piece`s.
+reaches the tokenizer in one or more `Piece`s (text_files.py).
 """
 
 import collections
-import functools
-import glob
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -16,19 +13,18 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pyarrow import parquet
-
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import Parser, UserError, first_line
 from inheritune.data.text_files import (
     TABLES,
     TEXT,
     File,
+    Piece,
     check_column,
+    check_text,
     examine,
     holds,
     named_kind,
-    open_bytes,
     read_table,
     read_text,
 )
@@ -40,21 +36,13 @@ TOKENIZERS = "bytes, a tiktoken name, or the path of a tokenizer.json or of its 
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "index.json")
 
 
-class Piece(NamedTuple):
-    text: str
-    end: bool  # does its document end with it?
-    split: str = "train"
-    goes_on: bool = False  # did its document begin before it?
-    progress: float | None = None  # the share of the input read so far, where it is known
-
-
 class Source(NamedTuple):
     """A corpus, opened."""
 
     arguments: dict  # identify the corpus; stored in meta.json
     pieces: Iterator[Piece]
-    documents: Callable[[], int]  # how many there are; may take as long as reading them
     has_val: bool = False  # does some of it have the split "val"?
+    documents: Callable[[], int] | None = None  # how many there are; may take as long as reading them
 
 
 # Files
@@ -63,7 +51,7 @@ class Source(NamedTuple):
 def open_files(
     paths: list[str], val_paths: list[str] | None, column: str | None, split_on: str, out: str
 ) -> Source:
-    """Files, folders and patterns as a Source.
+    """Files and folders as a Source.
 
     val_paths: validation files; []: use a folder's own validation split; None: refuse one
     column: where tables keep the text; None: "text"
@@ -71,12 +59,12 @@ def open_files(
     out: the folder that will be written, which may not lie in one that is read
     """
     files = []
-    for given, path in [*(("train", path) for path in paths), *(("val", path) for path in val_paths or [])]:
+    for split, path in [*(("train", path) for path in paths), *(("val", path) for path in val_paths or [])]:
         real = os.path.realpath(path)
         if os.path.isdir(path) and os.path.commonpath([real, os.path.realpath(out)]) == real:
             raise UserError(f"--out {out} lies in {path}, which is read: choose a folder outside of it")
-        found = find_files(path, given)
-        if "val" in found and given == "train" and val_paths != []:
+        found = find_files(path, split)
+        if "val" in found and split == "train" and val_paths != []:
             why = "holds validation text of its own, which has no use here: name its training files"
             raise UserError(f"{path} {why}")
         files += [(split, examine(name)) for split, names in found.items() for name in names]
@@ -90,9 +78,12 @@ def open_files(
     arguments = {"sources": [*paths, *(val_paths or [])], "text_column": column, "split_on": split_on}
     arguments |= {"files": len(files), "bytes": sum(file.size for _, file in files)}
     arguments["content_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
-    options = {"files": files, "column": column, "split_on": split_on}
-    count, has_val = functools.partial(count_documents, **options), any(split == "val" for split, _ in files)
-    return Source(arguments, read_files(**options), count, has_val)
+
+    def count() -> int:
+        return sum(piece.end for piece in read_files(files, column, split_on))
+
+    has_val = any(split == "val" for split, _ in files)
+    return Source(arguments, read_files(files, column, split_on), has_val, count)
 
 
 def check_options(files: list[File], column: str | None, split_on: str) -> None:
@@ -115,41 +106,28 @@ def find_files(path: str, split: str) -> dict[str, list[str]]:
     """{split: paths of the files} that `path` stands for; `split` is what it was given as.
 
     A file stands for itself, a folder for the text files and tables under it (sorted; names that start with a
-    dot are left out), and anything else is tried as a glob pattern. Raises UserError where nothing is found.
+    dot are left out). stderr says what else is left out. Raises UserError where nothing is found.
     """
     if os.path.isfile(path):
         return {split: [path]}
-    if os.path.isdir(path):
-        return find_in_folder(path, split)
     if "://" in path:  # (which may hold a password, so it is not shown)
         raise UserError("a URL is not fetched: download it (curl -LO URL) and give the file")
-    if os.path.lexists(path):
-        raise UserError(f"{path} is a pipe or a device, which cannot be read twice; save it to a file first")
-    matches = sorted(glob.glob(path, recursive=True))
-    names = [name for name in matches if os.path.isfile(name)]
-    if not names:
-        raise UserError(f"{path} does not exist; give text files, tables or folders of them")
-    if split == "train":
-        refuse_held_out(path, [os.path.basename(name) for name in names])
-    if "**" not in path and len(names) < len(matches):
-        left = f"{len(matches) - len(names)} folders or other than files left out"
-        print(f"{path}: {left}; name folders to have their files", file=sys.stderr)
-    return {split: names}
-
-
-def find_in_folder(folder: str, split: str) -> dict[str, list[str]]:
-    """The same of a folder; stderr says what is left out."""
-    names, left = [], collections.Counter()
-    for path in walk(folder):
-        suffix = os.path.splitext(path)[1].lower()
-        if not os.path.isfile(path):
+    if not os.path.isdir(path):
+        what = (
+            "is a pipe or a device, which cannot be read twice" if os.path.lexists(path) else "does not exist"
+        )
+        raise UserError(f"{path} {what}; give text files, tables or folders of them")
+    folder, names, left = path, [], collections.Counter()
+    for name in files_under(folder):
+        suffix = os.path.splitext(name)[1].lower()
+        if not os.path.isfile(name):
             left["no regular file"] += 1  # a pipe would be waited for
-        elif not suffix or named_kind(path)[0] is None:
+        elif not suffix or named_kind(name)[0] is None:
             left[suffix or "without a suffix"] += 1
-        elif os.path.basename(path) in METADATA:
+        elif os.path.basename(name) in METADATA:
             left["metadata"] += 1
         else:
-            names.append(path)
+            names.append(name)
     found = {split: names}
     if split == "train" and any(HELD_OUT.search(os.path.relpath(name, folder)) for name in names):
         splits = hub_splits(folder, names)
@@ -168,9 +146,9 @@ def find_in_folder(folder: str, split: str) -> dict[str, list[str]]:
     return {split: paths for split, paths in found.items() if paths}
 
 
-def walk(folder: str, skip: tuple = ()) -> Iterator[str]:
+def files_under(folder: str, skip: tuple = ()) -> Iterator[str]:
     """Yield the paths of the files under `folder`, hidden ones left out, always in one order. Links to
-    folders are followed, and each folder is visited once. Raises OSError where a folder cannot be listed."""
+    folders are followed, and each folder is visited once. Raises OSError where one cannot be listed."""
     seen = {os.path.realpath(folder)}
 
     def is_new(path):
@@ -198,38 +176,20 @@ def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
         print(f"{folder} is no data set in the hub's layout ({first_line(e)})", file=sys.stderr)
         files = {}
     found = {str(split): list(map(str, paths)) for split, paths in files.items()}
-    refuse_held_out(folder, [os.path.relpath(name, folder) for name in found.get("train", names)])
+    for name in found.get("train", names):
+        name = os.path.relpath(name, folder)
+        if word := HELD_OUT.search(name):
+            cure = "name the training files yourself, and what is for validation with --val_files"
+            raise UserError(f"{folder}: {name} says {word[0]}; {cure}")
     return found
 
 
-def refuse_held_out(where: str, names: list[str]) -> None:
-    """Raise UserError for training files whose names say validation or test."""
-    for name in names:
-        if found := HELD_OUT.search(name):
-            cure = "name the training files yourself, and what is for validation with --val_files"
-            raise UserError(f"{where}: {name} says {found[0]}; {cure}")
-
-
-def count_documents(files: list[tuple[str, File]], column: str, split_on: str) -> int:
-    """How many documents there are; of a .parquet its metadata tells."""
-    tables = [file for _, file in files if file.kind == ".parquet"]
-    others = [(split, file) for split, file in files if file.kind != ".parquet"]
-    rows = sum(parquet.read_metadata(open_bytes(file)[0]).num_rows for file in tables)
-    return rows + sum(piece.end for piece in read_files(others, column, split_on))
-
-
 def read_files(files: list[tuple[str, File]], column: str, split_on: str) -> Iterator[Piece]:
-    """Yield the `Piece`s of [(split, file)] in order.
-
-    Raises UserError naming file and place for anything broken, and for a value that is no text.
-    """
+    """Yield the pieces of [(split, file)] in order. Raises UserError for anything broken."""
     total, before = sum(file.size for _, file in files) or 1, 0
     for split, file in files:
-        goes_on = False
-        rows = read_text(file, split_on) if file.kind == "text" else read_table(file, column)
-        for text, end, share in rows:
-            yield Piece(text, end, split, goes_on, (before + share * file.size) / total)
-            goes_on = not end
+        for piece in read_text(file, split_on) if file.kind == "text" else read_table(file, column):
+            yield piece._replace(split=split, progress=(before + piece.progress * file.size) / total)
         before += file.size
 
 
@@ -241,17 +201,16 @@ def hub_parser(description: str, out: str, dataset: str) -> Parser:
     parser = Parser(description=description)
     parser.add_argument("--out", default=out, help="folder to write")
     parser.add_argument("--dataset", default=dataset, help="hub dataset, or a folder in the hub's layout")
-    help = "read these instead: tables or text files, folders or glob patterns, as prepare.py does"
+    help = "read these instead: tables, text files or folders of them, as prepare.py does"
     parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
     parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZERS)
     parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     return parser
 
 
-def open_hub(dataset: str, streaming: bool, documents: float | None = None, **options) -> Source:
+def open_hub(dataset: str, streaming: bool, **options) -> Source:
     """The column `text` of the `train` split of a hub dataset, or of a folder in the hub's layout.
 
-    documents: how many there are about, for a streamed one
     options: revision and name, for `datasets.load_dataset`
 
     Raises UserError, after the hub library's own 20 seconds of trying again, when the hub cannot be reached,
@@ -269,21 +228,17 @@ def open_hub(dataset: str, streaming: bool, documents: float | None = None, **op
         raise UserError(f"{dataset} could not be loaded ({first_line(e)}); {cure}") from e
     if found.column_names:
         check_column("text", found.column_names, dataset)
-    n = documents if streaming else len(found)
-    return Source({"dataset": dataset} | options, read_hub(found.select_columns(["text"]), n), lambda: n)
+    rows, n = found.select_columns(["text"]), None if streaming else len(found)
+    return Source({"dataset": dataset} | options, read_hub(rows, n), documents=lambda: n)
 
 
-def read_hub(dataset, n: float | None) -> Iterator[Piece]:
-    """Yield a `Piece` for each of about `n` rows of a hub dataset, mapped or streamed."""
-    rows = iter(dataset)
-    for row in itertools.count(1):
-        try:
-            found = next(rows)
-        except StopIteration:
-            return
-        except Exception as e:
-            raise UserError(f"reading from the hub failed ({first_line(e)}); run again to go on") from e
-        if not isinstance(found["text"], str):
-            kind = type(found["text"]).__name__
-            raise UserError(f"row {row} of the dataset: 'text' holds a {kind}, not text")
-        yield Piece(found["text"], True, progress=n and min(1.0, row / n))
+def read_hub(rows, n: int | None) -> Iterator[Piece]:
+    """Yield a piece for each of the `n` rows of a hub dataset; n is None for a streamed one."""
+    try:
+        for number, row in enumerate(rows, 1):
+            check_text(row["text"], "text", f"row {number} of the dataset")
+            yield Piece([row["text"]], progress=n and number / n)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"reading from the hub failed ({first_line(e)}); run again to go on") from e

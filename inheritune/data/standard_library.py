@@ -7,6 +7,7 @@ names they are parted into training and validation.
 import ast
 import contextlib
 import hashlib
+import operator
 import os
 import platform
 import re
@@ -17,7 +18,8 @@ import warnings
 from collections.abc import Iterator
 
 from inheritune.base.errors import UserError
-from inheritune.data.sources import Piece, Source, walk
+from inheritune.data.sources import Source, files_under
+from inheritune.data.text_files import Piece
 
 LITERAL = re.compile(r"\s*[\[(]?[-\"'\\\d]|\s*b[\"']")  # how a line of a table in source code begins
 
@@ -25,17 +27,13 @@ LITERAL = re.compile(r"\s*[\[(]?[-\"'\\\d]|\s*b[\"']")  # how a line of a table 
 def open_python() -> Source:
     """The corpus, in the order of the hashes of the documents' names. One name in ten is for validation, the
     same in every version of Python."""
-    documents = python_documentation() + python_sources()
-    digests = {name: hashlib.sha256(name.encode()) for name, _ in documents}
-    documents.sort(key=lambda document: digests[document[0]].digest())
-
-    def read() -> Iterator[Piece]:
-        for i, (name, text) in enumerate(documents, 1):
-            held_out = int(digests[name].hexdigest(), 16) % 10 == 0
-            yield Piece(text, True, "val" if held_out else "train", progress=i / len(documents))
-
-    arguments = {"corpus": f"Python {platform.python_version()}"}
-    return Source(arguments, read(), lambda: len(documents), True)
+    documents = [
+        (int(hashlib.sha256(name.encode()).hexdigest(), 16), text)
+        for name, text in python_documentation() + python_sources()
+    ]
+    documents.sort(key=operator.itemgetter(0))
+    pieces = [Piece([text], split="train" if number % 10 else "val") for number, text in documents]
+    return Source({"corpus": f"Python {platform.python_version()}"}, iter(pieces), has_val=True)
 
 
 def python_documentation() -> list[tuple[str, str]]:
@@ -88,7 +86,7 @@ def standard_library() -> Iterator[tuple[str, str]]:
     """Yield (module name, text) of the standard library's files without its tests, always in one order."""
     folder = sysconfig.get_path("stdlib")
     skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__")
-    for path in walk(folder, skip):
+    for path in files_under(folder, skip):
         module, suffix = os.path.splitext(os.path.relpath(path, folder).replace(os.sep, "."))
         if suffix == ".py":
             # in the encoding that the file declares; templates are left out

@@ -1,8 +1,7 @@
-"""What is in a file: plain text in pieces, tables row by row, both in constant memory.
+"""What is in a file: plain text in pieces, tables row by row, both in constant memory (but for JSON arrays).
 
 Content decides how a file is read, its name only suggests. gzip, zstd and Parquet begin with bytes of their
-own, and a text whose first line is a JSON object is a table. Whatever is broken is one line that names the
-file and the place.
+own, and a text whose first line is a JSON object is a table.
 
 pyarrow reads .parquet and .arrow and unpacks; its decompressors notice a file that was cut off. The standard
 library reads JSON and CSV: pyarrow's readers refuse long rows and half surrogate pairs, and take a quotation
@@ -35,9 +34,9 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
 POINTER = b"version https://git-lfs"  # how the stand-in begins that Git LFS leaves for a large file
-PIECE = 1 << 17  # bytes of a text file held at a time
+PIECE = 1 << 17  # characters of a text file held at a time
 MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
-MAX_ARRAY = 1 << 30  # bytes of a JSON array, which is held whole
+READ_ERRORS = (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException)  # of a broken file
 csv.field_size_limit(sys.maxsize)
 
 
@@ -47,6 +46,14 @@ class File(NamedTuple):
     packed: str | None  # its compression
     size: int  # in bytes
     sample: str  # sha256 of 16 blocks of 4 kB, evenly spaced over it; of all of a small one
+
+
+class Piece(NamedTuple):
+    texts: list[str]  # documents; the first may be the rest of one, and the last may go on in the next piece
+    goes_on: bool = False  # did the first text's document begin before it?
+    end: bool = True  # does the last text end its document? (each other one does)
+    progress: float | None = None  # the share of the input read so far, where it is known
+    split: str = "train"
 
 
 def named_kind(path: str) -> tuple[str | None, str | None]:
@@ -77,6 +84,8 @@ def examine(path: str) -> File:
     if kind is None or (packed and kind in ARROW):
         kinds = ", ".join(TEXT + TABLES) + " are read, text, JSON and CSV also as .gz or .zst"
         raise UserError(f"{path}: only {kinds}; if it is plain text, rename it to .txt")
+    if kind not in ARROW and not packed and head.count(0) > len(head) // 4:
+        raise UserError(f"{path}: UTF-16 or no text at all; convert it first (iconv -f UTF-16 -t UTF-8)")
     file = File(path, kind, packed, size, sample.hexdigest())
     is_table = kind == "text" and (packed or head[:64].lstrip(BLANKS)[:1] == b"{") and begins_with_json(file)
     return file._replace(kind=".jsonl") if is_table else file
@@ -97,14 +106,6 @@ def open_bytes(file: File) -> tuple:
     return raw, pyarrow.CompressedInputStream(raw, file.packed) if file.packed else raw
 
 
-def check_encoding(path: str, block: bytes) -> None:
-    """Raise UserError for the first bytes of a file in UTF-16."""
-    begin = block[:1000]
-    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or begin.count(0) > len(begin) // 4:
-        cure = "convert it first (iconv -f UTF-16 -t UTF-8)"
-        raise UserError(f"{path}: UTF-16 or no text at all, not UTF-8; {cure}")
-
-
 def check_column(column: str, names: Iterable[str], where: str) -> None:
     if column not in names:
         names = ", ".join(map(str, names))
@@ -112,41 +113,34 @@ def check_column(column: str, names: Iterable[str], where: str) -> None:
 
 
 def unreadable(path: str, where: str, error: Exception) -> UserError:
-    """What to say of a file that cannot be read beyond a place: most were cut off."""
-    why, cure = first_line(error), "fetch it again"
-    if "too much memory" in why:  # only zstd --long asks for more than 128 MiB
+    """What to say of a file that is broken beyond a place."""
+    cure = "repair the file, or fetch it again"
+    if isinstance(error, UnicodeDecodeError):
+        cure = "convert the file to UTF-8 first"
+    elif "too much memory" in str(error):  # only zstd --long asks for more than 128 MiB
         cure = f"it was packed by zstd --long: unpack it with zstd -d --long=31 {path}"
-    return UserError(f"{path}: cannot be read after {where} ({why}); {cure}")
+    return UserError(f"{path}: cannot be read after {where} ({first_line(error)}); {cure}")
 
 
 # Plain text
 
 
 def read_blocks(file: File) -> Iterator[tuple[str, float]]:
-    """Yield (text, share of the file read by then) of a text file, a PIECE at a time."""
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    """Yield (PIECE characters, share of the file read by then) of a text file."""
+    position = 0
     try:
         raw, stream = open_bytes(file)
-        while True:
-            block = stream.read(PIECE)
-            if position == 0:
-                check_encoding(file.path, block)
-                block = block.removeprefix(codecs.BOM_UTF8)
-            pending = len(decoder.getstate()[0])
-            yield decoder.decode(block, final=not block), raw.tell() / (file.size or 1)
+        text = io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", newline="")
+        while block := text.read(PIECE):
+            yield block, raw.tell() / (file.size or 1)
             position += len(block)
-            if not block:
-                return
-    except UnicodeDecodeError as e:
-        where = f"{file.path}, byte {position - pending + e.start}"
-        raise UserError(f"{where}: not UTF-8; convert the file to UTF-8 first") from None
-    except OSError as e:
-        raise unreadable(file.path, f"byte {position}", e) from None
+    except READ_ERRORS as e:
+        raise unreadable(file.path, f"character {position:,}", e) from None
 
 
 def pattern_of(split_on: str) -> re.Pattern:
-    """The pattern that parts documents: `split_on` as it stands, where a line may end in LF or CRLF."""
-    return re.compile(re.escape(split_on).replace("\\\n", "\r?\n"))
+    """The pattern that parts documents: `split_on` as it stands, with line ends LF or CRLF."""
+    return re.compile("|".join(map(re.escape, (split_on, split_on.replace("\n", "\r\n")))))
 
 
 def holds(file: File, split_on: str) -> bool:
@@ -159,83 +153,69 @@ def holds(file: File, split_on: str) -> bool:
     return False
 
 
-def read_text(file: File, split_on: str = "") -> Iterator[tuple[str, bool, float]]:
-    """Yield (text, whether its document ends with it, share read) for the pieces of a text file.
+def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
+    """Yield the pieces of a text file.
 
     A long text is cut at tokenizer.CUT, where cutting does not change the tokens, if there is such a place.
     With `split_on`, a document ends wherever that text stands; blanks at the end are no document.
     """
     pattern = pattern_of(split_on) if split_on else None
-    text, inside = "", False  # inside: a part of this document was given out before
+    text, goes_on = "", False
     for block, share in read_blocks(file):
         text += block
         if pattern:
             *documents, text = pattern.split(text)
-            for document in documents:
-                yield document, True, share
-            inside = inside and not documents
+            if documents:
+                yield Piece(documents, goes_on, True, share)
+                goes_on = False
         end = len(text) - 2 * len(split_on)  # what follows may begin a `split_on`
         if end >= PIECE // 2:
             place = CUT.match(text, 0, end)
             used = place.end() if place else end
-            yield text[:used], False, share
-            text, inside = text[used:], True
-    if text.strip() or inside or not split_on:
-        yield text, True, 1.0
+            yield Piece([text[:used]], goes_on, False, share)
+            text, goes_on = text[used:], True
+    if text.strip() or goes_on or not split_on:
+        yield Piece([text], goes_on, True, 1.0)
 
 
 # Tables
 
 
-def read_table(file: File, column: str) -> Iterator[tuple[str, bool, float]]:
-    """Yield (text, True, share read) for the rows of a table, in memory of one row (256 of a .parquet) or of
-    a whole JSON array. Raises UserError for a row that is broken or holds no text in `column`."""
+def read_table(file: File, column: str) -> Iterator[Piece]:
+    """Yield a piece for each row of a table, in memory of one row (256 of a .parquet) or a whole JSON array.
+    Raises UserError for a row that is broken or holds no text in `column`."""
     where = "its beginning"
     try:
         raw, stream = open_bytes(file)
         if file.kind in ARROW:
             rows = arrow_rows(raw, file, column)
         else:
-            lines = io.BufferedReader(stream, 1 << 20)
-            check_encoding(file.path, lines.peek(1000))
-            rows = (csv_rows if file.kind in (".csv", ".tsv") else json_rows)(lines, file, column)
+            read = csv_rows if file.kind in (".csv", ".tsv") else json_rows
+            rows = read(io.BufferedReader(stream, 1 << 20), file, column)
         for where, value in rows:
-            if not isinstance(value, str):
-                kind = type(value).__name__
-                raise UserError(f"{file.path}, {where}: {column!r} holds a {kind}, not text; remove the row")
-            yield value, True, raw.tell() / (file.size or 1)
-    except (UnicodeDecodeError, csv.Error) as e:
-        kind = "UTF-8" if isinstance(e, UnicodeDecodeError) else "CSV"
-        raise UserError(f"{file.path}, after {where}: not {kind} ({e}); repair the file") from None
-    except (pyarrow.ArrowException, OSError) as e:
+            check_text(value, column, f"{file.path}, {where}")
+            yield Piece([value], progress=raw.tell() / (file.size or 1))
+    except READ_ERRORS as e:
         raise unreadable(file.path, where, e) from None
+
+
+def check_text(value, column: str, where: str) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} holds a {type(value).__name__}, not text; remove the row")
 
 
 def json_rows(lines: io.BufferedReader, file: File, column: str) -> Iterator[tuple]:
     """Yield (where it stands, what is in `column`) for JSON lines, or for the elements of one array."""
     if lines.peek(64).lstrip(BLANKS).startswith(b"["):
-        content = lines.read(MAX_ARRAY + 1)
-        if len(content) > MAX_ARRAY:
-            size = f"{MAX_ARRAY >> 30} GiB"
-            raise UserError(f"{file.path}: an array of over {size}; write an object a line (.jsonl) instead")
-        rows = ((f"element {n}", row) for n, row in enumerate(parse_json(content, file.path), 1))
+        rows = ((f"element {n}", row) for n, row in enumerate(json.loads(lines.read()), 1))
     else:
-        numbered = ((f"line {n}", line) for n, line in enumerate(lines, 1) if not line.isspace())
-        rows = ((where, parse_json(line, f"{file.path}, {where}")) for where, line in numbered)
+        rows = ((f"line {n}", json.loads(line)) for n, line in enumerate(lines, 1) if not line.isspace())
     for where, row in rows:
         if not isinstance(row, dict):
             kind = type(row).__name__
             raise UserError(f"{file.path}, {where}: a JSON {kind}, not an object with the text")
         check_column(column, row, f"{file.path}, {where}")
         yield where, row[column]
-
-
-def parse_json(content: bytes, where: str) -> dict | list:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        what = "UTF-8" if isinstance(e, UnicodeDecodeError) else "JSON"
-        raise UserError(f"{where}: not {what} ({e}); repair or remove the line") from None
 
 
 def csv_rows(lines: io.BufferedReader, file: File, column: str) -> Iterator[tuple]:

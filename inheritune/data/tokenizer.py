@@ -6,6 +6,7 @@ end-of-text ids between documents.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -90,9 +91,9 @@ class Tokenizer:
         """The ids of `text`, without an end-of-text."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> list[np.ndarray]:
-        """One array of ids for each text. Where `goes_on`, it is the rest of a text that was cut at CUT, and
-        gets the ids that it has in the whole text."""
+    def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> tuple[np.ndarray, list[int]]:
+        """(the ids of all texts in one array, how many each has). Where `goes_on`, a text is the rest of one
+        that was cut at CUT, and gets the ids that it has in the whole text."""
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -148,12 +149,14 @@ class Bytes(Tokenizer):
     """Ids 0 to 255 are the bytes of the text in UTF-8; 256 ends a text. Needs no download and no training."""
 
     name, n_vocab, eot = "bytes", 257, 256
+    spelled = (*(bytes((i,)) for i in range(256)), END_OF_TEXT.encode())
 
     def encode_batch(self, texts, goes_on=()):
-        return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
+        encoded = [utf8(text) for text in texts]
+        return np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint32), list(map(len, encoded))
 
     def decode_bytes(self, ids):
-        return b"".join(END_OF_TEXT.encode() if i == self.eot else bytes((i,)) for i in self.known(ids))
+        return b"".join([self.spelled[i] for i in self.known(ids)])
 
 
 class TikToken(Tokenizer):
@@ -165,7 +168,8 @@ class TikToken(Tokenizer):
 
     def encode_batch(self, texts, goes_on=()):  # the ids of `encode_ordinary`, without Python lists
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
-        return [np.concatenate([encode(part) for part in cut(utf8(text).decode())]) for text in texts]
+        ids = [[encode(part) for part in cut(utf8(text).decode())] for text in texts]
+        return np.concatenate(list(itertools.chain(*ids))), [sum(map(len, arrays)) for arrays in ids]
 
     def decode_bytes(self, ids):
         try:
@@ -237,7 +241,8 @@ class HuggingFace(Tokenizer):
             ids = [encoding.ids for encoding in encodings]
             for i in np.flatnonzero(goes_on):
                 ids[i] = self.encode_rest(texts[i])
-        return [np.array(some, np.uint32) for some in ids]
+        lengths = list(map(len, ids))
+        return np.fromiter(itertools.chain(*ids), np.uint32, sum(lengths)), lengths
 
     def encode_rest(self, text: str) -> list[int]:
         """The ids of the rest of a text. Llama's tokenizers put a blank before any text, so the rest comes

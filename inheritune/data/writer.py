@@ -10,7 +10,6 @@ shards, or are joined. meta.json is written last: a folder without it is unfinis
 import collections
 import contextlib
 import functools
-import importlib.metadata
 import itertools
 import os
 import re
@@ -24,7 +23,8 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import lock_folder, read_json, replacing, sha256, unlock_folder, write_json
-from inheritune.data.sources import Piece, Source
+from inheritune.data.sources import Source
+from inheritune.data.text_files import Piece
 from inheritune.data.tokenizer import Tokenizer, utf8
 
 FORMAT = 1
@@ -33,10 +33,6 @@ BATCH = 1 << 18  # characters that a thread tokenises at a time
 COUNTS = ("tokens", "documents", "bytes")
 UNFINISHED = re.compile(r"(train|val|all)_\d{6}\.part|\..*\.(part|bin|json)\.tmp|progress\.json")
 OURS = re.compile(UNFINISHED.pattern + r"|(train|val)(_\d{6})?\.bin|(tokenizer|tokenizer_config)\.json")
-
-
-class TooLittle(UserError):
-    """All text of a source is read, and a split has none of it."""
 
 
 def write_tokens(
@@ -48,8 +44,8 @@ def write_tokens(
     val_fraction: float | None = None,
     shard_tokens: int | None = None,
     max_tokens: int = sys.maxsize,
-) -> dict:
-    """Tokenise a source into the data folder `out`, from where an earlier run stopped. Returns its meta.json.
+) -> None:
+    """Tokenise a source into the data folder `out`, from where an earlier run stopped.
 
     script: the command's name, for meta.json
     threads: how many tokenise
@@ -62,47 +58,33 @@ def write_tokens(
     """
     if threads < 1:
         raise UserError(f"--num_proc {threads} must be at least 1")
-    versions = {name: importlib.metadata.version(name) for name in ("numpy", "tiktoken", "tokenizers")}
-    made = {"script": script, "arguments": source.arguments, "versions": versions}
+    made = {"script": script, "arguments": source.arguments}
     note = {"format": FORMAT, "tokenizer": tokenizer.describe(), "made": made}
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+    dtype, size = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"), shard_tokens or PART
     with own_folder(out):
         if os.path.exists(os.path.join(out, "meta.json")):
             return check_finished(out, note)
         progress = open_progress(out, note, dtype)
         try:
             pieces = itertools.islice(source.pieces, progress["pieces"], None)
-            size = min(BATCH, 1 + (shard_tokens or PART) // 10)  # so that no shard gets much too long
             encode = functools.partial(tokenise, tokenizer, dtype)
-            batches = in_order(encode, batched(pieces, size), threads)
-            write_parts(out, batches, progress, shard_tokens, max_tokens)
-            if shard_tokens:
-                shards = [bin_entry(out, entry["file"], [entry]) for entry in progress["files"]]
-            elif val_fraction:
-                shards = part_off(out, progress["files"], tokenizer, dtype, val_fraction)
-            else:
-                shards = [join(out, f"{split}.bin", progress["files"], split) for split in ("train", "val")]
-            return finish(out, note | {"dtype": dtype.name}, shards, tokenizer, progress["files"])
-        except BaseException as e:
-            if not progress["parts"] or isinstance(e, TooLittle):  # there is nothing to go on with
+            # a tenth of a part at most, so that no part gets much too long
+            batches = in_order(encode, batched(pieces, min(BATCH, 1 + size // 10)), threads)
+            write_parts(out, batches, progress, size, max_tokens, bool(shard_tokens))
+            shards = parts = progress["files"]
+            if val_fraction:
+                shards = part_off(out, parts, tokenizer, dtype, val_fraction)
+            elif not shard_tokens:
+                shards = [join(out, f"{split}.bin", parts, split) for split in ("train", "val")]
+            finish(out, note | {"dtype": dtype.name}, shards, tokenizer)
+            if spelled := sum(part["spelled"] for part in parts):
+                marker = tokenizer.end_of_text
+                what = f"the text holds {marker} {spelled:,} times, which is ordinary text here"
+                print(f"note: {what}; where it parts documents, --split_on '{marker}' makes it do so")
+        except BaseException:
+            if add_up(progress["files"])["tokens"] < size:  # not one whole part to go on with
                 clear(out, OURS)
             raise
-
-
-def write_parts(
-    out: str, batches: Iterator[tuple], progress: dict, shard_tokens: int | None, most: int
-) -> None:
-    """Write batches of ids into parts until they come to `most` tokens, and note each part in `progress`."""
-    with tqdm(unit="tok", unit_scale=True, desc=out) as bar:
-        while (tokens := add_up(progress["files"])["tokens"]) < most:
-            names = part_names(progress["parts"], shard_tokens)
-            wanted = min(shard_tokens or PART, most - tokens)
-            files, n_pieces = write_part(out, names, batches, wanted, bar, tokens)
-            if not n_pieces:
-                break
-            progress["files"] += files
-            progress |= {"parts": progress["parts"] + 1, "pieces": progress["pieces"] + n_pieces}
-            write_json(os.path.join(out, "progress.json"), progress)
 
 
 # Text to ids
@@ -113,7 +95,7 @@ def batched(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
-        characters += len(piece.text) + 20  # so that a million empty documents are no single batch
+        characters += sum(map(len, piece.texts)) + 20  # so that a million empty rows are no single batch
         if characters >= size:
             yield batch
             batch, characters = [], 0
@@ -135,75 +117,83 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
 
 
 def tokenise(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> dict[str, tuple]:
-    """{split: (ids, [tokens, documents, bytes of text, times that end-of-text is spelled out])} of a batch.
+    """{split: (ids, {tokens, documents, bytes of text, times that end-of-text is spelled out})} of a batch.
     An end-of-text id follows each document."""
     found = {}
-    arrays = tokenizer.encode_batch([piece.text for piece in batch], [piece.goes_on for piece in batch])
     for split in {piece.split for piece in batch}:
-        own = [piece for piece in batch if piece.split == split]
-        ids = [ids for piece, ids in zip(batch, arrays, strict=True) if piece.split == split]
-        ends = np.cumsum([len(some) for some in ids])[[piece.end for piece in own]]
-        ids = np.insert(np.concatenate(ids).astype(dtype), ends, tokenizer.eot)
-        text = "\0".join(piece.text for piece in own)  # counting in one text is faster
-        n_bytes = len(utf8(text)) - (len(own) - 1)
-        found[split] = ids, [len(ids), len(ends), n_bytes, text.count(tokenizer.end_of_text)]
+        texts, goes_on, ends = [], [], []
+        for piece in batch:
+            if piece.split == split:
+                others = len(piece.texts) - 1
+                texts += piece.texts
+                goes_on += [piece.goes_on] + [False] * others
+                ends += [True] * others + [piece.end]
+        ids, lengths = tokenizer.encode_batch(texts, goes_on)
+        ids = np.insert(ids.astype(dtype), np.cumsum(lengths)[ends], tokenizer.eot)
+        whole = "\0".join(texts)  # counting in one text is faster
+        n_bytes = len(utf8(whole)) - (len(texts) - 1)
+        counts = {"tokens": len(ids), "documents": sum(ends), "bytes": n_bytes}
+        found[split] = ids, counts | {"spelled": whole.count(tokenizer.end_of_text)}
     return found
 
 
 # Parts
 
 
-def part_names(number: int, shard_tokens: int | None) -> dict[str, str]:
-    """{split of the text: file} of part 3: {"train": "train_000003.part", "val": "val_000003.part"}; of shard
-    3 {"train": "train_000002.bin"}. All text has the split "train" here; shard 0 is used for validation."""
-    if shard_tokens:
-        return {"train": f"train_{number - 1:06d}.bin" if number else "val_000000.bin"}
-    return {split: f"{split}_{number:06d}.part" for split in ("train", "val")}
+def write_parts(
+    out: str, batches: Iterator[tuple], progress: dict, size: int, most: int, are_shards: bool
+) -> None:
+    """Write batches of ids into parts of `size` tokens until they come to `most`; note each in `progress`."""
+    total = add_up(progress["files"])["tokens"]
+    with tqdm(unit="tok", unit_scale=True, desc=out) as bar:
+        while total < most and (first := next(batches, None)):
+            entries, target = new_part(progress["parts"], are_shards), min(total + size, most)
+            with contextlib.ExitStack() as stack:
+                paths = {split: os.path.join(out, entry["file"]) for split, entry in entries.items()}
+                files = {split: stack.enter_context(replacing(path)) for split, path in paths.items()}
+                for encoded, batch in itertools.chain([first], batches):
+                    for split, (ids, counts) in encoded.items():
+                        files[split].write(ids.data)
+                        entries[split] |= {key: entries[split][key] + n for key, n in counts.items()}
+                        total += len(ids)
+                    progress["pieces"] += len(batch)
+                    if share := batch[-1].progress:
+                        bar.total = round(total / share)  # from which the remaining time follows
+                    bar.update(total - bar.n)
+                    if total >= target:
+                        break
+            progress["files"] += entries.values()
+            progress["parts"] += 1
+            write_json(os.path.join(out, "progress.json"), progress)
 
 
-def write_part(
-    out: str, names: dict[str, str], batches: Iterator[tuple], size: int, bar: tqdm, before: int
-) -> tuple[list[dict], int]:
-    """Write batches until they come to `size` tokens; earlier parts have `before`. Returns (an entry for each
-    file, the number of pieces, 0 when there was none left)."""
-    files, sums, pieces, written = {}, {}, 0, 0
-    with contextlib.ExitStack() as stack:
-        for encoded, batch in batches:
-            for split, (ids, counts) in encoded.items():
-                if split not in files:
-                    files[split] = stack.enter_context(replacing(os.path.join(out, names[split])))
-                files[split].write(ids.data)
-                sums[split] = [a + b for a, b in zip(sums.get(split, [0] * 4), counts, strict=True)]
-                written += len(ids)
-            pieces += len(batch)
-            if share := batch[
-                -1
-            ].progress:  # what the text so far came to gives the total, and the remaining time
-                bar.total = round((before + written) / share)
-            bar.update(before + written - bar.n)
-            if written >= size:
-                break
-    keys = (*COUNTS, "spelled")
-    return [{"file": names[s]} | dict(zip(keys, counts, strict=True)) for s, counts in sums.items()], pieces
+def new_part(number: int, is_shard: bool) -> dict[str, dict]:
+    """{split of the text: the entry of its file} of part 3: train_000003.part and val_000003.part. Of shard 3
+    train_000002.bin: all text has the split "train" there, and shard 0 is used for validation."""
+    names = {split: f"{split}_{number:06d}.part" for split in ("train", "val")}
+    if is_shard:
+        names = {"train": f"train_{number - 1:06d}.bin" if number else "val_000000.bin"}
+    return {split: {"file": name} | dict.fromkeys((*COUNTS, "spelled"), 0) for split, name in names.items()}
 
 
-def join(out: str, name: str, entries: list[dict], split: str) -> dict:
-    """Write the parts of a split into one file; its entry in meta.json."""
-    entries = [entry for entry in entries if entry["file"].startswith(split)]
+def join(out: str, name: str, parts: list[dict], split: str) -> dict:
+    """Write the parts of a split into one file. Returns the file's entry."""
+    entries = [part for part in parts if part["file"].startswith(split)]
     with replacing(os.path.join(out, name)) as f:
         for entry in entries:
             with open(os.path.join(out, entry["file"]), "rb") as part:
                 shutil.copyfileobj(part, f, 1 << 20)
-    return bin_entry(out, name, entries)
+    return {"file": name} | add_up(entries)
 
 
-def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtype, fraction: float) -> list:
-    """Write train.bin and, with this share of the tokens from the end, val.bin; their entries in meta.json.
+def part_off(out: str, parts: list[dict], tokenizer: Tokenizer, dtype: np.dtype, fraction: float) -> list:
+    """Write train.bin and, with this share of the tokens from the end, val.bin. Returns their entries.
 
     Validation begins where a document does, if one does within a tenth of its length, or else inside one.
     """
-    whole, eot = join(out, "all_000000.part", entries, "train"), np.array([tokenizer.eot], dtype)
-    ids = np.memmap(os.path.join(out, whole["file"]), dtype, "r")
+    whole, eot = join(out, "all_000000.part", parts, "train"), np.array([tokenizer.eot], dtype)
+    path = os.path.join(out, whole["file"])
+    ids = np.memmap(path, dtype, "r") if whole["tokens"] else eot[:0]  # an empty file cannot be mapped
     place, reach = round(len(ids) * (1 - fraction)), 1 + int(len(ids) * fraction / 10)
     first = max(0, place - reach)
     begins = first + 1 + np.flatnonzero(ids[first : min(place + reach, len(ids) - 1)] == eot)
@@ -212,7 +202,7 @@ def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtyp
     while 0 < place < len(ids) and tokenizer.decode_bytes([ids[place]])[0] & 0xC0 == 0x80:
         place += 1  # not inside a character
     if not 0 < place < len(ids) - 1:
-        raise TooLittle(f"{out}: too little text to part into training and validation; give more")
+        raise UserError(f"{out}: too little text to part into training and validation; give more")
 
     ends = eot[: int(ids[place - 1] != tokenizer.eot)]  # the end-of-text of a document that is cut
     for name, arrays in (("train.bin", (ids[:place], ends)), ("val.bin", (ids[place:],))):
@@ -226,7 +216,7 @@ def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtyp
         val["bytes"] += len(tokenizer.decode_bytes(piece[piece != eot].tolist()))
     train = {key: whole[key] - val[key] for key in COUNTS}
     cut = {"tokens": len(ends), "documents": len(ends), "bytes": 0}
-    return [bin_entry(out, "train.bin", [train, cut]), bin_entry(out, "val.bin", [val])]
+    return [{"file": "train.bin"} | add_up([train, cut]), {"file": "val.bin"} | val]
 
 
 # The folder
@@ -236,8 +226,6 @@ def part_off(out: str, entries: list[dict], tokenizer: Tokenizer, dtype: np.dtyp
 def own_folder(out: str) -> Iterator[None]:
     """Make and lock the folder `out`. A new one is removed again if it stays empty."""
     is_new = not os.path.exists(out)
-    if not is_new and not os.path.isdir(out):
-        raise UserError(f"{out} is a file; --out names a folder")
     os.makedirs(out, exist_ok=True)
     if (lock := lock_folder(out)) is None:
         raise UserError(f"{out} is being written by another run; wait or choose another --out")
@@ -289,37 +277,34 @@ def check_files(out: str, entries: list[dict], dtype: np.dtype) -> None:
             raise UserError(f"{path} is missing or not as long as it was; delete {out} and run again")
 
 
-def check_finished(out: str, note: dict) -> dict:
-    """Say that `out` is finished, and return its meta.json."""
+def check_finished(out: str, note: dict) -> None:
+    """Say that `out` is finished. Raises UserError if it was made from something else or is damaged."""
     meta = read_json(os.path.join(out, "meta.json"))
     check_same(out, "finished", meta, note)
     shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
     check_files(out, shards, np.dtype(meta["dtype"]))
     clear(out, UNFINISHED)  # a kill just before the end leaves a little
     print(f"{out} is already finished: {summary(meta['splits'])}")
-    return meta
 
 
-def finish(out: str, note: dict, shards: list[dict], tokenizer: Tokenizer, parts: list[dict]) -> dict:
-    """Write meta.json, which makes the folder a finished one, and return it; the parts are removed."""
+def finish(out: str, note: dict, shards: list[dict], tokenizer: Tokenizer) -> None:
+    """Write meta.json, which makes the folder a finished one; the parts are removed."""
     splits = {}
     for split in ("train", "val"):
-        own = [shard for shard in shards if shard["file"].startswith(split)]
+        own = [
+            {"file": shard["file"]} | add_up([shard]) | {"sha256": sha256(os.path.join(out, shard["file"]))}
+            for shard in shards
+            if shard["file"].startswith(split)
+        ]
         splits[split] = add_up(own) | {"shards": own}
         if not splits[split]["tokens"]:
-            raise TooLittle(f"{out}: no text is left for {split}; give more text, or ask for smaller shards")
+            raise UserError(f"{out}: no text is left for {split}; give more text, or ask for smaller shards")
     for name, content in tokenizer.files.items():
         with replacing(os.path.join(out, name)) as f:
             f.write(content)
-    meta = note | {"splits": splits}
-    write_json(os.path.join(out, "meta.json"), meta)
+    write_json(os.path.join(out, "meta.json"), note | {"splits": splits})
     clear(out, UNFINISHED)
     print(f"{out}: {summary(splits)}")
-    if spelled := sum(part["spelled"] for part in parts):
-        marker = tokenizer.end_of_text
-        what = f"the text holds {marker} {spelled:,} times, which is ordinary text here"
-        print(f"note: {what}; where it parts a file's documents, --split_on '{marker}' makes it do so")
-    return meta
 
 
 def clear(out: str, pattern: re.Pattern) -> None:
@@ -332,11 +317,6 @@ def clear(out: str, pattern: re.Pattern) -> None:
 
 def add_up(entries: list[dict]) -> dict:
     return {key: sum(entry[key] for entry in entries) for key in COUNTS}
-
-
-def bin_entry(out: str, name: str, entries: list[dict]) -> dict:
-    """The entry in meta.json of a file that holds the tokens of these entries."""
-    return {"file": name} | add_up(entries) | {"sha256": sha256(os.path.join(out, name))}
 
 
 def summary(splits: dict) -> str:
