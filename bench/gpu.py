@@ -19,17 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import gpu_harness  # first: it finds the other files
 import torch
-from gpu_harness import Place, command, dry_run, flags, measured, random_model, train, train_command, waits
+from gpu_harness import Place, dry_run, measured, random_model, train, train_command, waits
 from harness import ROOT, events, read, report, row, seconds
 
 from inheritune.training.device import peak_flops, pick, pick_dtype
 from model import GPT, GPTConfig
 
-LIMIT = 1800  # seconds for all steps
 PEAK = "matrix product, 8192 x 8192 x 8192, bf16"
 
 
@@ -47,22 +45,16 @@ def peak(p):
     yield row(PEAK, rate / 1e12, "TFLOP/s")
     if sheet := peak_flops(device):
         yield row("of the data sheet's", 100 * rate / sheet, "%", ">= 50")
-    native = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    agrees = (pick_dtype("auto", device) == torch.bfloat16) == native
-    yield row("--dtype=auto is bfloat16 where the card computes in it, and only there", agrees, "", ">= 1")
 
 
 def losses(p):
     """The same training on the CPU and on the GPU."""
     cases = {"float32": {}, "muon": {"optimizer": "muon"}, "distillation": {"teacher": p.path("float32-cpu")}}
-    cases = {name: {"dtype": "float32"} | change for name, change in cases.items()}
-    on_cpu = {n: train(p, f"{n}-cpu", **settings | {"device": "cpu"})[0] for n, settings in cases.items()}
+    on_cpu = {n: train(p, f"{n}-cpu", **case, dtype="float32", device="cpu")[0] for n, case in cases.items()}
     yield row("learned", on_cpu["float32"][0] - on_cpu["float32"][-1], "nats", ">= 0.1")
-    cases |= {"bfloat16": {"dtype": "bfloat16"}, "float16": {"dtype": "float16"}}
-    with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as pool:
-        found = {name: pool.submit(train, p, name, **change) for name, change in cases.items()}
-    for name in cases:
-        there, here = on_cpu.get(name, on_cpu["float32"]), found[name].result()[0]
+    for name in [*cases, "bfloat16", "float16"]:
+        settings = {"dtype": "float32"} | cases[name] if name in cases else {"dtype": name}
+        here, there = train(p, name, **settings)[0], on_cpu.get(name, on_cpu["float32"])
         first, last = ("<= 0.001", "<= 0.02") if name in on_cpu else ("<= 0.005", "<= 0.05")
         yield row(f"{name}: off the CPU's at first", abs(here[0] - there[0]), "nats", first)
         yield row(f"{name}: off the CPU's at last", abs(here[-1] - there[-1]), "nats", last)
@@ -72,11 +64,15 @@ def graphs(p):
     """The compiled graphs of trainings with validations; DDP and FSDP2, over NCCL, in a world of one."""
     T = p.sizes("gpt2")["block_size"]
     settings = p.sizes("gpt2") | {"dataset": p.path("ids"), "batch_tokens": 16 * T, "eval_tokens": 18 * T}
-    settings |= {"scale_attn_by_inverse_layer_idx": True, "compile": True}
-    settings |= {"max_iters": 30, "eval_interval": 15}
-    kinds = {"one process": ("counted", 4), "DDP": ("counted,alone", 30), "FSDP2": ("counted,alone", 8)}
-    for kind, (patches, most) in kinds.items():
-        curve, timing, counts = train(p, f"graphs-{kind}", patches, shard=kind == "FSDP2", **settings)
+    settings |= {
+        "scale_attn_by_inverse_layer_idx": True,
+        "compile": True,
+        "max_iters": 30,
+        "eval_interval": 15,
+    }
+    kinds = {"one process": ("counted", 4), "DDP": ("alone", 30), "FSDP2": ("alone", 8)}
+    for kind, (patch, most) in kinds.items():
+        curve, timing, counts = train(p, f"graphs-{kind}", patch, shard=kind == "FSDP2", **settings)
         for key, count in counts.items():
             yield row(f"{kind}: {key}", count, "", f"<= {most if key == 'graphs' else 0}")
         if kind == "one process":
@@ -103,8 +99,7 @@ def training(p, shape):
     yield row("tokens a second", settings["batch_tokens"] / ours["step"], "")
     yield row("share of the matrix product's speed", share, "%", p.speed(f">= {45 if shape == 'xl' else 50}"))
     yield row("memory", ours["memory"], "GB")
-    yield row("memory off --dry_run's", abs(ours["memory"] / estimate - 1), "ratio", p.speed("<= 0.15"))
-    yield row("seconds to build the run", ours["setup"], "s")
+    yield row("memory / --dry_run's", ours["memory"] / estimate, "ratio", p.speed("<= 1.05"))
     yield row("seconds to the end of the first step", ours["first"], "s")
     yield row("copies from unpinned memory, a step", ours["pageable"], "", "<= 0")
     yield row("waits for the GPU, a step", ours["waits"], "", "<= 4")
@@ -126,24 +121,11 @@ def variants(p):
         estimate, found = dry_run(p, **settings, **change), measured(p, **settings, **change)
         yield row(f"{name}: step / plain", found["step"] / plain, "ratio", p.speed(f"<= {slower}"))
         yield row(f"{name}: memory", found["memory"], "GB")
-        off = abs(found["memory"] / estimate - 1)
-        yield row(f"{name}: memory off --dry_run's", off, "ratio", p.speed("<= 0.15"))
-
-
-def two(p):
-    """Two ranks on one card, over gloo; then one of them runs out of memory."""
-    alone, device = train(p, "one")[0], "cpu" if p.toy else "cuda:0"
-    both = train(p, "two", "gloo", 2, device=device, batch_size=4)[0]
-    yield row("loss off one rank's", abs(both[-1] - alone[-1]), "nats", "<= 0.02")
-    argv, began = train_command(p, "oom", "gloo,oom", 2, device=device), time.perf_counter()
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
-    said = done.returncode != 0 and "rank 1" in done.stderr and "allocate" in done.stderr
-    yield row("out of memory on rank 1: all ranks end after", time.perf_counter() - began, "s", "<= 120")
-    yield row("out of memory on rank 1: it says so", said, "", ">= 1")
+        yield row(f"{name}: memory / --dry_run's", found["memory"] / estimate, "ratio", p.speed("<= 1.05"))
 
 
 def resume(p):
-    """Save, kill, resume, score."""
+    """Save, kill, resume."""
     settings = {"max_iters": 300, "eval_interval": 100, "eval_tokens": 10**9, "resume": "auto"}
     whole = train(p, "whole", **settings)[0]
     killed = subprocess.Popen([sys.executable, *train_command(p, "killed", **settings)], cwd=ROOT)
@@ -153,10 +135,6 @@ def resume(p):
     yield row("killed while it trained", killed.wait() == -signal.SIGKILL, "", ">= 1")
     resumed = train(p, "killed", **settings)[0]
     yield row("loss off that of a run without a kill", abs(resumed[-1] - whole[-1]), "nats", "<= 0.02")
-    paths = {"ckpt": p.path("killed/latest"), "data": p.path("bytes"), "out": p.path("scores.json")}
-    command("score.py", *flags(**paths, device=p.device))
-    scored = p.json("scores.json")["loss"]["loss"]
-    yield row("loss by score.py off train.py's", abs(scored - resumed[-1]), "nats", "<= 0.02")
 
 
 def sampling(p):
@@ -170,7 +148,7 @@ def sampling(p):
         return list(model.generate(idx, tokens, top_k=50))
 
     for rows in (1, 16):
-        draw(rows)
+        draw(rows, 4)  # what is timed reaches lengths that nothing has warmed up on
         speed[rows] = 48 * rows / seconds(lambda rows=rows: draw(rows))
         waited = waits(events(lambda rows=rows: draw(rows, 16))) / 16
         yield row(f"batch {rows}: tokens a second", speed[rows], "")
@@ -178,33 +156,9 @@ def sampling(p):
     yield row("batch 16 / batch 1", speed[16] / speed[1], "ratio", p.speed(">= 8"))
 
 
-def analysis(p):
-    """analyze.py on the GPU against the CPU."""
-    found, settings = {}, {"ckpt": random_model(p, "gpt2"), "data": p.path("ids"), "sequences": 4}
-    for name, device in {"CPU": "cpu", "GPU": p.device}.items():
-        began = time.perf_counter()
-        command("analyze.py", *flags(**settings, device=device, out=p.path(name), skip_sequences=2))
-        yield row(f"seconds on the {name}", time.perf_counter() - began, "s")
-        found[name] = p.json(name, "analysis.json")
-    for key in ("max_rank", "avg_mass", "loss_without"):
-        here, there = (statistics.mean(found[name]["layers"][key]) for name in ("GPU", "CPU"))
-        yield row(f"{key} off the CPU's", abs(here / there - 1), "ratio", "<= 0.01")
-
-
-def demo(p):
-    """The recipe of `make demo`, and a sample from its model."""
-    settings = {"max_iters": 20, "eval_interval": 10, "control": False} if p.toy else {}
-    settings |= {"dataset": p.path("bytes"), "out_dir": p.path("demo"), "device": p.device}
-    command("grow.py", "config/demo.py", *flags(**settings))
-    for run in p.json("demo", "results.json")["runs"]:
-        yield row(f"{run['arm']}, {run['n_layer']} blocks", run["val_loss"], "nats", p.speed("<= 3"))
-    text = command("sample.py", *flags(ckpt=p.path("demo/final"), max_new_tokens=200, device=p.device))
-    yield row("a sample's characters", len(text), "", ">= 50")
-
-
 # seconds at most; in this order fifteen minutes on a card tell the most
-STEPS = dict(peak=60, gpt2=180, graphs=300, variants=300, losses=300, sampling=60, two=150, resume=200)
-STEPS |= dict(xl=420, large18=240, analysis=120, large=300, medium=240, demo=400)
+STEPS = dict(peak=60, gpt2=180, graphs=300, variants=300, losses=300, sampling=60, resume=200)
+STEPS |= dict(xl=420, large18=240, large=300)
 
 
 def answer(name, place):
@@ -228,7 +182,7 @@ def main():
     facts, memory = gpu_harness.machine()
     if not (memory or args.toy):
         sys.exit(f"gpu.py: torch {facts['torch']} sees no CUDA GPU: nothing to measure here")
-    out, began, missed = args.toy or os.path.join(ROOT, "results"), time.perf_counter(), []
+    out, missed = args.toy or os.path.join(ROOT, "results"), []
     table = os.path.join(out, "gpu.csv")
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -237,8 +191,7 @@ def main():
         for name in args.steps or STEPS:
             print(f"\n{name}", flush=True)
             p.peak = next((1e12 * float(r["value"]) for r in read(table) if PEAK in r["name"]), math.nan)
-            limit = 600 if p.toy else min(STEPS[name], max(0, LIMIT - (time.perf_counter() - began)))
-            rows = gpu_harness.run_step(__file__, name, p, limit)
+            rows = gpu_harness.run_step(__file__, name, p, 600 if p.toy else STEPS[name])
             report([r | facts for r in rows], table)
             missed = gpu_harness.write_report(os.path.join(out, "gpu.md"), read(table), facts)
     sys.exit(f"gpu.py: {len(missed)} rows are not as they should be: {out}/gpu.md" if missed else 0)

@@ -1,6 +1,5 @@
 """What the steps of bench/gpu.py share: trainings, measured steps, time limits, data, and the report."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -13,14 +12,14 @@ import sys
 import time
 
 import numpy as np
+import step
 from harness import ROOT, read, row
-from step import Contender
 
 import model
 from inheritune.weights import gpt2_format
 
-SHAPES = {"gpt2": (12, 12, 768), "large18": (18, 20, 1280), "medium": (24, 16, 1024)}
-SHAPES |= {"large": (36, 20, 1280), "xl": (48, 25, 1600)}  # layers, heads, width
+# layers, heads, width
+SHAPES = {"gpt2": (12, 12, 768), "large18": (18, 20, 1280), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8, "batch_tokens": 4096}
 SMALL |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 40, "eval_interval": 20}
 SMALL |= {"eval_tokens": 18 * 256, "log_interval": 5}  # the last group of validation windows is not full
@@ -48,10 +47,6 @@ class Place:
     def path(self, *names):
         return os.path.join(self.folder, *names)
 
-    def json(self, *names):
-        with open(self.path(*names)) as f:
-            return json.load(f)
-
     def sizes(self, shape):
         layers, heads, width = (2, 2, 32) if self.toy else SHAPES[shape]
         T = 16 if self.toy else 1024
@@ -71,12 +66,11 @@ def flags(**settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train_command(p, out, patches="", ranks=1, **changes):
-    """Arguments for Python: train the small model on bytes, into `out`, with patches (train_patched.py)."""
+def train_command(p, out, patch="", **changes):
+    """Arguments for Python: train the small model on bytes, into `out`; patch: of train_patched.py."""
     settings = SMALL | (TINY if p.toy else {}) | {"dataset": p.path("bytes"), "device": p.device} | changes
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    script = ["bench/train_patched.py", patches] if patches else ["train.py"]
-    return [*(several if ranks > 1 else []), *script, *flags(**settings | {"out_dir": p.path(out)})]
+    script = ["bench/train_patched.py", patch] if patch else ["train.py"]
+    return [*script, *flags(**settings | {"out_dir": p.path(out)})]
 
 
 def train(p, out, *args, **changes):
@@ -105,19 +99,17 @@ def dry_run(p, **settings):
 
 
 def measured(p, kind="default", save=False, **settings):
-    """What a training, or nanoGPT's ("plain"), takes: seconds to the end of the `first` step, for `setup`, of
-    a later `step`, to copy for a checkpoint (`save`); `memory` in GB; `waits` for the GPU, and copies to it
-    from memory that is not pinned (`pageable`)."""
+    """What a training, or nanoGPT's ("plain"), takes: seconds to the end of the `first` step, of a later
+    `step`, to copy for a checkpoint (`save`); `memory` in GB; `waits` for the GPU, and copies to it from
+    memory that is not pinned (`pageable`)."""
     began = time.perf_counter()
-    contender = Contender(settings, kind, p.path("ids"))
+    contender = step.Contender(settings, kind, p.path("ids"))
     contender.seconds()
     found = {"first": time.perf_counter() - began}
     contender.seconds("step", 2)
     found["step"] = statistics.median(contender.seconds("step", 4) for _ in range(5))
     found["memory"] = contender.memory / 1e3
     if kind != "plain":
-        contender.seconds("setup")
-        found["setup"] = contender.found
         contender.seconds("events")
         found["waits"] = waits(contender.found)
         found["pageable"] = sum(n for event, n in contender.found.items() if "Pageable -> Device" in event)
@@ -155,33 +147,25 @@ def run_step(script, name, p, limit):
 
 
 def machine():
-    """({card, driver, torch, commit}, the card's memory in GB: 0 without one)."""
+    """({card, torch, commit}, the card's memory in GB: 0 without one)."""
     code = "import torch; c = torch.cuda; p = c.is_available() and c.get_device_properties(0); "
     code += "print(torch.__version__, p and p.name or 'none', p and p.total_memory or 0, sep='|')"
-    version, card, memory = command("-c", code).strip().split("|")
-    facts = {"card": card, "driver": "unknown", "torch": version, "commit": "unknown"}
-    asked = {"driver": "nvidia-smi --query-gpu=driver_version --format=csv,noheader"}
-    asked |= {"commit": "git describe --always --dirty"}
-    for key, line in asked.items():
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            facts[key] = subprocess.check_output(line.split(), cwd=ROOT, text=True).split("\n")[0]
-    return facts, int(memory) / 1e9
+    version, card, memory = command("-c", code).strip().split("|")  # a CUDA context of our own takes memory
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {"card": card, "torch": version, "commit": git.stdout.strip()}, int(memory) / 1e9
 
 
 def make_data(p):
-    """Data folders: `bytes`, this repository's Python; `ids`, random, of a tokenizer that nobody opens."""
-    paths = sorted(f for part in ("inheritune", "tests") for f in pathlib.Path(ROOT, part).glob("**/*.py"))
-    text = b"".join(path.read_bytes() for path in paths)
-    ids = np.random.default_rng(1).integers(0, 50257, 500_000 if p.toy else 20_000_000)
-    kinds = {"bytes": (np.frombuffer(text, np.uint8), {"name": "bytes", "n_vocab": 257, "eot": 256})}
-    kinds["ids"] = ids, {"name": "r50k_base", "n_vocab": 50257, "eot": 50256}
-    for name, (ids, tokenizer) in kinds.items():
+    """Data folders: `ids`, random, of a tokenizer that nobody opens; `bytes`, this repository's Python."""
+    for name in ("ids", "bytes"):
         os.mkdir(p.path(name))
-        held_out = len(ids) // 50
-        for split, part in {"train": ids[held_out:], "val": ids[:held_out]}.items():
-            part.astype("<u2").tofile(p.path(name, f"{split}.bin"))
-        with open(p.path(name, "meta.json"), "w") as f:
-            json.dump({"tokenizer": tokenizer, "dtype": "uint16"}, f)
+        step.make_data(p.path(name), 500_000 if p.toy else 20_000_000, "r50k_base")
+    paths = sorted(f for part in ("inheritune", "tests") for f in pathlib.Path(ROOT, part).glob("**/*.py"))
+    ids = np.frombuffer(b"".join(path.read_bytes() for path in paths), np.uint8).astype("<u2")
+    ids[len(ids) // 50 :].tofile(p.path("bytes", "train.bin"))
+    ids[: len(ids) // 50].tofile(p.path("bytes", "val.bin"))
+    with open(p.path("bytes", "meta.json"), "w") as f:
+        json.dump({"tokenizer": {"name": "bytes", "n_vocab": 257, "eot": 256}, "dtype": "uint16"}, f)
 
 
 def write_report(path, rows, facts):
@@ -189,11 +173,14 @@ def write_report(path, rows, facts):
     rows = [r for r in rows if all(r[key] == value for key, value in facts.items())]
     missed = [r for r in rows if r["verdict"] not in ("", "reached")]
     about = ", ".join(f"{key} {value}" for key, value in facts.items())
-    lines = [f"# One GPU: {facts['card']}", ""]
-    lines += [f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.", ""]
+    lines = [
+        f"# One GPU: {facts['card']}",
+        "",
+        f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.",
+        "",
+    ]
     lines += [f"{len(missed)} of {len(rows)} rows are not as they should be.", ""]
     lines += ["| measured | value | bar | |", "|---|--:|--:|---|"]
     lines += [f"| {r['name']} | {r['value']} {r['unit']} | {r['bar']} | {r['verdict']} |" for r in rows]
-    with open(path, "w") as f:
-        f.write("\n".join(lines) + "\n")
+    pathlib.Path(path).write_text("\n".join(lines) + "\n")
     return missed

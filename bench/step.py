@@ -37,12 +37,12 @@ OURS = ("none", "cheap", "full")  # checkpoint_activations
 ROUNDS = 5
 
 
-def make_data(folder, tokens=1_000_000):
+def make_data(folder, tokens=1_000_000, tokenizer="gpt2"):
     """A data folder of random ids."""
     for split in ("train", "val"):
         ids = np.random.default_rng(1).integers(0, 50257, tokens).astype("<u2")
         ids.tofile(os.path.join(folder, f"{split}.bin"))
-    meta = {"tokenizer": {"name": "gpt2", "n_vocab": 50257, "eot": 50256}, "dtype": "uint16"}
+    meta = {"tokenizer": {"name": tokenizer, "n_vocab": 50257, "eot": 50256}, "dtype": "uint16"}
     with open(os.path.join(folder, "meta.json"), "w") as f:
         json.dump(meta, f)
 
@@ -131,24 +131,18 @@ def contend(sizes, name, folder, root):
         serve(step=lambda: trainer.step(*reference.random_batch(path, sizes["batch_size"], T)))
 
     before = harness.memory_mb("VmRSS")
-    train_step, setup, tokens = train.train_step, train.build_run, sizes["batch_size"] * T
-
-    def timed_setup(*args):
-        began = time.perf_counter()
-        run = setup(*args)
-        run.took = time.perf_counter() - began
-        return run
+    train_step, tokens = train.train_step, sizes["batch_size"] * T
 
     def answer(run):
-        works = {"step": lambda: train_step(run), "evaluate": lambda: train.validate(run)}
-        works |= {
-            "save": lambda: train.save_checkpoint(run),
-            "settle": lambda: train.wait_for_checkpoint(run),
-        }
-        works |= {"setup": lambda: run.took, "events": lambda: harness.events(lambda: train_step(run))}
-        serve(**works)
+        serve(
+            step=lambda: train_step(run),
+            evaluate=lambda: train.validate(run),
+            save=lambda: train.save_checkpoint(run),
+            settle=lambda: train.wait_for_checkpoint(run),
+            events=lambda: harness.events(lambda: train_step(run)),
+        )
 
-    train.build_run, train.train_step = timed_setup, answer
+    train.train_step = answer
     settings = {"batch_tokens": tokens, "eval_tokens": tokens, "bias": False, "warmup_iters": 0}
     settings |= {"dataset": folder, "out_dir": os.path.join(folder, f"out-{os.getpid()}"), "device": "cpu"}
     settings |= {"learning_rate": 1e-3, "min_lr": 1e-3} | sizes

@@ -13,8 +13,8 @@ import pytest
 from tests.tiny import ROOT, arguments
 
 LACKING = ("datasets", "pyarrow", "requests", "pandas", "zstandard")
-# xl, large and medium are the same as gpt2 at toy size
-STEPS = "peak gpt2 graphs variants losses sampling two resume large18 analysis demo"
+# xl and large are the same as gpt2 at toy size
+STEPS = "peak gpt2 graphs variants losses sampling resume large18"
 
 
 def run(tmp_path, *argv):
