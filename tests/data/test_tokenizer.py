@@ -3,6 +3,7 @@
 pytest tests/data/test_tokenizer.py
 """
 
+import base64
 import functools
 import json
 import os
@@ -34,7 +35,7 @@ from inheritune.data.tokenizer import (
     utf8,
 )
 from inheritune.weights.gpt2_format import read_config
-from tests.assets import english, gpt2, gpt2_ranks, read_ranks
+from tests.assets import english, gpt2, gpt2_ranks
 
 # Any text that Rust can hold, and texts in which the rules for cutting words meet more often than by chance.
 TEXTS = st.one_of(
@@ -82,7 +83,7 @@ def gpt2_and_reference():
         "reference",
         # The pattern as first published with GPT-2; tiktoken's is the quicker equivalent.
         pat_str=r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        mergeable_ranks=read_ranks(gpt2_ranks()),
+        mergeable_ranks=gpt2_ranks(),
         special_tokens={"<|endoftext|>": 50256},
     )
     return tokenizer, reference
@@ -126,8 +127,8 @@ def test_a_million_newlines_are_cut_into_parts():
 
 
 def test_tiktokens_own_cache_and_without_one_what_to_do(tmp_path, monkeypatch):
-    with open(gpt2_ranks(), "rb") as f:
-        (tmp_path / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").write_bytes(f.read())
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in gpt2_ranks().items()]
+    (tmp_path / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4").write_bytes(b"".join(lines))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
     tokenizer = load_tokenizer("r50k_base")
