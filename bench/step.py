@@ -114,7 +114,7 @@ def contend(sizes, name, folder, root):
         sys.exit()
 
     if name in ("plain", "transformers"):
-        from tests import reference
+        import baselines
 
         if name == "transformers":
             import transformers
@@ -126,9 +126,9 @@ def contend(sizes, name, folder, root):
         if "device" in sizes:
             accumulation = sizes["batch_tokens"] // (sizes["batch_size"] * T)
             batch = path, sizes["batch_size"], accumulation
-            serve(step=reference.nanogpt_step(config, *batch, sizes["device"], sizes["compile"]))
-        trainer = (reference.plain if name == "plain" else reference.hugging_face)(config)
-        serve(step=lambda: trainer.step(*reference.random_batch(path, sizes["batch_size"], T)))
+            serve(step=baselines.nanogpt_step(config, *batch, sizes["device"], sizes["compile"]))
+        trainer = (baselines.plain if name == "plain" else baselines.hugging_face)(config)
+        serve(step=lambda: trainer.step(*baselines.random_batch(path, sizes["batch_size"], T)))
 
     before = harness.memory_mb("VmRSS")
     train_step, tokens = train.train_step, sizes["batch_size"] * T

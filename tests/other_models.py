@@ -33,19 +33,8 @@ SIZES = {
 }
 SIZE_OF = {key: size for size, keys in SIZES.items() for key in keys.split()}
 # tested beyond the sweep; the GPT-2 here is one that model.py refuses, and Mixtral a mixture of experts
-KINDS = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-    "phi3",
-    "gpt_neox",
-    "smollm3",
-]
-KINDS += ["gpt2", "mixtral"]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3", "gpt_neox"]
+KINDS += ["smollm3", "gpt2", "mixtral"]
 OTHERS = {
     "gpt2": {"activation_function": "relu"},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

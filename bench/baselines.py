@@ -2,8 +2,7 @@
 GPT-2.
 
 Eager fp32, the logits whole and cross-entropy on them, AdamW as torch chooses it on the CPU, a memory map
-opened for every batch of random offsets. Written for the benchmarks and for the test that the optimised step
-computes the same.
+opened for every batch of random offsets.
 """
 
 import math
@@ -128,19 +127,10 @@ def hugging_face(config):
     """The trainer with transformers' GPT2LMHeadModel for a GPTConfig."""
     import transformers
 
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            use_cache=False,
-        )
-    )
+    sizes = {key: getattr(config, key) for key in ("vocab_size", "n_embd", "n_layer", "n_head")}
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    options = {"n_positions": config.block_size, "use_cache": False}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout, **options))
 
     def loss(model, idx, targets):
         logits = model(idx).logits
