@@ -216,9 +216,7 @@ def write_cards(run, val_loss):
     if s.init_from != "scratch":
         with contextlib.suppress(UserError):  # it may be gone by now
             source = checkpoint.find(s.init_from)
-    for step, loss in {state.step: val_loss, state.best_step: state.best_val_loss}.items():
-        if step is None:
-            continue
+    for step, loss in {state.best_step or 0: state.best_val_loss, state.step: val_loss}.items():
         folder = os.path.join(s.out_dir, checkpoint.step_name(step))
         if os.path.isdir(folder):
             facts = {"val_loss": loss, "tokens": step * s.batch_tokens, "data": os.path.basename(s.dataset)}

@@ -36,8 +36,6 @@ def make_place(here):
     write_data(here / "short-val", val=5)
     write_data(here / "short-train", train=8)
     write_data(here / "other-tokenizer", tokenizer=TOKENIZER | {"name": "gpt2"})
-    write_data(here / "gpt2-data", meta=False)
-    write_data(here / "high-ids", high=300)
     write_data(here / "cut")
     os.truncate(here / "cut/train.bin", 1001)
     write_data(here / "text-bin", meta=False)
@@ -48,16 +46,9 @@ def make_place(here):
     os.unlink(here / "no-val/val.bin")
     write_data(here / "nan-meta")
     change_json(here / "nan-meta/meta.json", dtype="float64")
-    write_data(here / "no-sums")
-    shards = {"train": {"shards": [{"file": "train.bin", "tokens": 3000}]}}
-    change_json(
-        here / "no-sums/meta.json", splits=shards | {"val": {"shards": [{"file": "val.bin", "tokens": 400}]}}
-    )
     write_data(here / "climbing")
-    change_json(
-        here / "climbing/meta.json",
-        splits={"train": {"shards": [{"file": "../data/train.bin", "tokens": 9}]}},
-    )
+    shards = {"train": {"shards": [{"file": "../data/train.bin", "tokens": 9}]}}
+    change_json(here / "climbing/meta.json", splits=shards)
     write_data(here / "fifo")
     os.unlink(here / "fifo/train.bin")
     os.mkfifo(here / "fifo/train.bin")
@@ -85,9 +76,8 @@ def make_place(here):
         save_file(hf_state(model) | tensors, here / name / "model.safetensors")
     write_checkpoint(here / "sharded")
     os.unlink(here / "sharded/model.safetensors")
-    (here / "sharded/model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "../ref/model.safetensors"}}'
-    )
+    index = '{"weight_map": {"a": "../ref/model.safetensors"}}'
+    (here / "sharded/model.safetensors.index.json").write_text(index)
     write_checkpoint(here / "deep-json")
     (here / "deep-json/config.json").write_text("[" * 100_000)
     write_checkpoint(here / "huge-header")

@@ -229,7 +229,9 @@ class Forks:
 
 def serve():
     """The other side of Forks."""
-    import torch._dynamo  # noqa: F401  (optimizers import it: seconds that every child would spend)
+    # optimizers and model cards import these: seconds that every child would spend
+    import huggingface_hub.repocard  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     import train
 

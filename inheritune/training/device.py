@@ -44,17 +44,16 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not supported: use auto, cpu, cuda or mps")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps asked for, but torch finds no Apple GPU; use --device cpu")
+        device = None
+    if device is None or device.type not in there:
+        raise UserError(f"--device {name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps")
+    if not there[device.type]:
+        raise UserError(f"--device {name} asked for, but torch sees no such GPU; use --device cpu")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name} asked for, but torch sees no CUDA GPU; use --device cpu")
         device = torch.device("cuda", local_rank if device.index is None else device.index)  # needs a GPU
         if device.index >= torch.cuda.device_count():  # needs a GPU
             raise UserError(f"{device} asked for, but there are {torch.cuda.device_count()} GPUs")

@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -101,14 +102,8 @@ class Recorder:
             validations = -(-s.max_iters // s.eval_interval) - step // s.eval_interval
             left = (s.max_iters - step) * step_s + validations * self.last_val_s
             shown = f"mfu {mfu:.1%}" if mfu else "mfu n/a"
-            parts += [f"{tokens_per_s:,.0f} tok/s", shown, f"eta {clock(left)}"]
+            parts += [f"{tokens_per_s:,.0f} tok/s", shown, f"eta {timedelta(seconds=round(left))}"]
         print(" | ".join(parts), flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 class CsvLog:
@@ -121,8 +116,12 @@ class CsvLog:
 
     def __init__(self, path: str, columns: tuple, before: int = 0):
         self.path, self.columns = path, columns
-        rows = [r for r in read_rows(path, columns) if int(r["step"]) < before]
-        texts = [columns, *([r.get(name, "") for name in columns] for r in rows)]
+        rows = read_rows(path)
+        if rows and not set(columns) >= rows[0].keys() >= {"step"}:
+            has = f"{path} has columns {list(rows[0])}, not {list(columns)}"
+            raise UserError(f"{has}; it is not this run's log")
+        rows = [row for row in rows if int(row["step"]) < before]
+        texts = [columns, *([row.get(name, "") for name in columns] for row in rows)]
         with replacing(path, "w") as f:
             f.writelines(",".join(values) + "\n" for values in texts)
 
@@ -132,22 +131,14 @@ class CsvLog:
             f.write(",".join(show(row.get(k)) for k in self.columns) + "\n")
 
 
-def read_rows(path: str, columns: tuple | None = None) -> list[dict[str, str]]:
-    """The whole rows of a CSV log as [{column: text}], [] when there is no file.
-
-    columns: those that the file may have. Raises UserError when it has others.
-    """
+def read_rows(path: str) -> list[dict[str, str]]:
+    """The whole rows of a CSV log as [{column: text}], [] when there is no file."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8", newline="") as f:
         text = f.read()
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    rows = [r for r in reader if None not in r and None not in r.values()]
-    if columns and text and not set(columns) >= set(reader.fieldnames or [None]) >= {"step"}:
-        raise UserError(
-            f"{path} has columns {reader.fieldnames}, not {list(columns)}; it is not this run's log"
-        )
-    return rows
+    return [row for row in reader if None not in row and None not in row.values()]
 
 
 def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, float]], Any]:

@@ -11,6 +11,7 @@ ways.
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -317,12 +318,14 @@ KINDS = (  # what is done to whom: the name of a method, and what it takes besid
 )
 
 
+@dataclasses.dataclass
 class Tally:
     """What was done to one kind of run so far."""
 
-    def __init__(self):
-        self.rounds = self.faults = self.mismatches = 0
-        self.seconds = 0.0
+    rounds: int = 0
+    faults: int = 0
+    mismatches: int = 0
+    seconds: float = 0.0
 
 
 def one_round(victim, method, more, tally):
@@ -369,22 +372,16 @@ def table(tallies, command, seconds):
     revision = checkpoint.environment()["git"]
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, revision {revision}"
-    return "\n".join(
-        [
-            "# Runs that were broken on purpose",
-            "",
-            f"`{command}` on {machine};",
-            f"{versions};",
-            f"{time.strftime('%Y-%m-%d')}. A mismatch is a run whose end differs from that of an",
-            "undisturbed one: hashes of weights, optimizer and log for training, of all files or results but",
-            "times for the rest. Nothing here cuts the power: what the kernel has accepted is on disk.",
-            "",
-            *lines,
-            "",
-            f"faults = {faults}, seconds = {seconds:.0f}, mismatches = {bad}",
-            "",
-        ]
-    )
+    text = f"""# Runs that were broken on purpose
+
+`{command}` on {machine};
+{versions};
+{time.strftime("%Y-%m-%d")}. A mismatch is a run whose end differs from that of an
+undisturbed one: hashes of weights, optimizer and log for training, of all files or results but
+times for the rest. Nothing here cuts the power: what the kernel has accepted is on disk.
+"""
+    end = f"faults = {faults}, seconds = {seconds:.0f}, mismatches = {bad}\n"
+    return "\n".join([text, *lines, "", end])
 
 
 def main():

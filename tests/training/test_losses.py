@@ -5,17 +5,13 @@ pytest tests/training/test_losses.py
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
-from inheritune.base.files import read_json
 from inheritune.training.distributed import Ranks
 from inheritune.training.losses import pad_head, to_device, total_nats
-from tests.tiny import SHAPE, arguments, column, tiny_model, write_checkpoint
+from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -109,29 +105,6 @@ def test_only_odd_vocabularies_are_padded_where_it_pays():
         model = tiny_model(vocab_size=rows)
         pad_head(model, torch.device(device), compiled)
         assert type(model.lm_head) is torch.nn.Linear
-
-
-def test_a_run_goes_on_padded_or_not_and_writes_the_rows_it_was_given(data, tmp_path, monkeypatch):
-    """A run that is compiled (in name: it pads) for four steps, plain for four, compiled again, is the plain
-    one."""
-    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    write_checkpoint(tmp_path / "odd", vocab_size=257, bias=False)  # keys' biases have gradients of noise
-    options = {"init_from": tmp_path / "odd", "inherit_layers": 2, "lr_decay_iters": 12, "keep_last": 9}
-    options |= dict.fromkeys(SHAPE)
-    train.main(arguments(data, tmp_path / "plain", **options))
-    for steps, compiled in ((4, True), (8, False), (12, True)):
-        part = {"max_iters": steps, "compile": compiled, "resume": "auto"}
-        train.main(arguments(data, tmp_path / "mixed", **options | part))
-    for name in ("loss", "grad_norm", "val_loss"):
-        a, b = (column(tmp_path / run, name) for run in ("plain", "mixed"))
-        np.testing.assert_allclose(b, a, rtol=1e-5)
-    assert read_json(tmp_path / "mixed/latest/config.json")["vocab_size"] == 257
-    for name in ("model", "optimizer"):
-        a, b = (load_file(tmp_path / run / f"latest/{name}.safetensors") for run in ("plain", "mixed"))
-        assert {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=key)
-    assert b["transformer.wte.weight/exp_avg"].shape == (257, 16)
 
 
 def test_a_batch_is_copied_once_and_cut_on_the_device(monkeypatch):
