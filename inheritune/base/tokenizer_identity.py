@@ -19,17 +19,17 @@ from inheritune.base.files import read_optional
 TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a tokenizer in this file
 CONFIG_FILE = "tokenizer_config.json"
 OLDER_FILES = ("vocab.json", "merges.txt")  # the form in which GPT-2 was released
-MAX_BYTES = 256 << 20  # of a tokenizer.json: five times the largest public one
 GPT2_SHA256 = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"  # by vocabulary_sha256
-SAVE = "where transformers' AutoTokenizer can open the model, its save_pretrained writes"
 PROBE = "Hello  world's na\u00efve nai\u0308ve\n\n 123,"
 PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 11]
 
 
 def has_tokenizer(folder: str) -> bool:
     """Whether a folder holds a tokenizer in a form that we open: tokenizer.json, or GPT-2's two files."""
-    found = [os.path.exists(os.path.join(folder, name)) for name in (TOKENIZER_FILE, *OLDER_FILES)]
-    return found[0] or all(found[1:])
+    json_file, vocab, merges = (
+        os.path.isfile(os.path.join(folder, name)) for name in (TOKENIZER_FILE, *OLDER_FILES)
+    )
+    return json_file or (vocab and merges)
 
 
 def tokenizer_name(folder: str) -> str:
@@ -67,16 +67,14 @@ def vocabulary_sha256(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> str:
 def open_tokenizer(path: str) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json, or of a folder that holds one or GPT-2's two files."""
     file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
-    vocab, merges = (os.path.join(path, name) for name in OLDER_FILES)
-    from_file = os.path.exists(file)
-    if from_file and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_BYTES):
-        raise UserError(f"{file} is no regular file of at most {MAX_BYTES:,} bytes; fetch it again")
-    if not from_file and not (os.path.isfile(vocab) and os.path.isfile(merges)):
-        raise UserError(f"there is no tokenizer {file}; {SAVE} one")
+    if not os.path.isfile(file) and not has_tokenizer(path):
+        cure = "where transformers' AutoTokenizer can open the model, its save_pretrained writes one"
+        raise UserError(f"there is no tokenizer {file}; {cure}")
     with package_errors(path):
-        if from_file:
+        if os.path.isfile(file):
             return tokenizers.Tokenizer.from_file(file)
-        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+        vocab_and_merges = (os.path.join(path, name) for name in OLDER_FILES)
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*vocab_and_merges))
     prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,36 +85,33 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
 def add_tokens(tokenizer: tokenizers.Tokenizer, folder: str) -> None:
     """Add the tokens of added_tokens.json, `{"<user>": 50257}`. Those of special_tokens_map.json are special:
     spelled out in a text they are ordinary text. Raises UserError where one does not get its id."""
-    special = set()
+    special = []
     for token in (read_optional(folder, "special_tokens_map.json") or {}).values():
-        for one in token if isinstance(token, list) else [token]:
-            special.add(one.get("content") if isinstance(one, dict) else one)
+        special += token if isinstance(token, list) else [token]
+    special = [token.get("content") if isinstance(token, dict) else token for token in special]
     added = read_optional(folder, "added_tokens.json") or {}
     for token, number in sorted(added.items(), key=lambda item: str(item[1]).zfill(9)):
         tokenizer.add_tokens([tokenizers.AddedToken(token, special=token in special)])
         if tokenizer.token_to_id(token) != number:
-            what = f"{token} cannot get the id {number}"
-            raise UserError(f"{folder}/added_tokens.json: {what}; {SAVE} a tokenizer.json")
+            raise UserError(f"{folder}/added_tokens.json: {token} cannot get the id {number}; save as tokenizer.json")
 
 
 @contextlib.contextmanager
 def package_errors(path: str) -> Iterator[None]:
-    """Within this context an error of the tokenizers package is a UserError. The package has no class of its
-    own for them, and for some damaged files it panics, which is not even an Exception."""
+    """Within this context an error of the tokenizers package, which has no class of its own for them, is a
+    UserError. For some damaged files the package panics, which is not even an Exception."""
     try:
         yield
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        what = f"not a tokenizer of the tokenizers package ({first_line(e):.150})"
-        raise UserError(f"{path}: {what}; fetch it again") from None
+        what = f"not a tokenizer of the tokenizers package ({first_line(e):.150}); fetch it again"
+        raise UserError(f"{path}: {what}") from None
 
 
 def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json.
-
-    None where neither names a token of this tokenizer.
-    """
+    """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json. None
+    where neither names a token of this tokenizer."""
     token = (read_optional(folder, CONFIG_FILE) or {}).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     eot = tokenizer.token_to_id(token) if isinstance(token, str) else None

@@ -24,7 +24,6 @@ from inheritune.data.reader import (
     check_tokenizer,
     feistel,
     order,
-    read_meta,
 )
 from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from tests.data.test_tokenizer import save
@@ -54,13 +53,13 @@ def test_feistel_is_one_to_one_on_huge_ranges_without_memory(n, key, seed):
 
 def test_feistel_mixes_well():
     """Where a number lands is about uniform, and neighbours land apart, over many keys."""
-    n, keys = 10, np.random.default_rng(0).integers(0, 2**64, (4000, ROUNDS), dtype=np.uint64)
+    n, keys = 10, np.random.default_rng(0).integers(0, 2**64, (1000, ROUNDS), dtype=np.uint64)
     out = np.array([feistel(np.arange(n), n, key) for key in keys])
     for place in range(n):
         counts = np.bincount(out[:, place], minlength=n)
-        assert ((counts - 400) ** 2 / 400).sum() < 40  # chi-square, 9 degrees of freedom: p < 1e-5 above
+        assert ((counts - 100) ** 2 / 100).sum() < 40  # chi-square, 9 degrees of freedom: p < 1e-5 above
     steps = np.bincount((out[:, 1] - out[:, 0]) % n, minlength=n)
-    assert steps[0] == 0 and steps[1:].min() > 0.6 * 4000 / 9
+    assert steps[0] == 0 and steps[1:].min() > 0.6 * 1000 / 9
 
 
 @given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(1, 4))
@@ -68,6 +67,8 @@ def test_feistel_mixes_well():
 def test_every_epoch_holds_each_window_once(n, seed, epochs):
     windows = order(np.arange(n * epochs), n, seed).reshape(epochs, n)
     assert (np.sort(windows, axis=1) == np.arange(n)).all()
+    shuffled = np.random.default_rng(0).permutation(n * epochs)
+    assert (order(shuffled, n, seed) == windows.flatten()[shuffled]).all()
 
 
 def test_epochs_and_seeds_differ():
@@ -111,12 +112,6 @@ def test_the_order_is_what_it_always_was():
     assert order(range(998, 1004), 1000, 1337).tolist() == [3, 593, 213, 905, 840, 744]
 
 
-def test_an_order_does_not_depend_on_the_question():
-    whole = order(np.arange(1000), 77, 5)
-    shuffled = np.random.default_rng(0).permutation(1000)
-    assert (order(shuffled, 77, 5) == whole[shuffled]).all()
-
-
 def stream(folder, split="train", dtype="<u2"):
     return np.fromfile(f"{folder}/{split}.bin", dtype=dtype).astype(np.int64)
 
@@ -153,13 +148,6 @@ def test_parts_of_the_stream_share_no_window(tmp_path):
     assert len(np.unique(together)) == len(together) >= 4001 - 3 * 9
     targets = [p.batch(0, p.n_windows)[:, 1:].max().item() for p in parts]
     assert targets[0] < 1200 and targets[1] < 2200, "not even as a target"
-
-
-def test_a_part_without_a_window_is_refused(tmp_path):
-    write_data(tmp_path / "d", train=128)
-    with pytest.raises(UserError, match="tokens 64 to 72 of train hold no window"):
-        TrainData(tmp_path / "d", 8, 0, 0.5, 72 / 128)
-    assert TrainData(tmp_path / "d", 8, 0, 0.5, 73 / 128).n_windows == 1
 
 
 def write_shards(folder, ids, cuts, dtype="<u2", split="train"):
@@ -228,13 +216,6 @@ def test_thousands_of_shards_are_not_all_open_at_once(tmp_path, monkeypatch):
         assert (tokens.read(0, 40) == ids).all() and opened() == 3
 
 
-def test_a_nanogpt_folder_without_meta_is_gpt2_uint16(tmp_path):
-    write_data(tmp_path / "d", meta=False, high=50257)
-    assert read_meta(tmp_path / "d")["tokenizer"] == {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
-    windows = ValData(tmp_path / "d", 8, 10**9, 4).batch(0)
-    assert (windows[:, :-1].flatten().numpy() == stream(tmp_path / "d", "val")[:32]).all()
-
-
 def test_windows_begin_with_the_token_that_texts_begin_with(tmp_path):
     """The targets are those of the stream, and so is the rest of the inputs."""
     folder = write_data(tmp_path / "data", tokenizer=TOKENIZER | {"bos": 200})
@@ -260,11 +241,8 @@ def test_a_bin_whose_size_contradicts_its_meta_is_refused(tmp_path, change):
         Tokens(tmp_path / "d", "train")
 
 
-def test_an_id_above_the_vocabulary_is_refused(tmp_path):
-    write_data(tmp_path / "d", high=258)  # of a tokenizer with ids up to 256
-    data = TrainData(tmp_path / "d", 8, 0)
-    with pytest.raises(UserError, match="holds id 257, above the 257 ids of its tokenizer 'bytes'"):
-        data.batch(0, data.n_windows)
+def shard(**changes):
+    return {"splits": {"train": {"shards": [{"file": "train.bin", "tokens": 100} | changes]}}}
 
 
 @pytest.mark.parametrize(
@@ -272,18 +250,25 @@ def test_an_id_above_the_vocabulary_is_refused(tmp_path):
     [
         {},
         {"dtype": "int64"},
+        {"dtype": ["uint16"]},
+        {"dtype": ">u2"},
         {"tokenizer": "gpt2"},
-        {"tokenizer": {"name": "x", "n_vocab": "9", "eot": 1}},
-        {"tokenizer": {"name": "x", "n_vocab": 9, "eot": -1}},
-        {"tokenizer": {"name": "x", "n_vocab": 9, "eot": 9}},
+        {"tokenizer": TOKENIZER | {"n_vocab": "9"}},
+        {"tokenizer": TOKENIZER | {"n_vocab": 10**12}},
+        {"tokenizer": TOKENIZER | {"eot": -1}},
+        {"tokenizer": TOKENIZER | {"eot": 257}},
+        {"tokenizer": TOKENIZER | {"name": 3}},
         {"splits": []},
         {"splits": {"train": []}},
         {"splits": {"train": {"shards": {"file": "train.bin"}}}},
-        {"splits": {"val": {"shards": []}}},
         {"splits": {"train": {"shards": ["train.bin"]}}},
-        {"splits": {"train": {"shards": [{"file": "../train.bin", "tokens": 100}]}}},
-        {"splits": {"train": {"shards": [{"file": "train.bin", "tokens": -1}]}}},
-        {"splits": {"train": {"shards": [{"file": "gone.bin", "tokens": 1}]}}},
+        {"splits": {"val": {"shards": []}}},
+        shard(file="../train.bin"),
+        shard(file="/etc/passwd"),
+        shard(file="gone.bin"),
+        shard(tokens=-1),
+        shard(tokens="9"),
+        shard(tokens=10**30),
     ],
     ids=str,
 )
@@ -291,8 +276,9 @@ def test_a_damaged_meta_is_one_line(tmp_path, meta):
     write_data(tmp_path / "d", train=100)
     good = json.loads((tmp_path / "d/meta.json").read_text())
     (tmp_path / "d/meta.json").write_text(json.dumps(good | meta if meta else {}))
-    with pytest.raises(UserError, match=r"prepare the data again"):
+    with pytest.raises(UserError, match=r"prepare the data again") as e:
         Tokens(tmp_path / "d", "train")
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("eval_tokens, used", [(10**9, 399), (100, 100), (8, 8), (15, 8)])
@@ -305,14 +291,6 @@ def test_validation_is_the_first_tokens_in_order(tmp_path, eval_tokens, used, gr
     assert val.n_groups == math.ceil(val.n_windows / group)
     assert (windows[:, :-1].flatten() == ids[: len(windows) * 8]).all()
     assert (windows[:, 1:].flatten() == ids[1 : len(windows) * 8 + 1]).all()
-
-
-def test_too_short_a_validation_is_refused(tmp_path):
-    write_data(tmp_path / "d", val=8)
-    with pytest.raises(UserError, match="val has 8 tokens"):
-        ValData(tmp_path / "d", 8, 100, 1)
-    write_data(tmp_path / "d", val=9)
-    assert ValData(tmp_path / "d", 8, 100, 1).n_windows == 1
 
 
 def test_an_empty_split_has_no_tokens(tmp_path):

@@ -391,16 +391,11 @@ def test_broken_files_are_one_line(tmp_path, content, config, said):
     assert said in str(e.value) and str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_pipe_or_a_huge_file_is_not_opened(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    os.mkfifo(path)
-    with pytest.raises(UserError, match="no regular file"):
-        load_tokenizer(str(path))
-    os.unlink(path)
-    with open(path, "wb") as f:
-        f.truncate((256 << 20) + 1)  # a sparse file
-    with pytest.raises(UserError, match="at most 268,435,456 bytes"):
-        load_tokenizer(str(path))
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match="there is no tokenizer"):
+            load_tokenizer(str(path))
 
 
 # Streaming

@@ -13,14 +13,11 @@ import tiktoken
 import transformers
 from hypothesis import given, settings
 
-import inherit
-import train
 from inheritune.data import tokenizer as tokenizer_module
 from inheritune.data.tokenizer import load_tokenizer, tokenizer_files
-from inheritune.weights import checkpoint
-from tests.assets import english, gpt2
+from tests.assets import gpt2
 from tests.data.test_tokenizer import TEXTS
-from tests.tiny import arguments, tiny_config, tiny_model, write_checkpoint, write_data, write_model
+from tests.tiny import tiny_config, tiny_model, write_model
 
 NAMES = ("bytes", "gpt2")
 
@@ -49,13 +46,6 @@ def test_ids_equal_ours_on_any_text(name, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_equal_ours_on_english(name):
-    ours, theirs = pair(name)
-    text = "\n".join(english()[:5])
-    assert theirs.encode(text) == ours.encode(text)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_end_of_text(name):
     ours, theirs = pair(name)
     assert theirs.eos_token_id == theirs.bos_token_id == ours.eot
@@ -68,33 +58,11 @@ def test_end_of_text(name):
 def test_every_character_is_cut_alike():
     """The two libraries' regular expressions have the same idea of letters, digits and blanks."""
     ours, theirs = pair("gpt2")
-    for start in (
-        *range(0, 0xD800, 256),
-        *range(0xE000, 0x34000, 256),
-        0xE0000,
-        0xE0100,
-    ):  # all that is assigned
+    # all that is assigned
+    for start in (*range(0, 0xD800, 256), *range(0xE000, 0x34000, 256), 0xE0000, 0xE0100):
         block = map(chr, range(start, start + 256))
         text = "".join(f"a{c}b 1{c}2 .{c}  {c}\n{c}'{c}" for c in block)
         assert theirs.encode(text) == ours.encode(text), f"U+{start:04X} to U+{start + 255:04X}"
-
-
-def test_a_training_runs_checkpoints_open(tmp_path):
-    data = write_data(tmp_path / "data")
-    train.main(arguments(data, str(tmp_path / "out"), max_iters=1))
-    folder = checkpoint.find(str(tmp_path / "out"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.encode("hé") == [104, 0xC3, 0xA9] and tokenizer.model_max_length == 8
-    transformers.GPT2LMHeadModel.from_pretrained(folder)
-
-
-def test_inheriting_copies_the_sources_files(tmp_path):
-    write_checkpoint(tmp_path / "a")
-    (tmp_path / "a" / "tokenizer.json").write_text("as it stands")
-    inherit.main(["--ckpt", str(tmp_path / "a"), "--layers", "2", "--out", str(tmp_path / "b")])
-    assert (tmp_path / "b" / "tokenizer.json").read_text() == "as it stands"
-    for name in ("tokenizer_config.json", "config.json"):
-        assert (tmp_path / "b" / name).exists()
 
 
 def test_without_a_network_a_checkpoint_is_written_all_the_same(tmp_path, monkeypatch, capsys):
