@@ -93,7 +93,8 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, folder: str) -> None:
     for token, number in sorted(added.items(), key=lambda item: str(item[1]).zfill(9)):
         tokenizer.add_tokens([tokenizers.AddedToken(token, special=token in special)])
         if tokenizer.token_to_id(token) != number:
-            raise UserError(f"{folder}/added_tokens.json: {token} cannot get the id {number}; save as tokenizer.json")
+            what = f"{token} cannot get the id {number}"
+            raise UserError(f"{folder}/added_tokens.json: {what}; save the tokenizer as tokenizer.json")
 
 
 @contextlib.contextmanager
