@@ -26,7 +26,7 @@ from inheritune.base.signals import StopRequest, ended_after
 from inheritune.data.reader import identity
 from inheritune.experiments import stages
 from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
-from inheritune.experiments.measurements import arm_curve, make_row
+from inheritune.experiments.measurements import history, make_row
 from inheritune.experiments.plots import plot_results
 from inheritune.experiments.stages import Common
 from inheritune.experiments.tables import write_tables
@@ -239,17 +239,18 @@ def write_report(settings: TrainSettings, rep: ReplicateSettings, explicit: froz
     """
     logs = dataclasses.replace(settings, out_dir=logs_of(rep))
     comparison = plan_comparison(logs, dataclasses.replace(rep, report=True), explicit)
-    rows, curves = [], []
+    arms, curves = {}, {}
     for arm, seed in comparison.pairs():
         if os.path.exists(path := row_path(logs.out_dir, arm, seed)):
-            rows.append(read_json(path))
-            curves.append(arm_curve(arm.stages(comparison.commons[seed])))
-    if not any(row["arm"] == "reference" for row in rows):
+            arms.setdefault(arm, []).append(read_json(path))
+            found = [(flops, loss) for _, flops, _, loss in history(arm.stages(comparison.commons[seed]))]
+            curves.setdefault(arm, []).extend([tuple(zip(*found, strict=True))] if found else [])
+    if find_arm("reference") not in arms:
         cure = "run the same command without --report first"
         raise UserError(f"{logs.out_dir} has no row of a reference: {cure}")
-    table = write_tables(rep.results, rows, comparison.left_out)
-    figures = plot_results(rep.results, rows, curves, settings.optimizer)
-    missing = len(comparison.pairs()) - len(rows)
+    table = write_tables(rep.results, arms, comparison.left_out)
+    figures = plot_results(rep.results, arms, curves, settings.optimizer)
+    missing = len(comparison.pairs()) - sum(map(len, arms.values()))
     note = f"{missing} arms × seeds are not there yet\n" if missing else ""
     return f"{table}\n{note}written: {rep.results}/results.csv, table.md, {', '.join(figures)}"
 

@@ -19,33 +19,14 @@ from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from tests import other_models
+from tests.experiments.comparison import REFERENCE, SMALL
 from tests.tiny import ROOT, contents, refusal, write_data
 
-REFERENCE = """
-n_layer = 4
-n_head = 2
-n_embd = 16
-block_size = 8
-batch_tokens = 64
-batch_size = 8
-max_iters = 30
-eval_interval = 10
-learning_rate = 1e-2
-min_lr = 1e-3
-warmup_iters = 3
-"""
-RECIPE = """
+REFERENCE = REFERENCE.replace("max_iters = 12", "max_iters = 30")
+RECIPE = f"""{SMALL}
 k_start = 1
-batch_tokens = 64
-batch_size = 8
 max_iters = 12
 eval_interval = 6
-eval_tokens = 200
-learning_rate = 1e-2
-min_lr = 1e-3
-warmup_iters = 3
-threads = 1
-device = "cpu"
 """
 
 

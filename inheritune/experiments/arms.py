@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from inheritune.base.errors import UserError, nearest
-from inheritune.experiments.block_choice import choice_flops
 from inheritune.experiments.stages import DECIDED, Common, Stage
 from inheritune.training.command_line import parse
 from inheritune.training.settings import MACHINE, TrainSettings
@@ -106,18 +105,8 @@ def one_run(label, make_stage, **facts):
 
 
 def first_k(label, **options):
-    """An ArmEntry that trains what inherit.py makes of k blocks with these options."""
+    """An ArmEntry that trains k blocks of the reference, inherited with these options (Common.inherited)."""
     return one_run(label, lambda c, run: c.inherited(run, layers=c.k, **options))
-
-
-def chosen(label, rule):
-    """An ArmEntry that trains the k blocks which a rule of block_choice.py chooses on the training data."""
-
-    def make_stage(c, run):
-        stage = c.inherited(run, layers=c.k, choose=rule)
-        return dataclasses.replace(stage, start_flops=choice_flops(rule, c.config, c.k))
-
-    return one_run(label, make_stage)
 
 
 NOTHING = {"from_reference": False}  # the arm takes nothing from the reference
@@ -137,9 +126,9 @@ ARMS = {
     "alternate": first_k("every second", recipe="alternate"),
     "first_plus_last": first_k("first k-1 and the last", recipe="first_plus_last"),
     "ends": first_k("first and last half of k", recipe="ends"),
-    "influence": chosen("highest block influence", "influence"),
-    "consecutive": chosen("without the consecutive blocks that turn least", "consecutive"),
-    "greedy": chosen("greedy by loss", "greedy"),
+    "influence": first_k("highest block influence", choose="influence"),
+    "consecutive": first_k("without the consecutive blocks that turn least", choose="consecutive"),
+    "greedy": first_k("greedy by loss", choose="greedy"),
     # what the reference's own training on the same tokens gives
     "whole": one_run(
         "the whole reference, trained on", lambda c, run: c.inherited(run, layers=c.config.n_layer)

@@ -80,13 +80,10 @@ def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequence
     if few := found["loss_sequences"]:
         title = "loss without a block"
         found["loss"], layers["loss_without"] = skip_losses(model, idx[:few], targets[:few], title)
-    if heads:
-        found |= summarise_heads(heads, taus, eta, layers)
-    return found
+    if not heads:
+        return found
 
-
-def summarise_heads(heads: dict[str, Tensor], taus, eta: float, layers: dict) -> dict:
-    """What analysis.json says of heads; `layers` gains what heads say of their layer."""
+    # what is said of heads, and what heads say of their layer
     max_ranks = {tau: heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus}
     near = (heads[f"rank_{taus[0]:g}"] <= NEAR).double()  # (n_layer, n_head)
     layers |= {
@@ -96,7 +93,7 @@ def summarise_heads(heads: dict[str, Tensor], taus, eta: float, layers: dict) ->
         "avg_mass": heads["mass"].mean(-1).tolist(),
         "near_rank_one": near.mean(-1).tolist(),
     }
-    return {
+    return found | {
         "taus": list(taus),
         "eta": eta,
         "near_rank_one_means_at_most": NEAR,
@@ -252,10 +249,9 @@ def measures(A: Tensor, taus=(0.9,), eta=0.9) -> dict[str, Tensor]:
 def spectrum(A: Tensor) -> Tensor:
     """The squared singular values (…, T) of each matrix, ascending: the eigenvalues of A Aᵀ."""
     gram = A @ A.mT
-    if A.device.type == "mps":  # needs a GPU
-        gram = gram.cpu()  # no eigenvalues there
     if A.is_cuda:  # needs a GPU
         return torch.linalg.eigvalsh(gram)
+    gram = gram.cpu()  # Apple GPUs have no eigenvalues
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # LAPACK takes one small matrix after another
         parts = gram.flatten(0, -3).chunk(torch.get_num_threads())
         return torch.cat(list(pool.map(torch.linalg.eigvalsh, parts))).view(A.shape[:-1])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,16 +25,26 @@ def loss_curve(run: str) -> tuple[list[float], list[float]]:
     return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
 
 
-def arm_curve(stages: list[Stage]) -> tuple[list[float], list[float]]:
-    """(FLOPs, validation losses in nats/token) of an arm, its stages one after the other."""
-    xs, ys, before = [], [], 0.0
+def history(stages: list[Stage]) -> Iterator[tuple[int, float, int, float]]:
+    """(step, FLOPs, layer-steps, loss in nats/token) of each validation of an arm, its stages one after the
+    other. All that earlier stages took counts."""
+    steps, flops, layer_steps = 0, 0.0, 0
     for stage in stages:
-        tokens, losses = loss_curve(stage.run)
-        per_token = stage.flops_per_step / stage.flags["batch_tokens"]
-        at_start = before + stage.start_flops
-        xs, ys = xs + [at_start + t * per_token for t in tokens], ys + losses
-        before += stage.flops
-    return xs, ys
+        for row in read_rows(os.path.join(stage.run, "log.csv")):
+            if row["val_loss"]:
+                n, own = int(row["step"]), stage.start_flops + int(row["step"]) * stage.flops_per_step
+                yield steps + n, flops + own, layer_steps + n * stage.config.n_layer, float(row["val_loss"])
+        steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps
+
+
+def first_reach(stages: list[Stage], target: float) -> dict:
+    """{reached_step, reached_flops, reached_layer_steps} at the first validation loss ≤ target; None where an
+    arm never gets there."""
+    keys = ("reached_step", "reached_flops", "reached_layer_steps")
+    for *taken, loss in history(stages):
+        if loss <= target:
+            return dict(zip(keys, taken, strict=True))
+    return dict.fromkeys(keys)
 
 
 def wall_seconds(run: str) -> float:
@@ -43,22 +53,6 @@ def wall_seconds(run: str) -> float:
     rows = read_rows(os.path.join(run, "timing.csv"))
     seconds = [float(row["train_s"]) + float(row["val_s"]) for row in rows]
     return sum(now for now, later in zip(seconds, [*seconds[1:], -1.0], strict=True) if later < now)
-
-
-def first_reach(stages: list[Stage], target: float) -> dict:
-    """{reached_step, reached_flops, reached_layer_steps} at the first validation loss ≤ target, with all that
-    earlier stages took; None where an arm never gets there."""
-    keys = ("reached_step", "reached_flops", "reached_layer_steps")
-    steps, flops, layer_steps = 0, 0.0, 0
-    for stage in stages:
-        for row in read_rows(os.path.join(stage.run, "log.csv")):
-            if row["val_loss"] and float(row["val_loss"]) <= target:
-                n = int(row["step"])
-                own = n, stage.start_flops + n * stage.flops_per_step, n * stage.config.n_layer
-                before = steps, flops, layer_steps
-                return {key: a + b for key, a, b in zip(keys, before, own, strict=True)}
-        steps, flops, layer_steps = steps + stage.steps, flops + stage.flops, layer_steps + stage.layer_steps
-    return dict.fromkeys(keys)
 
 
 def measure(settings: TrainSettings, config: Config, folder: str) -> float:

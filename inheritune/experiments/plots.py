@@ -14,13 +14,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, find_arm
-from inheritune.experiments.tables import (
-    best_variant,
-    by_arm,
-    mean_and_error,
-    mean_val_loss,
-    most_seeds_first,
-)
+from inheritune.experiments.tables import best_variant, mean_and_error, mean_val_loss, most_seeds_first
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
@@ -71,20 +65,16 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
     save_figure(figure, path)
 
 
-def plot_results(folder: str, rows: list[dict], curves, optimizer: str) -> list[str]:
+def plot_results(folder: str, arms: dict, curves: dict, optimizer: str) -> list[str]:
     """Write replicate.py's figures into `folder` and return their names.
 
-    rows: as in row.json
-    curves: (FLOPs, losses) of each row
+    arms: {arm: rows, as in row.json}
+    curves: {arm: [(FLOPs, losses)]}, one for each seed that has one
     optimizer: of the arms that do not name another
     """
     title = os.path.basename(os.path.normpath(folder))
-    arms = by_arm(rows)
-    of_arm = {arm: [] for arm in arms}
-    for row, curve in zip(rows, curves, strict=True):
-        of_arm[find_arm(row["arm"])] += [curve] if curve[0] else []
-    plot_comparison(os.path.join(folder, "curves.png"), arms, of_arm, title)
-    plot_compute(os.path.join(folder, "compute.png"), arms, of_arm, title, optimizer)
+    plot_comparison(os.path.join(folder, "curves.png"), arms, curves, title)
+    plot_compute(os.path.join(folder, "compute.png"), arms, curves, title, optimizer)
     return ["curves.png", "compute.png"]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from inheritune.base.errors import UserError, raise_all
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.block_choice import choose_kept
+from inheritune.experiments.block_choice import choice_flops, choose_kept
 from inheritune.models.initialisations import make_checkpoint
 from inheritune.models.open_model import Config
 from inheritune.training import planning
@@ -108,12 +108,13 @@ class Common:
 
     def inherited(self, run: str, **options) -> Stage:
         """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
-        recipe="last". ckpt=... takes another source."""
+        recipe="last". ckpt=... takes another source; choose=... is a rule of block_choice.py."""
         start = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
-        n_layer = options.get("layers", self.config.n_layer)
+        n_layer, rule = options.get("layers", self.config.n_layer), options.get("choose")
         config = self.config.with_blocks(list(range(n_layer)))
         flags = self.flags | {"block_size": config.block_size}
-        return Stage(os.path.join(self.folder, run), config, flags, start)
+        flops = choice_flops(rule, self.config, n_layer) if rule else 0.0
+        return Stage(os.path.join(self.folder, run), config, flags, start, start_flops=flops)
 
 
 def small_flags(settings: TrainSettings, explicit: frozenset) -> dict:

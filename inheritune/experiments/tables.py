@@ -10,7 +10,7 @@ import os
 import statistics
 
 from inheritune.base.files import replacing
-from inheritune.experiments.arms import Arm, find_arm
+from inheritune.experiments.arms import Arm
 from inheritune.training.logs import show
 from inheritune.training.settings import SCHEDULE
 
@@ -59,11 +59,6 @@ def with_error(values: list[float], sign="") -> str:
 def average(values: list, form: str) -> str:
     """The mean in the number format `form`, '–' if a value is None or there is none."""
     return "–" if not values or None in values else format(statistics.fmean(values), form)
-
-
-def by_arm(rows: list[dict]) -> dict[Arm, list[dict]]:
-    """{arm: its rows, one for each seed}, in the order in which the arms come."""
-    return {find_arm(n): [r for r in rows if r["arm"] == n] for n in dict.fromkeys(r["arm"] for r in rows)}
 
 
 def paired(rows: list[dict], others: list[dict]) -> list[float]:
@@ -128,9 +123,8 @@ def reached(rows: list[dict]) -> str:
     return "; ".join(average([r[key] for r in there], form) for key, form in forms.items()) + some
 
 
-def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
-    """The text of table.md. rows: dicts with COLUMNS; left_out: {arm: why}."""
-    arms = by_arm(rows)
+def comparison_table(arms: dict[Arm, list[dict]], left_out: dict[str, str]) -> str:
+    """The text of table.md. arms: {arm: a dict with COLUMNS for each seed}; left_out: {arm: why}."""
     columns = ["arm", "blocks", "parameters", "seeds", "validation loss", "less reference"]
     columns += ["less random init", "less Inheritune"]
     forms = {"steps": ",.0f", "flops": ".3g", "flops_with_reference": ".3g"}
@@ -159,14 +153,14 @@ def comparison_table(rows: list[dict], left_out: dict[str, str]) -> str:
     return markdown(columns, lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
 
-def write_tables(folder: str, rows: list[dict], left_out: dict[str, str]) -> str:
-    """Write results.csv and table.md into `folder`; returns the table."""
+def write_tables(folder: str, arms: dict[Arm, list[dict]], left_out: dict[str, str]) -> str:
+    """Write results.csv and table.md (see `comparison_table`) into `folder`; returns the table."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for row in rows:
+    for row in (row for rows in arms.values() for row in rows):
         writer.writerow({k: v if isinstance(v, str) else show(v) for k, v in row.items() if k in COLUMNS})
-    table = comparison_table(rows, left_out)
+    table = comparison_table(arms, left_out)
     for name, content in (("results.csv", text.getvalue()), ("table.md", table)):
         with replacing(os.path.join(folder, name), "w") as f:
             f.write(content)

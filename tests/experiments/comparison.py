@@ -18,22 +18,24 @@ learning_rate = 1e-2
 min_lr = 1e-3
 warmup_iters = 3
 """
-COMPARISON = """
-layers = 2
-rounds_from = 1
-rounds_step = 1
-seen = 0.5
+SMALL = """
 batch_tokens = 64
 batch_size = 8
-max_iters = 6
-eval_interval = 3
 eval_tokens = 200
 learning_rate = 1e-2
 min_lr = 1e-3
 warmup_iters = 3
 threads = 1
-jobs = 1
 device = "cpu"
+"""
+COMPARISON = f"""{SMALL}
+layers = 2
+rounds_from = 1
+rounds_step = 1
+seen = 0.5
+max_iters = 6
+eval_interval = 3
+jobs = 1
 """
 
 

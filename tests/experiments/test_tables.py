@@ -53,12 +53,17 @@ ROWS = [
 ]
 
 
+def by_arm(rows):
+    names = dict.fromkeys(row["arm"] for row in rows)
+    return {find_arm(name): [row for row in rows if row["arm"] == name] for name in names}
+
+
 def difference(arms, name, base, **options):
     return tables.loss_difference(arms, find_arm(name), base, **options)
 
 
 def test_a_recipe_is_held_against_its_own_optimizer_and_steps():
-    arms = tables.by_arm(ROWS)
+    arms = by_arm(ROWS)
     assert difference(arms, "ends", "random") == "-0.5500 ± 0.0500†"
     assert difference(arms, "ends@max_iters=4", "random") == "-0.4000"
     # of several learning rates with as many seeds the best
@@ -66,16 +71,14 @@ def test_a_recipe_is_held_against_its_own_optimizer_and_steps():
     assert difference(arms, "ends@optimizer=muon", "reference", any_length=True) == "+0.1000 ± 0.0000†"
     assert difference(arms, "ends@max_iters=4", "reference", any_length=True) == "+0.6000"
     # what was trained for twice the steps is the random init of that many
-    longer = tables.by_arm(
-        [*ROWS, *rows_of("random_2x", [2.1], steps=16), *rows_of("ends@max_iters=16", [2.0])]
-    )
+    longer = by_arm([*ROWS, *rows_of("random_2x", [2.1], steps=16), *rows_of("ends@max_iters=16", [2.0])])
     assert difference(longer, "ends@max_iters=16", "random") == "-0.1000"
     assert difference(longer, "random_2x", "random") == "-0.4000"
     assert difference(arms, "ends", "inheritune") == difference(arms, "random", "random") == ""
 
 
 def test_the_table_groups_variants_and_explains_few_seeds():
-    text = tables.comparison_table(ROWS, {"unseen": "seen is 1"})
+    text = tables.comparison_table(by_arm(ROWS), {"unseen": "seen is 1"})
     labels = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("|")][2:]
     ends = labels.index("| first and last half of k")
     assert labels[ends + 1 : ends + 3] == [
