@@ -168,7 +168,6 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     ("extra", "message"),
     [
         (["--n_layer=3"], "n_layer is decided by the recipe"),
-        (["--reference_config=nowhere.py"], "no config file 'nowhere.py'"),
         (["--reference=gpt2-xl"], "gpt2-xl is trained already: leave out reference_config"),
         (["--reference_config=OTHER"], "trains on data/other, not on"),
     ],
