@@ -8,7 +8,6 @@ import concurrent.futures
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,10 +16,10 @@ import pytest
 
 import train
 from inheritune.base.errors import STOP_SIGNALS
-from inheritune.base.files import lock_folder
+from inheritune.base.files import lock_folder, unlock_folder
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT
-from tests.tiny import ROOT, SHAPE, arguments, contents, cut, refusal, rows
+from tests.tiny import SHAPE, arguments, contents, cut, refusal, rows
 
 DROPOUT = {"dropout": 0.2, "keep_last": 9, "log_interval": 2}
 
@@ -140,27 +139,6 @@ def test_a_validation_is_given_up(data, tmp_path, monkeypatch, nth):
     assert {name: contents(out).get(name) for name in whole} == whole
 
 
-def test_only_a_second_interrupt_stops_at_once(data, tmp_path, monkeypatch, capsys):
-    out, step = str(tmp_path / "out"), train.train_step
-
-    def asked(run):
-        if run.state.step == 5:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        step(run)
-
-    monkeypatch.setattr(train, "train_step", asked)
-    for numbers, last in (  # noqa: B007 (`asked` reads the numbers)
-        ([signal.SIGINT, signal.SIGTERM, signal.SIGTERM], "step_00000006"),
-        ([signal.SIGINT, signal.SIGINT], "step_00000004"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            train.main(arguments(data, out))
-        assert end.value.code == 130 and checkpoint.list_steps(out)[-1] == last
-        shutil.rmtree(out)
-    assert "train.py: interrupted; run the same command again to go on" in capsys.readouterr().err
-
-
 # A checkpoint on its way
 
 
@@ -202,23 +180,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(plain, data, tmp_path, s
         assert slow_writing.index(("step", step + 1)) < slow_writing.index(("written", step))
     done = [e for e in slow_writing if e[0] != "step"]
     assert done == [(what, step) for step in (4, 8, 12) for what in ("writing", "written")]
-
-
-def test_a_run_asked_to_end_waits_for_its_checkpoint(data, tmp_path, monkeypatch, slow_writing):
-    """The checkpoint of step 4 is on its way."""
-    out, step = tmp_path / "out", train.train_step
-
-    def asked(run):
-        if run.state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        step(run)
-
-    monkeypatch.setattr(train, "train_step", asked)
-    with pytest.raises(SystemExit) as end:
-        train.main(arguments(data, out, resume="auto"))
-    assert end.value.code == 143 and slow_writing[-1] == ("written", 5)
-    assert checkpoint.list_steps(out) == ["step_00000004", "step_00000005"]
-    assert not [n for n in os.listdir(out) if n.startswith(".")]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
@@ -340,32 +301,15 @@ def test_a_run_folder_may_be_moved_and_lose_its_links(plain, data, tmp_path, lin
 # Two runs, one folder
 
 
-def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(forks, data, tmp_path, undisturbed):
-    out = str(tmp_path / "out")
-    os.makedirs(out)
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import time; from inheritune.base import files; "
-            f"files.lock_folder({out!r}); print(); time.sleep(99)",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-    )
-    holder.stdout.readline()
-    message = refusal(train.main, arguments(data, out, **DROPOUT, resume="auto"))
-    assert message == (
-        f"train.py: another process is training in {out}: wait for it or stop it, or choose another --out_dir"
-    )
-    assert os.listdir(out) == [".lock"]
-    holder.kill()
-    holder.wait()
-    go_on(forks, data, out, undisturbed)
-
-
-def test_a_run_holds_its_folder_while_it_trains_and_no_longer(data, tmp_path, monkeypatch):
+def test_a_run_holds_its_folder_while_it_trains_and_a_second_one_is_refused(data, tmp_path, monkeypatch):
     out, step, seen = str(tmp_path / "out"), train.train_step, []
+    os.makedirs(out)
+    lock = lock_folder(out)
+    said = refusal(train.main, arguments(data, out))
+    cure = "wait for it or stop it, or choose another --out_dir"
+    assert said == f"train.py: another process is training in {out}: {cure}"
+    assert os.listdir(out) == [".lock"]
+    unlock_folder(out, lock)
     monkeypatch.setattr(train, "train_step", lambda run: seen.append(lock_folder(out)) or step(run))
     train.main(arguments(data, out))
     assert seen == [None] * 12

@@ -260,30 +260,16 @@ class Replicate(Processes):
 class Prepare(Processes):
     """prepare.py with two threads."""
 
-    script = "prepare"
-
     def __init__(self, place, rng):
         self.inputs = pathlib.Path(place) / "inputs"
         write_inputs(self.inputs)
         super().__init__(place, rng)
 
     def command(self, out):
-        return prepare_command(self.script, self.inputs, out, 2)
+        return prepare_command("prepare", self.inputs, out, 2)
 
     def print_of(self, out):
         return tree_print(out)
-
-
-class PrepareOwt(Prepare):
-    """prepare_owt.py on a parquet file."""
-
-    script = "prepare_owt"
-
-
-class PrepareFineweb(Prepare):
-    """prepare_fineweb.py on a .jsonl.gz, in shards."""
-
-    script = "prepare_fineweb"
 
 
 KINDS = (  # what is done to whom: the name of a method, and what it takes besides the run folder
@@ -313,8 +299,6 @@ KINDS = (  # what is done to whom: the name of a method, and what it takes besid
     ("replicate.py: SIGTERM or SIGINT", Replicate, "asked_to_end"),
     ("prepare.py: everything SIGKILLed", Prepare, "killed"),
     ("prepare.py: SIGTERM or SIGINT", Prepare, "asked_to_end"),
-    ("prepare_owt.py: everything SIGKILLed", PrepareOwt, "killed"),
-    ("prepare_fineweb.py: everything SIGKILLed", PrepareFineweb, "killed"),
 )
 
 

@@ -11,14 +11,12 @@ import threading
 import pytest
 from safetensors.torch import load_file
 
-import grow
 import train
 from inheritune.base.files import read_json, write_json
 from inheritune.training.command_line import parse
 from inheritune.training.schedule import learning_rate
 from inheritune.training.settings import SCHEDULE, TrainSettings
 from inheritune.weights import checkpoint
-from tests.test_grow import write_recipe
 from tests.test_reports import Wandb
 from tests.tiny import arguments, column, contents, cut, refusal, rows, write_data
 
@@ -109,13 +107,6 @@ def test_max_hours_save_and_go_on_to_the_same_bytes(plain, data, tmp_path, capsy
     train.main(arguments(data, out, resume="auto", max_hours=1))
     found, expected = contents(out), contents(plain)
     assert {name: found.get(name) for name in expected} == expected
-
-
-@pytest.mark.slow
-def test_max_hours_of_a_recipe_are_those_of_all_its_runs(tmp_path, capfd):
-    with pytest.raises(SystemExit) as end:
-        grow.main([str(write_recipe(tmp_path, k_start=2)[0]), f"--max_hours={4 / 3600}"])
-    assert end.value.code == 143 and "max_hours: 0.00111111 hours" in capfd.readouterr().out
 
 
 def test_max_hours_and_restarts_exclude_each_other(data, tmp_path, monkeypatch):
