@@ -53,15 +53,6 @@ def test_streams_token_by_token_and_whole_characters(model_folder):
     assert rows == [list("aé".encode())]
 
 
-def test_several_samples_in_one_batch(model_folder, capsys):
-    sample.main(["--ckpt", model_folder, "--num_samples", "3", "--max_new_tokens", "5"])
-    assert capsys.readouterr().out.count("-" * 20) == 2
-
-
-def test_empty_prompt_begins_after_end_of_text():
-    assert sample.encode_prompt("", load_tokenizer("bytes")) == [256]
-
-
 def test_special_tokens_of_a_chat_are_read_and_written(tmp_path, capsys):
     """A fine-tuned GPT-2 with added special tokens: in the prompt they are their ids, and it can answer by
     them, as with transformers."""

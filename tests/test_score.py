@@ -6,7 +6,6 @@ pytest tests/test_score.py
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -230,14 +229,8 @@ def toy(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_tasks_are_what_lm_eval_says_by_hand(kind, ckpt, toy, monkeypatch, capsys):
+def test_tasks_are_what_lm_eval_says_by_hand(ckpt, toy, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="pip install -r requirements-extra.txt")
-    if kind == "llama":
-        other_models.build("llama", eos_token_id=256).save_pretrained(toy / "llama")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(os.path.join(ckpt, name), toy / "llama")
-        ckpt = str(toy / "llama")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(toy / "cache"))
     asked = ["--tasks", "toy_choice,toy_rolling", "--include_path", str(toy), "--device", "cpu"]
@@ -249,9 +242,6 @@ def test_tasks_are_what_lm_eval_says_by_hand(kind, ckpt, toy, monkeypatch, capsy
     by_hand = json.loads(by_hand.read_text())["results"]
     score.main(["--ckpt", ckpt, *asked, "--out", str(toy / "scores.json")])
     ours = json.loads((toy / "scores.json").read_text())["tasks"]
-    numbers = {"acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"}
-    assert numbers <= ours["results"]["toy_choice"].keys()
-    assert {"bits_per_byte,none", "word_perplexity,none"} <= ours["results"]["toy_rolling"].keys()
     for task in ("toy_choice", "toy_rolling"):
         assert ours["results"][task] == by_hand[task]
     table = capsys.readouterr().out  # lm_eval's own
