@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, snapshot
+from inheritune.training.optimizer import load_optimizer, make_optimizer, snapshot
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
-from model import GPT
 from tests.tiny import same_weights, tiny_model
 
 
@@ -45,12 +44,7 @@ def save(run, step, model=None, optimizer=None):
 
 def everything(folder):
     """Every path under a folder, links with where they point."""
-    return {
-        os.path.relpath(os.path.join(d, n), folder): os.path.islink(p) and os.readlink(p)
-        for d, folders, names in os.walk(folder)
-        for n in folders + names
-        for p in [os.path.join(d, n)]
-    }
+    return {path: path.is_symlink() and os.readlink(path) for path in folder.rglob("*")}
 
 
 def test_a_checkpoint_holds_these_files(tmp_path):
@@ -186,11 +180,10 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path, capsys):
         save(run, step)
     assert checkpoint.find(str(run)) == str(run / "step_00000003"), "no best yet: the newest"
     checkpoint.link(f"{run}/best", "step_00000002")
-    assert checkpoint.find(str(run)) == str(run / "step_00000002")
-    assert checkpoint.find(f"{run}/") == str(run / "step_00000002")
+    assert checkpoint.find(str(run)) == checkpoint.find(f"{run}/") == str(run / "step_00000002")
     assert checkpoint.find(str(run), prefer="latest") == str(run / "step_00000003")
     assert checkpoint.find(str(run / "step_00000001")) == str(run / "step_00000001")
-    assert GPT.from_pretrained(checkpoint.find(str(run / "best"))).config.n_layer == 3
+    assert os.path.samefile(checkpoint.find(str(run / "best")), run / "step_00000002")
     shutil.rmtree(run / "step_00000002")  # the best one was deleted by hand: its link hangs
     assert capsys.readouterr().err == ""
     assert checkpoint.find(str(run)) == str(run / "step_00000003")
@@ -198,21 +191,6 @@ def test_find_takes_a_run_folder_a_checkpoint_or_a_link(tmp_path, capsys):
     assert capsys.readouterr().err == gone
     with pytest.raises(UserError, match="best is a link to step_00000002, which is gone"):
         checkpoint.find(f"{run}/best")
-
-
-def test_the_optimizers_state_survives_bit_for_bit(tmp_path):
-    model, optimizer = trained()
-    save(tmp_path, 3, model, optimizer)
-    again = GPT.from_pretrained(str(tmp_path / "step_00000003"))
-    restored = make_optimizer(again, TrainSettings(), torch.device("cpu"))
-    load_optimizer(str(tmp_path / "step_00000003"), again, restored)
-    a, b = (optimizer_tensors(*x) for x in ((model, optimizer), (again, restored)))
-    assert len(a) == 3 * len(list(model.parameters())) and same_weights(a, b)
-    for m, o in ((model, optimizer), (again, restored)):  # and the next step is the same
-        m.zero_grad()
-        m(torch.arange(8)[None], torch.arange(8)[None]).backward()
-        o.step()
-    assert same_weights(model, again)
 
 
 def test_a_snapshot_is_a_copy_and_the_next_one_takes_its_memory():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from inheritune.base.errors import UserError
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT
-from tests.tiny import gpt2, hf_state, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
+from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
 
 
 @pytest.fixture
@@ -116,10 +116,8 @@ REFUSED = [
     ({"n_inner": 40}, "n_inner=40"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ({"add_cross_attention": True}, "add_cross_attention=True"),
-    ({"scale_attn_weights": False}, "scale_attn_weights=False"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
     ({"n_layer": "3"}, "n_layer is '3'"),
-    ({"n_layer": 0}, "n_layer is 0"),
     ({"n_embd": "absent"}, "n_embd is None"),
     ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
     ({"n_vocab": 102}, "n_vocab 102 is not between 1 and vocab_size 101"),
@@ -128,12 +126,7 @@ REFUSED = [
     ({"n_layer": 4}, "transformer.h.3.ln_1.weight is missing"),
     ({"n_positions": 9}, r"wpe.weight is \(8, 16\), config.json says \(9, 16\)"),
     (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs"),
-    (lambda t: t | {"lm_head.weight": torch.zeros(3, 3)}, "lm_head.weight differs"),
     (without_wte, "transformer.wte.weight is missing"),
-    (
-        lambda t: t | {"transformer.h.0.crossattention.c_attn.weight": torch.zeros(2)},
-        "crossattention.*not a GPT-2",
-    ),
     (lambda t: t | {"transformer.ln_f.bias": torch.zeros(5)}, r"ln_f.bias is \(5,\)"),
     (lambda t: t | {"ln_f.bias": torch.zeros(16)}, "holds transformer.ln_f.bias twice"),
     (lambda t: {"transformer.wte.weight": torch.zeros(1)}, r"is missing; .* \(and \d+ more\)"),
@@ -158,24 +151,17 @@ def test_the_id_that_ends_a_text(saved, said, eot):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_transformers_opens_what_is_written_with_equal_logits(tmp_path, bias):
-    model = write_checkpoint(tmp_path / "ours", bias=bias, scale_attn_by_inverse_layer_idx=bias)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
+    folder = tmp_path / "ours"
+    model = write_checkpoint(folder, bias=bias, scale_attn_by_inverse_layer_idx=bias)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (256, 256)
     idx = torch.randint(320, (2, 8))
     torch.testing.assert_close(model(idx), theirs.eval()(idx).logits, rtol=0, atol=1e-5)
 
 
-OTHERS = {
-    "vocab_size": 67,
-    "n_vocab": 61,
-    "eot": gpt2_format.NO_EOT,
-    "tokenizer": "o200k_base",
-    "block_size": 5,
-}
-OTHERS |= {"bias": False, "scale_attn_by_inverse_layer_idx": True, "n_layer": 1}
+OTHERS = {"vocab_size": 67, "n_vocab": 61, "eot": gpt2_format.NO_EOT, "tokenizer": "o200k_base"}
+OTHERS |= {"bias": False, "scale_attn_by_inverse_layer_idx": True, "n_layer": 1, "block_size": 5}
 
 
 @pytest.mark.parametrize("changes", [{}, OTHERS])
@@ -187,13 +173,6 @@ def test_every_tensor_and_field_survives_a_round_trip_bit_for_bit(tmp_path, chan
     write_model(tmp_path / "b", again)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-
-
-def test_a_model_without_biases_does_not_lose_biases(tmp_path):
-    model = write_checkpoint(tmp_path / "a")
-    parameters = dict(tiny_model(bias=False).named_parameters())
-    with pytest.raises(UserError, match=r"is not zero, but config\.json says bias: false"):
-        gpt2_format.fill(parameters, hf_state(model), "a")
 
 
 def test_loading_leaves_nothing_mapped(tmp_path):
@@ -240,13 +219,7 @@ def test_a_download_fetches_only_what_is_needed(saved, hub):
     assert_opens_equal("some/model", saved[1])
     assert checkpoint.download("some/model", weights=False) == str(saved[0])
     (_, first), (_, weights), (_, few) = hub[0]
-    small = {
-        "model.safetensors.index.json",
-        "config.json",
-        "tokenizer.json",
-        "spiece.model",
-        "chat_template.jinja",
-    }
+    small = {"model.safetensors.index.json", "config.json", "tokenizer.json", "a.model", "a.jinja"}
     for names, patterns in ((small, few), (small | {"model.safetensors"}, first + weights)):
         there = [*small, "model.safetensors", "pytorch_model.bin", "x.py", "tf_model.h5"]
         assert set(filter_repo_objects(there, allow_patterns=patterns)) == names
@@ -280,9 +253,8 @@ def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
     whole = write_checkpoint(tmp_path / "whole")
     monkeypatch.setattr(gpt2_format, "MAX_FILE", 20_000)
     write_checkpoint(tmp_path / "shards")
-    files = [name for name in os.listdir(tmp_path / "shards") if name.endswith(".safetensors")]
-    assert len(files) > 2 and "model.safetensors" not in files
-    assert all(os.path.getsize(tmp_path / "shards" / name) < 40_000 for name in files)
+    sizes = [path.stat().st_size for path in (tmp_path / "shards").glob("model-*.safetensors")]
+    assert len(sizes) > 2 and max(sizes) < 40_000
     assert same_weights(GPT.from_pretrained(str(tmp_path / "shards")), whole)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
     assert torch.allclose(theirs(torch.arange(8)[None]).logits, whole(torch.arange(8)[None]), atol=1e-5)
