@@ -97,13 +97,10 @@ def test_whole_blocks_and_embeddings_are_carried(reference, recipe):
     assert set(new) == set(gpt2_format.shapes(vars(small)))
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("recipe", WHOLE)
-def test_a_block_that_moves_computes_what_it_did(recipe, bias):
+def test_a_block_that_moves_computes_what_it_did(recipe):
     """With the inverse-layer scale, against the same blocks run one after the other where they were."""
-    model = tiny_model(
-        seed=5, n_layer=6, n_head=5, n_embd=20, bias=bias, scale_attn_by_inverse_layer_idx=True
-    )
+    model = tiny_model(seed=5, n_layer=6, n_head=5, n_embd=20, scale_attn_by_inverse_layer_idx=True)
     state, small, blocks = initialise(hf_state(model), model.config, recipe, depth(recipe, 6))
     moved = GPT(small).eval()
     moved.fill(state, recipe)
@@ -117,12 +114,9 @@ def test_a_block_that_moves_computes_what_it_did(recipe, bias):
 
 
 def test_block_1_is_not_block_10():
-    state = {f"transformer.h.{i}.x": torch.tensor(i) for i in range(12)}
+    state = {f"transformer.h.{i}.x": i for i in range(12)}
     new = assemble(state, [(state, i) for i in (1, 11)], tiny_config())
-    assert new == {
-        "transformer.h.0.x": state["transformer.h.1.x"],
-        "transformer.h.1.x": state["transformer.h.11.x"],
-    }
+    assert new == {"transformer.h.0.x": 1, "transformer.h.1.x": 11}
 
 
 def test_random_keeps_nothing_and_follows_its_seed(reference):

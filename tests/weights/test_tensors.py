@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import inherit
 from inheritune.base.errors import UserError
 from inheritune.weights import gpt2_format, tensors
-from inheritune.weights.tensors import Lazy, check_finite, copy_rows, read_tensors, row_runs, write_tensors
+from inheritune.weights.tensors import check_finite, copy_rows, read_tensors, write_tensors
 from tests.tiny import gpt2, refusal, tiny_model, write_checkpoint
 
 
@@ -73,10 +73,9 @@ def test_no_more_than_a_run_of_rows_is_in_memory(tmp_path, monkeypatch, flags):
 def test_finite_is_what_has_no_nan_and_no_infinity(dtype):
     big = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
     assert check_finite(big, "x", "f") is big, "their sum is infinite, they are not"
-    for bad in (math.nan, math.inf, -math.inf):
-        for row in (torch.tensor([1.0, bad, 2.0]), torch.tensor([bad, -bad])):
-            with pytest.raises(UserError, match="f: x holds NaN or infinity"):
-                check_finite(row.to(dtype), "x", "f")
+    for row in ([1.0, math.nan, 2.0], [math.inf, -math.inf]):
+        with pytest.raises(UserError, match="f: x holds NaN or infinity"):
+            check_finite(torch.tensor(row).to(dtype), "x", "f")
 
 
 def test_a_nan_in_the_last_row_is_found_and_nothing_is_left(tmp_path, monkeypatch):
@@ -98,22 +97,9 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
         weights["transformer.wte.weight"][:]
 
 
-def test_a_full_disk_is_an_oserror_with_the_name(tmp_path):
-    with pytest.raises(OSError, match="No space left") as e:
+def test_a_full_disk_is_an_oserror():
+    with pytest.raises(OSError, match="No space left"):
         write_tensors("/dev/full", {"x": torch.zeros(10)})
-    assert e.value.errno == 28
-
-
-def test_runs_of_rows(monkeypatch):
-    monkeypatch.setattr(tensors, "RUN", 100)
-    made = torch.arange(7 * 10.0).reshape(7, 10)
-    lazy = Lazy(made.shape, made.dtype, lambda a, b: made[a:b])
-    for tensor in (made, lazy):
-        found = list(row_runs(tensor))
-        assert [len(p) for p in found] == [2, 2, 2, 1] and torch.equal(torch.cat(found), made)
-    assert [len(p) for p in row_runs(torch.zeros(2, 30))] == [1, 1], "a row is never cut"
-    assert list(row_runs(torch.zeros(0, 3))) == []
-    assert [p.shape for p in row_runs(torch.zeros(3, 0))] == [(3, 0)]
 
 
 def test_an_untied_head_of_any_shape_is_refused(tmp_path):
