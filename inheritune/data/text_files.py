@@ -25,7 +25,7 @@ import pyarrow
 from pyarrow import parquet
 
 from inheritune.base.errors import UserError, first_line
-from inheritune.data.tokenizer import CUT
+from inheritune.data.tokenizer import last_cut
 
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -156,8 +156,8 @@ def holds(file: File, split_on: str) -> bool:
 def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
     """Yield the pieces of a text file.
 
-    A long text is cut at tokenizer.CUT, where cutting does not change the tokens, if there is such a place.
-    With `split_on`, a document ends wherever that text stands; blanks at the end are no document.
+    A long text is cut where that does not change its tokens, if there is such a place. With `split_on`, a
+    document ends wherever that text stands; blanks at the end are no document.
     """
     pattern = pattern_of(split_on) if split_on else None
     text, goes_on = "", False
@@ -170,8 +170,7 @@ def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
                 goes_on = False
         end = len(text) - 2 * len(split_on)  # what follows may begin a `split_on`
         if end >= PIECE // 2:
-            place = CUT.match(text, 0, end)
-            used = place.end() if place else end
+            used = last_cut(text, end)
             yield Piece([text[:used]], goes_on, False, share)
             text, goes_on = text[used:], True
     if text.strip() or goes_on or not split_on:

@@ -35,7 +35,7 @@ from inheritune.base.tokenizer_identity import (
 END_OF_TEXT = "<|endoftext|>"
 PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
 # Every vocabulary begins a new word at a space after a letter or digit, and tiktoken's also at a line end
-# there. A text that is cut at such a place keeps its tokens. A match ends at the last such place.
+# there: a text that is cut at such a place keeps its tokens. A match ends at the last such place.
 CUT = re.compile(r"(?s).*[^\W_](?= )|.*[^\W_](?=\n)")
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
@@ -57,13 +57,12 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
         return Bytes()
     if folder and has_tokenizer(folder):
         return HuggingFace(folder)
-    known = tiktoken.list_encoding_names()
+    known = ["bytes", *sorted(tiktoken.list_encoding_names())]
     if spec in known:
         return from_tiktoken(spec)
     path = os.path.join(folder or "", spec)
     if spec.endswith(".json") or os.path.isdir(path):
         return HuggingFace(path)
-    known = ["bytes", *sorted(known)]
     choices = f"{', '.join(known)} or the path of a tokenizer.json or of a folder that holds one"
     raise UserError(f"no tokenizer {spec!r}{nearest(spec, known)}; choose {choices}")
 
@@ -77,7 +76,7 @@ def utf8(text: str) -> bytes:
 
 
 class Tokenizer:
-    """What all kinds have in common. Token arrays are 1-D uint32; any iterable of ints can be decoded."""
+    """What all kinds have in common. Arrays of ids are 1-D, of any unsigned type."""
 
     name: str
     n_vocab: int
@@ -97,7 +96,8 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of `ids`, perhaps with half a character at an end; end-of-text is spelled out."""
+        """The UTF-8 bytes of `ids`, perhaps with half a character at an end; end-of-text is spelled out.
+        Raises UserError for an id that is not in the vocabulary."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -105,7 +105,6 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
     def known(self, ids: Iterable[int]) -> list[int]:
-        """`ids` as a list. Raises UserError unless all are in the vocabulary."""
         ids = list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
             raise UserError(f"token ids {min(ids)} to {max(ids)} exceed the vocabulary of {self.n_vocab}")
@@ -152,11 +151,15 @@ class Bytes(Tokenizer):
     spelled = (*(bytes((i,)) for i in range(256)), END_OF_TEXT.encode())
 
     def encode_batch(self, texts, goes_on=()):
-        encoded = [utf8(text) for text in texts]
-        return np.frombuffer(b"".join(encoded), np.uint8).astype(np.uint32), list(map(len, encoded))
+        encoded = list(map(utf8, texts))
+        return np.frombuffer(b"".join(encoded), np.uint8), list(map(len, encoded))
 
     def decode_bytes(self, ids):
-        return b"".join([self.spelled[i] for i in self.known(ids)])
+        ids = list(ids)
+        try:
+            return bytes(ids)
+        except ValueError:  # an end-of-text is among them
+            return b"".join([self.spelled[i] for i in self.known(ids)])
 
 
 class TikToken(Tokenizer):
@@ -174,19 +177,23 @@ class TikToken(Tokenizer):
     def decode_bytes(self, ids):
         try:
             return self.encoding.decode_bytes(list(ids))
-        except (KeyError, OverflowError) as e:
+        except (KeyError, OverflowError) as e:  # there are gaps between the ids of some vocabularies
             raise UserError(f"the {self.name} vocabulary of {self.n_vocab} lacks a token id ({e})") from None
 
 
 def cut(text: str) -> Iterator[str]:
     """Yield the parts of a text, each of at most PART characters."""
-    start = 0
-    while len(text) - start > PART:
-        place = CUT.match(text, start, start + PART)
-        stop = place.end() if place else start + PART
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+    while len(text) > PART:
+        place = last_cut(text, PART)
+        yield text[:place]
+        text = text[place:]
+    yield text
+
+
+def last_cut(text: str, most: int) -> int:
+    """The last place among the first `most` characters at which a cut changes no token, or else `most`."""
+    place = CUT.match(text, 0, most)
+    return place.end() if place else most
 
 
 def from_tiktoken(name: str) -> TikToken:

@@ -191,7 +191,11 @@ def part_off(out: str, parts: list[dict], tokenizer: Tokenizer, dtype: np.dtype,
 
     Validation begins where a document does, if one does within a tenth of its length, or else inside one.
     """
-    whole, eot = join(out, "all_000000.part", parts, "train"), np.array([tokenizer.eot], dtype)
+    train, eot = (
+        [part for part in parts if part["file"].startswith("train")],
+        np.array([tokenizer.eot], dtype),
+    )
+    whole = train[0] if len(train) == 1 else join(out, "all_000000.part", parts, "train")
     path = os.path.join(out, whole["file"])
     ids = np.memmap(path, dtype, "r") if whole["tokens"] else eot[:0]  # an empty file cannot be mapped
     place, reach = round(len(ids) * (1 - fraction)), 1 + int(len(ids) * fraction / 10)

@@ -9,7 +9,6 @@ import json
 import os
 import tempfile
 
-import numpy as np
 import pytest
 import tiktoken
 import tokenizers
@@ -68,7 +67,7 @@ def test_bytes():
     assert tokenizer.decode([104, 105, 256]) == "hi<|endoftext|>"
     assert tokenizer.decode([0xE2, 0x82]) == "\ufffd"
     ids, lengths = tokenizer.encode_batch(["é", "", "a"])
-    assert (ids.tolist(), ids.dtype, lengths) == ([0xC3, 0xA9, 97], np.uint32, [2, 0, 1])
+    assert (ids.tolist(), lengths) == ([0xC3, 0xA9, 97], [2, 0, 1])
     with pytest.raises(UserError, match="257"):
         tokenizer.decode([257])
 
@@ -104,7 +103,7 @@ def test_gpt2():
     assert tokenizer.describe() == {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
     assert 50256 not in tokenizer.encode("<|endoftext|>"), "special tokens in a text are text"
     ids, lengths = tokenizer.encode_batch(["Hello world", "", "Hello"])
-    assert (ids.tolist(), ids.dtype, lengths) == ([15496, 995, 15496], np.uint32, [2, 0, 1])
+    assert (ids.tolist(), lengths) == ([15496, 995, 15496], [2, 0, 1])
     assert tokenizer.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
     with pytest.raises(UserError, match="50300"):
         tokenizer.decode([50300])
