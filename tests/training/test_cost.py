@@ -1,6 +1,5 @@
 """What training costs, by formula. python -m pytest tests/training/test_cost.py"""
 
-import os
 import re
 
 import pytest
@@ -10,7 +9,7 @@ import train
 from inheritune.training import cost
 from inheritune.training.cost import training_memory
 from model import GPT
-from tests.tiny import ROOT, tiny_config
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_layer": 1, "n_embd": 10, "block_size": 3, "bias": False}])
@@ -128,14 +127,3 @@ def test_without_torchs_chunked_loss_all_logits_count(monkeypatch):
     c = tiny_config(vocab_size=1000)
     monkeypatch.setattr(cost, "CHUNKED_LOSS", False)
     assert training_memory(c, 100, 1, half=False)["logits"] == 100 * 8 * 1000 * 12
-
-
-def test_gpt2_xl_fits_eight_cards_of_40_gb_in_shards(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    said = {}
-    for more in (["--shard"], ["--batch_size=4"]):
-        train.main([os.path.join(ROOT, "config/train_gpt2_xl.py"), "--dry_run", *more])
-        said[more[0]] = capsys.readouterr().out
-        assert "GB on each of 8 with shard=True" in said[more[0]]
-    assert "does not fit" not in next(line for line in said["--shard"].splitlines() if "A100 40GB" in line)
-    assert "does not fit 40 GB: shard=True, or lower batch_size" in said["--batch_size=4"]

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 import train
-from inheritune.training import cost
-from inheritune.training.logs import read_rows
 from inheritune.training.losses import Teacher, distillation_loss
 from inheritune.training.settings import TrainSettings
-from model import GPT, GPTConfig
+from model import GPT
 from tests.tiny import SHAPE, arguments, column, contents, rows, same_weights, tiny_model, write_checkpoint
 
 SIZES = dict.fromkeys(SHAPE)  # not on the command line: the model decides
@@ -75,16 +73,6 @@ def test_both_terms_are_logged_and_make_up_the_loss(world):
     for row in rows(folder / "kd")[1:]:
         assert row["loss"] == pytest.approx(0.3 * row["ce"] + 0.7 * 4 * row["kl"], rel=1e-5)
     assert column(folder / "kd", "kl")[-1] < column(folder / "kd", "kl")[0]
-
-
-def test_mfu_counts_the_teacher(world, monkeypatch):
-    data, teacher, folder = world
-    monkeypatch.setattr(cost, "peak_flops", lambda device: 1e12)
-    train.main(arguments(data, folder / "mfu", teacher=teacher, max_iters=3))
-    last = read_rows(str(folder / "mfu/timing.csv"))[-1]
-    student, teacher = (GPTConfig.from_folder(str(f)) for f in (folder / "mfu/latest", teacher))
-    flops = student.flops_per_token + teacher.flops_per_token / 3
-    assert float(last["mfu"]) == pytest.approx(float(last["tokens_per_s"]) * flops / 1e12, rel=1e-6)
 
 
 def test_a_student_equal_to_its_teacher_has_no_divergence_and_the_teacher_is_not_trained(world):
