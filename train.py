@@ -23,7 +23,7 @@ from inheritune.base.signals import ended_after
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.build_run import Run, build_run
 from inheritune.training.command_line import parse
-from inheritune.training.device import pick
+from inheritune.training.device import dtype_text, pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
 from inheritune.training.losses import mean_loss, to_device
@@ -225,6 +225,13 @@ def write_cards(run, val_loss):
             write_card(folder, os.path.basename(s.out_dir), source, **facts)
 
 
+def draw_losses(out_dir):
+    """Draw log.csv as loss.png in the run folder."""
+    from inheritune.experiments.plots import plot_run  # matplotlib takes a second to import
+
+    plot_run(out_dir)
+
+
 @one_line(ranks=True)
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
@@ -245,7 +252,8 @@ def main(argv=None):
         if ranks.first:
             c, n_params = plan.config, run.model.module.num_params()
             print(
-                f"{c.n_layer} blocks, {n_params:,} parameters, {device}; a step is "
+                f"{c.n_layer} blocks, {n_params:,} parameters, {device}, "
+                f"{dtype_text(settings.dtype, device)}; a step is "
                 f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x "
                 f"{plan.accumulation} accumulation x {ranks.world} rank(s); "
                 f"an epoch is {run.epoch:,.1f} steps"
@@ -256,6 +264,7 @@ def main(argv=None):
             val_loss = fit(run)
         if ranks.first:
             write_cards(run, val_loss)
+            draw_losses(settings.out_dir)
             print(f"done: {settings.out_dir}, step {run.state.step}, val {val_loss:.4f}")
 
 

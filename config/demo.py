@@ -10,6 +10,7 @@ batch_size = 32
 max_iters = 160
 eval_interval = 40
 eval_tokens = 65_536
+dtype = "float32"  # also where auto means bfloat16: these numbers are committed
 
 optimizer = "muon"  # a part of what is gained is the optimizer's
 learning_rate = 4e-3

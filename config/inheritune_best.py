@@ -12,6 +12,7 @@ batch_size = 32
 max_iters = 1000
 eval_interval = 100
 eval_tokens = 65_536
+dtype = "float32"  # also where auto means bfloat16: these numbers are committed
 
 optimizer = "muon"
 learning_rate = 8e-3

@@ -42,6 +42,7 @@ eval_tokens = 65_536
 log_interval = 20
 keep_last = 1
 device = "cpu"
+dtype = "float32"  # also where auto means bfloat16: these numbers are committed
 threads = 1  # two arms side by side on two cores
 
 learning_rate = 6e-3

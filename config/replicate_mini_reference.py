@@ -12,6 +12,7 @@ eval_interval = 100
 eval_tokens = 65_536
 log_interval = 20
 keep_last = 1
+dtype = "float32"  # also where auto means bfloat16: these numbers are committed
 
 learning_rate = 6e-3
 min_lr = 6e-4

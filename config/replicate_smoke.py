@@ -18,6 +18,7 @@ eval_tokens = 8192
 save_interval = 30
 keep_last = 1
 device = "cpu"
+dtype = "float32"  # also where auto means bfloat16: these numbers are committed
 threads = 1  # two arms side by side on two cores
 
 learning_rate = 3e-3

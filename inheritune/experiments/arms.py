@@ -240,7 +240,7 @@ def settings_hash(c: Common, arm: Arm) -> str:
     """A short hash of all that decides an arm's numbers: the settings of its stages, and of the reference if
     it starts from that. Settings at their default are left out, so that a new setting changes no hash."""
     # frozen: results/*/results.csv holds these hashes, and an arm made again must get the same one
-    defaults = dataclasses.asdict(TrainSettings())
+    defaults = dataclasses.asdict(TrainSettings(dtype="float32"))  # what auto was on CPUs when they were made
     content = []
     for stage in arm.stages(c) + (find_arm("reference").stages(c) if arm.from_reference else []):
         settings = dataclasses.asdict(stage.settings)

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, find_arm
 from inheritune.experiments.tables import best_variant, mean_and_error, mean_val_loss, most_seeds_first
+from inheritune.training.logs import read_rows
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
@@ -50,6 +51,24 @@ def zoom_loss_axis(axes, finals, below=0.1, above=1.2) -> None:
     """
     spread = max(finals) - min(finals) or 0.1
     axes.set_ylim(min(finals) - below * spread, max(finals) + above * spread)
+
+
+def plot_run(folder: str) -> None:
+    """Plot the losses and the learning rate in a run folder's log.csv, as loss.png beside it."""
+    rows = read_rows(os.path.join(folder, "log.csv"))
+    figure, axes = plt.subplots(figsize=(8, 5))
+    rate = axes.twinx()
+    lines = {"loss": ("training", GREY, axes, "-"), "val_loss": ("validation", RED, axes, "o-")}
+    lines |= {"also_val_loss": ("validation, second text", BLUE, axes, "o-")}
+    lines |= {"lr": ("learning rate", GREEN, rate, ":")}
+    for column, (label, colour, place, style) in lines.items():
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        if points:
+            place.plot(*zip(*points, strict=True), style, markersize=3, color=colour, label=label)
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    rate.legend(loc="lower left")
+    finish_axes(axes, xlabel="step", ylabel="loss (nats/token)", title=os.path.basename(folder))
+    save_figure(figure, os.path.join(folder, "loss.png"))
 
 
 def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:

@@ -64,14 +64,31 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype that autocast uses; float32 means no autocast.
 
-    GPUs before Ampere emulate bfloat16, which is slower than float32: auto is float16 there.
+    auto is bfloat16 where the device multiplies in it. GPUs before Ampere emulate it, which is slower than
+    float32: auto is float16 there. A CPU without matrix units, or an Apple GPU, computes in float32.
     """
     if name != "auto":
         return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.bfloat16 if has_matrix_units() else torch.float32
     if device.type != "cuda":
         return torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def has_matrix_units() -> bool:
+    """Whether the CPU multiplies in bfloat16, as Intel's AMX does. An older torch does not say: False."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    return capabilities().get("amx_bf16", False)
+
+
+def dtype_text(name: str, device: torch.device) -> str:
+    """The number format of a run, and why on a CPU: `"auto"` → `"float32 (this CPU has no matrix units)"`."""
+    dtype = str(pick_dtype(name, device)).removeprefix("torch.")
+    if name != "auto" or device.type != "cpu":
+        return dtype
+    return f"{dtype} (this CPU has {'AMX' if has_matrix_units() else 'no matrix units'})"
 
 
 def is_compiled(compile: bool | None, device: torch.device) -> bool:

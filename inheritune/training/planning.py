@@ -13,7 +13,7 @@ from inheritune.base.errors import UserError, raise_all
 from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
 from inheritune.models.open_model import Config, open_config, open_weights
 from inheritune.training.cost import flops_per_token, training_memory
-from inheritune.training.device import PEAKS, is_compiled
+from inheritune.training.device import PEAKS, is_compiled, pick_dtype
 from inheritune.training.logs import read_rows
 from inheritune.training.schedule import decay_end, learning_rate
 from inheritune.training.settings import HARMLESS, SCHEDULE, TrainSettings
@@ -380,7 +380,7 @@ def run_memory(plan: Plan, settings: TrainSettings, shards: int) -> dict[str, fl
         plan.config,
         plan.micro_batch,
         plan.accumulation,
-        half=not (s.dtype == "float32" or (s.dtype == "auto" and device.type == "cpu")),
+        half=s.dtype != "float32" and (device.type == "cuda" or pick_dtype(s.dtype, device) != torch.float32),
         shards=shards,
         checkpoint_activations=s.checkpoint_activations,
         compiled=is_compiled(s.compile, device),

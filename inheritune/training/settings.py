@@ -108,7 +108,7 @@ class TrainSettings:
     # sec. 3: bf16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
-        "autocast type; auto is bfloat16 on a GPU that has it, else float16 there and float32 elsewhere",
+        "autocast type; auto: bfloat16 on GPUs and CPUs that multiply in it, else float16 (GPUs), float32",
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
     checkpoint_activations: Literal["none", "cheap", "full"] = setting(
