@@ -42,7 +42,7 @@ def training_memory(
 
     # What is always there. Autocast's 16-bit copies of the weights stay for the backward pass. Of a sharded
     # model the embedding and two blocks (one is fetched early) are gathered: weights in 16 bits, gradients in
-    # fp32. Only its blocks are compiled.
+    # fp32.
     gathered = embedding + 2 * 4 * config.block_params if shards > 1 else 0
     copies = (gathered / 2 if half else gathered) if shards > 1 else (2 * n_params if half else 0)
     weights = 4 * n_params / shards + copies
@@ -50,7 +50,6 @@ def training_memory(
     gradients = 4 * n_params / shards
 
     # When the loss is taken: activations and logits, and gradients if there was a backward pass before.
-    fused = compiled and (teacher is not None or shards == 1)  # the loss is a kernel
     kept, recomputed = activation_bytes(config.n_layer, half, checkpoint_activations, half and shards > 1)
     tokens = rows * config.n_embd
     earlier = gathered + (gradients if accumulation > 1 or ranks > 1 else 0)  # DDP keeps them in its buckets
@@ -59,7 +58,7 @@ def training_memory(
         "moments": moments,
         "gradients": earlier,
         "activations": tokens * kept,
-        "logits": logits_memory(rows, config, half, fused, teacher is not None),
+        "logits": logits_memory(rows, config, half, compiled, teacher is not None),
     }
     # In the last block's backward pass: what it recomputes, and the head's gradient.
     kept += recomputed
@@ -88,15 +87,18 @@ def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str, narr
     return n_layer * everything, 0
 
 
-def logits_memory(rows: int, config: Config, half: bool, fused: bool, teacher: bool) -> int:
-    """Bytes of the logits of `rows` tokens, of a teacher's logits, and of what the loss makes of both."""
+def logits_memory(rows: int, config: Config, half: bool, compiled: bool, teacher: bool) -> int:
+    """Bytes of the logits of `rows` tokens, of a teacher's logits, and of what the loss makes of both.
+
+    A compiled loss is one kernel, which makes no fp32 copies.
+    """
     act = 2 if half else 4  # bytes of a logit
     if teacher:
         each = 2 * act  # both sides' logits
-        each += 4 + act if fused else 0  # gradients in fp32, and in the logits' dtype
-        each += 0 if fused else 6 * 4  # six copies in fp32
-    elif fused:
-        each = 2 * act  # logits and gradient
+        each += 4 + act if compiled else 0  # gradients in fp32, and in the logits' dtype
+        each += 0 if compiled else 6 * 4  # six copies in fp32
+    elif compiled:
+        each = act  # the gradient takes the place of the logits
     elif half or not CHUNKED_LOSS:
         each = 3 * 4  # in fp32, the log-softmax of all logits and two gradients
     else:  # a chunk of logits, its gradient, and the head's, which the forward pass computes already
