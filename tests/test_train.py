@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import inherit
 import train
@@ -30,6 +31,7 @@ from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
 from tests.tiny import (
+    DRAW_LOSSES,
     SHAPE,
     arguments,
     column,
@@ -233,6 +235,12 @@ def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path
     for name in ("model", "optimizer"):
         a, b = (open(tmp_path / x / f"latest/{name}.safetensors", "rb").read() for x in "ab")
         assert a == b
+
+
+def test_a_run_draws_its_losses(plain, tmp_path):
+    shutil.copy(f"{plain}/log.csv", tmp_path)
+    DRAW_LOSSES(str(tmp_path))
+    assert plt.imread(tmp_path / "loss.png").std() > 0
 
 
 def test_times_are_those_that_passed(data, tmp_path):

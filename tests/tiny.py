@@ -22,13 +22,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from inheritune.base.files import sha256
 from inheritune.data.tokenizer import tokenizer_files
+from inheritune.training import device
 from inheritune.training.logs import read_rows
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HAS_MATRIX_UNITS, DRAW_LOSSES = device.has_matrix_units, train.draw_losses
+device.has_matrix_units = lambda: False  # references are in float32, whatever the CPU
+train.draw_losses = lambda out_dir: None  # half a second for each of hundreds of runs
 TOKENIZER = {"name": "bytes", "n_vocab": 257, "eot": 256}
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
 
@@ -232,8 +237,6 @@ def serve():
     # optimizers and model cards import these: seconds that every child would spend
     import huggingface_hub.repocard  # noqa: F401
     import torch._dynamo  # noqa: F401
-
-    import train
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inheritune.training import device
+from tests.tiny import HAS_MATRIX_UNITS
 
 
 def test_torch_is_told_to_use_huge_pages_unless_the_user_says_otherwise(monkeypatch):
@@ -31,6 +32,18 @@ def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, kind, native, dtype):
     )
     assert device.pick_dtype("auto", torch.device(kind)) == dtype
     assert device.pick_dtype("bfloat16", torch.device(kind)) == torch.bfloat16
+
+
+def test_a_cpu_with_matrix_units_multiplies_in_bfloat16(monkeypatch):
+    cpu, amx = torch.device("cpu"), {"amx_bf16": True}
+    for capabilities, dtype, text in (
+        (amx, torch.bfloat16, "bfloat16 (this CPU has AMX)"),
+        ({"amx_bf16": False}, torch.float32, "float32 (this CPU has no matrix units)"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known, raising=False)
+        monkeypatch.setattr(device, "has_matrix_units", HAS_MATRIX_UNITS)
+        assert device.pick_dtype("auto", cpu) == dtype and device.dtype_text("auto", cpu) == text
+    assert device.dtype_text("float16", cpu) == "float16"
 
 
 @pytest.mark.parametrize(
