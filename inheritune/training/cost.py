@@ -36,36 +36,38 @@ def training_memory(
     shards: over how many ranks the model is sharded
     ranks: over how many ranks DDP trains it
     """
-    n_params = config.num_params
+    n_params, act = config.num_params, 2 if half else 4
     rows = micro_batch * config.block_size
-    embedding = 4 * config.vocab_size * config.n_embd
+    embedding = config.vocab_size * config.n_embd
 
     # What is always there. Autocast's 16-bit copies of the weights stay for the backward pass. Of a sharded
-    # model the embedding and two blocks (one is fetched early) are gathered: weights in 16 bits, gradients in
-    # fp32.
-    gathered = embedding + 2 * 4 * config.block_params if shards > 1 else 0
-    copies = (gathered / 2 if half else gathered) if shards > 1 else (2 * n_params if half else 0)
+    # model the embedding and two blocks (one is fetched early) are gathered.
+    copies = 2 * n_params if half else 0
+    if shards > 1:
+        copies = act * (embedding + 2 * config.block_params)
     weights = 4 * n_params / shards + copies
     moments = 8 * n_params / shards  # AdamW's two
     gradients = 4 * n_params / shards
 
-    # When the loss is taken: activations and logits, and gradients if there was a backward pass before.
+    # When the loss is taken: activations and logits, and gradients if there was a backward pass before. The
+    # head's gradient follows; in a sharded model it has 16 bits, and is there together with the logits.
     kept, recomputed = activation_bytes(config.n_layer, half, checkpoint_activations, half and shards > 1)
     tokens = rows * config.n_embd
-    earlier = gathered + (gradients if accumulation > 1 or ranks > 1 else 0)  # DDP keeps them in its buckets
+    earlier = gradients if accumulation > 1 or ranks > 1 else 0  # DDP keeps them in its buckets
+    of_head = (act if shards > 1 else 4) * embedding
     loss = {
         "weights": weights,
         "moments": moments,
-        "gradients": earlier,
+        "gradients": earlier + (of_head if shards > 1 else 0),
         "activations": tokens * kept,
         "logits": logits_memory(rows, config, half, compiled, teacher is not None),
     }
     # In the last block's backward pass: what it recomputes, and the head's gradient.
     kept += recomputed
-    block = loss | {"gradients": earlier + embedding, "activations": tokens * kept, "logits": 0}
+    block = loss | {"gradients": earlier + of_head, "activations": tokens * kept, "logits": 0}
     # At the end: all gradients. The tied embedding has one from the head, one from the look-up, and the sum.
-    parts = (3 if accumulation > 1 else 2) * embedding
-    end = loss | {"gradients": gathered + gradients + parts, "activations": 0, "logits": 0}
+    parts = (3 if accumulation > 1 else 2) * of_head
+    end = loss | {"gradients": gradients + parts, "activations": 0, "logits": 0}
     terms = max(loss, block, end, key=lambda terms: sum(terms.values()))
     return terms | {"teacher": teacher_memory(teacher, half)} if teacher else terms
 
