@@ -263,7 +263,7 @@ def test_a_line_says_how_far_it_is(plain, data, tmp_path, capsys):
     lines, row = capsys.readouterr().out.splitlines(), rows(plain)[4]
     numbers = f"loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f}"
     assert lines[5].startswith(f"step 4/12 | {numbers} | val {row['val_loss']:.4f} | 256 tokens | ")
-    assert lines[0].startswith("2 blocks, 11,472 parameters, cpu, float32 (this CPU has no matrix units); a step")
+    assert lines[0].startswith("2 blocks, 11,472 parameters, cpu, float32 (this CPU has no matrix units); a")
     assert lines[-1] == f"done: {tmp_path}/a, step 12, val {rows(plain)[12]['val_loss']:.4f}"
 
 

@@ -97,8 +97,7 @@ def logits_memory(rows: int, config: Config, half: bool, compiled: bool, teacher
     act = 2 if half else 4  # bytes of a logit
     if teacher:
         each = 2 * act  # both sides' logits
-        each += 4 + act if compiled else 0  # gradients in fp32, and in the logits' dtype
-        each += 0 if compiled else 6 * 4  # six copies in fp32
+        each += 4 if compiled else 6 * 4  # the gradient in fp32, or six copies in fp32
     elif compiled:
         each = act  # the gradient takes the place of the logits
     elif half or not CHUNKED_LOSS:
