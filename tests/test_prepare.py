@@ -90,7 +90,7 @@ def check_meta(folder):
 # prepare_owt.py
 
 
-@pytest.mark.parametrize("n", [2, 3, 100, 1999, 2000, 2001, 6000])
+@pytest.mark.parametrize("n", [2, 2000, 2001])
 def test_validation_documents_are_those_of_datasets(n):
     import datasets
 
@@ -213,22 +213,9 @@ def test_without_pydoc_data(monkeypatch):
     assert python_documentation() == [("a", f"a\n\n{first}\n\na.B\n\n{second}\n")]
 
 
-def test_folder_and_one_file(tmp_path, small_batches):
-    folder = tmp_path / "text"
-    (folder / "sub").mkdir(parents=True)
-    files = (("b.md", "two"), ("a.txt", "one\r\n"), ("sub/c.rst", ""), ("x.bin", "no"), (".h.txt", "no"))
-    for name, text in files:
-        (folder / name).write_bytes(text.encode())
-    (folder / "sub" / "d.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}')
-    flags = ["--tokenizer", "bytes", "--num_proc", "1"]
-    prepare.main([str(folder), *flags, "--out", str(tmp_path / "out"), "--val_fraction", "0.25"])
-    check_meta(tmp_path / "out")
-    expected = [*b"one\r\n", 256, *b"two", 256, 256, *b"three", 256]
-    assert ids(tmp_path / "out", "train.bin").tolist() == expected
-    assert ids(tmp_path / "out", "val.bin").tolist() == [*b"four", 256]
-
+def test_validation_does_not_begin_inside_a_character(tmp_path):
     (tmp_path / "one.txt").write_text("日本語" * 100)
-    prepare.main([str(tmp_path / "one.txt"), *flags, "--out", str(tmp_path / "cut")])
+    prepare.main([str(tmp_path / "one.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "cut")])
     check_meta(tmp_path / "cut")
     parts = [bytes(ids(tmp_path / "cut", f"{s}.bin")[:-1].astype(np.uint8)) for s in ("train", "val")]
     assert len(parts[0].decode()) == 271 and b"".join(parts).decode() == "日本語" * 100
@@ -261,19 +248,7 @@ def test_a_finished_folder_keeps_what_a_person_puts_there(tmp_path):
     assert mine.exists() and not left.exists()
 
 
-def test_long_file_is_tokenised_as_a_whole(tmp_path, monkeypatch, small_batches):
-    """Cut into pieces for the sake of memory, it gives the tokens of the uncut text."""
-    monkeypatch.setattr(text_files, "PIECE", 1000)
-    text = "".join(english())[:200_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
-    (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "b.txt").write_text("z")
-    out = tmp_path / "out"
-    files = [str(tmp_path / "a.txt"), "--val_files", str(tmp_path / "b.txt")]
-    prepare.main([*files, "--tokenizer", gpt2(), "--out", str(out), "--num_proc", "1"])
-    assert ids(out, "train.bin").tolist() == [*load_tokenizer("gpt2").encode(text), 50256]
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.zst"])
 def test_documents_are_counted_and_the_share_read_grows_to_one(tmp_path, texts, monkeypatch, name):
     monkeypatch.setattr(text_files, "PIECE", 5000)
     write_tables(tmp_path, texts)
@@ -330,14 +305,6 @@ def test_large_ids_take_uint32(tmp_path):
     )
     assert read_json(out / "meta.json")["dtype"] == "uint32"
     assert np.fromfile(out / "train.bin", "<u4").tolist() == [3, 65536, 70_000]
-
-
-def test_lone_surrogates_are_replaced(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}')
-    flags = ["--tokenizer", "bytes", "--val_fraction", "0.25", "--out", str(tmp_path / "out")]
-    prepare.main([str(tmp_path / "a.jsonl"), *flags])
-    check_meta(tmp_path / "out")
-    assert ids(tmp_path / "out", "train.bin").tolist() == [*"a\ufffdb".encode(), 256]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -398,14 +365,11 @@ def test_finished_with_other_arguments(tmp_path, monkeypatch, capsys):
     before = hashlib.sha256((tmp_path / "o" / "meta.json").read_bytes())
     prepare.main(command)
     assert "already finished: train 4 tokens in 1 documents" in capsys.readouterr().out
+    other_script = ["--data_files", command[0], *command[2:]]
     for script, argv, said in (
         (prepare, [*command, "--val_fraction=0.6"], "val_fraction 0.5, not 0.6"),
         (prepare, ["one.jsonl", *command[1:]], "its input has changed"),
-        (
-            prepare_owt,
-            ["--data_files", command[0], *command[2:]],
-            "script 'prepare.py', not 'prepare_owt.py'",
-        ),
+        (prepare_owt, other_script, "script 'prepare.py', not 'prepare_owt.py'"),
     ):
         with pytest.raises(SystemExit, match="choose another --out or delete it") as e:
             script.main(argv)

@@ -109,20 +109,15 @@ def test_gpt2():
         tokenizer.decode([50300])
 
 
-def test_a_long_text_in_parts_has_the_tokens_of_the_whole(monkeypatch):
-    tokenizer = load_tokenizer(gpt2())
-    text = "".join(english())[:100_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
-    whole = tokenizer.encode(text)
-    monkeypatch.setattr(tokenizer_module, "PART", 1000)
-    parts = list(cut(text))
-    assert len(parts) > 100 and max(map(len, parts)) <= 1000 and "".join(parts) == text
-    assert tokenizer.encode(text) == whole
-
-
-def test_a_million_newlines_are_cut_into_parts():
+def test_a_long_text_is_encoded_in_parts(monkeypatch):
+    """A million blanks would overflow tiktoken's regular expressions; a cut changes no token."""
     tokenizer = load_tokenizer(gpt2())
     for text in ("\n" * 1_000_000 + "x", " " * 1_000_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    text = "".join(english())[:50_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer_module, "PART", 1000)
+    assert max(map(len, cut(text))) <= 1000 and tokenizer.encode(text) == whole
 
 
 def test_tiktokens_own_cache_and_without_one_what_to_do(tmp_path, monkeypatch):
@@ -217,21 +212,14 @@ def test_ids_equal_transformers_on_any_text(name, text):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_ids_equal_transformers_on_english(name):
+def test_a_batch_special_tokens_and_half_characters(name):
     ours, theirs = pair(name)
     text = "\n".join(english()[:5])
-    expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids, lengths = ours.encode_batch([text, "a", text])
-    assert ours.encode(text) == ids[: lengths[0]].tolist() == ids[-lengths[2] :].tolist() == expected
+    assert ours.encode(text) == ids[: lengths[0]].tolist() == ids[-lengths[2] :].tolist()
     assert len(ids) == sum(lengths) and ours.eot == theirs.eos_token_id and ours.n_vocab == len(theirs)
-    assert ours.describe() == {"name": "tokenizer.json", "n_vocab": ours.n_vocab, "eot": ours.eot} | {
-        "sha256": ours.sha256
-    }
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_special_tokens_in_a_text_and_half_characters_are_text(name):
-    ours, _ = pair(name)
+    about = {"name": "tokenizer.json", "n_vocab": len(theirs), "eot": ours.eot, "sha256": ours.sha256}
+    assert ours.describe() == about
     for special in ("<|endoftext|>", "[SEP]"):  # (Unigram has no rule by which </s> is more than one token)
         assert ours.eot not in ours.encode(f"a{special}b")
     assert ours.encode("a\ud800b") == ours.encode("a\ufffdb")
@@ -318,15 +306,17 @@ def llama_like(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["llama", "bpe", "unigram", "gpt2"])
 def test_a_long_text_in_pieces_has_transformers_ids_of_the_whole(tmp_path, monkeypatch, kind):
-    folder = llama_like(tmp_path / "a") if kind == "llama" else save(tmp_path / "a", kind)
+    make = {"llama": llama_like, "gpt2": write_gpt2}.get(kind, lambda folder: save(folder, kind))
+    folder = make(tmp_path / "a")
     monkeypatch.setattr(text_files, "PIECE", 1000)
     text = "".join(english()[:5])[:30_000] + "a b\nc  d\n\n e 1 2" * 50
     text += "日本語のテキスト。\n" * 500 if kind == "llama" else ""  # (each letter is a token)
     (tmp_path / "a.txt").write_text(text)
     pieces = list(open_files([str(tmp_path / "a.txt")], [], None, "", "out").pieces)
-    ours, theirs = load_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = load_tokenizer("gpt2" if kind == "gpt2" else folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids, _ = ours.encode_batch([piece.texts[0] for piece in pieces], [piece.goes_on for piece in pieces])
     expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert len(pieces) > 20 and ids.tolist() == expected
