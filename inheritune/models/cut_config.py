@@ -180,7 +180,8 @@ def wrong_tensors(before: dict, after: dict, prefix: str, blocks: list[int]) -> 
     for j, i in enumerate(blocks):
         old = f"{prefix}{i}."
         moved |= {f"{prefix}{j}.{n[len(old) :]}": s for n, s in before.items() if n.startswith(old)}
-    wrong = next((name for name in moved.keys() | after.keys() if moved.get(name) != after.get(name)), None)
+    names = sorted(moved.keys() | after.keys())
+    wrong = next((name for name in names if moved.get(name) != after.get(name)), None)
     return wrong and f"{wrong} is {moved.get(wrong)} of the blocks and {after.get(wrong)} of the new model"
 
 

@@ -2,11 +2,10 @@
 
 A new model takes blocks of a trained one, its reference. Each recipe is a line of BLOCKS. What the new model
 does not take from the reference is random. State dicts are not modified: tensors that stay as they are are
-shared, not copied, and none is read before it is written.
+shared, not copied, and read when they are written.
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -216,21 +215,10 @@ def assemble(outside: Mapping, blocks: list[tuple[Mapping, int]], config: Config
     return new
 
 
-def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> Lazy:
+def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> torch.Tensor:
     """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first C columns, times `factor`."""
-
-    def scaled(rows):
-        q, k, v = rows.double().tensor_split(3, dim=-1)
-        return torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
-
-    return by_columns(tensor, tensor.shape, scaled)
-
-
-def by_columns(tensor: torch.Tensor | Lazy, shape: tuple, change: Callable) -> Lazy:
-    """The Lazy tensor of this shape whose rows are change(rows of `tensor`); a vector is changed whole."""
-    if len(shape) == 1:
-        return Lazy(shape, tensor.dtype, lambda a, b: change(tensor[:])[a:b])
-    return Lazy(shape, tensor.dtype, lambda a, b: change(tensor[a:b]))
+    q, k, v = tensor[:].double().tensor_split(3, dim=-1)
+    return torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)
 
 
 def halve(state: Mapping, config: Config) -> tuple[dict, Config]:
@@ -242,12 +230,11 @@ def halve(state: Mapping, config: Config) -> tuple[dict, Config]:
         raise UserError("half_width needs at least two heads")
     C, c = config.n_embd, n_head * (config.n_embd // config.n_head)
 
-    def columns(name, rows):
-        if ".c_attn." in name:  # q, k and v side by side: the first c columns of each
-            return rows.unflatten(-1, (3, C))[..., :c].flatten(-2)
-        return rows[..., : 4 * c if ".c_fc." in name else c].contiguous()
-
     small, new = dataclasses.replace(config, n_head=n_head, n_embd=c), {}
     for name, shape in shapes(vars(small)).items():
-        new[name] = by_columns(state[name], shape, functools.partial(columns, name))
+        tensor = state[name][: shape[0]] if len(shape) == 2 else state[name][:]
+        if ".c_attn." in name:  # q, k and v side by side: the first c columns of each
+            new[name] = tensor.unflatten(-1, (3, C))[..., :c].flatten(-2)
+        else:
+            new[name] = tensor[..., : shape[-1]].contiguous()
     return new, small
