@@ -25,6 +25,7 @@ def run(tmp_path, *argv):
     return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_training_imports_nothing_that_only_preparation_needs(data, tmp_path):
     done = run(tmp_path, "train.py", *arguments(data, tmp_path / "out", max_iters=1))
     assert done.returncode == 0, done.stderr
