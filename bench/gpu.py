@@ -1,4 +1,4 @@
-"""What only a GPU can show, in half an hour on one card: numbers, graphs, speed, memory, recovery.
+"""What only a GPU can show, in half an hour on one card: numbers, graphs, speed and memory.
 
     make gpu                          # make gpu PYTHON=python3: with a torch that is installed already
     python bench/gpu.py losses xl     # these steps alone; the rows of the others stay
@@ -13,18 +13,16 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
 import gpu_harness  # first: it finds the other files
 import torch
-from gpu_harness import Place, dry_run, measured, random_model, train, train_command, waits
+from gpu_harness import Place, dry_run, measured, random_model, train, waits
 from harness import ROOT, events, read, report, row, seconds
 
+import train as train_script
 from inheritune.training.device import peak_flops, pick, pick_dtype
 from model import GPT, GPTConfig
 
@@ -86,8 +84,6 @@ def training(p, shape):
     """train.py's step against nanoGPT's, the card and --dry_run."""
     sizes, T = p.sizes(shape), p.sizes(shape)["block_size"]
     settings = sizes | {"device": p.device, "compile": not p.toy or shape == "gpt2"}
-    if shape == "large18":  # as config/inheritune_gpt2_large.py: of a model with 50,257 rows
-        settings |= {"init_from": random_model(p, "large", 50257), "inherit_layers": sizes["n_layer"]}
     for micro in (8, 4, 2, 1):
         settings |= {"batch_size": micro, "batch_tokens": 4 * micro * T, "eval_tokens": micro * T}
         if (estimate := dry_run(p, **settings)) < 0.85 * p.memory:
@@ -124,19 +120,6 @@ def variants(p):
         yield row(f"{name}: memory / --dry_run's", found["memory"] / estimate, "ratio", p.speed("<= 1.05"))
 
 
-def resume(p):
-    """Save, kill, resume."""
-    settings = {"max_iters": 300, "eval_interval": 100, "eval_tokens": 10**9, "resume": "auto"}
-    whole = train(p, "whole", **settings)[0]
-    killed = subprocess.Popen([sys.executable, *train_command(p, "killed", **settings)], cwd=ROOT)
-    while killed.poll() is None and not os.path.exists(p.path("killed", "step_00000100")):
-        time.sleep(0.01)
-    killed.kill()
-    yield row("killed while it trained", killed.wait() == -signal.SIGKILL, "", ">= 1")
-    resumed = train(p, "killed", **settings)[0]
-    yield row("loss off that of a run without a kill", abs(resumed[-1] - whole[-1]), "nats", "<= 0.02")
-
-
 def sampling(p):
     """GPT-2's tokens, one row at a time and sixteen."""
     device, speed = pick(p.device), {}
@@ -157,8 +140,38 @@ def sampling(p):
 
 
 # seconds at most; in this order fifteen minutes on a card tell the most
-STEPS = dict(peak=60, gpt2=180, graphs=300, variants=300, losses=300, sampling=60, resume=200)
-STEPS |= dict(xl=420, large18=240, large=300)
+STEPS = dict(peak=60, gpt2=180, graphs=300, variants=300, losses=300, sampling=60, xl=420, large=300)
+
+
+class One(int):
+    """A number of ranks that is 1, and yet more than one."""
+
+    __eq__, __gt__, __hash__ = (lambda *_: False), (lambda *_: True), int.__hash__
+
+
+def train_and_count(kind, argv):
+    """train.py, whose last line is JSON: compiled graphs, those after the first step, symbols, graph breaks.
+    kind "alone": as a rank of DDP or FSDP2 without others."""
+    symbols, after, compile, step = [], {}, torch.compile, train_script.train_step
+    if kind == "alone":
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        train_script.rank_info = lambda: (0, One(1), 0)
+
+    def backend(graph, inputs):
+        values = [*inputs, *(node.meta.get("example_value") for node in graph.graph.nodes)]
+        symbols.append(sum(isinstance(value, torch.SymInt) for value in values))
+        return torch._inductor.compile(graph, inputs)
+
+    def step_and_count(run):
+        step(run)
+        after.setdefault("first", len(symbols))
+
+    torch.compile = lambda module=None, **options: compile(module, backend=backend, **options)
+    train_script.train_step = step_and_count
+    train_script.main(argv)
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    found = {"graphs": len(symbols), "graphs after the first step": len(symbols) - after["first"]}
+    print(json.dumps(found | {"symbols": sum(symbols), "graph breaks": breaks}))
 
 
 def answer(name, place):
@@ -198,4 +211,9 @@ def main():
 
 
 if __name__ == "__main__":
-    answer(sys.argv[2], json.loads(sys.argv[3])) if sys.argv[1:2] == ["--step"] else main()
+    if sys.argv[1:2] == ["--train"]:
+        train_and_count(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1:2] == ["--step"]:
+        answer(sys.argv[2], json.loads(sys.argv[3]))
+    else:
+        main()

@@ -18,8 +18,7 @@ from harness import ROOT, read, row
 import model
 from inheritune.weights import gpt2_format
 
-# layers, heads, width
-SHAPES = {"gpt2": (12, 12, 768), "large18": (18, 20, 1280), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
+SHAPES = {"gpt2": (12, 12, 768), "large": (36, 20, 1280), "xl": (48, 25, 1600)}  # layers, heads, width
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8, "batch_tokens": 4096}
 SMALL |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 40, "eval_interval": 20}
 SMALL |= {"eval_tokens": 18 * 256, "log_interval": 5}  # the last group of validation windows is not full
@@ -66,26 +65,22 @@ def flags(**settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train_command(p, out, patch="", **changes):
-    """Arguments for Python: train the small model on bytes, into `out`; patch: of train_patched.py."""
+def train(p, out, counted="", **changes):
+    """Train the small model on bytes, into `out`; (validation losses, the last line of timing.csv, and with
+    `counted` what train_and_count says)."""
     settings = SMALL | (TINY if p.toy else {}) | {"dataset": p.path("bytes"), "device": p.device} | changes
-    script = ["bench/train_patched.py", patch] if patch else ["train.py"]
-    return [*script, *flags(**settings | {"out_dir": p.path(out)})]
-
-
-def train(p, out, *args, **changes):
-    """Train; (validation losses, the last line of timing.csv, what the patch `counted` says)."""
-    said = command(*train_command(p, out, *args, **changes)).strip().splitlines()[-1]
+    script = ["bench/gpu.py", "--train", counted] if counted else ["train.py"]
+    said = command(*script, *flags(**settings | {"out_dir": p.path(out)})).strip().splitlines()[-1]
     timing = {k: float(v) for k, v in read(p.path(out, "timing.csv"))[-1].items() if v}
     losses = [float(r["val_loss"]) for r in read(p.path(out, "log.csv")) if r["val_loss"]]
-    return losses, timing, json.loads(said) if said.startswith("{") else None
+    return losses, timing, json.loads(said) if counted else None
 
 
-def random_model(p, shape, vocab_size=50304):
+def random_model(p, shape):
     """A checkpoint folder with random weights, for the ids."""
-    folder = p.path(f"{shape}-{vocab_size}")
+    folder = p.path(f"{shape}-random")
     if not os.path.exists(folder):
-        config = model.GPTConfig(**p.sizes(shape), vocab_size=vocab_size, bias=False, tokenizer="r50k_base")
+        config = model.GPTConfig(**p.sizes(shape), vocab_size=50304, bias=False, tokenizer="r50k_base")
         os.mkdir(folder)
         state = config.arrange(dict(model.GPT(config).named_parameters()))
         gpt2_format.write_model(folder, state, config.content(), {})

@@ -14,7 +14,7 @@ from tests.tiny import ROOT, arguments
 
 LACKING = ("datasets", "pyarrow", "requests", "pandas", "zstandard")
 # xl and large are the same as gpt2 at toy size
-STEPS = "peak gpt2 graphs variants losses sampling resume large18"
+STEPS = "peak gpt2 graphs variants losses sampling"
 
 
 def run(tmp_path, *argv):
