@@ -24,9 +24,8 @@ from tests.test_prepare import ROOT, check_meta, same, write_tables
 
 # The script with small batches and parts, so that a small corpus has many of both.
 RUN = (
-    "from inheritune.data import text_files, writer; import sys, {0}; "
-    "writer.BATCH = text_files.PIECE = 5_000; writer.PART = 10_000; "
-    "{0}.main(sys.argv[1:])"
+    "from inheritune.data import text_files, writer; import sys, prepare; "
+    "writer.BATCH = text_files.PIECE = 5_000; writer.PART = 10_000; prepare.main(sys.argv[1:])"
 )
 
 
@@ -38,28 +37,20 @@ def inputs(tmp_path_factory):
 
 
 def write_inputs(folder):
-    """0.6 MB of text in 800 documents as tables, and in two files."""
+    """0.65 MB of text in two files."""
     folder.mkdir(exist_ok=True)
     whole = "".join(english())[:600_000]
-    write_tables(folder, [whole[i : i + 750] for i in range(0, len(whole), 750)])
     (folder / "a.txt").write_text(whole)
     (folder / "b.txt").write_text(whole[:50_000])
 
 
-def command(script, folder, out, num_proc):
+def command(folder, out, num_proc):
     flags = ["--tokenizer", "bytes", "--out", str(out), "--num_proc", str(num_proc)]
-    files = {
-        "prepare": [str(folder / "a.txt"), str(folder / "b.txt")],
-        "prepare_owt": ["--data_files", str(folder / "a.parquet")],
-        "prepare_fineweb": ["--data_files", str(folder / "a.jsonl.gz"), "--shard_tokens", "25000"],
-    }
-    return [sys.executable, "-c", RUN.format(script), *files[script], *flags]
+    return [sys.executable, "-c", RUN, str(folder / "a.txt"), str(folder / "b.txt"), *flags]
 
 
-def begin(command, **how):
-    return subprocess.Popen(
-        command, cwd=ROOT, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | how
-    )
+def begin(command):
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(command):
@@ -76,25 +67,26 @@ def tokens_recorded(out):
 def test_kill(tmp_path, inputs):
     """By a real SIGKILL, twice, with two threads. (Each script at each moment: below, and the torture.)"""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
-    prepare.main([*command("prepare", inputs, undisturbed, 1)[3:]])
+    prepare.main([*command(inputs, undisturbed, 1)[3:]])
     total = sum(split["tokens"] for split in check_meta(undisturbed)["splits"].values())
     recorded = 0
     for share in (0.1, 0.6):
-        run = begin(command("prepare", inputs, out, 2))
+        run = begin(command(inputs, out, 2))
         while tokens_recorded(out) < share * total and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL and not (out / "meta.json").exists()
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL and not (out / "meta.json").exists()
         assert total > tokens_recorded(out) >= max(recorded, share * total), "nothing recorded is lost"
         recorded = tokens_recorded(out)
-    assert "going on after" in finish(command("prepare", inputs, out, 2)).stderr
+    assert "going on after" in finish(command(inputs, out, 2)).stderr
     assert same(undisturbed, out)
 
 
 def test_a_signal_ends_it_in_one_line(tmp_path, inputs):
     for attempt in range(5):  # on a busy machine the run may end before this process comes to signal it
         out = tmp_path / str(attempt)
-        run = begin(command("prepare", inputs, out, 2), stderr=subprocess.PIPE, text=True)
+        run = begin(command(inputs, out, 2))
         while tokens_recorded(out) < 50_000 and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGTERM)

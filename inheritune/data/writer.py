@@ -48,7 +48,7 @@ def write_tokens(
     """Tokenise a source into the data folder `out`, from where an earlier run stopped.
 
     script: the command's name, for meta.json
-    threads: how many tokenise
+    threads: how many tokenise at a time
     val_fraction: hold out this share of the tokens, from the end; only for a source without validation text
     shard_tokens: write shards of about so many tokens, the first for validation, instead of two files
     max_tokens: stop after about so many
@@ -319,7 +319,7 @@ def clear(out: str, pattern: re.Pattern) -> None:
             os.unlink(os.path.join(out, name))
 
 
-def add_up(entries: list[dict]) -> dict:
+def add_up(entries: list[dict]) -> dict[str, int]:
     return {key: sum(entry[key] for entry in entries) for key in COUNTS}
 
 

@@ -266,7 +266,7 @@ class Prepare(Processes):
         super().__init__(place, rng)
 
     def command(self, out):
-        return prepare_command("prepare", self.inputs, out, 2)
+        return prepare_command(self.inputs, out, 2)
 
     def print_of(self, out):
         return tree_print(out)
