@@ -12,7 +12,6 @@ then it is renamed. Tensors are safetensors and the rest is JSON; nothing is eve
 
 import contextlib
 import functools
-import glob
 import hashlib
 import os
 import platform
@@ -111,10 +110,6 @@ def download(name: str, weights: bool) -> str:
         what = f"the Hugging Face hub did not give it ({type(e).__name__}: {first_line(e):.150})"
         cure = "check the name and the network, or give a folder that holds config.json and model.safetensors"
         raise UserError(f"no folder {name!r} here, and {what}; {cure}") from None
-    if weights and not glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-        what = "has no model.safetensors, perhaps only a pickle, which is never opened"
-        cure = "convert it with transformers' save_pretrained and give that folder"
-        raise UserError(f"{name} on the Hugging Face hub {what}: {cure}")
     return folder
 
 

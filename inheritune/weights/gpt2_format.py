@@ -179,8 +179,8 @@ def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
     for file in sorted(set(files)):
         path = os.path.join(folder, file)
         if not os.path.isfile(path):
-            hint = other_format(folder)
-            raise UserError(f"{folder} has no {file}{', ' + hint if hint else '; is it a checkpoint?'}")
+            other = other_format(folder) or f"perhaps {OTHER_FORMATS['pytorch_model*.bin*']}"
+            raise UserError(f"{folder} has no {file}, {other}")
         yield from read_tensors(path).items()
 
 

@@ -262,8 +262,8 @@ def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
 
 def test_a_hub_model_without_the_files_is_refused(hub):
     os.unlink(hub[1] / "model.safetensors")
-    with pytest.raises(UserError, match="perhaps only a pickle, which is never opened"):
-        checkpoint.download("some/model", weights=True)
+    with pytest.raises(UserError, match=r"has no model.safetensors, perhaps only a pickle"):
+        GPT.from_pretrained("some/model")
 
 
 def test_what_is_in_the_hubs_cache_needs_no_network(saved, tmp_path, monkeypatch):
