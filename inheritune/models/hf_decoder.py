@@ -39,6 +39,7 @@ from inheritune.weights.tensors import Lazy, copy_rows, row_runs
 from model import continue_ids, cross_entropy
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
+OURS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
 AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
 NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
 
@@ -47,7 +48,7 @@ NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
 class DecoderConfig:
     """A causal model of transformers: its config.json, and what is asked of every model."""
 
-    source: str  # config.json, as text
+    source: str  # config.json without OURS, as text
     n_layer: int
     n_head: int
     n_embd: int
@@ -77,7 +78,7 @@ class DecoderConfig:
         path = os.path.join(folder, CONFIG)
         content = read_json(path)
         content |= {AHEAD: 0} if content.get(AHEAD) else {}
-        source = json.dumps(content)
+        source = json.dumps({key: value for key, value in content.items() if key not in OURS})
         try:
             c = skeleton(source).config
         except UserError as e:
@@ -136,10 +137,7 @@ class DecoderConfig:
         """config.json: the source's with the dtype of the tensors beside it, plus our own keys."""
         content, name = json.loads(self.source), str(dtype).removeprefix("torch.")
         content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
-        ours = {"n_vocab": self.n_vocab, "tokenizer": self.tokenizer, "run_block_size": self.block_size}
-        found = (self.vocab_size, "", "tokenizer.json", min(BLOCK_SIZE, self.limit))  # without these keys
-        kept = {key: value for key, value in ours.items() if value not in found}
-        return {key: value for key, value in content.items() if key not in ours} | kept
+        return content | dict(zip(OURS, (self.n_vocab, self.tokenizer, self.block_size), strict=True))
 
     def arrange(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model's parameters under the names and in the shapes in which transformers stores them."""
