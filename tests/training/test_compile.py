@@ -39,7 +39,8 @@ def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, kind
     options = STEPS
     if kind:
         build(kind).save_pretrained(tmp_path / kind)
-        options = STEPS | {"init_from": tmp_path / kind} | dict.fromkeys(("n_layer", "n_head", "n_embd"))
+        options = STEPS | dict.fromkeys(("n_layer", "n_head", "n_embd"))
+        options |= {"init_from": tmp_path / kind, "inherit_layers": 2}
 
     def noting(graph, inputs):
         found.append(symbols(graph))
