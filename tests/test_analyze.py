@@ -5,7 +5,7 @@ import json
 import pytest
 
 import analyze
-from inheritune.experiments.attention_metrics import draw_windows, max_rank, measure_layers, skip_losses
+from inheritune.experiments.attention_metrics import draw_windows, measure_layers, skip_losses
 from inheritune.models.open_model import load_model
 from tests.tiny import refusal, write_checkpoint, write_data
 
@@ -31,7 +31,6 @@ def test_command_line(setting, tmp_path, capsys):
     assert found["heads"] == {name: values.tolist() for name, values in heads.items() if name != "rest"}
     layers = found["layers"]
     assert layers["max_rank"] == heads["rank_0.9"].amax(-1).tolist()
-    assert layers["max_rank"] == pytest.approx(max_rank(model, idx).tolist())
     assert layers["max_rank_0.5"] == heads["rank_0.5"].amax(-1).tolist()
     assert layers["avg_mass"] == heads["mass"].mean(-1).tolist()
     assert (found["loss"], layers["loss_without"]) == skip_losses(model, idx, targets)

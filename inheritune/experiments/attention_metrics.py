@@ -171,15 +171,6 @@ def replaced(blocks, forward: Callable) -> Iterator[None]:
             del block.forward
 
 
-def max_rank(model, idx: Tensor, tau=0.9) -> Tensor | None:
-    """MaxRank of every layer (n_layer,), the highest mean rank of its heads, on windows idx (N, T).
-
-    None for a model without attention matrices.
-    """
-    heads, _, _ = measure_layers(model, idx, (tau,))
-    return heads and heads[f"rank_{tau:g}"].amax(-1)
-
-
 def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:
     """(blocks, reason): which k blocks to inherit (default: half), given how far each turns its input.
 

@@ -8,7 +8,7 @@ import torch
 
 from inheritune.data.reader import ValData, identity
 from inheritune.experiments.arms import Arm, settings_hash
-from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, max_rank
+from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, measure_layers
 from inheritune.experiments.stages import ALONE, Common, Stage
 from inheritune.models.open_model import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
@@ -80,10 +80,10 @@ def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]
     model = load().to(machine.pick(settings.device))
     length = min(LENGTH, model.config.block_size)
     idx, _ = draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)
-    of_layers = max_rank(model, idx)
+    heads, _, _ = measure_layers(model, idx)
     del model
     torch.cuda.empty_cache()
-    return None if of_layers is None else of_layers.tolist()
+    return heads and heads["rank_0.9"].amax(-1).tolist()
 
 
 def make_row(

@@ -16,7 +16,6 @@ import inherit
 from inheritune.base.errors import UserError
 from inheritune.experiments.attention_metrics import (
     attention_maps,
-    max_rank,
     measure_layers,
     skip_losses,
 )
@@ -118,7 +117,7 @@ def test_models_without_attention_matrices(data, tmp_path, capsys):
     assert os.listdir(tmp_path / "analysis") == ["analysis.json"] and found["heads"] is None
     assert found["layers"].keys() == {"block_influence", "residual_norm", "loss_without"}
     assert "this model has no attention matrices to measure" in capsys.readouterr().out
-    assert max_rank(load_model(str(tmp_path / "mamba")), IDX) is None
+    assert measure_layers(load_model(str(tmp_path / "mamba")), IDX)[0] is None
     inherit.main([*ckpt, str(tmp_path / "out"), "--layers", "auto"])
     reason = json.loads((tmp_path / "out/lineage.json").read_text())["layers_auto"]
     assert reason in capsys.readouterr().out
