@@ -26,10 +26,8 @@ PROBE_IDS = [15496, 220, 995, 338, 41492, 299, 1872, 136, 230, 303, 628, 17031, 
 
 def has_tokenizer(folder: str) -> bool:
     """Whether a folder holds a tokenizer in a form that we open: tokenizer.json, or GPT-2's two files."""
-    json_file, vocab, merges = (
-        os.path.isfile(os.path.join(folder, name)) for name in (TOKENIZER_FILE, *OLDER_FILES)
-    )
-    return json_file or (vocab and merges)
+    found = [os.path.isfile(os.path.join(folder, name)) for name in (TOKENIZER_FILE, *OLDER_FILES)]
+    return found[0] or all(found[1:])
 
 
 def tokenizer_name(folder: str) -> str:
@@ -45,12 +43,11 @@ def tokenizer_name(folder: str) -> str:
 
 def is_gpt2(tokenizer: tokenizers.Tokenizer, eot: int | None) -> bool:
     """Whether a tokenizer, whose token `eot` ends a text, gives every text the ids of GPT-2's."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    if eot != 50256 or not all(token.special for token in added):  # others would occur in a text
+    if eot != 50256 or tokenizer.encode(PROBE, add_special_tokens=False).ids != PROBE_IDS:
         return False
-    if vocabulary_sha256(tokenizer, tokenizer.id_to_token(eot)) != GPT2_SHA256:
-        return False
-    return tokenizer.encode(PROBE, add_special_tokens=False).ids == PROBE_IDS
+    if not all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
+        return False  # one that is not special may occur in a text
+    return vocabulary_sha256(tokenizer, tokenizer.id_to_token(eot)) == GPT2_SHA256
 
 
 def vocabulary_sha256(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> str:
