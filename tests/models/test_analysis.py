@@ -19,12 +19,10 @@ from inheritune.experiments.attention_metrics import (
     measure_layers,
     skip_losses,
 )
-from inheritune.models.hf_decoder import Decoder, DecoderConfig, read_decoder
 from inheritune.models.open_model import load_model
-from model import GPT
 from tests.experiments.test_attention_metrics import mass, no_column_0, rank, row_entropy
 from tests.other_models import build, without
-from tests.tiny import ROOT, gpt2, refusal, tiny_model, write_checkpoint, write_data
+from tests.tiny import ROOT, refusal, write_checkpoint, write_data
 
 IDX = torch.randint(0, 257, (5, 20), generator=torch.Generator().manual_seed(1))
 TARGETS = IDX.roll(-1, 1)
@@ -39,14 +37,6 @@ def saved(model, folder):
     """Our model of the folder into which a model of transformers is saved."""
     model.save_pretrained(folder)
     return load_model(str(folder))
-
-
-def as_decoder(folder):
-    """transformers' model of a GPT-2 that model.py implements too."""
-    config = DecoderConfig.from_folder(folder)
-    model = Decoder.empty(config)
-    model.fill(read_decoder(folder, config), folder)
-    return model
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "mistral", "gemma2"])
@@ -93,19 +83,6 @@ def test_skip_losses_are_those_of_models_without_the_block(kind, tmp_path):
         assert losses[i] == pytest.approx(expected, rel=1e-5)
     assert len({round(x, 4) for x in [loss, *losses]}) == 5
     assert skip_losses(ours, IDX, TARGETS) == (loss, losses)  # nothing is left replaced
-
-
-def test_gpt2_gives_the_same_either_way(tmp_path):
-    model = tiny_model(block_size=32, n_embd=32, n_head=4, bias=True)
-    gpt2(model).save_pretrained(tmp_path / "gpt2")
-    ours, theirs = GPT.from_pretrained(str(tmp_path / "gpt2")), as_decoder(str(tmp_path / "gpt2"))
-    a, b = measure_layers(ours, IDX), measure_layers(theirs, IDX)
-    assert a[0].keys() == b[0].keys()
-    for name in a[0]:
-        assert torch.allclose(a[0][name], b[0][name], atol=1e-5)
-    assert torch.allclose(a[1], b[1], atol=1e-5) and torch.allclose(a[2], b[2], rtol=1e-5)
-    (loss, losses), (loss_b, losses_b) = (skip_losses(m, IDX, TARGETS) for m in (ours, theirs))
-    assert [loss, *losses] == pytest.approx([loss_b, *losses_b], rel=1e-5)
 
 
 def test_models_without_attention_matrices(data, tmp_path, capsys):
