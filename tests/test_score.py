@@ -148,7 +148,7 @@ def test_torchrun_gives_the_same_number(ckpt, tmp_path):
         assert json.load(f)["loss"] == scored(ckpt, folder, tmp_path, "--batch_size", "2")
     done = subprocess.run([*command, "--split", "test"], **options)
     assert done.returncode and done.stderr.count("score.py: ") == 1
-    assert "no usable list of test shards" in done.stderr
+    assert "has no test split" in done.stderr
 
 
 @pytest.mark.parametrize(
