@@ -1,5 +1,6 @@
 """The analysis against numpy and transformers. pytest tests/experiments/test_attention_metrics.py"""
 
+import copy
 import itertools
 
 import numpy as np
@@ -118,6 +119,18 @@ def test_bounded_memory_gives_the_same_numbers(monkeypatch):
     for name, values in whole[0].items():
         assert torch.allclose(values, pieces[0][name], atol=1e-6)
     assert torch.allclose(whole[1], pieces[1], atol=1e-6) and torch.allclose(whole[2], pieces[2], atol=1e-5)
+
+
+def test_skip_losses_are_those_of_models_without_the_block():
+    """Of model.py's GPT-2; tests/models/test_analysis.py has other decoders."""
+    model = tiny_model(n_layer=3)
+    idx, targets = torch.randint(0, 257, (2, 9, 8), generator=torch.Generator().manual_seed(3)).unbind(0)
+    loss, losses = attention_metrics.skip_losses(model, idx, targets)
+    assert loss == pytest.approx(model(idx, targets).item(), rel=1e-5)
+    for i in range(3):
+        shorter = copy.deepcopy(model)
+        del shorter.transformer.h[i]
+        assert losses[i] == pytest.approx(shorter(idx, targets).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
