@@ -66,11 +66,12 @@ def write_tokens(
             return check_finished(out, note)
         progress = open_progress(out, note, dtype)
         try:
-            pieces = itertools.islice(source.pieces, progress["pieces"], None)
+            pieces = itertools.islice(source.pieces, progress["pieces_done"], None)
             encode = functools.partial(tokenise, tokenizer, dtype)
             # a tenth of a part at most, so that no part gets much too long
-            batches = in_order(encode, batched(pieces, min(BATCH, 1 + size // 10)), threads)
-            write_parts(out, batches, progress, size, max_tokens, bool(shard_tokens))
+            ordered = in_order(encode, batched(pieces, min(BATCH, 1 + size // 10)), threads)
+            with contextlib.closing(ordered) as batches:  # its threads end here, also after an error
+                write_parts(out, batches, progress, size, max_tokens, bool(shard_tokens))
             shards = parts = progress["files"]
             if val_fraction:
                 shards = part_off(out, parts, tokenizer, dtype, val_fraction)
@@ -156,7 +157,7 @@ def write_parts(
                         files[split].write(ids.data)
                         entries[split] |= {key: entries[split][key] + n for key, n in counts.items()}
                         total += len(ids)
-                    progress["pieces"] += len(batch)
+                    progress["pieces_done"] += len(batch)
                     if share := batch[-1].progress:
                         bar.total = round(total / share)  # from which the remaining time follows
                     bar.update(total - bar.n)
@@ -247,13 +248,15 @@ def open_progress(out: str, note: dict, dtype: np.dtype) -> dict:
     path = os.path.join(out, "progress.json")
     if os.path.exists(path):
         progress = read_json(path)
+        if "pieces_done" not in progress:
+            raise UserError(f"{out} was begun by another version of this script: delete it and run again")
         check_same(out, "begun", progress, note)
         check_files(out, progress["files"], dtype)
         print(f"{out}: going on after {add_up(progress['files'])['tokens']:,} tokens", file=sys.stderr)
         return progress
     if any(not name.startswith(".") for name in os.listdir(out)):
         raise UserError(f"{out} is not empty and was not made by this script; choose another --out")
-    progress = note | {"parts": 0, "pieces": 0, "files": []}
+    progress = note | {"parts": 0, "pieces_done": 0, "files": []}
     write_json(path, progress)
     return progress
 
