@@ -357,6 +357,10 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     terms = [run_memory(plan, settings, shards) for shards in (1, world)]
     whole, shared = (sum(t.values()) / 1e9 for t in terms)
     parts = [", ".join(f"{name} {size / 1e9:.1f}" for name, size in t.items()) for t in terms]
+    if plan.world > 1:  # DDP rebuilds its buckets then, and NCCL may still hold the first ones
+        again = 4 * plan.config.num_params / 1e9
+        whole += again
+        parts[0] += f", first buckets (in DDP's second step) {again:.1f}"
     lines = [
         f"memory       about {whole:.1f} GB per GPU, counted as a GPT-2's, without the allocator's overhead:",
         f"               {parts[0]}",
