@@ -264,8 +264,8 @@ def main(argv=None):
             val_loss = fit(run)
         if ranks.first:
             write_cards(run, val_loss)
-            draw_losses(settings.out_dir)
             print(f"done: {settings.out_dir}, step {run.state.step}, val {val_loss:.4f}")
+            draw_losses(settings.out_dir)
 
 
 if __name__ == "__main__":
