@@ -1,8 +1,9 @@
 """GPT-2 in one file: the model, its initialisation, its loss, and sampling with a key-value cache.
 
-It follows nanoGPT's model.py, and a comment gives the reason wherever it differs. The optimizer lives in
-inheritune/training, the checks of a config.json in inheritune/weights/gpt2_format.py. Parameters have the
-names that Hugging Face gives them (`transformer.h.0.attn.c_attn.weight` …): checkpoints need no renaming.
+It follows nanoGPT's model.py, and a comment gives the reason wherever it computes something else. The
+optimizer lives in inheritune/training, the checks of a config.json in inheritune/weights/gpt2_format.py.
+Parameters have the names that Hugging Face gives them (`transformer.h.0.attn.c_attn.weight` …): checkpoints
+need no renaming.
 """
 
 import math
@@ -100,7 +101,7 @@ class GPTConfig:
         return gpt2_format.arrange(parameters, asdict(self))
 
 
-# The architecture: n_layer, and what two models must share to exchange blocks.
+# ARCHITECTURE: train.py's settings that describe a GPT-2.
 OF_TOKENIZER = ("vocab_size", "n_vocab", "tokenizer", "eot")
 ARCHITECTURE = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", *OF_TOKENIZER)]
 

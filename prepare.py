@@ -20,17 +20,14 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), a row a document"
-    others = "both also as .gz and .zst; folders of them. Without any: the text inside Python"
+    others = "folders of them; text, JSON and CSV also as .gz and .zst. Without any: the text inside Python"
     add("sources", nargs="*", metavar="PATH", help=f"{kinds}; {others}")
     add("--out", help="folder to write (default without PATH: data/python)")
     add("--tokenizer", help=f"{TOKENIZERS} (default: gpt2; without PATH bytes)")
     help = "validation files (default: the folder's own validation split, else --val_fraction of all text)"
     add("--val_files", nargs="+", default=[], metavar="PATH", help=help)
-    add(
-        "--val_fraction",
-        type=float,
-        help="share of the tokens, from the end, used for validation (default: 0.1)",
-    )
+    help = "share of the tokens, from the end, used for validation (default: 0.1)"
+    add("--val_fraction", type=float, help=help)
     add("--text_column", help="where a table keeps the text (default: text)")
     help = "separator between the documents of a text file: '<|endoftext|>', or $'\\n\\n' for empty lines"
     add("--split_on", default="", metavar="TEXT", help=help)

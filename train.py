@@ -41,7 +41,8 @@ def fit(run: Run) -> float:
     """Train until max_iters, stop_at_val_loss or stop_after_worse; returns the last validation loss
     (nats/token).
 
-    Raises Stopped, with the state saved, when any rank was asked to stop or could not write.
+    Raises Stopped, with the state saved, when any rank was asked to stop; AgreedError when a checkpoint could
+    not be written, or too many steps in a row were not finite.
     """
     s, state = run.settings, run.state
     save_interval = s.save_interval or s.eval_interval
@@ -172,8 +173,8 @@ def save_checkpoint(run: Run) -> None:
 
     def write():
         weights, files = config.arrange(parameters), tokenizer_files(config, s.dataset) | saver.files
-        described = config.content(), content, saver.lineage, files
-        checkpoint.write_step(s.out_dir, weights, optimizer, *described)
+        config_json = config.content()
+        checkpoint.write_step(s.out_dir, weights, optimizer, config_json, content, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
     saver.start(write)

@@ -1,6 +1,6 @@
-"""How commands report errors: one line on stderr that names the problem and the cure, and a non-zero status.
+"""How commands report errors: on stderr one line a problem, which names it and the cure; a non-zero status.
 
-Whatever a user can get wrong raises `UserError`. `one_line` wraps each command's `main` and prints that line.
+Whatever a user can get wrong raises `UserError`. `one_line` wraps each command's `main` and prints the lines.
 It also catches OSError (a full disk, a missing permission), Ctrl-C and the signals that ask a process to end.
 Bugs keep their traceback.
 """
@@ -145,6 +145,14 @@ def error_line(e: UserError | OSError) -> str:
 def first_line(e: BaseException) -> str:
     """The first line of a library's error, which may have many; its class where it says nothing."""
     return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def noting(problems: list[str], work: Callable, *arguments):
+    """What work(*arguments) returns; None after a UserError, which joins the problems."""
+    try:
+        return work(*arguments)
+    except UserError as e:
+        problems.append(str(e))
 
 
 def raise_all(problems: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 GPT2 = {"name": "gpt2", "n_vocab": 50257, "eot": 50256}
 MAX_VOCAB = 2**26  # beyond it, meta.json is damaged
 MAX_OPEN = 64  # shards that are open at a time; a Mac allows a process 256 files
-ROUNDS = 4  # of the Feistel network; no statistical test tells its orders from random ones
+ROUNDS = 4  # of the Feistel network; tests/data/test_reader.py finds no pattern in its orders
 
 
 # frozen: data order (feistel, mix, order, and which tokens window i is: Tokens.windows)

@@ -45,7 +45,7 @@ class File(NamedTuple):
     kind: str  # "text", or the suffix of a table
     packed: str | None  # its compression
     size: int  # in bytes
-    sample: str  # sha256 of 16 blocks of 4 kB, evenly spaced over it; of all of a small one
+    sample: str  # sha256 of its first 64 KiB and, if it is longer, of 16 blocks of 4 KiB spread over it
 
 
 class Piece(NamedTuple):
@@ -181,8 +181,11 @@ def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
 
 
 def read_table(file: File, column: str) -> Iterator[Piece]:
-    """Yield a piece for each row of a table, in memory of one row (256 of a .parquet) or a whole JSON array.
-    Raises UserError for a row that is broken or holds no text in `column`."""
+    """Yield a piece for each row of a table. Raises UserError for a row that is broken or holds no text in
+    `column`.
+
+    In memory is one row; of a .parquet 256, of an .arrow a record batch, of a JSON array all.
+    """
     where = "its beginning"
     try:
         raw, stream = open_bytes(file)

@@ -1,8 +1,8 @@
 """The arms of the comparison: the runs of train.py that make each, and what they start from (app. D).
 
-An arm is one way to get a small model, or a control. All arms of a seed see the same data in the same order
-and are validated on the same tokens. ARMS is the list; `find_arm("inheritune@max_iters=500")` gives an arm
-with settings of its own.
+An arm is one way to get a small model, or a control. All arms of a seed but `unseen` see the same data in the
+same order, and all are validated on the same tokens. ARMS is the list;
+`find_arm("inheritune@max_iters=500")` gives an arm with settings of its own.
 """
 
 import dataclasses

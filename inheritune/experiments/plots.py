@@ -1,4 +1,4 @@
-"""Every figure, in one style: of grow.py, of a comparison, of an analysis."""
+"""Every figure, in one style: of train.py, of grow.py, of a comparison, of an analysis."""
 
 import os
 import statistics

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from inheritune.base.errors import UserError, raise_all
+from inheritune.base.errors import UserError, noting, raise_all
 from inheritune.base.signals import StopRequest
 from inheritune.experiments.block_choice import choice_flops, choose_kept
 from inheritune.models.initialisations import make_checkpoint
@@ -156,13 +156,9 @@ def run_problems(stages: list[Stage]) -> list[str]:
     """What is wrong with the settings of runs of train.py, before any of them starts: one sentence each."""
     problems = []
     for stage in stages:
-        settings = stage.settings
-        problems += planning.settings_problems(settings)
-        problems += planning.recompute_problems(settings, stage.config)
-        try:
-            planning.split_batch(settings.batch_tokens, stage.config.block_size, settings.batch_size, 1)
-        except UserError as e:
-            problems.append(str(e))
+        s, config = stage.settings, stage.config
+        problems += planning.settings_problems(s) + planning.recompute_problems(s, config)
+        noting(problems, planning.split_batch, s.batch_tokens, config.block_size, s.batch_size, 1)
     return list(dict.fromkeys(problems))
 
 

@@ -102,7 +102,11 @@ class Run:
 
 
 def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.device) -> Run:
-    """Build the Run, on every rank. A failure on any rank is the same AgreedError on all."""
+    """Build the Run, on every rank.
+
+    A UserError or OSError of one rank (in the data, the weights, the checkpoint or the run folder) is the
+    same AgreedError on all.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect elsewhere

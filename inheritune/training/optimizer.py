@@ -24,11 +24,9 @@ def make_optimizer(model: Model, settings: TrainSettings, device: torch.device) 
     groups = parameter_groups(model, settings)
     options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
     options["fused"] = device.type in ("cpu", "cuda")  # one kernel, where torch has it
-    return (
-        MuonAndAdamW(groups, options)
-        if settings.optimizer == "muon"
-        else torch.optim.AdamW(groups, **options)
-    )
+    if settings.optimizer == "muon":
+        return MuonAndAdamW(groups, options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def parameter_groups(model: Model, settings: TrainSettings) -> list[dict]:

@@ -4,12 +4,13 @@
 """
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass, field
 
 import torch
 
-from inheritune.base.errors import UserError, raise_all
+from inheritune.base.errors import UserError, noting, raise_all
 from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
 from inheritune.models.open_model import Config, open_config, open_weights
 from inheritune.training.cost import flops_per_token, training_memory
@@ -56,13 +57,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     Raises one UserError with every problem found. A dry run may lack its data.
     """
     plan, problems = Plan(world), settings_problems(settings)
-
-    def attempt(work, *arguments):
-        """What work(*arguments) returns. A UserError joins the other problems, and the planning goes on."""
-        try:
-            return work(*arguments)
-        except UserError as e:
-            problems.append(str(e))
+    attempt = functools.partial(noting, problems)
 
     # what the run folder and the data folder hold
     if not settings.dry_run:
@@ -171,7 +166,8 @@ def same_run_problems(settings: TrainSettings, folder: str, data_id: str | None)
 
 def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
     """Whether the learning rates of the first `steps` steps are the same."""
-    steps = min(steps, decay_end(before) + decay_end(after))  # constant from there on
+    ends = [max(decay_end(settings), settings.warmup_iters) for settings in (before, after)]
+    steps = min(steps, max(ends) + 1)  # from there on both rates are constant
     return all(learning_rate(step, before) == learning_rate(step, after) for step in range(steps))
 
 
@@ -253,10 +249,8 @@ def read_data(settings: TrainSettings) -> tuple[dict, str, int]:
     return tokenizer, identity(settings.dataset), part_tokens(settings)
 
 
-def part_tokens(settings: TrainSettings) -> int | None:
-    """Tokens in a run's part of the training stream, or None when the data is not prepared."""
-    if not os.path.isdir(settings.dataset):
-        return None
+def part_tokens(settings: TrainSettings) -> int:
+    """Tokens in a run's part of the training stream."""
     length = len(Tokens(settings.dataset, "train"))
     return int(length * settings.data_end) - int(length * settings.data_start)
 

@@ -82,10 +82,7 @@ class TrainSettings:
     lr_decay_iters: int | None = setting(None, "step where the decay ends (default: max_iters)", 0)
     cooldown_iters: int | None = setting(None, "steps of wsd's decay (default: a fifth of lr_decay_iters)", 1)
     layer_lr_decay: float = setting(
-        1.0,
-        "multiply the rate by this per block downwards; embeddings count as the block below 0",
-        0.0,
-        1.0,
+        1.0, "multiply the rate by this per block downwards; embeddings count as the block below 0", 0.0, 1.0
     )
 
     heading("evaluation and checkpoints")
@@ -116,7 +113,7 @@ class TrainSettings:
     )
     shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and optimizer state")
     threads: int | None = setting(None, "CPU threads (default: torch's choice); bits depend on it", 1)
-    dry_run: bool = setting(False, "print what would happen, and stop: needs no data, hub or GPU")
+    dry_run: bool = setting(False, "print what would happen, and stop: needs no data, weights or GPU")
 
 
 @dataclass
@@ -159,7 +156,7 @@ class ReplicateSettings:
     report: bool = setting(False, "train nothing: table and figures from what results and out_dir hold")
 
 
-# Where and how a run is made, not what comes out of it: no part of an arm's identity (replicate.py).
+# Where and how a run is made, not what comes out of it: no part of an arm's identity (arms.settings_hash).
 MACHINE = frozenset(
     {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "device"}
     | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}

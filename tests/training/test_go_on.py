@@ -3,6 +3,7 @@
 pytest tests/training/test_go_on.py
 """
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from inheritune.base.files import read_json, write_json
 from inheritune.training.command_line import parse
+from inheritune.training.planning import same_rates
 from inheritune.training.schedule import learning_rate
 from inheritune.training.settings import SCHEDULE, TrainSettings
 from inheritune.weights import checkpoint
@@ -43,6 +45,14 @@ def test_a_run_goes_on_with_other_rates_when_asked(plain, data, tmp_path, key):
     assert column(out, "lr")[12:] == pytest.approx(rates), "of the new settings"
     moments = load_file(out / "step_00000016" / checkpoint.OPTIMIZER)
     assert {int(value) for name, value in moments.items() if name.endswith("/step")} == {16}
+
+
+def test_rates_of_a_warm_up_that_outlasts_the_decay_are_compared_too():
+    before = TrainSettings(warmup_iters=2000, lr_decay_iters=10, min_lr=1e-5)
+    after = dataclasses.replace(before, min_lr=1e-4)
+    assert same_rates(before, after, 2000), "warm-up does not know min_lr"
+    assert not same_rates(before, after, 2001), "the first step after it has that rate"
+    assert not same_rates(before, after, 3000) and same_rates(before, before, 3000)
 
 
 def test_the_change_is_written_down_once(plain, data, tmp_path, capsys):
