@@ -52,9 +52,16 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     config = stages.shared_config(name, config, settings, explicit, problems)
     rounds = tuple(range(k, config.n_layer, grow.k_step))
     c = Common(
-        settings.out_dir, stages.small_flags(settings, explicit), k, config, name, stage, rounds=rounds
+        folder=settings.out_dir,
+        flags=stages.small_flags(settings, explicit),
+        k=k,
+        config=config,
+        reference=name,
+        reference_stage=stage,
+        rounds=rounds,
     )
-    raise_all(stages.run_problems([*([stage] if stage else []), c.random("random")]))
+    small = c.random("random")  # stands for all small runs: their settings are alike
+    raise_all(stages.run_problems([*([stage] if stage else []), small]))
     return c
 
 

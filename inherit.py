@@ -31,7 +31,8 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")
     add("--out", required=True, help="folder to create")
-    add("--layers", help="how many blocks, or auto: the half that changes most (needs --data)")
+    auto = "the half with the highest block influence (1 - cosine of input and output; needs --data)"
+    add("--layers", help=f"how many blocks, or auto: {auto}")
     add("--data", help="data folder on whose validation split --layers auto measures the blocks")
     add("--blocks", help="keep these blocks instead, e.g. 0-11,23")
     add("--onto", help="a smaller trained checkpoint to grow: its blocks, then --ckpt's up to --layers")

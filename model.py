@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # A single query attends to every key. Several start at position 0, as GPT.hidden checks: causal mask.
+        # One query attends to all keys. Several start at position 0 (GPT.hidden checks it): causal mask.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1, scale=self.scale
         )  # (B, nh, T, hs)
@@ -359,8 +359,9 @@ def cross_entropy(x, head, targets):
     """The mean loss, an fp32 scalar, of hidden states x (B, T, C) under a linear head, for targets (B, T).
 
     Not in nanoGPT: to save memory, torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows.
-    All rows are computed at once under autocast, where the chunked function rounds the loss to 16 bits, when
-    compiling, as it breaks the graph, and with a head that does more than multiply (training's PaddedHead).
+    All rows at once: under autocast and for x of 16 bits (the chunked function rounds the loss to 16 bits),
+    when compiling (it breaks the graph), with a head that is no plain nn.Linear (training's PaddedHead), and
+    in torch before 2.13.
     """
     whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     if whole or type(head) is not nn.Linear or x.dtype != torch.float32 or not CHUNKED_LOSS:
@@ -374,8 +375,8 @@ def cross_entropy(x, head, targets):
 def keep_products(ctx, op, *args, **kwargs):
     """The policy of recompute="cheap": keep what matrix products and attention return, recompute the rest.
 
-    Two results are not kept. The last product (4C → C) is none that the block's backward pass uses. Attention
-    with dropout is recomputed with the block's other dropouts, since random numbers are redrawn all or none.
+    Not kept: the last product (4C → C), which no gradient in the block needs, and attention with dropout:
+    random numbers are redrawn for all dropouts of a block or none.
     """
     aten = torch.ops.aten
     if op in (aten.mm.default, aten.addmm.default):

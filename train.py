@@ -91,6 +91,7 @@ def train_step(run: Run) -> None:
     grad_norm = model.clip_gradients(s.grad_clip)
 
     # One all-reduce tells every rank the mean losses, and whether any rank wants to stop
+    # (by a signal, or by a checkpoint that could not be written)
     stopping = torch.tensor([float(run.request.signal is not None or run.saver.error is not None)])
     shared = torch.cat((sums.cpu() / plan.accumulation, stopping))
     loss, *terms, stopping = (ranks.sum(shared, model.device) / ranks.world).tolist()
@@ -111,8 +112,8 @@ def train_step(run: Run) -> None:
         print(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: no update made")
     if state.bad_in_a_row >= MAX_BAD_STEPS:
         raise AgreedError(
-            f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; the last good checkpoint is "
-            f"{s.out_dir}/latest: continue from an earlier one with a lower learning_rate"
+            f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; the newest checkpoint "
+            f"is {s.out_dir}/latest: continue with a lower learning_rate (--resume=auto --change)"
         )
     if stopping:
         stop(run)
@@ -130,7 +131,7 @@ def forward(run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, .
 
 
 def validate(run: Run) -> dict[str, float]:
-    """{column of log.csv: loss in nats/token} of all validation data: {"val_loss": 3.14} of dataset alone.
+    """{column of log.csv: loss in nats/token}: {"val_loss": 3.14}; with also_validate also "also_val_loss".
 
     Saves and stops if a rank is asked to meanwhile.
     """
@@ -158,7 +159,7 @@ def save_checkpoint(run: Run) -> None:
         return
     wait_for_checkpoint(run)
     saver.step = state.step
-    copies = saver.copies if run.ranks.first else None
+    copies = saver.copies if run.ranks.first else None  # rank 0 keeps them, the others only help to gather
     parameters, optimizer = snapshot(run.model.module, run.optimizer, copies)
     if not run.ranks.first:
         return
@@ -172,8 +173,8 @@ def save_checkpoint(run: Run) -> None:
     }
 
     def write():
-        weights, files = config.arrange(parameters), tokenizer_files(config, s.dataset) | saver.files
-        config_json = config.content()
+        weights, config_json = config.arrange(parameters), config.content()
+        files = tokenizer_files(config, s.dataset) | saver.files  # so that AutoTokenizer opens the checkpoint
         checkpoint.write_step(s.out_dir, weights, optimizer, config_json, content, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 

@@ -39,7 +39,8 @@ class Stopped(BaseException):
 def one_line(main: Callable | None = None, *, ranks: bool = False) -> Callable:
     """Decorates a command's `main(argv=None)`: errors end it with one line on stderr instead of a traceback.
 
-    ranks: torchrun may start the command (`@one_line(ranks=True)`), of which only rank 0 prints the line.
+    ranks: torchrun may start the command (`@one_line(ranks=True)`) in several processes; only rank 0
+        prints the line.
 
     Exit status: 1 after a UserError or OSError, 128 + the signal's number after SIGINT or a stop signal.
     """

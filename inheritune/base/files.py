@@ -28,8 +28,8 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EIO)
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file beside `path`; at the end, on disk, it replaces `path` in one rename, which is
-    on disk when this returns. After an exception the temporary file is gone and `path` is unchanged."""
+    """Opens a temporary file beside `path`; at the end it is fsynced and renamed to `path`, and the folder is
+    fsynced. After an exception the temporary file is gone and `path` is unchanged."""
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
     temporary = os.path.join(folder, f".{os.path.basename(path)}.tmp")
@@ -97,8 +97,8 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
 
     The lock ends with the process, even by SIGKILL, and moves with the folder. What is locked is a file open
     for writing, because NFS and Lustre pass such locks on to other machines. Where the file system does not,
-    the text in the file helps, which says who has the folder: the second run prints a warning if it finds
-    another machine's, and the first notices by `is_locked_by_us` that the text is no longer its own.
+    the owner's name in the file helps: a second run on another machine prints a warning, and the first sees
+    by `is_locked_by_us` that it has lost the folder.
     """
     path = os.path.join(folder, LOCK)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

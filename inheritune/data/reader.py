@@ -157,15 +157,15 @@ class Tokens:
         shard = int(np.searchsorted(self.ends, start, side="right"))
         filled = 0
         while filled < count:
-            path, _, dtype, offset = self.bins[shard]
+            bin = self.bins[shard]
             begin = start + filled - (int(self.ends[shard - 1]) if shard else 0)
             here = min(count - filled, int(self.ends[shard]) - start - filled)
-            size = here * dtype.itemsize
-            file = self.open(path)
-            piece = os.pread(file.fileno(), size, offset + begin * dtype.itemsize)
+            size = here * bin.dtype.itemsize
+            file = self.open(bin.path)
+            piece = os.pread(file.fileno(), size, bin.start + begin * bin.dtype.itemsize)
             if len(piece) != size:
-                raise UserError(f"{path} ends before token {begin + here:,}: it has just been cut off")
-            out[filled : filled + here] = np.frombuffer(piece, dtype)
+                raise UserError(f"{bin.path} ends before token {begin + here:,}: it has just been cut off")
+            out[filled : filled + here] = np.frombuffer(piece, bin.dtype)
             filled += here
             shard += 1
         return out
@@ -173,9 +173,9 @@ class Tokens:
     def windows(self, numbers, block_size: int, first: int = 0) -> torch.Tensor:
         """The windows with these numbers, (B, block_size + 1) int32; window 0 begins at token `first`.
 
-        Where texts begin with a token (`bos`), it takes the place of each window's first one: models that
-        were trained so, such as Gemma, predict nothing well without it. Raises UserError for an id above the
-        tokenizer's: the wrong tokenizer or a damaged bin.
+        If the tokenizer has a `bos`, it replaces the first token of each window: models trained with it, such
+        as Gemma, predict badly without. Raises UserError for an id above the tokenizer's: the wrong tokenizer
+        or a damaged bin.
         """
         out = np.stack([self.read(first + int(i) * block_size, block_size + 1) for i in numbers])
         if out.max() >= self.tokenizer["n_vocab"]:
@@ -262,20 +262,20 @@ def warn_of_vocabulary(folder: str, highest: int) -> None:
     print(f"warning: {what}: was another vocabulary used?", file=sys.stderr)
 
 
-def check_tokenizer(folder: str, model_folder: str, config) -> None:
-    """Raise UserError unless a data folder's tokenizer is that of the model in `model_folder`. The model's
+def check_tokenizer(data: str, model_folder: str, config) -> None:
+    """Raise UserError unless the data folder's tokenizer is that of the model in `model_folder`. The model's
     `config` may have a larger vocab_size than the tokenizer has ids: padded, or enlarged by others."""
-    theirs = read_meta(folder)["tokenizer"]
+    theirs = read_meta(data)["tokenizer"]
     ours = {"name": config.tokenizer, "n_vocab": config.n_vocab}
     if config.tokenizer == TOKENIZER_FILE:
-        ours = load_tokenizer(TOKENIZER_FILE, model_folder).describe()
+        ours = load_tokenizer(TOKENIZER_FILE, model_folder).describe()  # {name, n_vocab, eot, sha256}
     name = ours["name"] or theirs["name"]  # a model that does not say can only be asked how many ids it has
     if theirs["name"] != name:
-        what = f"{folder} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids)"
+        what = f"{data} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids)"
         trained = f"{model_folder} was trained with {name!r} ({ours['n_vocab']} ids)"
         raise UserError(f"{what}, but {trained}: prepare the data with that one")
     if theirs["n_vocab"] > config.vocab_size:
-        raise UserError(f"{folder} has {theirs['n_vocab']} ids, {model_folder} only {config.vocab_size}")
+        raise UserError(f"{data} has {theirs['n_vocab']} ids, {model_folder} only {config.vocab_size}")
     if ours["name"] and theirs.get("sha256") != ours.get("sha256"):
         what = f"another {TOKENIZER_FILE} than the one in {model_folder}"
-        raise UserError(f"{folder} was tokenised with {what}")
+        raise UserError(f"{data} was tokenised with {what}")

@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, the Hugging Face hub.
 
-A document is a text file (or a part of one, see --split_on), or a row of a table or of a hub dataset. It
-reaches the tokenizer in one or more `Piece`s (text_files.py).
+A document is a text file (or a part of one, see --split_on), or a row of a table or of a hub dataset. What is
+read at a time is a `Piece` (text_files.py): some documents, or a part of a long one.
 """
 
 import collections
@@ -29,7 +29,7 @@ from inheritune.data.text_files import (
     read_text,
 )
 
-# A part of a path that says that its text is not for training, as the hub's rules have it.
+# Words in a path that mark text as validation or test, as in the hub's rules.
 HELD_OUT = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
 CARD = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|citation|changelog)\b")
 TOKENIZERS = "bytes, a tiktoken name, or the path of a tokenizer.json or of its folder"
@@ -53,7 +53,8 @@ def open_files(
 ) -> Source:
     """Files and folders as a Source.
 
-    val_paths: validation files; []: use a folder's own validation split; None: refuse one
+    val_paths: validation files; [] uses a folder's own validation split; otherwise (None, or files named)
+        such a folder is refused
     column: where tables keep the text; None: "text"
     split_on: what parts the documents of a text file; "": nothing
     out: the folder that will be written, which may not lie in one that is read
@@ -103,7 +104,9 @@ def check_options(files: list[File], column: str | None, split_on: str) -> None:
 
 
 def find_files(path: str, split: str) -> dict[str, list[str]]:
-    """{split: paths of the files} that `path` stands for; `split` is what it was given as.
+    """{split: paths of the files} that `path` stands for.
+
+    split: "train" or "val", what the user gave the path for
 
     A file stands for itself, a folder for the text files and tables under it (sorted; names that start with a
     dot are left out). stderr says what else is left out. Raises UserError where nothing is found.
@@ -122,7 +125,7 @@ def find_files(path: str, split: str) -> dict[str, list[str]]:
         suffix = os.path.splitext(name)[1].lower()
         if not os.path.isfile(name):
             left["no regular file"] += 1  # a pipe would be waited for
-        elif not suffix or named_kind(name)[0] is None:
+        elif not suffix or named_kind(name).kind is None:
             left[suffix or "without a suffix"] += 1
         elif os.path.basename(name) in METADATA:
             left["metadata"] += 1
@@ -135,8 +138,11 @@ def find_files(path: str, split: str) -> dict[str, list[str]]:
         left |= {f"of the split {name}": len(paths) for name, paths in splits.items()}
         listed = {path for paths in [*found.values(), *splits.values()] for path in paths}
         left["of no split"] = len({os.path.abspath(name) for name in names} - listed)
-    elif any(named_kind(name)[0] != "text" for name in names):  # what explains a data set is no text of it
-        found[split] = [n for n in names if named_kind(n)[0] != "text" or not CARD.match(os.path.basename(n))]
+    elif any(named_kind(name).kind != "text" for name in names):
+        # READMEs and licences beside tables are not training text
+        found[split] = [
+            n for n in names if named_kind(n).kind != "text" or not CARD.match(os.path.basename(n))
+        ]
         left["cards and licences"] = len(names) - len(found[split])
     if total := sum(left.values()):
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(left.items()) if n)

@@ -33,7 +33,9 @@ ARROW = (".parquet", ".arrow")  # packed inside
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
-POINTER = b"version https://git-lfs"  # how the stand-in begins that Git LFS leaves for a large file
+POINTER = (
+    b"version https://git-lfs"  # first bytes of the pointer that Git LFS leaves in place of a large file
+)
 PIECE = 1 << 17  # characters of a text file held at a time
 MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
 READ_ERRORS = (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException)  # of a broken file
@@ -50,19 +52,25 @@ class File(NamedTuple):
 
 class Piece(NamedTuple):
     texts: list[str]  # documents; the first may be the rest of one, and the last may go on in the next piece
-    goes_on: bool = False  # did the first text's document begin before it?
+    goes_on: bool = False  # does the first text continue a document of the piece before?
     end: bool = True  # does the last text end its document? (each other one does)
     progress: float | None = None  # the share of the input read so far, where it is known
     split: str = "train"
 
 
-def named_kind(path: str) -> tuple[str | None, str | None]:
+class NamedKind(NamedTuple):
+    kind: str | None  # "text", or the suffix of a table; None: nothing that we read
+    packed: str | None  # the compression
+
+
+def named_kind(path: str) -> NamedKind:
     """What a name suggests: `"a.md.gz"` → `("text", "gzip")`, `"a.csv"` → `(".csv", None)`, `"a.pdf"` →
     `(None, None)`. A name without a suffix suggests text."""
     stem, suffix = os.path.splitext(os.path.basename(path).lower())
     packed = PACKED.get(suffix)
     suffix = os.path.splitext(stem)[1] if packed else suffix
-    return ("text" if suffix in (*TEXT, "") else suffix if suffix in TABLES else None), packed
+    kind = "text" if suffix in (*TEXT, "") else suffix if suffix in TABLES else None
+    return NamedKind(kind, packed)
 
 
 def examine(path: str) -> File:

@@ -1,7 +1,7 @@
 """Text to token ids and back: plain bytes, tiktoken's vocabularies by name, and Hugging Face tokenizers.
 
 `load_tokenizer` opens all three, `tokenizer_files` gives what a checkpoint keeps for transformers. Special
-tokens spelled out in a text are ordinary text, but in prompts; only the writer of a data folder puts
+tokens spelled out in a text are ordinary text, except in prompts; only the writer of a data folder puts
 end-of-text ids between documents.
 """
 
@@ -34,9 +34,6 @@ from inheritune.base.tokenizer_identity import (
 
 END_OF_TEXT = "<|endoftext|>"
 PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
-# Every vocabulary begins a new word at a space after a letter or digit, and tiktoken's also at a line end
-# there: a text that is cut at such a place keeps its tokens. A match ends at the last such place.
-CUT = re.compile(r"(?s).*[^\W_](?= )|.*[^\W_](?=\n)")
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -91,8 +88,10 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> tuple[np.ndarray, list[int]]:
-        """(the ids of all texts in one array, how many each has). Where `goes_on`, a text is the rest of one
-        that was cut at CUT, and gets the ids that it has in the whole text."""
+        """(the ids of all texts in one array, how many each has).
+
+        goes_on[i]: text i continues a text that was cut (see CUT); it gets the ids it has in the uncut text.
+        """
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -190,6 +189,12 @@ def cut(text: str) -> Iterator[str]:
     yield text
 
 
+# All vocabularies start a new token at a space after a letter or digit (tiktoken's also at a line end after
+# one), so a cut there changes no token. The match ends at the last such space, else at the last such line
+# end.
+CUT = re.compile(r"(?s).*[^\W_](?= )|.*[^\W_](?=\n)")
+
+
 def last_cut(text: str, most: int) -> int:
     """The last place among the first `most` characters at which a cut changes no token, or else `most`."""
     place = CUT.match(text, 0, most)
@@ -227,6 +232,7 @@ class HuggingFace(Tokenizer):
             raise UserError(f"{folder or '.'} does not say which token ends a text: {cure}")
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
         self.n_ids = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        # the ids that stand before any text (BOS)
         plain, whole = (self.tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self.before = whole[: next(places, 0)]

@@ -64,6 +64,7 @@ def write_tokens(
     with own_folder(out):
         if os.path.exists(os.path.join(out, "meta.json")):
             return check_finished(out, note)
+        # note | {"parts": 2, "pieces_done": 900, "files": [{"file": "train_000000.part", "tokens": …}, …]}
         progress = open_progress(out, note, dtype)
         try:
             pieces = itertools.islice(source.pieces, progress["pieces_done"], None)
@@ -72,7 +73,7 @@ def write_tokens(
             ordered = in_order(encode, batched(pieces, min(BATCH, 1 + size // 10)), threads)
             with contextlib.closing(ordered) as batches:  # its threads end here, also after an error
                 write_parts(out, batches, progress, size, max_tokens, bool(shard_tokens))
-            shards = parts = progress["files"]
+            shards = parts = progress["files"]  # with shard_tokens parts have their final names
             if val_fraction:
                 shards = part_off(out, parts, tokenizer, dtype, val_fraction)
             elif not shard_tokens:
@@ -81,7 +82,10 @@ def write_tokens(
             if spelled := sum(part["spelled"] for part in parts):
                 marker = tokenizer.end_of_text
                 what = f"the text holds {marker} {spelled:,} times, which is ordinary text here"
-                print(f"note: {what}; where it parts documents, --split_on '{marker}' makes it do so")
+                cure = (
+                    f"if it separates documents, prepare again with --split_on '{marker}' and another --out"
+                )
+                print(f"note: {what}; {cure}")
         except BaseException:
             if add_up(progress["files"])["tokens"] < size:  # not one whole part to go on with
                 clear(out, OURS)
@@ -169,8 +173,11 @@ def write_parts(
 
 
 def new_part(number: int, is_shard: bool) -> dict[str, dict]:
-    """{split of the text: the entry of its file} of part 3: train_000003.part and val_000003.part. Of shard 3
-    train_000002.bin: all text has the split "train" there, and shard 0 is used for validation."""
+    """{split: entry} of the files of part `number`.
+
+    Part 3: train_000003.part and val_000003.part. Shard 0: val_000000.bin; shard 3: train_000002.bin (with
+    shards all text has the split "train").
+    """
     names = {split: f"{split}_{number:06d}.part" for split in ("train", "val")}
     if is_shard:
         names = {"train": f"train_{number - 1:06d}.bin" if number else "val_000000.bin"}

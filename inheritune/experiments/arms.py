@@ -24,7 +24,7 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
 LABELS = {"max_iters": "{:,} steps", "batch_tokens": "{:,} tokens a step", "learning_rate": "lr {:g}"}
 LABELS |= {"optimizer": "{}", "teacher": "distillation"}
 TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
-# by the arms of a comparison, which all train on the same data and to the end
+# settings that the arms decide; all train on the same data, to the end
 FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end")
 FIXED += ("stop_at_val_loss", "stop_after_worse")
 

@@ -22,9 +22,9 @@ from inheritune.weights import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ALONE = threading.Lock()  # torch's generator and threads belong to the process: one measurement at a time
-# with the reference
+# settings that the reference shares with the experiment
 SHARED = ("dataset", "eval_tokens", "also_validate", "seed", "device", "dtype", "compile", "threads")
-# by each stage
+# settings that each stage sets itself
 DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "change", "dry_run", "n_layer")
 
 
@@ -35,7 +35,8 @@ class Stage:
     run: str  # run folder
     config: Config  # of the model it trains
     flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
-    # what makes its start: options of inherit.py, or `choose`, a rule of block_choice.py; {}: no such start
+    # how its start_folder is made: options of inherit.py; `choose` is a rule of block_choice.py.
+    # {}: none is made
     start_options: dict = field(default_factory=dict)
     config_files: tuple[str, ...] = ()  # of train.py, at most one
     teacher: Config | None = None

@@ -90,7 +90,9 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | Non
     found = []
     for arm, rows in arms.items():
         name, asked = base_and_steps(arm, rows)
+        # arm.changes: {"max_iters": 500}
         others = {key: value for key, value in arm.changes.items() if key not in SCHEDULE}
+        # besides the schedule, changed settings are optimizer and max_iters at most, and those wanted
         if name == base and dict.fromkeys(wanted) | others | {"max_iters": asked} == wanted:
             found.append(arm)
     return min(found, key=lambda arm: most_seeds_first(arms[arm]), default=None)

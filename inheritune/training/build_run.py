@@ -86,7 +86,7 @@ class Run:
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    val: dict[str, ValData]  # by the column of log.csv that their loss has
+    val: dict[str, ValData]  # {column of log.csv: the data whose loss it shows}
     batches: Iterator[torch.Tensor]  # this rank's windows, step after step
     epoch: float  # steps
     state: State
@@ -105,7 +105,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     """Build the Run, on every rank.
 
     A UserError or OSError of one rank (in the data, the weights, the checkpoint or the run folder) is the
-    same AgreedError on all.
+    same AgreedError on all. (agree: work on every rank, errors shared; once_per_node: download first.)
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -127,7 +127,9 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
         found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
         theirs = ranks.agree(lambda: load_model(found))
         pad_head(theirs, device, compiled)
-        teacher = Teacher(theirs, settings, plan.n_vocab, device, dtype, compiled)
+        teacher = Teacher(
+            theirs, settings, n_vocab=plan.n_vocab, device=device, dtype=dtype, compiled=compiled
+        )
 
     # what a checkpoint restores, and the run folder
     optimizer = make_optimizer(module, settings, device)
@@ -175,7 +177,7 @@ def load_weights(plan, folder):
     weights, lineage = open_weights(folder, source), checkpoint.read_lineage(folder)
     if not plan.resume_from:
         blocks = list(range(config.n_layer))
-        weights, _ = inherit(weights, source, blocks)
+        weights, _ = inherit(weights, source, blocks)  # its first blocks
         lineage = checkpoint.new_lineage(folder, blocks)
     module = model_class(config).empty(config)
     module.fill(weights, folder)
@@ -183,7 +185,7 @@ def load_weights(plan, folder):
 
 
 def restore(folder, module, optimizer, scaler):
-    """The State of a checkpoint, whose optimizer and scaler are filled too; without a folder, of step 0."""
+    """The State in a checkpoint folder; fills optimizer and scaler from it. Without a folder: a new State."""
     if folder is None:
         return State()
     load_optimizer(folder, module, optimizer)
@@ -212,7 +214,8 @@ def open_run_folder(settings, plan, state, recorder):
     try:
         steps = checkpoint.list_steps(out)
         planned = [os.path.basename(folder) for folder in (*plan.damaged, plan.resume_from) if folder]
-        if steps[::-1][: max(1, len(planned))] != planned:  # newest first
+        # the newest checkpoints must still be those of the plan: the damaged ones, then the one to resume
+        if steps[::-1][: max(1, len(planned))] != planned:
             raise UserError(f"another process has just trained in {out}: run the same command again to go on")
         for folder, why in plan.damaged.items():
             print(f"{folder} is no whole checkpoint and is set aside: {why}")

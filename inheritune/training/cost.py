@@ -108,7 +108,8 @@ def logits_memory(rows: int, config: Config, half: bool, compiled: bool, teacher
 
 
 def teacher_memory(teacher: Config, half: bool) -> int:
-    """Bytes of a teacher's weights. In 16 bits matrices take half, and the head is a copy of embeddings."""
+    """Bytes of a teacher's weights. With `half`, linear layers take 2 bytes a parameter; so does the head,
+    now untied; the fp32 embedding stays (4)."""
     embedding = teacher.vocab_size * teacher.n_embd
     return 2 * teacher.num_params + 4 * embedding if half else 4 * teacher.num_params
 

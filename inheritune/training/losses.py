@@ -88,7 +88,7 @@ def distillation_loss(
     logits, teacher_logits: (B, T, ≥ n_vocab); targets: (B, T) ids. CE is the mean over tokens, as in training
     without a teacher. KL is summed over the tokenizer's n_vocab ids (both sides are normalised over these
     alone, at the temperature) and averaged over tokens. A mean over the vocabulary would make it fifty
-    thousand times smaller; the published logs look as if theirs was.
+    thousand times smaller; the authors' logs look as if they took that mean.
     """
     ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     student = F.log_softmax(logits[..., :n_vocab].float() / temperature, dim=-1).flatten(0, 1)

@@ -88,6 +88,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
         if tokenizer:
             attempt(check_tokenizer, settings.dataset, folder, source)
     if plan.teacher and plan.config:
+        # limit: the most it can read; block_size: what this run reads
         name, reads, window = settings.teacher, plan.teacher.limit, plan.config.block_size
         if reads < window:
             problems.append(f"teacher {name} reads {reads} tokens, the student {window}: too short")
@@ -243,7 +244,8 @@ def examine_checkpoint(folder: str) -> None:
 
 
 def read_data(settings: TrainSettings) -> tuple[dict, str, int]:
-    """(a configuration's fields on the tokenizer, which tokens the folder holds, how many this run reads)."""
+    """(the config fields that name the tokenizer, a hash of the folder's tokens, the number of tokens in this
+    run's part)."""
     theirs = read_meta(settings.dataset)["tokenizer"]
     tokenizer = {"tokenizer": theirs["name"], "n_vocab": theirs["n_vocab"], "eot": theirs["eot"]}
     return tokenizer, identity(settings.dataset), part_tokens(settings)
@@ -256,7 +258,8 @@ def part_tokens(settings: TrainSettings) -> int:
 
 
 def is_from_settings(settings: TrainSettings, explicit: frozenset) -> bool:
-    """Whether the settings describe the model: from scratch, or in a dry run of what is not there yet."""
+    """Whether the settings describe the model: for init_from=scratch; in a dry run also if init_from does not
+    exist and n_head and n_embd are set."""
     name = settings.init_from
     missing = not (os.path.isdir(name) or name in RELEASED)
     return name == "scratch" or (settings.dry_run and missing and {"n_head", "n_embd"} <= explicit)
@@ -272,7 +275,7 @@ def new_config(settings: TrainSettings, tokenizer: dict) -> GPTConfig:
 def find_source(name: str) -> tuple[str, Config]:
     """(folder with tokenizer, configuration) of a model to start from, before its weights are fetched.
 
-    Nothing at all is fetched of a released GPT-2, which is known: its name will do for the folder.
+    For a released GPT-2 nothing is fetched: the config is built in, and the name stands in for the folder.
     """
     if name == "resume":
         raise UserError("init_from = resume is nanoGPT's: write resume = auto, which continues out_dir")

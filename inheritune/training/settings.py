@@ -35,7 +35,7 @@ class TrainSettings:
 
     heading("model")
     init_from: str = setting("scratch", "scratch, or what to start from: checkpoint, run folder or hub id")
-    inherit_layers: int | None = setting(None, "take only the first this many blocks of init_from", 1)
+    inherit_layers: int | None = setting(None, "take only this many blocks of init_from, the first ones", 1)
     n_layer: int = setting(12, "transformer blocks", 1, 1000)  # the three sizes: sec. 3, Small
     n_head: int = setting(12, "attention heads", 1)
     n_embd: int = setting(768, "width C", 1)
@@ -97,7 +97,7 @@ class TrainSettings:
         "never",
         "if out_dir holds a run: never: refuse; auto: continue it; must: continue it, fail if there is none",
     )
-    change: bool = setting(False, "with resume: go on although max_iters or the learning rates were others")
+    change: bool = setting(False, "with resume: continue even if max_iters or the learning rates are changed")
 
     heading("machine")
     seed: int = setting(1337, "seeds the initialisation, the data order and dropout", 0)
@@ -122,7 +122,9 @@ class GrowSettings:
 
     heading("growth")
     reference: str = setting("", "checkpoint, run folder or hub id (default: out_dir/reference)")
-    reference_config: str = setting("", "train.py config of the reference, trained if need be")
+    reference_config: str = setting(
+        "", "train.py config file that trains the reference, unless it is finished"
+    )
     k_start: int | None = setting(
         None, "blocks of the first round (default: half the reference's)", 1
     )  # sec. 4

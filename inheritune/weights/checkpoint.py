@@ -181,7 +181,7 @@ def link(path: str, target: str) -> None:
 
 
 def follow(path: str) -> str:
-    """Where a file points that `link` wrote in a link's place; other paths are returned unchanged."""
+    """Resolve a file that `link` wrote in place of a symlink; other paths are returned unchanged."""
     if os.path.isfile(path) and os.path.getsize(path) < 4096:
         with open(path, encoding="utf-8", errors="replace") as f:
             name = f.read()

@@ -170,7 +170,7 @@ def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
     """Yield (name, tensor) of everything in a folder's safetensors files, by the names that stand there."""
     files, index = [WEIGHTS], os.path.join(folder, INDEX)
     # An index is {tensor name: file name} of a sharded model. save_pretrained writes a whole file beside an
-    # old index, which then says nothing any more.
+    # old index, which is then out of date.
     if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
         shards = read_json(index).get("weight_map")
         files = list(shards.values()) if isinstance(shards, dict) else [None]
@@ -185,7 +185,7 @@ def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
 
 
 def other_format(folder: str) -> str:
-    """What a folder holds in place of safetensors, and what makes them of it; "" for what is not known."""
+    """What a folder holds instead of safetensors, and how to convert it; "" if nothing known."""
     for pattern, cure in OTHER_FORMATS.items():
         if glob.glob(os.path.join(glob.escape(folder), pattern)):
             return cure
