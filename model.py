@@ -102,8 +102,8 @@ class GPTConfig:
 
 
 # ARCHITECTURE: train.py's settings that describe a GPT-2.
-OF_TOKENIZER = ("vocab_size", "n_vocab", "tokenizer", "eot")
-ARCHITECTURE = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", *OF_TOKENIZER)]
+TOKENIZER_FIELDS = ("vocab_size", "n_vocab", "tokenizer", "eot")
+ARCHITECTURE = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", *TOKENIZER_FIELDS)]
 
 
 def pad_vocab(n_vocab: int) -> int:
@@ -231,7 +231,7 @@ class GPT(nn.Module):
         Raises UserError when it cannot be fetched or is not a GPT-2 that this file implements.
         """
         folder = find(name_or_folder)
-        weights, config = gpt2_format.open_model(folder)
+        weights, config = gpt2_format.read_model(folder)
         model = cls.empty(GPTConfig(**config))
         model.fill(weights, folder)
         return model

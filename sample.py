@@ -90,7 +90,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     the ids are a lone end-of-text: every document of the corpus follows one.
     """
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
-    ids = [*tokenizer.before, *tokenizer.encode(first)]
+    ids = [*tokenizer.bos_ids, *tokenizer.encode(first)]
     for part in others:
         ids += [tokenizer.eot, *tokenizer.encode(part)]
     return ids or [tokenizer.eot]

@@ -165,11 +165,11 @@ def main(argv=None):
         found = {"checkpoint": args.ckpt, "folder": folder}
         if args.data:
             found["loss"] = score_split(args, folder, config, ranks, device)
-            if ranks.first:
+            if ranks.is_first:
                 print(loss_text(found["loss"]), flush=True)
     if names:  # needs an extra package
         found["tasks"] = score_tasks(args, names, manager, folder, device)
-    if args.out and ranks.first:
+    if args.out and ranks.is_first:
         write_json(args.out, found)
         print(f"written: {args.out}", file=sys.stderr)
 

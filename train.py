@@ -108,7 +108,7 @@ def train_step(run: Run) -> None:
     state.row = {"loss": loss, "lr": lr, "grad_norm": grad_norm} | dict(zip(TERMS, terms, strict=False))
     run.recorder.stepped(state.step, time.perf_counter() - began)
 
-    if not finite and ranks.first:
+    if not finite and ranks.is_first:
         print(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: no update made")
     if state.bad_in_a_row >= MAX_BAD_STEPS:
         raise AgreedError(
@@ -159,12 +159,12 @@ def save_checkpoint(run: Run) -> None:
         return
     wait_for_checkpoint(run)
     saver.step = state.step
-    copies = saver.copies if run.ranks.first else None  # rank 0 keeps them, the others only help to gather
+    copies = saver.copies if run.ranks.is_first else None  # rank 0 keeps them, the others only help to gather
     parameters, optimizer = snapshot(run.model.module, run.optimizer, copies)
-    if not run.ranks.first:
+    if not run.ranks.is_first:
         return
     config, best_step = run.plan.config, state.best_step
-    content = dataclasses.asdict(state) | {
+    state_json = dataclasses.asdict(state) | {
         "row": {k: repr(v) for k, v in state.row.items()},  # may be nan or inf, for which JSON has no number
         "tokens": state.step * s.batch_tokens,
         "scaler": run.scaler.state_dict(),
@@ -175,7 +175,7 @@ def save_checkpoint(run: Run) -> None:
     def write():
         weights, config_json = config.arrange(parameters), config.content()
         files = tokenizer_files(config, s.dataset) | saver.files  # so that AutoTokenizer opens the checkpoint
-        checkpoint.write_step(s.out_dir, weights, optimizer, config_json, content, saver.lineage, files)
+        checkpoint.write_step(s.out_dir, weights, optimizer, config_json, state_json, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
 
     saver.start(write)
@@ -195,7 +195,7 @@ def keep_best(run, val_loss):
         return
     save_checkpoint(run)
     state.best_val_loss, state.best_step, state.since_best = val_loss, state.step, 0
-    if run.ranks.first:
+    if run.ranks.is_first:
         link, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
         run.saver.start(functools.partial(checkpoint.link, link, name))
 
@@ -242,29 +242,30 @@ def main(argv=None):
     ranks = Ranks(*rank_info())
     if settings.dry_run:
         plan = make_plan(settings, explicit, ranks.world)
-        if ranks.first:
+        if ranks.is_first:
             print(plan_text(plan, settings))
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ended_after(settings.max_hours if ranks.first else None))  # the others are told
+        hours = settings.max_hours if ranks.is_first else None  # the others are told
+        stack.enter_context(ended_after(hours))
         stack.enter_context(ranks.joined(settings.device))
         device = ranks.agree(lambda: pick(settings.device, ranks.local))
         plan = ranks.once(lambda: make_plan(settings, explicit, ranks.world))  # rank 0 decides what to resume
         run = stack.enter_context(contextlib.closing(build_run(settings, plan, ranks, device)))
-        if ranks.first:
+        if ranks.is_first:
             c, n_params = plan.config, run.model.module.num_params()
             print(
                 f"{c.n_layer} blocks, {n_params:,} parameters, {device}, "
                 f"{dtype_text(settings.dtype, device)}; a step is "
                 f"{settings.batch_tokens:,} tokens = {plan.micro_batch} x {c.block_size} x "
                 f"{plan.accumulation} accumulation x {ranks.world} rank(s); "
-                f"an epoch is {run.epoch:,.1f} steps"
+                f"an epoch is {run.steps_per_epoch:,.1f} steps"
             )
             if plan.changed_now:
                 print(f"from step {run.state.step} with other settings: {plan.changed_now}")
         with run.request:
             val_loss = fit(run)
-        if ranks.first:
+        if ranks.is_first:
             write_cards(run, val_loss)
             print(f"done: {settings.out_dir}, step {run.state.step}, val {val_loss:.4f}")
             draw_losses(settings.out_dir)

@@ -257,7 +257,7 @@ def test_documents_are_counted_and_the_share_read_grows_to_one(tmp_path, texts, 
     source = open_files([str(tmp_path / name), str(tmp_path / "b.txt")], [], None, "", "out")
     n, pieces = source.documents(), list(source.pieces)
     assert sum(piece.end for piece in pieces) == n == (2 if name == "a.txt" else 301)
-    assert [p.goes_on for p in pieces[1:]] == [not p.end for p in pieces[:-1]]
+    assert [p.continues for p in pieces[1:]] == [not p.end for p in pieces[:-1]]
     if name == "a.txt":
         assert "".join(text for piece in pieces for text in piece.texts) == "é" * 400_000
     shares = [piece.progress for piece in pieces]

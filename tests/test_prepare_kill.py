@@ -147,13 +147,13 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, script):
 
 def stop_after(monkeypatch, pieces):
     """Let every source fail after so many pieces."""
-    read_files = sources.read_files
+    read_pieces = sources.read_pieces
 
     def stops(*arguments):
-        yield from itertools.islice(read_files(*arguments), pieces)
+        yield from itertools.islice(read_pieces(*arguments), pieces)
         raise UserError("stop here")
 
-    monkeypatch.setattr(sources, "read_files", stops)
+    monkeypatch.setattr(sources, "read_pieces", stops)
 
 
 def test_what_was_begun_with_other_settings_is_refused_and_kept(tmp_path, monkeypatch):

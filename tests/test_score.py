@@ -123,7 +123,7 @@ def test_shares_add_up(ckpt, tmp_path):
 
     class Share:
         def __init__(self, rank, world):
-            self.rank, self.world, self.first = rank, world, rank == 0
+            self.rank, self.world, self.is_first = rank, world, rank == 0
 
         def sum(self, sums, device):
             self.sums = sums

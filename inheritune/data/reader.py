@@ -142,7 +142,7 @@ class Tokens:
         self.folder, self.split, self.tokenizer = folder, split, meta["tokenizer"]
         self.bins = bins_of(folder, split, meta)
         self.ends = np.cumsum([bin.tokens for bin in self.bins], dtype=np.int64)
-        self.open = functools.lru_cache(MAX_OPEN)(OpenFile)
+        self.open_bin = functools.lru_cache(MAX_OPEN)(OpenFile)
         if "splits" not in meta and split == "val" and len(self):
             highest = int(self.read(0, min(len(self), 1 << 20)).max())
             if highest < 0.9 * self.tokenizer["n_vocab"]:
@@ -161,7 +161,7 @@ class Tokens:
             begin = start + filled - (int(self.ends[shard - 1]) if shard else 0)
             here = min(count - filled, int(self.ends[shard]) - start - filled)
             size = here * bin.dtype.itemsize
-            file = self.open(bin.path)
+            file = self.open_bin(bin.path)
             piece = os.pread(file.fileno(), size, bin.start + begin * bin.dtype.itemsize)
             if len(piece) != size:
                 raise UserError(f"{bin.path} ends before token {begin + here:,}: it has just been cut off")

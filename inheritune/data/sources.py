@@ -31,7 +31,7 @@ from inheritune.data.text_files import (
 
 # Words in a path that mark text as validation or test, as in the hub's rules.
 HELD_OUT = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
-CARD = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|citation|changelog)\b")
+NOT_TEXT = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|citation|changelog)\b")
 TOKENIZERS = "bytes, a tiktoken name, or the path of a tokenizer.json or of its folder"
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "index.json")
 
@@ -81,10 +81,10 @@ def open_files(
     arguments["content_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
 
     def count() -> int:
-        return sum(piece.end for piece in read_files(files, column, split_on))
+        return sum(piece.end for piece in read_pieces(files, column, split_on))
 
     has_val = any(split == "val" for split, _ in files)
-    return Source(arguments, read_files(files, column, split_on), has_val, count)
+    return Source(arguments, read_pieces(files, column, split_on), has_val, count)
 
 
 def check_options(files: list[File], column: str | None, split_on: str) -> None:
@@ -141,7 +141,7 @@ def find_files(path: str, split: str) -> dict[str, list[str]]:
     elif any(named_kind(name).kind != "text" for name in names):
         # READMEs and licences beside tables are not training text
         found[split] = [
-            n for n in names if named_kind(n).kind != "text" or not CARD.match(os.path.basename(n))
+            n for n in names if named_kind(n).kind != "text" or not NOT_TEXT.match(os.path.basename(n))
         ]
         left["cards and licences"] = len(names) - len(found[split])
     if total := sum(left.values()):
@@ -190,7 +190,7 @@ def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def read_files(files: list[tuple[str, File]], column: str, split_on: str) -> Iterator[Piece]:
+def read_pieces(files: list[tuple[str, File]], column: str, split_on: str) -> Iterator[Piece]:
     """Yield the pieces of [(split, file)] in order. Raises UserError for anything broken."""
     total, before = sum(file.size for _, file in files) or 1, 0
     for split, file in files:

@@ -52,7 +52,7 @@ class File(NamedTuple):
 
 class Piece(NamedTuple):
     texts: list[str]  # documents; the first may be the rest of one, and the last may go on in the next piece
-    goes_on: bool = False  # does the first text continue a document of the piece before?
+    continues: bool = False  # does the first text continue a document of the piece before?
     end: bool = True  # does the last text end its document? (each other one does)
     progress: float | None = None  # the share of the input read so far, where it is known
     split: str = "train"
@@ -168,21 +168,21 @@ def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
     document ends wherever that text stands; blanks at the end are no document.
     """
     pattern = pattern_of(split_on) if split_on else None
-    text, goes_on = "", False
+    text, continues = "", False
     for block, share in read_blocks(file):
         text += block
         if pattern:
             *documents, text = pattern.split(text)
             if documents:
-                yield Piece(documents, goes_on, True, share)
-                goes_on = False
+                yield Piece(documents, continues, True, share)
+                continues = False
         end = len(text) - 2 * len(split_on)  # what follows may begin a `split_on`
         if end >= PIECE // 2:
             used = last_cut(text, end)
-            yield Piece([text[:used]], goes_on, False, share)
-            text, goes_on = text[used:], True
-    if text.strip() or goes_on or not split_on:
-        yield Piece([text], goes_on, True, 1.0)
+            yield Piece([text[:used]], continues, False, share)
+            text, continues = text[used:], True
+    if text.strip() or continues or not split_on:
+        yield Piece([text], continues, True, 1.0)
 
 
 # Tables

@@ -33,7 +33,8 @@ from inheritune.base.tokenizer_identity import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
-PART = 1 << 17  # characters that tiktoken gets at a time: its regular expressions overflow on more blanks
+# that tiktoken gets at a time: its regular expressions overflow on more blanks
+MAX_CHARACTERS = 1 << 17
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -80,17 +81,17 @@ class Tokenizer:
     eot: int  # the id that ends a text
     end_of_text: str = END_OF_TEXT  # how its token is written
     sha256: str | None = None  # of a Hugging Face tokenizer's vocabulary
-    before: list[int] = []  # noqa: RUF012  (ids that a text begins with, as Llama's and Gemma's do)
+    bos_ids: list[int] = []  # noqa: RUF012  (ids that a text begins with, as Llama's and Gemma's do)
     files: dict[str, bytes] = {}  # noqa: RUF012  (what a data folder keeps of it)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end-of-text."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> tuple[np.ndarray, list[int]]:
+    def encode_batch(self, texts: list[str], continues: Sequence[bool] = ()) -> tuple[np.ndarray, list[int]]:
         """(the ids of all texts in one array, how many each has).
 
-        goes_on[i]: text i continues a text that was cut (see CUT); it gets the ids it has in the uncut text.
+        continues[i]: text i continues one that was cut (see CUT); it gets the ids it has in the uncut text.
         """
         raise NotImplementedError
 
@@ -103,7 +104,7 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def known(self, ids: Iterable[int]) -> list[int]:
+    def check_ids(self, ids: Iterable[int]) -> list[int]:
         ids = list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
             raise UserError(f"token ids {min(ids)} to {max(ids)} exceed the vocabulary of {self.n_vocab}")
@@ -115,7 +116,7 @@ class Tokenizer:
     def describe(self) -> dict:
         """The `tokenizer` entry of a meta.json. `bos` is the id that windows begin with, if texts do."""
         entry = {"name": self.name, "n_vocab": self.n_vocab, "eot": self.eot}
-        entry |= {"bos": self.before[0]} if self.before else {}
+        entry |= {"bos": self.bos_ids[0]} if self.bos_ids else {}
         return entry | {"sha256": self.sha256} if self.sha256 else entry
 
 
@@ -149,7 +150,7 @@ class Bytes(Tokenizer):
     name, n_vocab, eot = "bytes", 257, 256
     spelled = (*(bytes((i,)) for i in range(256)), END_OF_TEXT.encode())
 
-    def encode_batch(self, texts, goes_on=()):
+    def encode_batch(self, texts, continues=()):
         encoded = list(map(utf8, texts))
         return np.frombuffer(b"".join(encoded), np.uint8), list(map(len, encoded))
 
@@ -158,7 +159,7 @@ class Bytes(Tokenizer):
         try:
             return bytes(ids)
         except ValueError:  # an end-of-text is among them
-            return b"".join([self.spelled[i] for i in self.known(ids)])
+            return b"".join([self.spelled[i] for i in self.check_ids(ids)])
 
 
 class TikToken(Tokenizer):
@@ -168,7 +169,7 @@ class TikToken(Tokenizer):
         self.encoding, self.name = encoding, encoding.name
         self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token
 
-    def encode_batch(self, texts, goes_on=()):  # the ids of `encode_ordinary`, without Python lists
+    def encode_batch(self, texts, continues=()):  # the ids of `encode_ordinary`, without Python lists
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
         ids = [[encode(part) for part in cut(utf8(text).decode())] for text in texts]
         return np.concatenate(list(itertools.chain(*ids))), [sum(map(len, arrays)) for arrays in ids]
@@ -181,9 +182,9 @@ class TikToken(Tokenizer):
 
 
 def cut(text: str) -> Iterator[str]:
-    """Yield the parts of a text, each of at most PART characters."""
-    while len(text) > PART:
-        place = last_cut(text, PART)
+    """Yield the parts of a text, each of at most MAX_CHARACTERS characters."""
+    while len(text) > MAX_CHARACTERS:
+        place = last_cut(text, MAX_CHARACTERS)
         yield text[:place]
         text = text[place:]
     yield text
@@ -235,7 +236,7 @@ class HuggingFace(Tokenizer):
         # the ids that stand before any text (BOS)
         plain, whole = (self.tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-        self.before = whole[: next(places, 0)]
+        self.bos_ids = whole[: next(places, 0)]
         if is_gpt2(self.tokenizer, self.eot):
             self.name, self.n_vocab = "gpt2", 50257  # added special tokens occur in no text
             return
@@ -245,14 +246,14 @@ class HuggingFace(Tokenizer):
         config["eos_token"] = self.end_of_text
         self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), CONFIG_FILE: as_json(config)}
 
-    def encode_batch(self, texts, goes_on=()):
+    def encode_batch(self, texts, continues=()):
         # one thread: the caller has its own (the package would take one a core)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         texts = [utf8(text).decode() for text in texts]
         with package_errors(self.path):
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = [encoding.ids for encoding in encodings]
-            for i in np.flatnonzero(goes_on):
+            for i in np.flatnonzero(continues):
                 ids[i] = self.encode_rest(texts[i])
         lengths = list(map(len, ids))
         return np.fromiter(itertools.chain(*ids), np.uint32, sum(lengths)), lengths
@@ -269,7 +270,7 @@ class HuggingFace(Tokenizer):
         self.tokenizer.encode_special_tokens, self.n_vocab = False, self.n_ids
 
     def decode(self, ids):
-        return self.tokenizer.decode(self.known(ids), skip_special_tokens=False)
+        return self.tokenizer.decode(self.check_ids(ids), skip_special_tokens=False)
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()

@@ -32,7 +32,7 @@ PART = 10**8  # tokens
 BATCH = 1 << 18  # characters that a thread tokenises at a time
 COUNTS = ("tokens", "documents", "bytes")
 UNFINISHED = re.compile(r"(train|val|all)_\d{6}\.part|\..*\.(part|bin|json)\.tmp|progress\.json")
-OURS = re.compile(UNFINISHED.pattern + r"|(train|val)(_\d{6})?\.bin|(tokenizer|tokenizer_config)\.json")
+WRITTEN = re.compile(UNFINISHED.pattern + r"|(train|val)(_\d{6})?\.bin|(tokenizer|tokenizer_config)\.json")
 
 
 def write_tokens(
@@ -75,7 +75,7 @@ def write_tokens(
                 write_parts(out, batches, progress, size, max_tokens, bool(shard_tokens))
             shards = parts = progress["files"]  # with shard_tokens parts have their final names
             if val_fraction:
-                shards = part_off(out, parts, tokenizer, dtype, val_fraction)
+                shards = split_validation(out, parts, tokenizer, dtype, val_fraction)
             elif not shard_tokens:
                 shards = [join(out, f"{split}.bin", parts, split) for split in ("train", "val")]
             finish(out, note | {"dtype": dtype.name}, shards, tokenizer)
@@ -88,7 +88,7 @@ def write_tokens(
                 print(f"note: {what}; {cure}")
         except BaseException:
             if add_up(progress["files"])["tokens"] < size:  # not one whole part to go on with
-                clear(out, OURS)
+                clear(out, WRITTEN)
             raise
 
 
@@ -126,14 +126,14 @@ def tokenise(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> dict[
     An end-of-text id follows each document."""
     found = {}
     for split in {piece.split for piece in batch}:
-        texts, goes_on, ends = [], [], []
+        texts, continues, ends = [], [], []
         for piece in batch:
             if piece.split == split:
                 others = len(piece.texts) - 1
                 texts += piece.texts
-                goes_on += [piece.goes_on] + [False] * others
+                continues += [piece.continues] + [False] * others
                 ends += [True] * others + [piece.end]
-        ids, lengths = tokenizer.encode_batch(texts, goes_on)
+        ids, lengths = tokenizer.encode_batch(texts, continues)
         ids = np.insert(ids.astype(dtype), np.cumsum(lengths)[ends], tokenizer.eot)
         whole = "\0".join(texts)  # counting in one text is faster
         n_bytes = len(utf8(whole)) - (len(texts) - 1)
@@ -194,7 +194,9 @@ def join(out: str, name: str, parts: list[dict], split: str) -> dict:
     return {"file": name} | add_up(entries)
 
 
-def part_off(out: str, parts: list[dict], tokenizer: Tokenizer, dtype: np.dtype, fraction: float) -> list:
+def split_validation(
+    out: str, parts: list[dict], tokenizer: Tokenizer, dtype: np.dtype, fraction: float
+) -> list:
     """Write train.bin and, with this share of the tokens from the end, val.bin. Returns their entries.
 
     Validation begins where a document does, if one does within a tenth of its length, or else inside one.

@@ -98,16 +98,16 @@ class Common:
     kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
     seen: float = 1.0  # all arms but `unseen` train on this first part of the stream
 
-    def random(self, run: str, n_layer: int | None = None) -> Stage:
-        """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder `run`,
-        a path relative to `folder`."""
+    def random(self, name: str, n_layer: int | None = None) -> Stage:
+        """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder
+        `folder`/`name`."""
         n_layer = n_layer or self.k
         config = self.config.with_blocks(list(range(n_layer)))
         if config.scratch_settings is None:  # inherit.py can make it, train.py cannot
-            return self.inherited(run, recipe="random", layers=n_layer)
-        return Stage(os.path.join(self.folder, run), config, self.flags | config.scratch_settings)
+            return self.inherited(name, recipe="random", layers=n_layer)
+        return Stage(os.path.join(self.folder, name), config, self.flags | config.scratch_settings)
 
-    def inherited(self, run: str, **options) -> Stage:
+    def inherited(self, name: str, **options) -> Stage:
         """A Stage that trains what inherit.py makes of the reference with these options, e.g. layers=4,
         recipe="last". ckpt=... takes another source; choose=... is a rule of block_choice.py."""
         start = {"ckpt": self.reference, **options, "seed": self.flags["seed"]}
@@ -115,7 +115,7 @@ class Common:
         config = self.config.with_blocks(list(range(n_layer)))
         flags = self.flags | {"block_size": config.block_size}
         flops = choice_flops(rule, self.config, n_layer) if rule else 0.0
-        return Stage(os.path.join(self.folder, run), config, flags, start, start_flops=flops)
+        return Stage(os.path.join(self.folder, name), config, flags, start, start_flops=flops)
 
 
 def small_flags(settings: TrainSettings, explicit: frozenset) -> dict:

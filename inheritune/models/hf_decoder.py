@@ -34,12 +34,12 @@ from inheritune.models.meta_model import (
     stored_shapes,
     transformers_config,
 )
-from inheritune.weights.gpt2_format import CONFIG, check_weights, of_tokenizer, stored_tensors
+from inheritune.weights.gpt2_format import CONFIG, check_weights, read_tokenizer_fields, stored_tensors
 from inheritune.weights.tensors import Lazy, copy_rows, row_runs
 from model import continue_ids, cross_entropy
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
-OURS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
+OUR_KEYS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
 AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
 NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
 
@@ -48,7 +48,7 @@ NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
 class DecoderConfig:
     """A causal model of transformers: its config.json, and what is asked of every model."""
 
-    source: str  # config.json without OURS, as text
+    source: str  # config.json without OUR_KEYS, as text
     n_layer: int
     n_head: int
     n_embd: int
@@ -78,7 +78,7 @@ class DecoderConfig:
         path = os.path.join(folder, CONFIG)
         content = read_json(path)
         content |= {AHEAD: 0} if content.get(AHEAD) else {}
-        source = json.dumps({key: value for key, value in content.items() if key not in OURS})
+        source = json.dumps({key: value for key, value in content.items() if key not in OUR_KEYS})
         try:
             c = skeleton(source).config
         except UserError as e:
@@ -93,7 +93,9 @@ class DecoderConfig:
             vocab_size=c.vocab_size,
             limit=limit,
             block_size=content.get("run_block_size", min(BLOCK_SIZE, limit)),
-            **of_tokenizer(path, content | {"eos_token_id": getattr(c, "eos_token_id", None)}, c.vocab_size),
+            **read_tokenizer_fields(
+                path, content | {"eos_token_id": getattr(c, "eos_token_id", None)}, c.vocab_size
+            ),
         )
 
     @property
@@ -137,7 +139,7 @@ class DecoderConfig:
         """config.json: the source's with the dtype of the tensors beside it, plus our own keys."""
         content, name = json.loads(self.source), str(dtype).removeprefix("torch.")
         content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
-        return content | dict(zip(OURS, (self.n_vocab, self.tokenizer, self.block_size), strict=True))
+        return content | dict(zip(OUR_KEYS, (self.n_vocab, self.tokenizer, self.block_size), strict=True))
 
     def arrange(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model's parameters under the names and in the shapes in which transformers stores them."""

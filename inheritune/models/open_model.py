@@ -32,7 +32,7 @@ A model is an nn.Module whose named_parameters() carry the names of its folder's
 """
 
 from inheritune.models.hf_decoder import Decoder, DecoderConfig, read_decoder
-from inheritune.weights.gpt2_format import OtherModel, open_model
+from inheritune.weights.gpt2_format import OtherModel, read_model
 from inheritune.weights.tensors import Lazy
 from model import GPT, GPTConfig
 
@@ -53,7 +53,7 @@ def open_weights(folder: str, config: Config) -> dict[str, Lazy]:
 
     Raises UserError unless names and shapes are those of `config`, the folder's own.
     """
-    return open_model(folder)[0] if isinstance(config, GPTConfig) else read_decoder(folder, config)
+    return read_model(folder)[0] if isinstance(config, GPTConfig) else read_decoder(folder, config)
 
 
 def model_class(config: Config) -> type[Model]:

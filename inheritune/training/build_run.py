@@ -88,7 +88,7 @@ class Run:
     scaler: torch.amp.GradScaler
     val: dict[str, ValData]  # {column of log.csv: the data whose loss it shows}
     batches: Iterator[torch.Tensor]  # this rank's windows, step after step
-    epoch: float  # steps
+    steps_per_epoch: float
     state: State
     recorder: Recorder
     saver: Saver
@@ -138,7 +138,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     if plan.changed_now:
         state.changes.append(f"step {state.step}: {plan.changed_now}")
     recorder = Recorder(settings, flops_per_token(plan.config, plan.teacher), device, ranks.world)
-    ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.first else None)
+    ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.is_first else None)
 
     return Run(
         settings=settings,
@@ -150,7 +150,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
         scaler=scaler,
         val=val,
         batches=train.batches(state.step, plan.sequences, ranks.rank, ranks.world),
-        epoch=train.n_windows / plan.sequences,
+        steps_per_epoch=train.n_windows / plan.sequences,
         state=state,
         recorder=recorder,
         saver=Saver(lineage, files, step=state.step if plan.resume_from else None),

@@ -33,7 +33,7 @@ class Ranks:
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0):
         self.rank, self.world = rank, world  # this process's number, and how many there are
         self.local = local  # this process's number on its machine
-        self.first = self.rank == 0
+        self.is_first = self.rank == 0
         self.patient = None  # gloo group for objects, with a timeout that outlasts a download
 
     @contextlib.contextmanager
@@ -100,7 +100,7 @@ class Ranks:
 
     def once(self, work: Callable[[], Any]) -> Any:
         """work() on rank 0 alone. All ranks return its result, or raise its AgreedError."""
-        result = [self.agree(work if self.first else lambda: None)]
+        result = [self.agree(work if self.is_first else lambda: None)]
         if self.world > 1:
             dist.broadcast_object_list(result, src=0, group=self.patient)
         return result[0]

@@ -37,9 +37,9 @@ class Recorder:
     Speeds are those since the last line. They leave out the first step of a process, which compiles.
     """
 
-    def __init__(self, settings: TrainSettings, per_token: float, device: torch.device, world: int):
+    def __init__(self, settings: TrainSettings, flops_per_token: float, device: torch.device, world: int):
         self.settings, self.device, self.world = settings, device, world
-        self.per_token = per_token  # FLOPs
+        self.flops_per_token = flops_per_token
         self.lock = None
         self.train_s = self.val_s = self.last_val_s = 0.0  # seconds in this process; saving does not count
         self.since = None  # (step, train_s) after the first step, then at the last line
@@ -84,7 +84,7 @@ class Recorder:
         before, began = self.since or (step, 0.0)
         step_s = (self.train_s - began) / (step - before) if step > before else None
         tokens_per_s = s.batch_tokens / step_s if step_s else None  # over all ranks
-        mfu = cost.mfu(tokens_per_s, self.per_token, self.device, self.world) if step_s else None
+        mfu = cost.mfu(tokens_per_s, self.flops_per_token, self.device, self.world) if step_s else None
         if self.since:
             self.since = step, self.train_s
         times = {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_mb": peak_memory_mb(self.device)}

@@ -28,7 +28,7 @@ def total_nats(
     nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; zero for those of others
     losses, sizes = [], []  # the losses stay on the device until the end: reading one would wait for the GPU
     turns = range(ranks.rank, data.n_groups + ranks.rank, ranks.world)
-    for g in tqdm(turns, desc=title, unit="batch", disable=title is None or not ranks.first):
+    for g in tqdm(turns, desc=title, unit="batch", disable=title is None or not ranks.is_first):
         if stop is not None and stop():
             return None
         # In the last turn some ranks have no group left. They run the last one once more, because FSDP needs

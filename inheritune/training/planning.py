@@ -79,7 +79,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
         saved = attempt(open_config, plan.resume_from)
         plan.config = saved and dataclasses.replace(saved, dropout=settings.dropout)
     elif is_from_settings(settings, explicit):
-        plan.config = new_config(settings, tokenizer or tokenizer_of(plan.teacher or GPTConfig()))
+        plan.config = new_config(settings, tokenizer or tokenizer_fields(plan.teacher or GPTConfig()))
     elif found := attempt(find_source, settings.init_from):
         folder, source = found
         wrong = inherited_problems(settings, explicit, source)
@@ -99,7 +99,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     if plan.config:
         problems += recompute_problems(settings, plan.config)
         tokens, block_size = plan.train_tokens, plan.config.block_size
-        plan.n_vocab = (tokenizer or tokenizer_of(plan.config))["n_vocab"]
+        plan.n_vocab = (tokenizer or tokenizer_fields(plan.config))["n_vocab"]
         if tokens is not None and tokens <= block_size:
             part = f"this run's part of {settings.dataset} has {tokens:,} tokens"
             problems.append(f"{part}, fewer than block_size + 1")
@@ -298,7 +298,7 @@ def inherited_config(settings, explicit, source: Config, tokenizer: dict | None)
     return dataclasses.replace(source, **changes)
 
 
-def tokenizer_of(config: Config) -> dict:
+def tokenizer_fields(config: Config) -> dict:
     """The fields of a configuration that say what its tokenizer is."""
     return {key: getattr(config, key) for key in ("tokenizer", "n_vocab", "eot")}
 

@@ -40,7 +40,7 @@ from inheritune.weights.tensors import read_tensors, write_tensors
 
 STEP = re.compile(r"step_(\d{8,})")  # frozen: checkpoint layout
 OPTIMIZER, STATE, LINEAGE = "optimizer.safetensors", "state.json", "lineage.json"  # frozen: checkpoint layout
-COUNTS = ("step", "bad_steps", "bad_in_a_row", "since_best")  # in state.json
+STATE_COUNTS = ("step", "bad_steps", "bad_in_a_row", "since_best")  # in state.json
 # names of what belongs to a model besides its weights, in lower case: tokenizer, chat template, licence, …
 BESIDE = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 BESIDE += ["vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja"]
@@ -206,7 +206,7 @@ def read_state(folder: str) -> dict:
     state = {"since_best": 0, "changes": []} | read_json(path)  # earlier versions lack these
     best = state.get("best_step"), state.get("best_val_loss")
     try:
-        usable = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
+        usable = all(type(state[key]) is int and state[key] >= 0 for key in STATE_COUNTS)
         usable = usable and (best == (None, None) or (type(best[0]), type(best[1])) == (int, float))
         usable = usable and isinstance(state["settings"], dict) and isinstance(state["changes"], list)
         usable = usable and all(isinstance(text, str) for text in state["changes"])

@@ -45,7 +45,7 @@ class OtherModel(UserError):
     """A folder holds a model that model.py does not implement, though transformers may."""
 
 
-def open_model(folder: str) -> tuple[dict[str, Lazy], dict]:
+def read_model(folder: str) -> tuple[dict[str, Lazy], dict]:
     """(state dict, configuration) of a checkpoint folder. Raises UserError unless they fit each other."""
     config, weights = read_config(folder), read_weights(folder)
     check_weights(weights, shapes(config), folder)
@@ -63,10 +63,10 @@ def read_config(folder: str) -> dict:
     sizes = {key: c[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     sizes |= {"block_size": c["n_positions"], "dropout": 0.0, "bias": bias}
     sizes["scale_attn_by_inverse_layer_idx"] = bool(c.get("scale_attn_by_inverse_layer_idx", False))
-    return sizes | of_tokenizer(path, c, c["vocab_size"])
+    return sizes | read_tokenizer_fields(path, c, c["vocab_size"])
 
 
-def of_tokenizer(path: str, c: dict, vocab_size: int) -> dict:
+def read_tokenizer_fields(path: str, c: dict, vocab_size: int) -> dict:
     """`n_vocab`, `tokenizer` and `eot` of a model, by the content `c` of the config.json at `path` and
     by the tokenizer beside it. Raises UserError."""
     n_vocab, eot = c.get("n_vocab", vocab_size), c.get("eos_token_id")

@@ -69,7 +69,7 @@ def documents(*paths, **options):
     """[(split, text)] of the documents."""
     found, going_on = [], False
     for piece in opened(*paths, **options).pieces:
-        assert piece.goes_on == going_on
+        assert piece.continues == going_on
         if going_on:
             piece.texts[0] = found.pop()[1] + piece.texts[0]
         found += [(piece.split, text) for text in piece.texts]

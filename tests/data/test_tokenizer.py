@@ -116,7 +116,7 @@ def test_a_long_text_is_encoded_in_parts(monkeypatch):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     text = "".join(english())[:50_000] + "don't 日本語。\n\n  x\t1234567 8\n" * 50
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(tokenizer_module, "PART", 1000)
+    monkeypatch.setattr(tokenizer_module, "MAX_CHARACTERS", 1000)
     assert max(map(len, cut(text))) <= 1000 and tokenizer.encode(text) == whole
 
 
@@ -317,7 +317,7 @@ def test_a_long_text_in_pieces_has_transformers_ids_of_the_whole(tmp_path, monke
     pieces = list(open_files([str(tmp_path / "a.txt")], [], None, "", "out").pieces)
     ours = load_tokenizer("gpt2" if kind == "gpt2" else folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ids, _ = ours.encode_batch([piece.texts[0] for piece in pieces], [piece.goes_on for piece in pieces])
+    ids, _ = ours.encode_batch([piece.texts[0] for piece in pieces], [piece.continues for piece in pieces])
     expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert len(pieces) > 20 and ids.tolist() == expected
 

@@ -39,7 +39,7 @@ class Model(torch.nn.Module):
 
 def rank_of(rank, world):
     ranks = Ranks()
-    ranks.rank, ranks.world, ranks.first = rank, world, rank == 0
+    ranks.rank, ranks.world, ranks.is_first = rank, world, rank == 0
     ranks.sum = lambda tensor, device: tensor
     return ranks
 

@@ -106,7 +106,7 @@ def test_sharded_files(saved, tmp_path):
 
     os.unlink(tmp_path / "sharded" / shards[0])
     with pytest.raises(UserError, match=re.escape(f"has no {shards[0]}")):
-        gpt2_format.open_model(str(tmp_path / "sharded"))
+        gpt2_format.read_model(str(tmp_path / "sharded"))
 
 
 # {change of config.json, or of the tensors: what the error names}

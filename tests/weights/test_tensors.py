@@ -107,4 +107,4 @@ def test_an_untied_head_of_any_shape_is_refused(tmp_path):
     for odd in (torch.tensor(1.0), torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 0)):
         save_file({"lm_head.weight": odd, "transformer.wte.weight": odd.clone()}, path)
         with pytest.raises(UserError, match=str(tmp_path / "ref")):
-            gpt2_format.open_model(str(tmp_path / "ref"))
+            gpt2_format.read_model(str(tmp_path / "ref"))
