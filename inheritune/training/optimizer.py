@@ -128,7 +128,7 @@ def host_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as {"parameter name/state name": tensor}."""
     named = model.named_parameters()
-    return {f"{name}/{key}": value for name, p in named for key, value in optimizer.state[p].items()}
+    return {f"{name}/{key}": value for name, p in named for key, value in optimizer.state.get(p, {}).items()}
 
 
 def load_optimizer(folder: str, model: Model, optimizer: torch.optim.Optimizer) -> None:
