@@ -37,7 +37,7 @@ lint: $(VENV)/installed-dev
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m coverage erase
