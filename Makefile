@@ -45,7 +45,7 @@ test-all: lint
 	-$(BIN)/python -m coverage combine --quiet 2>/dev/null  # (what a killed process left cannot be read)
 	$(BIN)/python -m coverage report --fail-under=95
 	@echo "not counted:"; grep -rn "# needs \(a GPU\|the hub\|an extra package\)" *.py inheritune
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4
 
 torture: $(VENV)/installed-dev
 	$(BIN)/python -m tests.stress.torture --seconds 900
