@@ -24,6 +24,7 @@ MAP_LENGTH = 40  # tokens in maps.png, as in the paper's Fig. 9
 
 
 def make_parser() -> Parser:
+    """The parser of the command line."""
     parser = Parser(description="Which layers of a model are lazy, and what its blocks do.")
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")

@@ -27,6 +27,7 @@ RECIPE_HELP = (
 
 
 def make_parser() -> Parser:
+    """The parser of the command line."""
     parser = Parser(description="Make a smaller checkpoint out of a larger one.")
     add = parser.add_argument
     add("--ckpt", required=True, help="the larger model: checkpoint, run folder or Hugging Face id")

@@ -17,6 +17,7 @@ from inheritune.data.writer import write_tokens
 
 
 def make_parser() -> Parser:
+    """The parser of the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), a row a document"

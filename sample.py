@@ -28,6 +28,7 @@ NANOGPT = {
 
 
 def make_parser() -> Parser:
+    """The parser of the command line."""
     parser = Parser(description="Sample text from a checkpoint.", instead=NANOGPT)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")

@@ -137,6 +137,7 @@ def score_tasks(args, names: list[str], manager, folder: str, device) -> dict:  
 
 
 def make_parser() -> Parser:
+    """The parser of the command line."""
     parser = Parser(description="Score a checkpoint on a data folder, on downstream tasks, or on both.")
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
