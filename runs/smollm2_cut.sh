@@ -17,6 +17,7 @@ for layers in 20 24; do
   "$python" replicate.py config/replicate_smollm2.py --layers="$layers" --arms="greedy@max_iters=250" \
     --out_dir="out/smollm2_cut_$layers" --results="results/smollm2_cut/$layers"
 done
+"$python" tools/plot_tokens.py results/smollm2_cut
 for arm in greedy whole; do
   "$python" sample.py --ckpt "out/smollm2_cut/seed_1/$arm/run" --max_new_tokens 200
 done

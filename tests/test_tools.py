@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from inheritune.base.files import write_json
 from tests.tiny import ROOT, refusal
-from tools import plot_depth, plot_paper
+from tools import plot_depth, plot_paper, plot_tokens
 from tools.correlate_measures import ranks, spearman
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,6 +44,30 @@ def test_depth_figure(tmp_path, monkeypatch):
     (tmp_path / "results.csv").write_text("\n".join(map(",".join, short)) + "\n")
     said = refusal(plot_depth.main, [mini, str(tmp_path), "--out", str(tmp_path / "depth.png")])
     assert "no row of seed 1 of reference" in said
+
+
+def test_tokens_figure(tmp_path, capsys):
+    """An arm of two runs is one curve; a text that a run did not measure has no line."""
+    logs = tmp_path / "logs" / "seed_1"
+    runs = {
+        "reference": (2.0, []),
+        "random": (4.0, ["step,tokens,val_loss,also_val_loss\n0,0,9,8\n5,,,\n9,51200,4,5\n"]),
+        "onto": (3.0, ["step,tokens,val_loss\n0,0,7\n9,51200,5\n", "step,tokens,val_loss\n9,51200,3\n"]),
+    }
+    for arm, (loss, texts) in runs.items():
+        (logs / arm).mkdir(parents=True)
+        write_json(logs / arm / "row.json", {"arm": arm, "seed": 1, "curve_loss": loss})
+        for i, text in enumerate(texts):
+            (logs / arm / f"round_{i}").mkdir()
+            (logs / arm / f"round_{i}" / "log.csv").write_text(text)
+    plot_tokens.main([str(tmp_path)])
+    assert (tmp_path / "tokens.png").read_bytes()[:8] == PNG
+    first, second = capsys.readouterr().out.split("On the second text")
+    assert "| growth onto the trained model | 7.000 | 5.000 | 3.000 |" in first
+    assert "| random init | 9.000 | 4.000 |  |" in first
+    assert "| random init | 8.000 | 5.000 |" in second and "growth" not in second
+    shutil.rmtree(logs / "reference")
+    assert "no row of a reference" in refusal(plot_tokens.main, [tmp_path])
 
 
 def test_ranks_share_ties():

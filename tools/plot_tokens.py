@@ -1,0 +1,102 @@
+"""Plot validation loss over training tokens for every arm of a comparison, and print it as tables.
+
+python tools/plot_tokens.py results/smollm2_cut
+
+It reads what replicate.py leaves in FOLDER/logs, and writes FOLDER/tokens.png. Where the runs also measured a
+second text (also_validate), both have a panel and a table.
+"""
+
+import glob
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
+
+from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import read_json
+from inheritune.experiments.arms import find_arm
+from inheritune.experiments.plots import LEVEL, finish_axes, plt, save_figure
+from inheritune.experiments.tables import markdown
+from inheritune.training.logs import read_rows
+
+TEXTS = {"val_loss": "the validation text", "also_val_loss": "the second text"}
+TOKENS = (0, 51_200, 102_400, 204_800, 512_000, 1_024_000)  # columns of the tables
+ROOM = 1.5  # nats above the highest last loss that the figure shows
+
+
+def read_curves(folder: str) -> tuple[dict, float]:
+    """({(arm's name, seed): {column of TEXTS: [(tokens, loss)]}}, loss of the reference).
+
+    Raises UserError when the folder has no row of a reference.
+    """
+    curves, level = {}, None
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "logs", "seed_*", "*", "row.json"))):
+        row = read_json(path)
+        if row["arm"] == "reference":
+            level = row["curve_loss"]
+            continue
+        own, before = {column: [] for column in TEXTS}, 0
+        for log in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*", "log.csv"))):
+            rows = read_rows(log)
+            for column, points in own.items():
+                points += [(before + int(r["tokens"]), float(r[column])) for r in rows if r.get(column)]
+            before += int(rows[-1]["tokens"])  # an arm may consist of several runs
+        curves[row["arm"], row["seed"]] = own
+    if level is None:
+        raise UserError(f"{folder}/logs has no row of a reference: run replicate.py first")
+    by_last_loss = sorted(curves.items(), key=lambda item: item[1]["val_loss"][-1][1])
+    return dict(by_last_loss), level
+
+
+def label_of(arm: str, seed: int) -> str:
+    """'highest block influence', and from seed 2 on the seed."""
+    return find_arm(arm).label + (f", seed {seed}" if seed > 1 else "")
+
+
+def plot_curves(path: str, curves: dict, level: float) -> None:
+    """Plot a panel for each text, a line for each arm; the dotted line is the reference's loss."""
+    texts = [column for column in TEXTS if any(own[column] for own in curves.values())]
+    figure, places = plt.subplots(1, len(texts), figsize=(6.5 * len(texts), 6), squeeze=False)
+    colours = plt.get_cmap("tab20").colors
+    for axes, column in zip(places.flat, texts, strict=True):
+        shown = [(key, own[column]) for key, own in curves.items() if own[column]]
+        for i, (key, points) in enumerate(shown):
+            style = {"color": colours[i % len(colours)], "marker": "o", "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=f"{label_of(*key)}: {points[-1][1]:.3f}", **style)
+        last = [points[-1][1] for _, points in shown]
+        if column == "val_loss":
+            axes.axhline(level, **LEVEL, label=f"the whole reference: {level:.3f}")
+            last.append(level)
+        axes.set_ylim(min(last) - 0.1, max(last) + ROOM)
+        finish_axes(axes, xlabel="training tokens", ylabel="loss (nats/token)", title=f"on {TEXTS[column]}")
+    save_figure(figure, path)
+
+
+def loss_table(curves: dict, column: str) -> str:
+    """A Markdown table: a line for each arm, its loss on one text at TOKENS; '' where none was measured."""
+    measured = {key: dict(own[column]) for key, own in curves.items() if own[column]}
+    shown = [tokens for tokens in TOKENS if any(tokens in points for points in measured.values())]
+    lines = [
+        [label_of(*key), *(f"{points[tokens]:.3f}" if tokens in points else "" for tokens in shown)]
+        for key, points in measured.items()
+    ]
+    return markdown(["loss after so many tokens", *(f"{tokens:,}" for tokens in shown)], lines)
+
+
+@one_line
+def main(argv=None):
+    """Command line: write the figure and print the tables."""
+    parser = Parser(description="Plot loss over training tokens for every arm of a comparison.")
+    parser.add_argument("folder", help="a folder that replicate.py wrote, such as results/smollm2_cut")
+    folder = parser.parse_args(argv).folder
+    curves, level = read_curves(folder)
+    path = os.path.join(folder, "tokens.png")
+    plot_curves(path, curves, level)
+    for column, text in TEXTS.items():
+        if any(own[column] for own in curves.values()):
+            print(f"On {text}:\n\n{loss_table(curves, column)}\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
