@@ -8,7 +8,7 @@ import pytest
 
 from inheritune.base.files import write_json
 from tests.tiny import ROOT, refusal
-from tools import plot_depth, plot_paper, plot_tokens
+from tools import plot_depth, plot_head_start, plot_paper, plot_tokens
 from tools.correlate_measures import ranks, spearman
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,6 +68,23 @@ def test_tokens_figure(tmp_path, capsys):
     assert "| random init | 8.000 | 5.000 |" in second and "growth" not in second
     shutil.rmtree(logs / "reference")
     assert "no row of a reference" in refusal(plot_tokens.main, [tmp_path])
+
+
+def test_head_start(tmp_path):
+    """Random init loses 1 nat with each doubling; what differs in more than the steps does not count."""
+    rows = [("random@max_iters=100", 4, 100), ("random", 3, 200), ("random_2x", 2, 400)]
+    rows += [("inheritune", 2.5, 200), ("inheritune@max_iters=100", 1, 100)]
+    rows += [("inheritune@max_iters=400@optimizer=muon", 2, 400)]
+    lines = ["arm,seed,val_loss,steps", *(f"{arm},1,{loss},{steps}" for arm, loss, steps in rows)]
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    found = plot_head_start.head_starts(str(tmp_path))
+    assert [row[:4] for row in found] == [(1, 100, 4, 1), (1, 200, 3, 2.5)]
+    assert found[0][4] is None and found[1][4] == pytest.approx(200 * 2**0.5)
+    plot_head_start.main([str(tmp_path)])
+    assert (tmp_path / "head_start.png").read_bytes()[:8] == PNG
+    assert "| 1 | 200 | 2.5000 | -0.5000 | -100 | 283, 83 more |" in (tmp_path / "head_start.md").read_text()
+    (tmp_path / "results.csv").write_text("arm,seed,val_loss,steps\n")
+    assert "needs rows of random and of inheritune" in refusal(plot_head_start.main, [tmp_path])
 
 
 def test_ranks_share_ties():
