@@ -43,6 +43,8 @@ def make_parser() -> Parser:
     add("--skip_sequences", type=int, default=20, help="windows for the loss without a block; 0: none")
     add("--seed", type=int, default=metrics.SEED, help="of the windows")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    dtypes, dtype_help = ("auto", "float32", "bfloat16", "float16"), "of the loss without a block"
+    add("--dtype", default="auto", choices=dtypes, help=dtype_help)
     add("--out", required=True, help="folder for analysis.json, rank.png and maps.png")
     return parser
 
@@ -113,7 +115,8 @@ def main(argv=None):
     model, idx, targets = metrics.open_with_windows(folder, args.data, *windows)
     model.to(device)
     found = {"checkpoint": args.ckpt, "data": args.data, "split": args.split, "seed": args.seed}
-    found |= metrics.analyse(model, idx, targets, args.tau, args.eta, max(0, args.skip_sequences))
+    dtype = machine.pick_dtype(args.dtype, device)
+    found |= metrics.analyse(model, idx, targets, args.tau, args.eta, max(0, args.skip_sequences), dtype)
 
     # write
     os.makedirs(args.out, exist_ok=True)

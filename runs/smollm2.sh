@@ -48,7 +48,7 @@ PYTHON
 "$python" prepare.py data/sotu_train.jsonl --val_files data/sotu_val.jsonl --tokenizer data/smollm2 --out data/sotu
 
 # the analysis: the paper's 100 windows of 100 tokens, 50 of them for the loss without a block
-"$python" analyze.py --ckpt data/smollm2 --data data/sotu --skip_sequences 50 --out results/smollm2
+"$python" analyze.py --ckpt data/smollm2 --data data/sotu --skip_sequences 50 --dtype float32 --out results/smollm2
 "$python" tools/correlate_measures.py results/smollm2/analysis.json
 
 # half of it: the 15 blocks with the highest block influence, trained for 100 steps of 2,048 tokens. Step 0 is the loss

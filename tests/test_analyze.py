@@ -21,7 +21,7 @@ def setting(tmp_path_factory):
 def test_command_line(setting, tmp_path, capsys):
     ckpt, data = setting
     out = tmp_path / "out"
-    flags = f"--ckpt {ckpt} --data {data} --sequences 9 --tau 0.9 0.5 --out {out} --device cpu".split()
+    flags = f"--ckpt {ckpt} --data {data} --sequences 9 --tau 0.9 0.5 --out {out} --device cpu --dtype float32".split()
     analyze.main(flags)
     found = json.loads((out / "analysis.json").read_text())
     model = load_model(ckpt)
@@ -41,6 +41,14 @@ def test_command_line(setting, tmp_path, capsys):
     before = (out / "analysis.json").read_bytes()
     analyze.main(flags)
     assert (out / "analysis.json").read_bytes() == before
+
+    # another dtype changes the losses without a block, slightly, and nothing else
+    analyze.main([*flags, "--dtype", "bfloat16"])
+    rough = json.loads((out / "analysis.json").read_text())
+    assert [x.pop("loss_dtype") for x in (found, rough)] == ["float32", "bfloat16"]
+    losses = [[*x["layers"].pop("loss_without"), x.pop("loss")] for x in (found, rough)]
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], abs=0.02)
+    assert rough == found
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,12 @@ def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int
     return windows[:, :-1], windows[:, 1:]
 
 
-def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequences: int) -> dict:
+def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequences: int, dtype) -> dict:
     """Everything, as analysis.json has it; lists run over layers, lists of lists over layers and heads.
 
-    idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them.
+    idx, targets: windows (N, T); the loss without a block is taken on the first `skip_sequences` of them
+    dtype: what autocast computes these losses in; all else is measured in fp32, because the rank of an
+           attention matrix hangs on its small probabilities
     """
     heads, influence, norms = measure_layers(model, idx, taus, eta, title="attention")
     blocks, reason = choose_by_influence(influence.tolist())
@@ -74,12 +76,13 @@ def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequence
         "embedding_norm": norms[0].item(),
         "loss": None,
         "loss_sequences": min(skip_sequences, len(idx)),
+        "loss_dtype": str(dtype).removeprefix("torch."),
         "layers": layers,
         "heads": None,
     }
     if few := found["loss_sequences"]:
         title = "loss without a block"
-        found["loss"], layers["loss_without"] = skip_losses(model, idx[:few], targets[:few], title)
+        found["loss"], layers["loss_without"] = skip_losses(model, idx[:few], targets[:few], dtype, title)
     if not heads:
         return found
 
@@ -134,13 +137,19 @@ def measure_layers(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None =
 
 
 @torch.inference_mode()
-def skip_losses(model, idx: Tensor, targets: Tensor, title: str | None = None) -> tuple[float, list[float]]:
-    """(loss, losses): mean nats/token of windows idx with targets (N, T), and the same without each block."""
+def skip_losses(
+    model, idx: Tensor, targets: Tensor, dtype=torch.float32, title: str | None = None
+) -> tuple[float, list[float]]:
+    """(loss, losses): mean nats/token of windows idx with targets (N, T), and the same without each block.
+
+    dtype: what autocast computes in; fp32 is no autocast
+    """
     n, T, device = model.config.n_layer, idx.size(1), next(model.parameters()).device
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     model.eval()
     sums = torch.zeros(n + 1).double()  # the last one is the complete model
     rows = max(1, LOGITS // (T * model.config.vocab_size))
-    with tqdm(total=len(idx) * (n + 1), desc=title, unit="loss", disable=title is None) as bar:
+    with autocast, tqdm(total=len(idx) * (n + 1), desc=title, unit="loss", disable=title is None) as bar:
         for part, y in zip(idx.to(device).split(rows), targets.to(device).split(rows), strict=True):
             with recorded(model.blocks) as calls:
                 sums[n] += model(part, y).cpu().double() * y.numel()
