@@ -112,8 +112,8 @@ def train_step(run: Run) -> None:
         print(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: no update made")
     if state.bad_in_a_row >= MAX_BAD_STEPS:
         raise AgreedError(
-            f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient; the newest checkpoint "
-            f"is {s.out_dir}/latest: continue with a lower learning_rate (--resume=auto --change)"
+            f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient: lower learning_rate; if "
+            f"{s.out_dir} holds a checkpoint, continue it by --resume=auto --change"
         )
     if stopping:
         stop(run)

@@ -21,7 +21,8 @@ def setting(tmp_path_factory):
 def test_command_line(setting, tmp_path, capsys):
     ckpt, data = setting
     out = tmp_path / "out"
-    flags = f"--ckpt {ckpt} --data {data} --sequences 9 --tau 0.9 0.5 --out {out} --device cpu --dtype float32".split()
+    flags = f"--ckpt {ckpt} --data {data} --sequences 9 --tau 0.9 0.5 --out {out}".split()
+    flags += ["--device", "cpu", "--dtype", "float32"]
     analyze.main(flags)
     found = json.loads((out / "analysis.json").read_text())
     model = load_model(ckpt)

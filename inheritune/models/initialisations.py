@@ -89,11 +89,11 @@ def make_checkpoint(
     if onto:
         small = open_config(onto)
         state, new = grow_onto(open_weights(onto, small), small, weights, config, layers)
-        lineage = new_lineage(source, list(range(layers)), onto, small.n_layer)
+        lineage = new_lineage(source, list(range(layers)), onto, small.n_layer, new.warning)
     else:
         state, new, blocks = initialise(weights, config, recipe, layers or config.n_layer, blocks)
-        lineage = new_lineage(source, blocks, **vars(recipe))
-    lineage |= (notes or {}) | ({"warning": new.warning} if new.warning else {})
+        lineage = new_lineage(source, blocks, warning=new.warning, **vars(recipe))
+    lineage |= notes or {}
 
     theirs = read_json(os.path.join(source, CONFIG))
     dtypes = {tensor.dtype for tensor in state.values()}

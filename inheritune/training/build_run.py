@@ -178,7 +178,7 @@ def load_weights(plan, folder):
     if not plan.resume_from:
         blocks = list(range(config.n_layer))
         weights, _ = inherit(weights, source, blocks)  # its first blocks
-        lineage = checkpoint.new_lineage(folder, blocks)
+        lineage = checkpoint.new_lineage(folder, blocks, warning=config.warning)
     module = model_class(config).empty(config)
     module.fill(weights, folder)
     return module, lineage, checkpoint.files_beside(folder)

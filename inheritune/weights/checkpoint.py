@@ -249,22 +249,26 @@ def sweep(run: str) -> None:
 
 
 def new_lineage(
-    folder: str, blocks: list[int], onto: str | None = None, onto_layers: int = 0, **notes
+    folder: str, blocks: list[int], onto: str | None = None, onto_layers: int = 0, warning="", **notes
 ) -> dict:
     """lineage.json of a new model: which block of which source each of its blocks was.
 
     folder: the source of the blocks, called "reference".
     blocks: the source block of each new one.
     onto, onto_layers: the first `onto_layers` blocks come from the folder `onto` instead.
+    warning: what a reader of the new config.json must know; by default, what one of the sources' must.
     notes: whatever else is needed to make the model again.
     """
     names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)
     folders = {"reference": folder} | ({"onto": onto} if onto else {})
     sources = {key: fingerprint(path) | {"lineage": read_lineage(path)} for key, path in folders.items()}
+    for source in sources.values():
+        warning = warning or source["lineage"].get("warning")
     return {  # frozen: checkpoint layout
         "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
         "embeddings_and_ln_f": "onto" if onto else "reference",
         **notes,
+        **({"warning": warning} if warning else {}),
         "sources": sources,
     }
 

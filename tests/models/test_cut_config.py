@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from inheritune.base.errors import UserError
+from inheritune.base.files import write_json
 from inheritune.models.initialisations import assemble
 from inheritune.models.open_model import model_class, open_config, open_weights
+from inheritune.weights.checkpoint import new_lineage
 from tests.other_models import build, without
 
 IDX = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(5))
@@ -95,7 +97,11 @@ def test_config_json_says_one_thing(kind, key, changes, tmp_path):
     edit(tmp_path, **changes)
     assert key in assert_cut(model, tmp_path, [0, 1])  # as before: every second block
     assert key not in assert_cut(model, tmp_path, [1, 2, 3])
-    assert "readers must use" in open_config(str(tmp_path)).with_blocks([1, 2, 3]).warning
+    warning = open_config(str(tmp_path)).with_blocks([1, 2, 3]).warning
+    assert "readers must use" in warning
+    # a run that starts from such a cut says it too
+    write_json(tmp_path / "lineage.json", {"warning": warning})
+    assert new_lineage(str(tmp_path), [0])["warning"] == warning
     assert not open_config(str(tmp_path)).with_blocks([0, 1]).warning
 
 

@@ -4,6 +4,7 @@ written.
 pytest tests/weights/test_gpt2_format.py
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from inheritune.base.errors import UserError
 from inheritune.weights import checkpoint, gpt2_format
-from model import GPT
+from model import GPT, GPTConfig
 from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
 
 
@@ -162,10 +163,12 @@ def test_transformers_opens_what_is_written_with_equal_logits(tmp_path, bias):
 
 OTHERS = {"vocab_size": 67, "n_vocab": 61, "eot": gpt2_format.NO_EOT, "tokenizer": "o200k_base"}
 OTHERS |= {"bias": False, "scale_attn_by_inverse_layer_idx": True, "n_layer": 1, "block_size": 5}
+OTHERS |= {"n_head": 1, "n_embd": 8}
 
 
 @pytest.mark.parametrize("changes", [{}, OTHERS])
 def test_every_tensor_and_field_survives_a_round_trip_bit_for_bit(tmp_path, changes):
+    assert OTHERS.keys() == {f.name for f in dataclasses.fields(GPTConfig)} - {"dropout"}  # a setting of runs
     model = write_checkpoint(tmp_path / "a", **changes)
     again = GPT.from_pretrained(str(tmp_path / "a"))
     assert again.config == model.config and same_weights(model, again)
