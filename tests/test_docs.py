@@ -43,7 +43,9 @@ def test_commands_and_their_flags_exist(path):
             assert os.path.exists(os.path.join(ROOT, config)), config
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "results/speed.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "results/speed.md", "results/mini/README.md"]
+)
 def test_linked_files_exist(name):
     path = pathlib.Path(ROOT, name)
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text("utf-8")):
@@ -63,10 +65,10 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_readmes_results_are_those_of_the_table():
+@pytest.mark.parametrize("name", ["README.md", "results/mini/README.md"])
+def test_readmes_results_are_those_of_the_table(name):
     """Losses are in results/mini/table.md, of several learning rates the one with most seeds, then the
     lowest; differences stand there, or in the table of another comparison."""
-    text = pathlib.Path(ROOT, "README.md").read_text("utf-8")
     found = pathlib.Path(ROOT, "results/mini/table.md").read_text("utf-8")
     titles, _, *table = rows(found)
     losses = {}  # (arm, blocks, optimizer, steps): losses with their errors
@@ -75,14 +77,15 @@ def test_readmes_results_are_those_of_the_table():
         if all(re.match(r"lr |[\d,]+ steps|twice the steps|Muon", change) for change in changes):
             key = (arm, row["blocks"], "Muon" in changes, row["steps"])
             losses.setdefault(key, []).append((-int(row["seeds"]), row["validation loss"]))
-    section = re.search(r"## What inheriting gives\n.*?(?=\n## )", text, re.DOTALL)[0]
+    text = pathlib.Path(ROOT, name).read_text("utf-8")
+    section = re.search(r"This is the paper's comparison.*?(?=\n## |$)", text, re.DOTALL)[0]
     (_, *steps), _, *shown = rows(section)
-    for name, *cells in shown:
-        arm, blocks, *muon = name.split(", ")
+    for line, *cells in shown:
+        arm, blocks, *muon = line.split(", ")
         for step, cell in zip(steps, cells, strict=False):
             key = (arm, blocks.removesuffix(" blocks"), bool(muon), step.removesuffix(" steps"))
             of_arm = losses.get(key)
-            assert cell == (min(of_arm)[1] if of_arm else ""), (name, step)
+            assert cell == (min(of_arm)[1] if of_arm else ""), (line, step)
     found = " ".join(path.read_text("utf-8") for path in pathlib.Path(ROOT, "results").rglob("table.md"))
     for number in re.findall(r"[+−-]0\.\d{4}", section):
         assert number.replace("−", "-") in found, number
