@@ -53,8 +53,12 @@ class Ranks:
             dist.destroy_process_group()
             raise
         except (Exception, KeyboardInterrupt) as e:
-            known = isinstance(e, (UserError, OSError))
-            said = error_line(e) if known else "".join(traceback.format_exception(e)).rstrip()
+            if isinstance(e, KeyboardInterrupt):
+                said = "interrupted twice, ended at once"
+            elif isinstance(e, (UserError, OSError)):
+                said = error_line(e)
+            else:
+                said = "".join(traceback.format_exception(e)).rstrip()
             sys.stdout.flush()
             print(f"{os.path.basename(sys.argv[0])}: rank {self.rank}: {said}", file=sys.stderr, flush=True)
             os._exit(1)

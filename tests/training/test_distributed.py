@@ -64,6 +64,7 @@ def test_rank_0_decides_which_checkpoint_is_resumed(forks, whole, data, tmp_path
     [
         ("UserError('its disk is gone')", "tiny.py: rank 1: its disk is gone\n"),
         ("OSError(5, 'Input/output error', 'x.bin')", "tiny.py: rank 1: Input/output error (x.bin)"),
+        ("KeyboardInterrupt", "tiny.py: rank 1: interrupted twice, ended at once\n"),
         ("RuntimeError('out of memory')", "tiny.py: rank 1: Traceback (most recent call last)"),
     ],
 )
