@@ -111,7 +111,7 @@ def train_rounds(c: Common, growth: str, reference: str, target: float) -> list[
         if rows and growth == "onto":
             onto = checkpoint.find(os.path.join(c.folder, rows[-1]["folder"]), prefer="latest")
             stage = c.inherited(run, ckpt=reference, layers=k, onto=onto)
-        else:  # train.py can do it alone
+        else:  # train.py takes the first k blocks itself
             flags = c.flags | {"init_from": reference, "inherit_layers": k}
             stage = Stage(os.path.join(c.folder, run), c.config.with_blocks(range(k)), flags)
         run_to_end(stage)
@@ -125,7 +125,7 @@ def train_rounds(c: Common, growth: str, reference: str, target: float) -> list[
 
 def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
     """Train the final small model's architecture from random initialisation, and return a row for each run:
-    for as many steps as went into its weights, and for the compute of the whole pipeline, if that is known.
+    one for as many steps as trained its weights, one for the compute of the whole pipeline, if that is known.
 
     rows: the reference's, and one for each round.
     """

@@ -20,8 +20,8 @@ def make_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), a row a document"
-    others = "folders of them; text, JSON and CSV also as .gz and .zst. Without any: the text inside Python"
+    kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), each row one"
+    others = "folders of them; text, JSON and CSV also as .gz and .zst. Without PATH: the text inside Python"
     add("sources", nargs="*", metavar="PATH", help=f"{kinds}; {others}")
     add("--out", help="folder to write (default without PATH: data/python)")
     add("--tokenizer", help=f"{TOKENIZERS} (default: gpt2; without PATH bytes)")

@@ -73,7 +73,7 @@ def train_step(run: Run) -> None:
     began = time.perf_counter()
     lr = learning_rate(state.step, s)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr * group["rate"]
+        group["lr"] = lr * group["rate"]  # rate: 1, or what layer_lr_decay makes of it
 
     # forward and backward, micro-batch by micro-batch: gradients add up to those of the whole batch
     windows = next(run.batches)  # (micro_batch · accumulation, T + 1); a thread reads the next step's
@@ -82,7 +82,7 @@ def train_step(run: Run) -> None:
         x, y = to_device(windows[m * plan.micro_batch : (m + 1) * plan.micro_batch], model.device)
         if s.dropout:
             seed_all(s.seed, state.step, m, ranks.rank)  # frozen: the seeds of dropout
-        with model.gradients_of(last=m == plan.accumulation - 1):  # DDP averages in the last one only
+        with model.micro_batch(last=m == plan.accumulation - 1):  # DDP averages in the last one only
             losses = forward(run, x, y)
             # divided here, as each backward pass adds its gradients to those before
             run.scaler.scale(losses[0] / plan.accumulation).backward()
@@ -140,9 +140,9 @@ def validate(run: Run) -> dict[str, float]:
     def any_rank_is_asked():
         return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
-    with model.validating() as module:
+    with model.validating() as local_forward:
         options = run.ranks, device, model.autocast, any_rank_is_asked
-        losses = {name: mean_loss(module, data, *options) for name, data in run.val.items()}
+        losses = {name: mean_loss(local_forward, data, *options) for name, data in run.val.items()}
     run.recorder.validated(time.perf_counter() - began)
     if None in losses.values():
         stop(run)
@@ -152,14 +152,14 @@ def validate(run: Run) -> dict[str, float]:
 def save_checkpoint(run: Run) -> None:
     """Copy this step's state. Rank 0 writes it as a checkpoint and deletes old ones while training goes on.
 
-    Waits for the checkpoint before, and raises what went wrong with it. A step is saved once.
+    Waits for the previous checkpoint and raises its error. A step is saved once.
     """
     s, state, saver = run.settings, run.state, run.saver
     if saver.step == state.step:
         return
     wait_for_checkpoint(run)
     saver.step = state.step
-    copies = saver.copies if run.ranks.is_first else None  # rank 0 keeps them, the others only help to gather
+    copies = saver.copies if run.ranks.is_first else None  # reused; the others only help to gather
     parameters, optimizer = snapshot(run.model.module, run.optimizer, copies)
     if not run.ranks.is_first:
         return
@@ -173,7 +173,7 @@ def save_checkpoint(run: Run) -> None:
     }
 
     def write():
-        weights, config_json = config.arrange(parameters), config.content()
+        weights, config_json = config.arrange(parameters), config.content()  # in the folder's layout
         files = tokenizer_files(config, s.dataset) | saver.files  # so that AutoTokenizer opens the checkpoint
         checkpoint.write_step(s.out_dir, weights, optimizer, config_json, state_json, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)
@@ -187,10 +187,10 @@ def wait_for_checkpoint(run: Run) -> None:
 
 
 def keep_best(run, val_loss):
-    """If no earlier step has a lower validation loss, save this one, and let the link `best` point at it."""
+    """If this validation loss is below all earlier ones, save this step, and let `best` point at it."""
     state = run.state
     best = math.inf if state.best_val_loss is None else state.best_val_loss
-    if not val_loss < best:  # not >=: nan is never the best
+    if not val_loss < best:  # `not <` in place of `>=`: nan is never the best
         state.since_best += 1
         return
     save_checkpoint(run)

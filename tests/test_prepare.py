@@ -213,6 +213,15 @@ def test_without_pydoc_data(monkeypatch):
     assert python_documentation() == [("a", f"a\n\n{first}\n\na.B\n\n{second}\n")]
 
 
+@pytest.mark.parametrize(
+    "text, inside",
+    [(b"a", False), (b"\xe4", False), (b"", False), (b"\xa4a", True), ("\ufffd".encode(), True)],
+)
+def test_a_token_that_begins_inside_a_character(text, inside):
+    """... begins with the rest of its bytes, or is U+FFFD, to which a tokenizer.json decodes such a rest."""
+    assert writer.begins_inside_character(text) == inside
+
+
 def test_validation_does_not_begin_inside_a_character(tmp_path):
     (tmp_path / "one.txt").write_text("日本語" * 100)
     prepare.main([str(tmp_path / "one.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "cut")])

@@ -28,7 +28,7 @@ def final_losses(folder: str, base: str) -> dict[int, dict[int, float]]:
     found = {}
     for row in read_rows(os.path.join(folder, "results.csv")):
         arm = find_arm(row["arm"])
-        if base in (arm.base, arm.entry.longer) and set(arm.changes) <= {"max_iters"}:
+        if base in (arm.base, arm.entry.longer_than) and set(arm.changes) <= {"max_iters"}:
             found.setdefault(int(row["seed"]), {})[int(row["steps"])] = float(row["val_loss"])
     return found
 
@@ -76,7 +76,7 @@ def plot_seed(path: str, folder: str, found, seed: int) -> None:
 
 def head_start_table(found) -> str:
     """The text of head_start.md."""
-    columns = ["seed", "steps", "loss of Inheritune", "less random init", "less random init, × steps"]
+    columns = ["seed", "steps", "loss of Inheritune", "minus random init", "minus random init, × steps"]
     lines = []
     for seed, n, random, loss, needed in found:
         gap = loss - random

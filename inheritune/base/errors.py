@@ -1,4 +1,4 @@
-"""How commands report errors: on stderr one line a problem, which names it and the cure; a non-zero status.
+"""How commands report errors: one line on stderr for each problem, with its cure, and a non-zero exit status.
 
 Whatever a user can get wrong raises `UserError`. `one_line` wraps each command's `main` and prints the lines.
 It also catches OSError (a full disk, a missing permission), Ctrl-C and the signals that ask a process to end.
@@ -149,7 +149,7 @@ def first_line(e: BaseException) -> str:
 
 
 def noting(problems: list[str], work: Callable, *arguments):
-    """What work(*arguments) returns; None after a UserError, which joins the problems."""
+    """What work(*arguments) returns; after a UserError None, and its text is added to `problems`."""
     try:
         return work(*arguments)
     except UserError as e:
@@ -163,7 +163,7 @@ def raise_all(problems: Sequence[str]) -> None:
         raise UserError(head + "\n  ".join(problems))
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds "(default: …)" to the help of each argument that has a default."""
 
     def _get_help_string(self, action):
@@ -175,12 +175,12 @@ class Parser(argparse.ArgumentParser):
 
     It also expands the ~ of `--flag=~/path`, which shells leave as it is.
 
-    description: only its first paragraph is printed; `__doc__` will do, which is None under python -OO.
+    description: only its first paragraph is printed; `__doc__` will do. Under python -OO it is None.
     instead: {a flag of nanoGPT's, without its dashes: what to write instead}.
     """
 
     def __init__(self, description: str | None = None, instead: dict[str, str] | None = None, **kwargs):
-        kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs.setdefault("formatter_class", DefaultsFormatter)
         super().__init__(description=(description or "").split("\n\n")[0], allow_abbrev=False, **kwargs)
         self.instead = instead or {}
 

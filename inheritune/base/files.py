@@ -110,7 +110,7 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
     except OSError as e:
         print(f"{folder}: cannot be locked ({e.strerror}); make sure yourself that no other run uses it")
         ours = True
-    if not ours:  # locked, or unlocked and locked again since it was opened here
+    if not ours:  # another process has it, or has unlocked it since we opened it
         os.close(fd)
         return None
     owner = os.read(fd, 1000).decode(errors="replace")
@@ -148,7 +148,7 @@ def write_json(path: str | os.PathLike, value) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file; UserError if the file is missing, not JSON, or holds none."""
+    """The object in a JSON file; UserError if the file is missing, is not JSON, or holds no object."""
     if not os.path.isfile(path):  # opening a named pipe would wait for ever
         raise UserError(f"{path} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
     try:

@@ -1,7 +1,7 @@
 """Which tokenizer a folder holds: GPT-2's, another one, or none. Data folders and checkpoints both ask here.
 
-The content decides: GPT-2's tokenizer has GPT-2's vocabulary and merges, its token ends a text, and a text in
-which other rules would show has GPT-2's ids. How the files are laid out does not matter.
+A tokenizer is GPT-2's if its vocabulary, merges and end-of-text token are GPT-2's, and if a probe text gets
+GPT-2's ids. How the files are laid out does not matter.
 """
 
 import contextlib

@@ -36,7 +36,7 @@ ROUNDS = 4  # of the Feistel network; tests/data/test_reader.py finds no pattern
 
 
 def feistel(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where window numbers i (int64, 0 ≤ i < n) stand after a permutation of range(n) chosen by `key`.
+    """The numbers at places i (int64, 0 ≤ i < n) of the permutation of range(n) that `key` chooses.
 
     A balanced Feistel network permutes [0, 4^b), the smallest such range that holds n; numbers that land
     outside [0, n) are sent through again until they land inside (cycle walking), which keeps it a
@@ -93,7 +93,7 @@ class TrainData:
             raise UserError(f"{folder}: {what} of block_size + 1 = {block_size + 1}: {cure}")
 
     def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> torch.Tensor:
-        """Windows (count/world, block_size + 1) int32: every world-th of `count` samples, from `rank` on."""
+        """Windows (count/world, block_size + 1) int32: of `count` samples numbers rank, rank + world, …"""
         samples = first_sample + np.arange(rank, count, world)
         return self.tokens.windows(order(samples, self.n_windows, self.seed), self.block_size, self.first)
 
@@ -109,7 +109,7 @@ class TrainData:
 
 class ValData:
     """The fixed validation windows: the first `eval_tokens` ids of val, in order, `group` windows at a time.
-    A group does not depend on the number of ranks: its loss is the same on any of them."""
+    A group does not depend on the number of ranks, and so the loss does not."""
 
     def __init__(self, folder: str, block_size: int, eval_tokens: int, group: int):
         self.tokens = Tokens(folder, "val")
@@ -269,7 +269,8 @@ def check_tokenizer(data: str, model_folder: str, config) -> None:
     ours = {"name": config.tokenizer, "n_vocab": config.n_vocab}
     if config.tokenizer == TOKENIZER_FILE:
         ours = load_tokenizer(TOKENIZER_FILE, model_folder).describe()  # {name, n_vocab, eot, sha256}
-    name = ours["name"] or theirs["name"]  # a model that does not say can only be asked how many ids it has
+    # of a model that names no tokenizer, only the number of ids is compared
+    name = ours["name"] or theirs["name"]
     if theirs["name"] != name:
         what = f"{data} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids)"
         trained = f"{model_folder} was trained with {name!r} ({ours['n_vocab']} ids)"

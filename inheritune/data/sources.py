@@ -53,10 +53,10 @@ def open_files(
 ) -> Source:
     """Files and folders as a Source.
 
-    val_paths: validation files; [] uses a folder's own validation split; otherwise (None, or files named)
-        such a folder is refused
+    val_paths: validation files. []: take a folder's own validation split. Otherwise (None or files): refuse a
+        folder that has one.
     column: where tables keep the text; None: "text"
-    split_on: what parts the documents of a text file; "": nothing
+    split_on: what separates the documents of a text file; "": nothing
     out: the folder that will be written, which may not lie in one that is read
     """
     files = []
@@ -73,7 +73,7 @@ def open_files(
     if twice := [name for name, n in names.items() if n > 1]:
         raise UserError(f"{twice[0]} is given twice; name each file once")
     check_options([file for _, file in files], column, split_on)
-    # what tells these files from others: their sizes and sampled content, not where they lie
+    # the files are identified by size and sampled content, not by path
     listing = json.dumps([(split, file.size, file.sample) for split, file in files])
     column = column or "text"
     arguments = {"sources": [*paths, *(val_paths or [])], "text_column": column, "split_on": split_on}
@@ -81,7 +81,7 @@ def open_files(
     arguments["content_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
 
     def count() -> int:
-        return sum(piece.end for piece in read_pieces(files, column, split_on))
+        return sum(len(piece.texts) - 1 + piece.end for piece in read_pieces(files, column, split_on))
 
     has_val = any(split == "val" for split, _ in files)
     return Source(arguments, read_pieces(files, column, split_on), has_val, count)
@@ -94,7 +94,7 @@ def check_options(files: list[File], column: str | None, split_on: str) -> None:
     if column and not tables:
         raise UserError("--text_column says where a table keeps the text, but there are text files only")
     if split_on and not texts:
-        raise UserError("--split_on parts the documents of text files, but there are tables only")
+        raise UserError("--split_on separates the documents of text files, but there are tables only")
     if split_on and not any(holds(file, split_on) for file in texts):
         where = f"nowhere in the text files, such as {texts[0].path}"
         cure = f"; a line end is written $'{split_on}', with the $" if "\\" in split_on else ""
@@ -172,7 +172,7 @@ def files_under(folder: str, skip: tuple = ()) -> Iterator[str]:
 
 def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
     """{split: paths} of a folder in the hub's layout, by the hub library's own rules: the names of its files
-    and folders, or its card. Raises UserError where they leave open which of `names` are for training."""
+    and folders, or its card. Raises UserError where they do not say which of `names` are for training."""
     import datasets
 
     datasets.logging.set_verbosity_error()

@@ -1,7 +1,8 @@
-"""The text that every Python carries, the corpus of the demo: no network, and the same on every run.
+"""The text that every Python carries, the corpus of the demo. It needs no network, and is the same for all
+installations of one Python version.
 
-One document is the documentation of a module, another its source; both have the module's name, and by their
-names they are parted into training and validation.
+Each module gives two documents, its documentation and its source. A hash of the module's name puts both into
+training or both into validation.
 """
 
 import ast
@@ -35,8 +36,8 @@ def open_python() -> Source:
 
 
 def python_documentation() -> list[tuple[str, str]]:
-    """[(name, text)] of the topics of `pydoc`'s help, and for each module of the standard library its
-    docstrings, each after the name it documents. Repeated ones and those under 40 letters are left out."""
+    """[(name, text)]: the topics of `pydoc`'s help, and for each module of the standard library its
+    docstrings, each after its name. Repeats and docstrings under 40 characters are left out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions split it off
@@ -67,8 +68,8 @@ def docstrings(code: str, name: str, seen: set[str]) -> Iterator[str]:
 
 
 def python_sources() -> list[tuple[str, str]]:
-    """[(module name, text)] of the standard library's own source files without generated tables: the build's
-    variables (_sysconfigdata…), and files of whose lines more than half begin with a number or a string."""
+    """[(module name, text)] of the standard library's source files. Left out are _sysconfigdata…, and files
+    in which more than half of the lines begin with a number or a string: both are generated."""
     texts = []
     for module, code in standard_library():
         lines = [line for line in code.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""What is in a file: plain text in pieces, tables row by row, both in constant memory (but for JSON arrays).
+"""What is in a file: plain text in pieces, tables row by row.
 
-Content decides how a file is read, its name only suggests. gzip, zstd and Parquet begin with bytes of their
-own, and a text whose first line is a JSON object is a table.
+gzip, zstd and Parquet are recognised by their first bytes, whatever the file is called. A text whose first
+line is a JSON object is a table.
 
 pyarrow reads .parquet and .arrow and unpacks; its decompressors notice a file that was cut off. The standard
 library reads JSON and CSV: pyarrow's readers refuse long rows and half surrogate pairs, and take a quotation
@@ -29,7 +29,7 @@ from inheritune.data.tokenizer import last_cut
 
 TEXT = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-ARROW = (".parquet", ".arrow")  # packed inside
+ARROW = (".parquet", ".arrow")  # compressed by the format itself
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
@@ -53,7 +53,7 @@ class File(NamedTuple):
 class Piece(NamedTuple):
     texts: list[str]  # documents; the first may be the rest of one, and the last may go on in the next piece
     continues: bool = False  # does the first text continue a document of the piece before?
-    end: bool = True  # does the last text end its document? (each other one does)
+    end: bool = True  # does the last text end its document? (all others do)
     progress: float | None = None  # the share of the input read so far, where it is known
     split: str = "train"
 
@@ -74,7 +74,7 @@ def named_kind(path: str) -> NamedKind:
 
 
 def examine(path: str) -> File:
-    """How a regular file is to be read. Raises UserError where it is none that we read."""
+    """How a regular file is to be read. Raises UserError if it cannot be read."""
     kind, named = named_kind(path)
     with open(path, "rb") as f:
         size, head = os.fstat(f.fileno()).st_size, f.read(1 << 16)
@@ -101,7 +101,7 @@ def examine(path: str) -> File:
 
 def begins_with_json(file: File) -> bool:
     """Whether the first line of a text file is a JSON object."""
-    with contextlib.suppress(ValueError, RecursionError, OSError):  # damaged files are told of when read
+    with contextlib.suppress(ValueError, RecursionError, OSError):  # a damaged file raises when it is read
         lines = io.BufferedReader(open_bytes(file)[1])
         if lines.peek(64).lstrip(BLANKS).startswith(b"{"):
             return isinstance(json.loads(lines.readline(MAX_LINE).decode("utf-8-sig")), dict)
@@ -121,7 +121,7 @@ def check_column(column: str, names: Iterable[str], where: str) -> None:
 
 
 def unreadable(path: str, where: str, error: Exception) -> UserError:
-    """What to say of a file that is broken beyond a place."""
+    """The error for a file that cannot be read past `where`."""
     cure = "repair the file, or fetch it again"
     if isinstance(error, UnicodeDecodeError):
         cure = "convert the file to UTF-8 first"
@@ -147,12 +147,12 @@ def read_blocks(file: File) -> Iterator[tuple[str, float]]:
 
 
 def pattern_of(split_on: str) -> re.Pattern:
-    """The pattern that parts documents: `split_on` as it stands, with line ends LF or CRLF."""
+    """The pattern that separates documents: `split_on` as it stands, with line ends LF or CRLF."""
     return re.compile("|".join(map(re.escape, (split_on, split_on.replace("\n", "\r\n")))))
 
 
 def holds(file: File, split_on: str) -> bool:
-    """Whether a text file has a place at which `split_on` parts documents."""
+    """Whether a text file contains `split_on`."""
     pattern, text = pattern_of(split_on), ""
     for block, _ in read_blocks(file):
         text = text[-2 * len(split_on) :] + block
@@ -192,7 +192,7 @@ def read_table(file: File, column: str) -> Iterator[Piece]:
     """Yield a piece for each row of a table. Raises UserError for a row that is broken or holds no text in
     `column`.
 
-    In memory is one row; of a .parquet 256, of an .arrow a record batch, of a JSON array all.
+    Memory holds one row (.parquet: 256 rows; .arrow: a record batch; a JSON array: everything).
     """
     where = "its beginning"
     try:

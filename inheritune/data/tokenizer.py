@@ -33,7 +33,7 @@ from inheritune.base.tokenizer_identity import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
-# that tiktoken gets at a time: its regular expressions overflow on more blanks
+# tiktoken gets at most this many at a time: its regular expressions overflow on longer runs of blanks
 MAX_CHARACTERS = 1 << 17
 
 # GPT-2's own two files, which tiktoken fetches for `gpt2` and keeps: {our name: (address, sha256)}.
@@ -48,8 +48,8 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
     """The tokenizer called `spec`: `bytes`, a tiktoken name such as `gpt2`, or the path of a tokenizer.json
     or of a folder that holds one.
 
-    folder: the data or checkpoint folder whose meta.json or config.json says `spec`; tokenizer files there
-    win over a tiktoken name
+    folder: the data or checkpoint folder in whose meta.json or config.json `spec` was read; its tokenizer
+        files win over a tiktoken name
     """
     if spec == "bytes":
         return Bytes()
@@ -66,7 +66,7 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of `text`. Half a surrogate pair, which has none, becomes U+FFFD as in tiktoken."""
+    """The UTF-8 bytes of `text`. Half a surrogate pair has none; it becomes U+FFFD, as in tiktoken."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -111,10 +111,10 @@ class Tokenizer:
         return ids
 
     def recognise_special(self) -> None:
-        """From now on special tokens spelled out in a text are their ids, as in transformers: for prompts."""
+        """For prompts: from now on a special token in a text becomes its id (HuggingFace alone has any)."""
 
     def describe(self) -> dict:
-        """The `tokenizer` entry of a meta.json. `bos` is the id that windows begin with, if texts do."""
+        """The `tokenizer` entry of a meta.json. `bos`: the id that begins each window, if there is one."""
         entry = {"name": self.name, "n_vocab": self.n_vocab, "eot": self.eot}
         entry |= {"bos": self.bos_ids[0]} if self.bos_ids else {}
         return entry | {"sha256": self.sha256} if self.sha256 else entry
@@ -190,9 +190,9 @@ def cut(text: str) -> Iterator[str]:
     yield text
 
 
-# All vocabularies start a new token at a space after a letter or digit (tiktoken's also at a line end after
-# one), so a cut there changes no token. The match ends at the last such space, else at the last such line
-# end.
+# All vocabularies we know start a new token at a space after a letter or digit (tiktoken's also at a line end
+# after one), so a cut there changes no token. The match ends at the last such space, else at the last such
+# line end.
 CUT = re.compile(r"(?s).*[^\W_](?= )|.*[^\W_](?=\n)")
 
 
@@ -208,14 +208,14 @@ def from_tiktoken(name: str) -> TikToken:
 
     try:
         return TikToken(tiktoken.get_encoding(name))
-    except (requests.RequestException, OSError, ValueError, AssertionError) as e:  # the last: sizes differ
+    except (requests.RequestException, OSError, ValueError, AssertionError) as e:  # the last: another size
         cure = "set TIKTOKEN_CACHE_DIR to a filled cache or give --tokenizer the path of a tokenizer.json"
         what = f"tiktoken could not fetch the {name} vocabulary ({type(e).__name__})"
         raise UserError(f"{what}; without a network, {cure}") from None
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer of the `tokenizers` package: ids as of transformers' fast tokenizer without special tokens.
+    """A tokenizer of the `tokenizers` package. Its ids are transformers' without special tokens.
 
     Where vocabulary, merges and rules are GPT-2's, its name is `gpt2`; else `tokenizer.json`, and `sha256`
     identifies its vocabulary, however the file is laid out.
@@ -238,7 +238,7 @@ class HuggingFace(Tokenizer):
         places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self.bos_ids = whole[: next(places, 0)]
         if is_gpt2(self.tokenizer, self.eot):
-            self.name, self.n_vocab = "gpt2", 50257  # added special tokens occur in no text
+            self.name, self.n_vocab = "gpt2", 50257  # no text holds the added special tokens
             return
         digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
         self.name, self.sha256, self.n_vocab = TOKENIZER_FILE, digest, self.n_ids
@@ -283,7 +283,7 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
     """{file name: bytes} that a checkpoint with this config (its `tokenizer` and `block_size`) holds beside
     its weights, so that AutoTokenizer gives our ids.
 
-    Those found in `folder`, of the data or of a model, are taken as they are; without any, those of `bytes`
+    Files in `folder` (of the data or of a model) are taken as they are. If it has none, the files of `bytes`
     and `gpt2` are made. Other tiktoken names have none; nor has `gpt2` when it cannot be fetched.
     """
     found = read_files(folder, (TOKENIZER_FILE, CONFIG_FILE, *OLDER_FILES)) if folder else {}
@@ -318,7 +318,7 @@ def bytes_tokenizer() -> bytes:
     return tokenizer.to_str(pretty=True).encode()
 
 
-@functools.cache  # a process asks the network once, and its checkpoints do not depend on when it answers
+@functools.cache  # asks the network once, so that all checkpoints of a process hold the same files
 def gpt2_files() -> dict[str, bytes]:
     """vocab.json and merges.txt of `gpt2`, or {} after a line on stderr where they cannot be had."""
     try:

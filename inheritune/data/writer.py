@@ -2,9 +2,9 @@
 
 A data folder holds little-endian uint16 ids (uint32 where ids exceed 65,535) in train.bin and val.bin or in
 numbered shards, and a meta.json that describes them. It is made in parts of about 100 million tokens. After
-each, progress.json says which there are and how many pieces of text they took; a run that finds it passes
-over as many pieces and goes on, so the result is the same to the last bit. In the end the parts are the
-shards, or are joined. meta.json is written last: a folder without it is unfinished.
+each, progress.json says which there are and how many pieces of text they took. A new run skips these pieces
+and goes on, so the result is the same to the last bit. In the end the parts are the shards, or are joined.
+meta.json is written last: a folder without it is unfinished.
 """
 
 import collections
@@ -73,7 +73,7 @@ def write_tokens(
             ordered = in_order(encode, batched(pieces, min(BATCH, 1 + size // 10)), threads)
             with contextlib.closing(ordered) as batches:  # its threads end here, also after an error
                 write_parts(out, batches, progress, size, max_tokens, bool(shard_tokens))
-            shards = parts = progress["files"]  # with shard_tokens parts have their final names
+            shards = parts = progress["files"]  # with shard_tokens the parts already have their final names
             if val_fraction:
                 shards = split_validation(out, parts, tokenizer, dtype, val_fraction)
             elif not shard_tokens:
@@ -100,7 +100,7 @@ def batched(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
-        characters += sum(map(len, piece.texts)) + 20  # so that a million empty rows are no single batch
+        characters += sum(map(len, piece.texts)) + 20  # so that a million empty rows do not become one batch
         if characters >= size:
             yield batch
             batch, characters = [], 0
@@ -194,12 +194,19 @@ def join(out: str, name: str, parts: list[dict], split: str) -> dict:
     return {"file": name} | add_up(entries)
 
 
+def begins_inside_character(text: bytes) -> bool:
+    """Whether a token's text begins with the rest of a UTF-8 character. A tokenizer.json decodes a part of a
+    character to U+FFFD, and a lone blank may decode to nothing."""
+    return text[:1] > b"\x7f" and (text[0] & 0xC0 == 0x80 or text.startswith("\ufffd".encode()))
+
+
 def split_validation(
     out: str, parts: list[dict], tokenizer: Tokenizer, dtype: np.dtype, fraction: float
 ) -> list:
     """Write train.bin and, with this share of the tokens from the end, val.bin. Returns their entries.
 
-    Validation begins where a document does, if one does within a tenth of its length, or else inside one.
+    Validation begins at the start of the document nearest to the cut. If none starts within a tenth of
+    validation's length, it begins at the cut.
     """
     train, eot = (
         [part for part in parts if part["file"].startswith("train")],
@@ -213,8 +220,8 @@ def split_validation(
     begins = first + 1 + np.flatnonzero(ids[first : min(place + reach, len(ids) - 1)] == eot)
     if len(begins):
         place = int(begins[np.abs(begins - place).argmin()])
-    while 0 < place < len(ids) and tokenizer.decode_bytes([ids[place]])[0] & 0xC0 == 0x80:
-        place += 1  # not inside a character
+    while 0 < place < len(ids) and begins_inside_character(tokenizer.decode_bytes([ids[place]])):
+        place += 1
     if not 0 < place < len(ids) - 1:
         raise UserError(f"{out}: too little text to part into training and validation; give more")
 
@@ -253,7 +260,7 @@ def own_folder(out: str) -> Iterator[None]:
 
 
 def open_progress(out: str, note: dict, dtype: np.dtype) -> dict:
-    """What an earlier run noted in progress.json, or what a new one does."""
+    """The progress.json of an earlier run, or that of a new one."""
     path = os.path.join(out, "progress.json")
     if os.path.exists(path):
         progress = read_json(path)

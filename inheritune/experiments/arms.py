@@ -20,7 +20,7 @@ from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
-# changed settings in labels; any other: "dropout 0.1"
+# how changed settings look in labels; any other: "dropout 0.1"
 LABELS = {"max_iters": "{:,} steps", "batch_tokens": "{:,} tokens a step", "learning_rate": "lr {:g}"}
 LABELS |= {"optimizer": "{}", "teacher": "distillation"}
 TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
@@ -34,9 +34,9 @@ class ArmEntry:
     """A line of ARMS: what all variants of an arm have in common."""
 
     label: str  # in tables and legends
-    stages: Callable[[Common, str], list[Stage]]  # of the Common and the arm's folder in it
+    stages: Callable[[Common, str], list[Stage]]  # (common, the arm's folder in it) → its stages
     from_reference: bool = True  # whether it starts or learns from the reference
-    longer: str = ""  # it is this arm trained for more steps
+    longer_than: str = ""  # the arm that this one only trains for more steps
 
 
 # How stages are made. folder: the arm's; run: the run folder of an arm with one stage, FOLDER/run.
@@ -110,7 +110,7 @@ def first_k(label, **options):
 
 
 NOTHING = {"from_reference": False}  # the arm takes nothing from the reference
-LONGER = NOTHING | {"longer": "random"}
+LONGER = NOTHING | {"longer_than": "random"}
 ARMS = {
     "reference": ArmEntry("reference", trained_reference, **NOTHING),
     "random": one_run("random init", Common.random, **NOTHING),
@@ -193,7 +193,7 @@ def find_arm(name: str) -> Arm:
         raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
     settings, changed = parse((TrainSettings,), [f"--{change}" for change in changes], "")
     if settings.teacher not in ("", TEACHER) or (settings.teacher and base == "reference"):
-        raise UserError(f"arms: {name}: only small models learn, and from teacher={TEACHER}")
+        raise UserError(f"arms: {name}: teacher must be teacher={TEACHER}, and the reference has none")
     if fixed := sorted(changed & set(FIXED) - {"teacher"}):
         raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
     keys = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
@@ -240,7 +240,7 @@ def settings_hash(c: Common, arm: Arm) -> str:
     """A short hash of all that decides an arm's numbers: the settings of its stages, and of the reference if
     it starts from that. Settings at their default are left out, so that a new setting changes no hash."""
     # frozen: results/*/results.csv holds these hashes, and an arm made again must get the same one
-    defaults = dataclasses.asdict(TrainSettings(dtype="float32"))  # what auto was on CPUs when they were made
+    defaults = dataclasses.asdict(TrainSettings(dtype="float32"))  # what auto meant on CPUs then
     content = []
     for stage in arm.stages(c) + (find_arm("reference").stages(c) if arm.from_reference else []):
         settings = dataclasses.asdict(stage.settings)

@@ -5,7 +5,7 @@ above the diagonal. Functions of A take a batch of matrices (…, T, T) and retu
 float64 on the CPU (Apple GPUs have no float64); products, eigenvalues and entropies use A's device and dtype.
 
 Some models have no such matrices: those with state-space layers, or with unequal numbers of heads. Then all
-that is said of heads is None, and block outputs and losses are measured all the same.
+that concerns heads is None; block outputs and losses are still measured.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is our
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
 ELEMENTS = 1 << 22  # of the attention matrices in memory at once: tens of MB, whatever model and length
 LOGITS = 1 << 26  # of a forward pass for the loss without a block
-REST = 1e-3  # what a row may lack of 1 by rounding; more goes to a learned sink, which is no position
-TOLERANCE = 1e-6  # of the whole: a share that reaches its threshold up to rounding has reached it
+REST = 1e-3  # rounding may take this much of a row's sum of 1; more goes to a learned sink, no position
+TOLERANCE = 1e-6  # relative: a share that reaches its threshold up to rounding has reached it
 
 
 def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, length=None, seed=SEED):
@@ -191,7 +191,7 @@ def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[l
     order = sorted(range(n), key=lambda i: -influence[i])
     k = k or max(1, n // 2)
     most = max((influence[i] for i in order[k:]), default=0.0)
-    reason = f"of {n} blocks those that turn the residual stream most, by more than {most:.3f}"
+    reason = f"the {k} of {n} blocks with the highest block influence (the best one left out has {most:.3f})"
     return sorted(order[:k]), reason
 
 
@@ -258,7 +258,7 @@ def spectrum(A: Tensor) -> Tensor:
 
 
 def count_to(values: Tensor, share: float) -> Tensor:
-    """How many of the largest `values` (…, n), all ≥ 0, make up `share` of their sum; 0 of nothing."""
+    """How many of the largest `values` (…, n), all ≥ 0, make up `share` of their sum; 0 if the sum is 0."""
     values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
     total = values.sum(-1, keepdim=True)
     short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet

@@ -19,7 +19,7 @@ from inheritune.training.logs import read_rows
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
-# of the arms that the question is about; the others are grey
+# arms drawn in colour; the others are grey
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
 COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
@@ -163,7 +163,7 @@ def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str
             axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
             finals.append(mean[-1])
         axes.axhline(level, **LEVEL, label="the given reference at its end")
-        xlabel = "training FLOPs of the run itself, the reference being there"
+        xlabel = "training FLOPs of the run itself, without the reference's"
         finish_axes(axes, xlabel=xlabel, title=OPTIMIZERS[name or optimizer])
     zoom_loss_axis(places[0, 0], finals)
     places[0, 0].set_ylabel(f"{LOSS}\nmean over seeds, band from lowest to highest")

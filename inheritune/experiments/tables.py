@@ -29,8 +29,8 @@ NOTES = (
     "those, the lowest loss.",
     "FLOPs and layer-steps (steps × blocks) count all runs of an arm and the teacher's forward passes. The "
     "columns 'with reference' add the reference's own training where an arm starts or learns from it.",
-    "An arm 'reaches the reference' at its first validation at or below the loss with which the curve of the "
-    "arm called reference ends. Earlier runs of the arm are counted.",
+    "An arm 'reaches the reference' at its first validation at or below the last loss on the reference's "
+    "curve. Earlier runs of the arm are counted.",
 )
 
 
@@ -74,8 +74,8 @@ def mean_val_loss(rows: list[dict]) -> float:
 def base_and_steps(arm: Arm, rows: list[dict]) -> tuple[str, int | None]:
     """(base, steps) of an arm: random@max_iters=500 → ("random", 500), and random_2x, which is random trained
     for longer → ("random", 2000). None: it was trained for the experiment's usual steps."""
-    if arm.entry.longer:
-        return arm.entry.longer, rows[0]["steps"]
+    if arm.entry.longer_than:
+        return arm.entry.longer_than, rows[0]["steps"]
     return arm.base, arm.changes.get("max_iters")
 
 
@@ -92,7 +92,7 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | Non
         name, asked = base_and_steps(arm, rows)
         # arm.changes: {"max_iters": 500}
         others = {key: value for key, value in arm.changes.items() if key not in SCHEDULE}
-        # besides the schedule, changed settings are optimizer and max_iters at most, and those wanted
+        # any other change must be one that is wanted
         if name == base and dict.fromkeys(wanted) | others | {"max_iters": asked} == wanted:
             found.append(arm)
     return min(found, key=lambda arm: most_seeds_first(arms[arm]), default=None)
@@ -127,8 +127,8 @@ def reached(rows: list[dict]) -> str:
 
 def comparison_table(arms: dict[Arm, list[dict]], left_out: dict[str, str]) -> str:
     """The text of table.md. arms: {arm: a dict with COLUMNS for each seed}; left_out: {arm: why}."""
-    columns = ["arm", "blocks", "parameters", "seeds", "validation loss", "less reference"]
-    columns += ["less random init", "less Inheritune"]
+    columns = ["arm", "blocks", "parameters", "seeds", "validation loss", "minus reference"]
+    columns += ["minus random init", "minus Inheritune"]
     forms = {"steps": ",.0f", "flops": ".3g", "flops_with_reference": ".3g"}
     forms |= {"layer_steps_with_reference": ",.0f"}
     columns += ["steps", "FLOPs", "FLOPs with reference", "layer-steps with reference"]

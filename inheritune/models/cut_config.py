@@ -4,7 +4,7 @@ Example: blocks [0, 2] of a Qwen2 make
     {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
   → {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
 
-No key is trusted for its name. The depth is changed, lists with an entry for each block are cut, and the
+No key is trusted by its name. The depth is changed, lists with an entry for each block are cut, and the
 skeletons of both models are compared: block j of the result must be what block blocks[j] of the source is,
 module by module, and all else must be the same. Where they differ, other values are tried for numbers and
 lists that may depend on the place of a block (`first_k_dense_replace`, `mlp_only_layers`). Where nothing
@@ -29,7 +29,7 @@ from inheritune.models.meta_model import (
     transformers_config,
 )
 
-DEPTHS = "num_hidden_layers", "n_layer", "num_layers", "n_layers"  # names of the depth: some have two
+DEPTHS = "num_hidden_layers", "n_layer", "num_layers", "n_layers"  # keys for the depth; some configs have two
 TRIES = 60  # configurations that are compared before a cut is refused
 
 
@@ -89,7 +89,7 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
     """Changes of configuration keys to try, the likeliest first: none, one, two."""
     options = []
     for key, value in own.items():
-        if key in lists:  # as long as the model is deep by chance
+        if key in lists:  # it may have n entries by chance: try it uncut
             options.append({key: value})
         elif isinstance(value, dict):
             cuts = {k: cut for k, v in value.items() if (cut := cut_list(v, n, blocks)) is not None}
@@ -97,7 +97,8 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
         elif isinstance(value, list) and value and all(type(v) is int and 0 <= v < n for v in value):
             options.append({key: [j for j, i in enumerate(blocks) if i in value]})  # numbers of blocks
         elif type(value) is int and 0 < value <= n:
-            count = sum(i < value for i in blocks)  # the first blocks, or every so many: all, or none
+            # `value` counts first blocks (try the new count), or is a period (1: every block, n + 1: none)
+            count = sum(i < value for i in blocks)
             options += [{key: other} for other in {count: 0, 1: 0, len(blocks) + 1: 0} if other != value]
     yield {}
     yield from options
@@ -105,7 +106,7 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
 
 
 def add_computed(content: dict, wanted: dict) -> dict:
-    """config.json's content with wanted keys set that exist, or whose computed default would be wrong."""
+    """`content` with the keys of `wanted` set that it has, or whose computed default would differ."""
     new = content | {key: value for key, value in wanted.items() if key in content}
     try:
         found = transformers_config(json.dumps(new)).to_dict()
@@ -175,7 +176,7 @@ def difference(source: str, new: str, blocks: list[int], lists_may_differ=False)
 
 
 def wrong_tensors(before: dict, after: dict, prefix: str, blocks: list[int]) -> str | None:
-    """A stored tensor, in a line, that the blocks of `before` do not give to `after`; both {name: shape}."""
+    """The first tensor that the blocks of `before` do not give to `after`, as text; both {name: shape}."""
     moved = {name: shape for name, shape in before.items() if not name.startswith(prefix)}
     for j, i in enumerate(blocks):
         old = f"{prefix}{i}."
@@ -204,7 +205,7 @@ def facts(block: nn.Module) -> dict[tuple, object]:
 
 
 def plain(value):
-    """What can be compared of a value: a tensor's shape and content, the name of what is no plain value."""
+    """A form of a value that can be compared: of a tensor shape and content, of an object its class."""
     if isinstance(value, torch.Tensor):
         data = b"" if value.is_meta else value.detach().float().numpy().tobytes()
         return f"{tuple(value.shape)} {hashlib.sha256(data).hexdigest()[:8] if data else ''}"
@@ -217,7 +218,7 @@ def plain(value):
 
 
 def block_numbers(blocks: list[dict]) -> dict[tuple, int]:
-    """{key: its value in block 0} of the facts that number the blocks, which a cut numbers anew."""
+    """{key: its value in block 0} of the facts that count with the block: value = start + block number."""
     numbers = {}
     for key in {key for block in blocks for key in block}:
         found = [(i, block[key]) for i, block in enumerate(blocks) if key in block]

@@ -35,7 +35,7 @@ from inheritune.models.meta_model import (
     transformers_config,
 )
 from inheritune.weights.gpt2_format import CONFIG, check_weights, read_tokenizer_fields, stored_tensors
-from inheritune.weights.tensors import Lazy, copy_rows, row_runs
+from inheritune.weights.tensors import Lazy, copy_rows, row_chunks
 from model import continue_ids, cross_entropy
 
 BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
@@ -331,7 +331,7 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
     for copy, kept in model.all_tied_weights_keys.items():
         if copy in tensors and kept in tensors and copy not in wanted:
             a, b = tensors.pop(copy), tensors[kept]
-            if a.shape != b.shape or not all(map(torch.equal, row_runs(a), row_runs(b))):
+            if a.shape != b.shape or not all(map(torch.equal, row_chunks(a), row_chunks(b))):
                 raise UserError(f"{folder}: {copy} differs from {kept}, to which config.json ties it")
     check_weights(tensors, wanted, folder, model.config.model_type)
     return tensors

@@ -1,8 +1,8 @@
 """Every initialisation that the paper compares (App. D), and `make_checkpoint`, which writes one as a folder.
 
 A new model takes blocks of a trained one, its reference. Each recipe is a line of BLOCKS. What the new model
-does not take from the reference is random. State dicts are not modified: tensors that stay as they are are
-shared, not copied, and read when they are written.
+does not take from the reference is random. State dicts are not modified: unchanged tensors are shared,
+not copied, and read only when they are written.
 """
 
 import dataclasses

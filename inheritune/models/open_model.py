@@ -9,7 +9,7 @@ A configuration is a frozen dataclass:
     limit                       the most tokens that the model can read; block_size is the run's choice
     num_params block_params     parameters of the model, and of its largest block
     flops_per_token             FLOPs of training, forward and backward
-    block_prefix                "transformer.h." or "model.layers.": with a number it begins a block's tensors
+    block_prefix                "transformer.h.": names of block 3's tensors begin with "transformer.h.3."
     recomputes                  the values of checkpoint_activations that the model implements
     scratch_settings            train.py's settings that make a new model like it; None: there are none
     has_parts                   whether recipes can take parts of its blocks (GPT-2's attention, MLP, …)

@@ -105,7 +105,8 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     """Build the Run, on every rank.
 
     A UserError or OSError of one rank (in the data, the weights, the checkpoint or the run folder) is the
-    same AgreedError on all. (agree: work on every rank, errors shared; once_per_node: download first.)
+    same AgreedError on all. `agree` runs work on all ranks and shares errors; `once_per_node` downloads
+    once for each machine.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -168,7 +169,7 @@ def open_data(settings, plan):
 def load_weights(plan, folder):
     """(model of the plan's config, its lineage, the files beside it). Without a folder it is random.
 
-    folder: a checkpoint, whose first blocks the model takes, as many as it has
+    folder: a checkpoint; the model takes its first n_layer blocks
     """
     config = plan.config
     if folder is None:

@@ -72,7 +72,7 @@ def parse(classes: tuple, argv: list[str] | None, description: str) -> tuple:
 def make_parser(fields: dict, description: str) -> Parser:
     """The parser of these dataclass fields, each flag spelled with _ or -. Flags that are left out are not in
     its result, so that a config file can set them."""
-    # (argparse.HelpFormatter: defaults are written into the help text below)
+    # argparse's own formatter: the help texts below already say the defaults
     options = {"formatter_class": argparse.HelpFormatter, "argument_default": argparse.SUPPRESS}
     parser = Parser(description=description, instead=NANOGPT, **options)
     parser.add_argument(

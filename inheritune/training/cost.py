@@ -50,7 +50,7 @@ def training_memory(
     gradients = 4 * n_params / shards
 
     # When the loss is taken: activations and logits, and gradients if there was a backward pass before. The
-    # head's gradient follows; in a sharded model it has 16 bits, and is there together with the logits.
+    # head's gradient comes later; in a sharded model it has 16 bits and coexists with the logits.
     kept, recomputed = activation_bytes(config.n_layer, half, checkpoint_activations, half and shards > 1)
     tokens = rows * config.n_embd
     earlier = gradients if accumulation > 1 or ranks > 1 else 0  # DDP keeps them in its buckets
@@ -108,14 +108,14 @@ def logits_memory(rows: int, config: Config, half: bool, compiled: bool, teacher
 
 
 def teacher_memory(teacher: Config, half: bool) -> int:
-    """Bytes of a teacher's weights. With `half`, linear layers take 2 bytes a parameter; so does the head,
-    now untied; the fp32 embedding stays (4)."""
+    """Bytes of a teacher's weights. With `half`, linear layers and the head, which is untied then, take 2
+    bytes a parameter; the embedding takes 4."""
     embedding = teacher.vocab_size * teacher.n_embd
     return 2 * teacher.num_params + 4 * embedding if half else 4 * teacher.num_params
 
 
 def mfu(tokens_per_s: float, per_token: float, device: torch.device, world: int) -> float | None:
-    """Model FLOPs utilisation: the share of the peak of `world` devices that a speed of all of them reaches.
+    """Model FLOPs utilisation: the share of the peak of `world` devices that tokens_per_s reaches.
 
     per_token: FLOPs of a token. Returns None where the peak is not known.
     """

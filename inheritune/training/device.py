@@ -115,8 +115,8 @@ def peak_flops(device: torch.device) -> float | None:
 def find_card(name: str) -> str | None:
     """The key of PEAKS for a device's name: `"NVIDIA A100-SXM4-40GB"` → `"A100 40GB"`, else None.
 
-    It is the first key contained in the name, all other words being in FORMS. So an A10G is no A10, and a
-    laptop's RTX 4090 is none that we know.
+    It is the first key contained in the name, all other words being in FORMS. So an A10 is no A10G, and a
+    laptop's RTX 4090 is unknown.
     """
     words = set(re.split(r"[ -]", name))
     for card in PEAKS:

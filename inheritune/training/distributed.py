@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from inheritune.base.errors import Stopped, UserError, error_line
 from inheritune.models.open_model import Model
 
-BUCKETS = 12  # of DDP in large models, about; a compiled model is cut into as many graphs
+BUCKETS = 12  # DDP's in a large model, roughly; a compiled model is split into as many graphs
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
 
@@ -126,12 +126,14 @@ class Ranks:
 class DistributedModel:
     """A model that all ranks train: each has all of it (DDP), or a part of every tensor (FSDP2, --shard).
 
+    Attributes:
     module: the plain model, whose parameters are trained and saved
     forward: what training calls; it averages gradients over ranks
     local_forward: what validation calls. Under FSDP2 every rank must call it equally often (each call
         gathers); under DDP not.
     autocast: the dtype under which callers run both; fp32 is no autocast
 
+    Arguments:
     dtype: what the model computes in
     compiled: whether torch compiles it
     shard: FSDP2 in place of DDP, if there are several ranks
@@ -157,7 +159,7 @@ class DistributedModel:
                 self.local_forward, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=bucket
             )
 
-    def gradients_of(self, last: bool) -> contextlib.AbstractContextManager:
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
         """The context of a micro-batch's forward and backward pass.
 
         DDP averages gradients over ranks in the last micro-batch of a step. FSDP does it in every one, as

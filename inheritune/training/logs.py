@@ -109,9 +109,9 @@ class Recorder:
 class CsvLog:
     """A CSV file with one row per step, appended to as the run goes.
 
-    Opening an existing file keeps its rows of steps before `before`. It drops the others, because the run
-    will write them again, and a line that a kill cut short. Columns that the file lacks are empty in its old
-    rows. Raises UserError when the file has columns that are not in `columns`.
+    Opening an existing file keeps its rows of steps before `before`. It drops a line that a kill cut short,
+    and later rows, which the run writes again. Columns that the file lacks are empty in its old rows. Raises
+    UserError when the file has columns that are not in `columns`.
     """
 
     def __init__(self, path: str, columns: tuple, before: int = 0):
@@ -176,7 +176,7 @@ def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, fl
             f.write(secrets.token_hex(4))
     with open(path, encoding="utf-8") as f:
         names = {"id": f.read().strip()}
-    # W&B reads WANDB_ENTITY by itself; these two it would not read once they are given here
+    # arguments of wandb.init win over WANDB_PROJECT and WANDB_NAME, so both are read here
     names["project"] = os.environ.get("WANDB_PROJECT") or "nanoInheritune"
     names["name"] = os.environ.get("WANDB_NAME") or os.path.basename(out_dir)
     try:

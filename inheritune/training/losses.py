@@ -57,7 +57,7 @@ class Teacher:
     def __init__(
         self, model: Model, settings: TrainSettings, n_vocab: int, device, dtype: torch.dtype, compiled: bool
     ):
-        # Autocast would make 16-bit copies of these weights at every call. The copies give the same logits.
+        # Autocast would copy these weights to 16 bits in every call. To do it once gives the same logits.
         for layer in (m for m in model.modules() if isinstance(m, nn.Linear) and dtype != torch.float32):
             for name, p in layer.named_parameters():
                 setattr(layer, name, nn.Parameter(p.to(dtype)))

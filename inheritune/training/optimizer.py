@@ -13,7 +13,7 @@ from inheritune.training.settings import TrainSettings
 
 # frozen: what a checkpoint keeps for each parameter, under "parameter name/state name"
 ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
-BUFFER = 2**28  # bytes that copies on the CPU share; torch rounds pinned memory up to such powers of two
+BUFFER = 2**28  # bytes of a shared buffer on the CPU, a power of two: torch rounds pinned memory up to one
 
 
 def make_optimizer(model: Model, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
@@ -113,7 +113,7 @@ def snapshot(
 def host_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Unset tensors on the CPU with these names, shapes and dtypes, in pinned memory if any is on a GPU.
 
-    Several share a buffer: one pinned allocation each, rounded up, took half as much again for GPT-2 XL.
+    Tensors share buffers: an allocation for each is rounded up, which took 50 % more memory for GPT-2 XL.
     """
     pinned, buffer, used, copies = any(t.is_cuda for t in tensors.values()), None, 0, {}
     for name, tensor in tensors.items():

@@ -135,7 +135,7 @@ def settings_problems(settings: TrainSettings) -> list[str]:
 
 
 def same_run_problems(settings: TrainSettings, folder: str, data_id: str | None) -> tuple[list[str], str]:
-    """(why the run that saved `folder` cannot be continued with these settings and data, what was changed).
+    """([why the run that saved `folder` cannot be continued with these settings and data], what changed).
 
     A run that is continued must end as if it had never been interrupted. So all settings must be the same,
     except for HARMLESS ones. Those of the SCHEDULE may change if all steps so far keep their rates: a run
@@ -354,7 +354,7 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     terms = [run_memory(plan, settings, shards) for shards in (1, world)]
     whole, shared = (sum(t.values()) / 1e9 for t in terms)
     parts = [", ".join(f"{name} {size / 1e9:.1f}" for name, size in t.items()) for t in terms]
-    if plan.world > 1:  # DDP rebuilds its buckets then, and NCCL may still hold the first ones
+    if plan.world > 1:  # in its second step DDP rebuilds its buckets; NCCL may still hold the first ones
         again = 4 * plan.config.num_params / 1e9
         whole += again
         parts[0] += f", first buckets (in DDP's second step) {again:.1f}"

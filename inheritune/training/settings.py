@@ -1,6 +1,6 @@
 """Every setting of train.py, grow.py and replicate.py, each with its default and its line of help.
 
-The defaults are the paper's (arXiv 2404.08634, section 3) for its smallest model, where it states one.
+The defaults are the paper's (arXiv 2404.08634, section 3) for its smallest model, where it gives a value.
 command_line.py reads a config file and a command line into these classes.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-_heading = ""  # of the settings that follow
+_heading = ""  # the heading of the settings defined next
 
 
 def heading(text: str) -> None:
@@ -82,7 +82,7 @@ class TrainSettings:
     lr_decay_iters: int | None = setting(None, "step where the decay ends (default: max_iters)", 0)
     cooldown_iters: int | None = setting(None, "steps of wsd's decay (default: a fifth of lr_decay_iters)", 1)
     layer_lr_decay: float = setting(
-        1.0, "multiply the rate by this per block downwards; embeddings count as the block below 0", 0.0, 1.0
+        1.0, "a block's rate is this times the next block's; embeddings count as block -1", 0.0, 1.0
     )
 
     heading("evaluation and checkpoints")
@@ -90,7 +90,7 @@ class TrainSettings:
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
     also_validate: str = setting("", "a second data folder to validate on: also_val_loss in log.csv")
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "where else (requirements-extra.txt)")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "also there (requirements-extra.txt)")
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(
@@ -105,7 +105,7 @@ class TrainSettings:
     # sec. 3: bf16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
-        "autocast type; auto: bfloat16 on GPUs and CPUs that multiply in it, else float16 (GPUs), float32",
+        "autocast type; auto: bfloat16 if the device multiplies in it, else float16 on CUDA, else float32",
     )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA only)")
     checkpoint_activations: Literal["none", "cheap", "full"] = setting(
@@ -165,7 +165,8 @@ MACHINE = frozenset(
     | {"max_hours", "also_validate", "change"}
 )
 
-# What may change when a run is resumed: neither the mathematics nor the meaning of a log's row depends on it.
+# What may change when a run is resumed: neither the mathematics nor the meaning of a log's row depends on it
+# (of max_iters: as long as no rate of the past changes, see planning.same_run_problems).
 # (Of data the tokens are compared, not the path.)
 HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 

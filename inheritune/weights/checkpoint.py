@@ -191,7 +191,7 @@ def follow(path: str) -> str:
 
 
 def check_resumable(folder: str) -> None:
-    """Raise UserError unless what lies beside a checkpoint's model is fit to continue a run."""
+    """Raise UserError unless state.json, lineage.json and the optimizer's file can continue a run."""
     read_state(folder)
     read_json(os.path.join(folder, LINEAGE))
     path = os.path.join(folder, OPTIMIZER)
@@ -256,7 +256,7 @@ def new_lineage(
     folder: the source of the blocks, called "reference".
     blocks: the source block of each new one.
     onto, onto_layers: the first `onto_layers` blocks come from the folder `onto` instead.
-    warning: what a reader of the new config.json must know; by default, what one of the sources' must.
+    warning: what readers of the new config.json must know; by default, a source's warning.
     notes: whatever else is needed to make the model again.
     """
     names = ["onto"] * onto_layers + ["reference"] * (len(blocks) - onto_layers)

@@ -19,7 +19,7 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
 from inheritune.base.tokenizer_identity import tokenizer_name
-from inheritune.weights.tensors import Lazy, copy_rows, n_bytes, read_tensors, row_runs, write_tensors
+from inheritune.weights.tensors import Lazy, copy_rows, n_bytes, read_tensors, row_chunks, write_tensors
 
 # frozen: checkpoint layout
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -160,7 +160,7 @@ def tie_head(tensors: dict, source: str) -> None:
     wte = tensors.get("transformer.wte.weight", head)
     if head is not None:
         same = head.shape == wte.shape and len(wte.shape) == 2
-        if not same or not all(map(torch.equal, row_runs(head), row_runs(wte))):
+        if not same or not all(map(torch.equal, row_chunks(head), row_chunks(wte))):
             what = "lm_head.weight differs from wte.weight; untied heads are not implemented"
             raise UserError(f"{source}: {what}")
         tensors["transformer.wte.weight"] = wte
@@ -220,8 +220,8 @@ def check_weights(weights: Mapping, wanted: dict[str, tuple], source: str, kind:
 def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
     """Copy a state dict of any float dtype into the parameters of a model.
 
-    Raises UserError, naming `source`, for biases that are not zero where the model has none: transformers
-    trains biases, too, and its config.json goes on saying `bias: false`.
+    Raises UserError, naming `source`, if a bias is not zero but the model has none. This happens when
+    transformers has trained on: its config.json keeps `bias: false`.
     """
     with torch.no_grad():
         for name in state:

@@ -1,7 +1,7 @@
 """The model card (README.md) of a checkpoint folder: what it was made from, on which data, how good it is.
 
-`hf upload NAME FOLDER` then publishes it. The metadata is the hub's. Its key `inheritune` holds our facts,
-which the cards of models made from this one show as those of the reference.
+`hf upload NAME FOLDER` then publishes it. The metadata is the hub's. Our facts are under its key
+`inheritune`. The card of a model made from this one shows them as the reference's.
 """
 
 import os
@@ -46,7 +46,7 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
     for whose, known in (("This model", facts), ("The reference", facts["reference"])):
         found = [f"{key} {known[key]}" for key in FACTS if key in known]
         lines += [f"{whose}: {', '.join(found)}."] if found else []
-    lines += [] if facts.get("tokens") else ["It is a start for training: it has not been trained since."]
+    lines += [] if facts.get("tokens") else ["These weights have not been trained since they were cut."]
     with replacing(os.path.join(folder, CARD), "w") as f:
         f.write("\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {name}", *lines]) + "\n")
 

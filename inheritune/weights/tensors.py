@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from inheritune.base.errors import UserError
 
-RUN = 2**22  # bytes of rows at a time: they stay in the processor's cache while they are read and checked
+CHUNK = 2**22  # bytes of rows at a time: they stay in the processor's cache while they are read and checked
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # the causal masks that the released GPT-2 files hold among their tensors
 MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
@@ -30,8 +30,8 @@ MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 class Lazy:
     """A tensor whose rows are read or computed when they are asked for: `lazy[a:b]` calls rows(a, b).
 
-    Where a Lazy is taken, a torch.Tensor will do: both have `shape`, `dtype` and `[a:b]`, a torch.Tensor. A
-    Lazy without dimensions has one row.
+    Functions that take a Lazy also take a torch.Tensor: both have `shape` and `dtype`, and `[a:b]` gives a
+    torch.Tensor. A Lazy without dimensions has one row.
     """
 
     def __init__(self, shape: tuple, dtype: torch.dtype, rows: Callable[[int, int], torch.Tensor]):
@@ -46,12 +46,12 @@ def n_bytes(tensor: torch.Tensor | Lazy) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def row_runs(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
-    """Yield the rows of a tensor, some RUN bytes at a time, or one row."""
+def row_chunks(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
+    """Yield the rows of a tensor, some CHUNK bytes at a time, or one row."""
     if not tensor.shape:
         yield tensor[:] if isinstance(tensor, Lazy) else tensor.reshape(1)
         return
-    step = max(1, RUN // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    step = max(1, CHUNK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for start in range(0, tensor.shape[0], step):
         yield tensor[start : start + step]
 
@@ -59,7 +59,7 @@ def row_runs(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
 def copy_rows(target: torch.Tensor, tensor: torch.Tensor | Lazy) -> None:
     """Copy a tensor into `target` of the same shape, which may have another dtype or layout."""
     start, target = 0, target if target.shape else target.view(1)
-    for rows in row_runs(tensor):
+    for rows in row_chunks(tensor):
         target[start : start + len(rows)].copy_(rows)
         start += len(rows)
 
@@ -136,7 +136,7 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
     with open(path, "wb") as f, ThreadPoolExecutor(1) as writer:
         written = writer.submit(f.write, len(header).to_bytes(8, "little") + header)
         for _, tensor in ordered:
-            for rows in row_runs(tensor):
+            for rows in row_chunks(tensor):
                 written.result()  # so that at most two runs are in memory
                 written = writer.submit(write, bytes_of(rows))
         written.result()

@@ -232,6 +232,7 @@ def test_split_on_parts_wherever_the_pieces_of_a_file_end(tmp_path, monkeypatch,
     parts = [f"document {i} " + "words " * (i % 50) for i in range(200)]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(parts) + "<|endoftext|>\n")
     assert texts(tmp_path / "a.txt", split_on="<|endoftext|>") == parts
+    assert opened(tmp_path / "a.txt", split_on="<|endoftext|>").documents() == len(parts)
     (tmp_path / "b.txt").write_bytes("\r\n\r\n".join(parts).encode())
     assert texts(tmp_path / "b.txt", split_on="\n\n") == parts
 
@@ -258,7 +259,7 @@ def test_an_option_without_effect_is_an_error(tmp_path):
     write(tmp_path, {"a.txt": "text", "b.jsonl": '{"text": "one"}\n', "c.txt": "val"})
     for options, said in (
         ({"column": "body"}, "--text_column says where a table keeps the text"),
-        ({"split_on": "x"}, "--split_on parts the documents of text files"),
+        ({"split_on": "x"}, "--split_on separates the documents of text files"),
     ):
         with pytest.raises(UserError, match=said):
             opened(tmp_path / ("b.jsonl" if "split_on" in options else "a.txt"), **options)

@@ -136,8 +136,8 @@ def test_skip_losses_are_those_of_models_without_the_block():
 @pytest.mark.parametrize(
     "influence, blocks, most",
     [
-        ([0.9, 0.1, 0.2, 0.3], [0, 3], "more than 0.200"),
-        ([0.1, 0.2, 0.3, 0.4, 0.5], [3, 4], "more than 0.300"),
+        ([0.9, 0.1, 0.2, 0.3], [0, 3], "left out has 0.200"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], [3, 4], "left out has 0.300"),
         ([0.2, 0.2, 0.2, 0.2], [0, 1], "0.200"),  # as deep as any other: the first ones
         ([0.7], [0], "of 1 blocks"),
     ],

@@ -36,7 +36,7 @@ def test_inherit_says_base_model_and_licence(tmp_path):
         "tags": ["inheritune"],
     }
     assert "# small" in made.text and "from `some-org/gpt2-tiny`" in made.text
-    assert "it has not been trained since" in made.text and "Theirs" not in made.text
+    assert "have not been trained since" in made.text and "Theirs" not in made.text
     assert (tmp_path / "small/LICENSE").read_text() == "ours"
 
 

@@ -32,7 +32,7 @@ def some_tensors():
 
 @pytest.mark.parametrize("run", [1, 24, 2**22])
 def test_the_file_is_what_safetensors_writes(tmp_path, monkeypatch, run):
-    monkeypatch.setattr(tensors, "RUN", run)
+    monkeypatch.setattr(tensors, "CHUNK", run)
     made = some_tensors()
     save_file(made, tmp_path / "theirs", metadata={"format": "pt"})
     write_tensors(tmp_path / "ours", made)
@@ -59,7 +59,7 @@ def test_no_more_than_a_run_of_rows_is_in_memory(tmp_path, monkeypatch):
     command = ["--ckpt", str(tmp_path / "ref"), "--blocks=2,0,0", "--out"]
     inherit.main([*command, str(tmp_path / "whole")])
     sizes, check = [], tensors.check_finite
-    monkeypatch.setattr(tensors, "RUN", 300)
+    monkeypatch.setattr(tensors, "CHUNK", 300)
     monkeypatch.setattr(tensors, "check_finite", lambda t, *a: sizes.append(t.nbytes) or check(t, *a))
     inherit.main([*command, str(tmp_path / "runs")])
     made, whole = (tmp_path / name / "model.safetensors" for name in ("runs", "whole"))
@@ -78,7 +78,7 @@ def test_finite_is_what_has_no_nan_and_no_infinity(dtype):
 
 
 def test_a_nan_in_the_last_row_is_found_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "RUN", 64)
+    monkeypatch.setattr(tensors, "CHUNK", 64)
     write_checkpoint(tmp_path / "ref")
     path = tmp_path / "ref/model.safetensors"
     state = {name: t.clone() for name, t in load_file(path).items()}
