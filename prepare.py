@@ -54,7 +54,7 @@ def main(argv=None):
     if source.has_val and args.val_fraction:
         raise UserError("--val_fraction has no effect where validation text is given: leave it out")
     fraction = None if source.has_val else args.val_fraction or 0.1
-    source.arguments["val_fraction"] = fraction
+    source.arguments["val_fraction"] = fraction  # a part of what the folder holds, as are the files
     tokenizer = load_tokenizer(args.tokenizer or ("gpt2" if args.sources else "bytes"))
     write_tokens(args.out or "data/python", "prepare.py", source, tokenizer, args.num_proc, fraction)
 

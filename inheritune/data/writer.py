@@ -123,7 +123,10 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
 
 def tokenise(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> dict[str, tuple]:
     """{split: (ids, {tokens, documents, bytes of text, times that end-of-text is spelled out})} of a batch.
-    An end-of-text id follows each document."""
+    An end-of-text id follows each document.
+
+    Two pieces, ["a", "b…"] with end=False and ["…b", "d"] with continues=True, are 4 texts and 3 documents.
+    """
     found = {}
     for split in {piece.split for piece in batch}:
         texts, continues, ends = [], [], []

@@ -57,7 +57,7 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     Raises one UserError with every problem found. A dry run may lack its data.
     """
     plan, problems = Plan(world), settings_problems(settings)
-    attempt = functools.partial(noting, problems)
+    attempt = functools.partial(noting, problems)  # a UserError becomes one of `problems`, the result None
 
     # what the run folder and the data folder hold
     if not settings.dry_run:
