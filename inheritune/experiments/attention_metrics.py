@@ -138,13 +138,16 @@ def measure_layers(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None =
 
 @torch.inference_mode()
 def skip_losses(
-    model, idx: Tensor, targets: Tensor, dtype=torch.float32, title: str | None = None
+    model, idx: Tensor, targets: Tensor, dtype=torch.float32, title: str | None = None, blocks=None
 ) -> tuple[float, list[float]]:
     """(loss, losses): mean nats/token of windows idx with targets (N, T), and the same without each block.
 
     dtype: what autocast computes in; fp32 is no autocast
+    blocks: the numbers of those to leave out in turn (default: all)
     """
-    n, T, device = model.config.n_layer, idx.size(1), next(model.parameters()).device
+    T, device = idx.size(1), next(model.parameters()).device
+    blocks = list(range(model.config.n_layer)) if blocks is None else blocks
+    n = len(blocks)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     model.eval()
     sums = torch.zeros(n + 1).double()  # the last one is the complete model
@@ -153,11 +156,11 @@ def skip_losses(
         for part, y in zip(idx.to(device).split(rows), targets.to(device).split(rows), strict=True):
             with recorded(model.blocks) as calls:
                 sums[n] += model(part, y).cpu().double() * y.numel()
-            for i, (x, output) in enumerate(calls):
+            for place, i in enumerate(blocks):
                 # blocks 0 … i return what enters block i: the blocks before it need not run again
-                result = like_output(x, output)
+                result = like_output(*calls[i])
                 with replaced(model.blocks[: i + 1], lambda *_, result=result, **__: result):
-                    sums[i] += model(part, y).cpu().double() * y.numel()
+                    sums[place] += model(part, y).cpu().double() * y.numel()
             bar.update(len(part) * (n + 1))
     *skipped, complete = (sums / idx.numel()).tolist()
     return complete, skipped
@@ -171,13 +174,16 @@ def like_output(x: Tensor, output):
 @contextlib.contextmanager
 def replaced(blocks, forward: Callable) -> Iterator[None]:
     """Blocks run `forward` instead of their own; they keep their attributes, which some models look at."""
+    before = [vars(block).get("forward") for block in blocks]  # of a context around this one
     for block in blocks:
         block.forward = forward
     try:
         yield
     finally:
-        for block in blocks:
+        for block, outer in zip(blocks, before, strict=True):
             del block.forward
+            if outer:
+                block.forward = outer
 
 
 def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:

@@ -53,12 +53,10 @@ def greedy(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
         return metrics.like_output(args[0] if args else kwargs["hidden_states"], output)
 
     for _ in tqdm(range(len(kept) - k), desc="choosing blocks", unit="block"):
-        losses = {}
-        for i in kept:
-            removed = [block for j, block in enumerate(model.blocks) if j not in kept or j == i]
-            with metrics.replaced(removed, skip):
-                losses[i] = sum(model(x[None], y[None]).item() for x, y in zip(idx, targets, strict=True))
-        kept.remove(min(losses, key=losses.get))
+        removed = [block for i, block in enumerate(model.blocks) if i not in kept]
+        with metrics.replaced(removed, skip):
+            _, losses = metrics.skip_losses(model, idx, targets, blocks=kept)
+        del kept[losses.index(min(losses))]
     return kept
 
 
@@ -76,10 +74,12 @@ def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
 
 
 def choice_flops(rule: str, config: Config, k: int) -> float:
-    """FLOPs of choosing by a rule: of a forward pass over the windows, or of one for each loss."""
-    depths = [config.n_layer]
+    """FLOPs of choosing by a rule: of a forward pass over the windows. For each block that `greedy` removes
+    there is one, and one for each loss, from the block left out on."""
+    n = config.n_layer
+    depths = [n]  # of the passes: blocks that run
     if rule == "greedy":
-        depths = [depth - 1 for depth in range(config.n_layer, k, -1) for _ in range(depth)]
+        depths = [depth for blocks in range(n, k, -1) for depth in (blocks, *range(blocks))]
     tokens = CHOICE_WINDOWS * min(metrics.LENGTH, config.block_size)
-    forward = {depth: config.with_blocks(list(range(depth))).flops_per_token / 3 for depth in set(depths)}
-    return tokens * sum(forward[depth] for depth in depths)
+    whole, without_one = config.flops_per_token, config.with_blocks(list(range(n - 1))).flops_per_token
+    return tokens * sum(whole - (n - depth) * (whole - without_one) for depth in depths) / 3

@@ -86,6 +86,7 @@ def test_the_choice_is_made_on_training_data_and_has_a_cost(tmp_path, monkeypatc
     assert seen == [(str(tmp_path / "ckpt"), data, "train", block_choice.CHOICE_WINDOWS)]
     config = open_config(str(tmp_path / "ckpt"))
     tokens = block_choice.CHOICE_WINDOWS * config.block_size
-    one = {d: config.with_blocks(list(range(d))).flops_per_token / 3 * tokens for d in (2, 3, 4)}
+    one = {d: config.with_blocks(list(range(d))).flops_per_token / 3 * tokens for d in (1, 2, 3, 4)}
+    one[0] = 2 * one[1] - one[2]  # the head alone
     assert choice_flops("influence", config, 2) == pytest.approx(one[4])
-    assert choice_flops("greedy", config, 2) == pytest.approx(4 * one[3] + 3 * one[2])
+    assert choice_flops("greedy", config, 2) == pytest.approx(sum(one[d] for d in (4, 0, 1, 2, 3, 3, 0, 1, 2)))
