@@ -37,9 +37,9 @@ def make_parser() -> Parser:
         type=share,
         nargs="+",
         default=[0.9],
-        help="shares of the squared singular values; the first counts",
+        help="shares of the squared singular values; the first defines lazy",
     )
-    add("--eta", type=share, default=0.9, help="share of the mass in columns")
+    add("--eta", type=share, default=0.9, help="share of the squares, for AvgMass")
     add("--skip_sequences", type=int, default=20, help="windows for the loss without a block; 0: none")
     add("--seed", type=int, default=metrics.SEED, help="of the windows")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

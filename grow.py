@@ -33,6 +33,8 @@ def plan_recipe(settings: TrainSettings, grow: GrowSettings, explicit: frozenset
     name, stage = grow.reference or os.path.join(settings.out_dir, "reference"), None
     decided = explicit & {"init_from", "inherit_layers", "n_layer", "change"}
     problems = [f"{key} is decided by the recipe (k_start, k_step): leave it out" for key in sorted(decided)]
+    if settings.teacher:
+        problems.append("teacher: grow.py trains on the next token alone; train.py distils")
     if grow.reference_config:
         stage = stages.plan_reference(grow.reference_config, settings, explicit, name)
         config, dataset = stage.config, stage.settings.dataset

@@ -20,9 +20,10 @@ from inheritune.models.initialisations import PARTS, RECIPES, Recipe, make_check
 from inheritune.weights import checkpoint
 
 RECIPE_HELP = (
-    "of --layers k: first, last or middle k; alternate: 0, 2, 4, …; first_plus_last: first k-1 and the last; "
+    "which k blocks (--layers k): first, last or middle k; alternate: 0, 2, 4, …; first_plus_last: first k-1 "
+    "and the last; "
     "ends: first and last k/2; stack: the whole model, twice; hybrid: first k/2, twice; random: random init; "
-    "without --layers half_width: all blocks, half their heads and channels"
+    "half_width (no --layers): all blocks, half their heads and channels"
 )
 
 
@@ -62,6 +63,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.onto and recipe_of(args) != Recipe(seed=args.seed):
         flags = "--recipe, --parts, --layernorms, --released_slice"
         raise UserError(f"--onto takes whole blocks: leave out {flags}")
+    if args.recipe == "random" and recipe_of(args) != Recipe("random", seed=args.seed):
+        raise UserError("--recipe random takes nothing: leave out --parts, --layernorms, --released_slice")
     if auto != (args.data is not None):
         raise UserError("--layers auto and --data FOLDER go together: the data that the choice is made on")
     if auto and (args.recipe != "first" or args.onto):

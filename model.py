@@ -23,7 +23,7 @@ from inheritune.weights.checkpoint import find
 
 LOSS_ROWS = 512  # rows of logits that are in memory at once in the chunked fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
-# of sampling on GPUs: cuDNN's attention, torch's choice on Hopper, would be planned anew for every length
+# attention kernels of sampling on GPUs: torch would take cuDNN's on Hopper, which plans anew for every length
 ONE_TOKEN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GREEDY = 1e-6  # a temperature below this takes the likeliest id, as logits divided by it could overflow
 
@@ -57,7 +57,7 @@ class GPTConfig:
 
     @property
     def limit(self) -> int:
-        """The most tokens that the model can read at once: it has no other positions."""
+        """The most tokens that the model can read at once."""
         return self.block_size
 
     @property
@@ -93,7 +93,7 @@ class GPTConfig:
         return replace(self, n_layer=len(blocks))
 
     def content(self, dtype: torch.dtype = torch.float32) -> dict:
-        """What config.json holds beside tensors of this dtype."""
+        """The content of config.json in a folder whose tensors have this dtype."""
         return gpt2_format.config_json(asdict(self)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
     def arrange(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # One query attends to all keys. Several start at position 0 (GPT.hidden checks it): causal mask.
+        # One query sees all keys. Several begin at position 0 (GPT.hidden checks it), under a causal mask.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1, scale=self.scale
         )  # (B, nh, T, hs)
@@ -332,10 +332,10 @@ class GPT(nn.Module):
 
 
 def continue_ids(read, idx, max_new_tokens, config, *options) -> Iterator[torch.Tensor]:
-    """What `generate` yields, of every kind of model. `options` are those of next_token.
+    """The loop of `generate`, for every kind of model. `options` are those of next_token.
 
-    read(idx, cache): (logits (B, vocab_size) behind ids idx (B, T), cache that holds idx, too). The first
-        cache is None.
+    read(idx, cache): gives the logits (B, vocab_size) after ids idx (B, T), and a cache that holds idx
+        too. The first cache is None.
     """
     limit, eot = config.limit, config.eot
     done = torch.zeros(idx.size(0), dtype=torch.bool)
@@ -359,9 +359,9 @@ def cross_entropy(x, head, targets):
     """The mean loss, an fp32 scalar, of hidden states x (B, T, C) under a linear head, for targets (B, T).
 
     Not in nanoGPT: to save memory, torch computes the fp32 loss and its gradient in chunks of LOSS_ROWS rows.
-    All rows at once: under autocast and for x of 16 bits (the chunked function rounds the loss to 16 bits),
-    when compiling (it breaks the graph), with a head that is no plain nn.Linear (training's PaddedHead), and
-    in torch before 2.13.
+    It takes all rows at once under autocast and for x of 16 bits (the chunked function rounds the loss to 16
+    bits), when compiling (it breaks the graph), with a head that is no plain nn.Linear (training's
+    PaddedHead), and in torch before 2.13.
     """
     whole = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     if whole or type(head) is not nn.Linear or x.dtype != torch.float32 or not CHUNKED_LOSS:
@@ -375,8 +375,8 @@ def cross_entropy(x, head, targets):
 def keep_products(ctx, op, *args, **kwargs):
     """The policy of recompute="cheap": keep what matrix products and attention return, recompute the rest.
 
-    Not kept: the last product (4C → C), which no gradient in the block needs, and attention with dropout:
-    random numbers are redrawn for all dropouts of a block or none.
+    It does not keep the last product (4C → C), which no gradient in the block needs, nor attention with
+    dropout: a block redraws the random numbers of all its dropouts, or of none.
     """
     aten = torch.ops.aten
     if op in (aten.mm.default, aten.addmm.default):
@@ -423,8 +423,8 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
             ordered, ids = probs.sort(dim=-1, descending=True)
             before = ordered.cumsum(dim=-1) - ordered  # mass of likelier ids; 0 for the first, so it stays
             probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-        # Drawn on the CPU, which gives the same ids whatever the device, and has float64, unlike Apple GPUs:
-        # fp32 sums over 50,000 ids are too coarse. (nanoGPT's torch.multinomial draws a number for each id.)
+        # Drawn on the CPU, which gives the same ids for the same probabilities and, unlike Apple GPUs, has
+        # float64: fp32 sums over 50,000 ids are too coarse. (torch.multinomial draws a number for each id.)
         cdf = probs.cpu().double().cumsum(dim=-1)  # (B, V); ends at what top_p left of 1
         u = torch.rand(len(probs), 1, generator=generator).double() * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True)[:, 0]  # right: never an id of probability 0

@@ -1,4 +1,4 @@
-"""Replicate: the paper's comparison, and the controls it lacks, arms × seeds, as one table and two figures.
+"""Replicate the paper's comparison, with the controls it lacks: arms × seeds, one table, two figures.
 
     python replicate.py config/replicate_smoke.py
     python replicate.py config/replicate_smoke.py --report   # table and figures from what results/ holds
@@ -97,7 +97,8 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     elif stage:
         config, flops, layer_steps = stage.config, stage.flops, stage.layer_steps
     else:
-        name = name if settings.dry_run else checkpoint.find(name, prefer="latest")
+        if os.path.isdir(name) or not settings.dry_run:  # a dry run downloads nothing
+            name = checkpoint.find(name, prefer="latest")
         config, flops, layer_steps = given_reference(name)
         config = stages.shared_config(name, config, settings, explicit, [])
 
@@ -133,8 +134,8 @@ def given_reference(name: str) -> tuple[Config, float | None, int | None]:
 
 
 def kept_reference(rep: ReplicateSettings) -> tuple[Config, float | None, int | None] | None:
-    """The same of a reference in results/NAME/logs; None if there is none. With this a report needs neither
-    data nor checkpoints."""
+    """What given_reference returns, of a reference in results/NAME/logs; None if there is none. With it a
+    report needs neither data nor checkpoints."""
     for folder in sorted(glob.glob(os.path.join(glob.escape(logs_of(rep)), "seed_*", "reference"))):
         if os.path.exists(os.path.join(folder, "config.json")):
             row = read_json(os.path.join(folder, "row.json"))
@@ -143,7 +144,7 @@ def kept_reference(rep: ReplicateSettings) -> tuple[Config, float | None, int | 
 
 
 def row_path(out_dir: str, arm: Arm, seed: int) -> str:
-    """Where the row of an arm is that is done."""
+    """The path of an arm's row.json, which is there once the arm is done."""
     return os.path.join(out_dir, f"seed_{seed}", arm.name, "row.json")
 
 
@@ -211,7 +212,7 @@ def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | Non
     if arm.name == "reference":  # the report needs it
         write_json(os.path.join(os.path.dirname(path), "config.json"), c.config.content())
     write_json(path, row)
-    for stage in arm.stages(c):  # what they start from is as large as a model, and made again if needed
+    for stage in arm.stages(c):  # start folders are as large as models, and can be made again
         shutil.rmtree(stage.start_folder, ignore_errors=True)
     return row
 

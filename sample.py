@@ -41,7 +41,9 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=1337, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    dtype_help = "of the weights; auto: 16 bits on GPUs (bfloat16 on CPUs: faster for one sample, not many)"
+    dtype_help = (
+        "of the weights; auto: 16 bits on CUDA and on CPUs with AMX (there faster for one sample only)"
+    )
     add("--dtype", default="auto", choices=dtypes, help=dtype_help)
     add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
     return parser

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 score.py --ckpt out/ --data data/openwebtext
     python score.py --ckpt out/ --tasks arc_easy,piqa,sciq,hellaswag,lambada_openai --out scores.json
 
-The split is cut into windows of block_size inputs that do not overlap; the last one is shorter. So every
-token but the very first is predicted exactly once, from the inputs that stand before it in its window. (Where
-meta.json names a token that texts begin with, a window's first input is that one.)
+The split is cut into windows of block_size inputs that do not overlap; the last one may be shorter. So every
+token but the very first is predicted exactly once, from the inputs that stand before it in its window. (If
+meta.json names a beginning-of-text token, it replaces the first input of each window.)
 Nothing is drawn at random, and the sum does not depend on how many processes share the work.
 """
 
@@ -50,8 +50,8 @@ class SplitWindows:
 def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict:
     """{loss in nats/token, perplexity, bits_per_byte, …} of a checkpoint folder on --data's --split.
 
-    The bits are those of all scored tokens, end-of-text marks included, as where a text ends has to be told
-    too. The bytes are those of the split's text alone, from meta.json; None where the folder does not say.
+    Bits count all scored tokens, end-of-text too, as the end of a text must be predicted. Bytes count the
+    split's text alone, by meta.json; bytes and bits_per_byte are None where it does not say.
     """
 
     def open_split():

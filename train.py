@@ -56,7 +56,8 @@ def fit(run: Run) -> float:
         reached = None not in (s.stop_at_val_loss, val_loss) and val_loss <= s.stop_at_val_loss
         if val_loss is not None and (state.step > 0 or reached):
             keep_best(run, val_loss)
-        if last or reached or state.since_best >= (s.stop_after_worse or math.inf):
+        worse = val_loss is not None and state.since_best >= (s.stop_after_worse or math.inf)
+        if last or reached or worse:
             save_checkpoint(run)
             wait_for_checkpoint(run)
             return val_loss

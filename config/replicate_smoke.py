@@ -1,4 +1,4 @@
-# Every arm of the comparison, at a size that shows in minutes that all works, and nothing about the method:
+# Every arm of the comparison at toy size. In minutes it shows that all works, but nothing about the method:
 #   python prepare.py && python replicate.py config/replicate_smoke.py
 reference_config = "config/replicate_smoke_reference.py"  # one reference for each seed
 arms = "all:1 reference:2 random:2 inheritune:2"  # seeds of each arm
@@ -18,7 +18,7 @@ eval_tokens = 8192
 save_interval = 30
 keep_last = 1
 device = "cpu"
-dtype = "float32"  # also where auto means bfloat16: these numbers are committed
+dtype = "float32"
 threads = 1  # two arms side by side on two cores
 
 learning_rate = 3e-3

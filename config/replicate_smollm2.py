@@ -1,6 +1,6 @@
-# SmolLM2-135M, cut to half of its 30 blocks and trained on 204,800 tokens of English prose: which blocks to
-# keep, and what training makes of them; controls: random initialisation, and the whole model. Half an hour an
-# arm on two cores that do not multiply in bfloat16.        bash runs/smollm2_cut.sh
+# SmolLM2-135M-Instruct, cut to half of its 30 blocks and trained on 204,800 tokens of English prose: which
+# blocks to keep, and what training makes of them; controls: random initialisation, and the whole model. Half
+# an hour an arm on two cores, with two arms side by side an hour each.        bash runs/smollm2_cut.sh
 reference = "data/smollm2"
 arms = (
     # which 15 blocks

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's GPT-2 medium experiment, start to end: from 24 blocks to as few as match them. For a machine with 8 GPUs of
-# 40 GB or more: some days. Every line can be interrupted and run again, and goes on where it was.
+# 40 GB or more: some days. Every line can be interrupted and run again; preparation and training go on where they were.
 #   bash runs/gpt2_medium.sh
-# On several machines, replace `torchrun --nproc_per_node=8` as README says under "Several machines".
+# On several machines, replace `torchrun --nproc_per_node=8` as docs/training.md says under "Several machines".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 [ -d data/smollm2 ] || bash runs/smollm2.sh
 [ -d data/smollm2_text ] || bash runs/smollm2_corpus.sh
 
-# 15 of 30 blocks, and 20 and 24 by the rule that costs least at the start
+# 15 of 30 blocks by every rule, and 20 and 24 by the one whose loss starts lowest (greedy)
 "$python" replicate.py config/replicate_smollm2.py
 for layers in 20 24; do
   "$python" replicate.py config/replicate_smollm2.py --layers="$layers" --arms="greedy@max_iters=250" \

@@ -168,6 +168,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     ("extra", "message"),
     [
         (["--n_layer=3"], "n_layer is decided by the recipe"),
+        (["--teacher=gpt2"], "grow.py trains on the next token alone"),
         (["--reference=gpt2-xl"], "gpt2-xl is trained already: leave out reference_config"),
         (["--reference_config=OTHER"], "trains on data/other, not on"),
     ],

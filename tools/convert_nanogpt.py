@@ -101,8 +101,8 @@ def canonical(path: str, state: dict, config: dict) -> dict[str, torch.Tensor]:
 def choose_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict:
     """The configuration's n_vocab, tokenizer and eot.
 
-    nanoGPT's checkpoints do not say how their data was tokenised. GPT-2's sizes are taken for GPT-2's
-    tokenizer, which is printed, unless one is given.
+    nanoGPT's checkpoints do not say how their data was tokenised. Without --tokenizer,
+    GPT-2's sizes are taken for GPT-2's tokenizer, and a line says so.
     """
     if tokenizer is None and vocab_size in GPT2_SIZES:
         print(f"{vocab_size} ids: taken for tokens of gpt2, nanoGPT's default (--tokenizer says otherwise)")

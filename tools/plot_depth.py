@@ -1,4 +1,4 @@
-"""Plot what inheriting gives at references of several depths, from a comparison's results.csv for each.
+"""Plot what inheriting gives at references of several depths, each with a results.csv of its own.
 
 python tools/plot_depth.py results/depth/4 results/mini results/depth/12 --out results/depth/depth.png
 """

@@ -1,4 +1,4 @@
-"""Plot how many steps inheriting is worth: those that random initialisation needs more for the same loss.
+"""Plot how many steps inheriting is worth: how many more random initialisation needs for the same loss.
 
 python tools/plot_head_start.py results/mini
 
@@ -84,9 +84,9 @@ def head_start_table(found) -> str:
         lines.append([str(seed), f"{n:,}", f"{loss:.4f}", f"{gap:+.4f}", f"{gap * n:+,.0f}", more])
     table = markdown([*columns, "steps of random init to this loss"], lines)
     note = (
-        "Final validation losses in nats per token, each of a run of its own; – is above or below all runs "
+        "Final validation losses in nats per token, each of a run of its own; – marks a loss above or below "
     )
-    note += "of random init. Made by tools/plot_head_start.py."
+    note += "all runs of random init. Made by tools/plot_head_start.py."
     return f"{table}\n\n{note}\n"
 
 

@@ -8,6 +8,7 @@ second text (also_validate), both have a panel and a table.
 
 import glob
 import os
+import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run from anywhere
@@ -20,20 +21,19 @@ from inheritune.experiments.tables import markdown
 from inheritune.training.logs import read_rows
 
 TEXTS = {"val_loss": "the validation text", "also_val_loss": "the second text"}
-TOKENS = (0, 51_200, 102_400, 204_800, 512_000, 1_024_000)  # columns of the tables
 ROOM = 1.5  # nats above the highest last loss that the figure shows
 
 
 def read_curves(folder: str) -> tuple[dict, float]:
-    """({(arm's name, seed): {column of TEXTS: [(tokens, loss)]}}, loss of the reference).
+    """({(arm's name, seed): {column of TEXTS: [(tokens, loss)]}}, mean loss of the seeds' references).
 
     Raises UserError when the folder has no row of a reference.
     """
-    curves, level = {}, None
+    curves, levels = {}, []
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "logs", "seed_*", "*", "row.json"))):
         row = read_json(path)
         if row["arm"] == "reference":
-            level = row["curve_loss"]
+            levels.append(row["curve_loss"])
             continue
         own, before = {column: [] for column in TEXTS}, 0
         for log in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*", "log.csv"))):
@@ -42,10 +42,10 @@ def read_curves(folder: str) -> tuple[dict, float]:
                 points += [(before + int(r["tokens"]), float(r[column])) for r in rows if r.get(column)]
             before += int(rows[-1]["tokens"])  # an arm may consist of several runs
         curves[row["arm"], row["seed"]] = own
-    if level is None:
+    if not levels:
         raise UserError(f"{folder}/logs has no row of a reference: run replicate.py first")
     by_last_loss = sorted(curves.items(), key=lambda item: item[1]["val_loss"][-1][1])
-    return dict(by_last_loss), level
+    return dict(by_last_loss), statistics.fmean(levels)
 
 
 def label_of(arm: str, seed: int) -> str:
@@ -73,9 +73,12 @@ def plot_curves(path: str, curves: dict, level: float) -> None:
 
 
 def loss_table(curves: dict, column: str) -> str:
-    """A Markdown table: a line for each arm, its loss on one text at TOKENS; '' where none was measured."""
+    """A Markdown table: a line for each arm, its loss on one text before training, at the first validation,
+    and at twice, four, … times as many tokens; '' where none was measured."""
     measured = {key: dict(own[column]) for key, own in curves.items() if own[column]}
-    shown = [tokens for tokens in TOKENS if any(tokens in points for points in measured.values())]
+    known = {tokens for points in measured.values() for tokens in points}
+    first = min(known - {0}, default=1)
+    shown = [tokens for tokens in (0, *(first * 2**i for i in range(40))) if tokens in known]
     lines = [
         [label_of(*key), *(f"{points[tokens]:.3f}" if tokens in points else "" for tokens in shown)]
         for key, points in measured.items()

@@ -25,10 +25,10 @@ from inheritune.models.open_model import load_model, open_config
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
-ELEMENTS = 1 << 22  # of the attention matrices in memory at once: tens of MB, whatever model and length
+ELEMENTS = 1 << 22  # of attention matrices in memory at once, or one window's: tens of MB at length 100
 LOGITS = 1 << 26  # of a forward pass for the loss without a block
-REST = 1e-3  # rounding may take this much of a row's sum of 1; more goes to a learned sink, no position
-TOLERANCE = 1e-6  # relative: a share that reaches its threshold up to rounding has reached it
+REST = 1e-3  # rounding may take this much from a row's sum of 1; a learned sink takes more
+TOLERANCE = 1e-6  # relative: a share this close below its threshold has reached it
 
 
 def open_with_windows(folder: str, data: str, split="val", sequences=SEQUENCES, length=None, seed=SEED):
@@ -52,7 +52,7 @@ def draw_windows(folder: str, split: str, sequences: int, length: int, seed: int
     if places < sequences:
         raise UserError(
             f"{folder}: {split} has {len(tokens):,} tokens, too few for {sequences} windows of {length}: "
-            "lower --sequences or --length, or take --split train"
+            "take more text, or fewer and shorter windows"
         )
     starts = np.sort(np.random.default_rng(seed).choice(places, size=sequences, replace=False))
     windows = torch.cat([tokens.windows([0], length, first=int(start)) for start in starts]).long()
@@ -128,11 +128,13 @@ def measure_layers(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None =
             for i, (A, after) in enumerate(steps):
                 for name, values in (measures(A, taus, eta) if A is not None else {}).items():  # (B, nh)
                     sums = heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())
-                    sums[i] += values.sum(0) / N
+                    sums[i] += values.sum(0)
                 before, x = x, after
                 influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
                 norms[i + 1] += x.norm(dim=-1).cpu().double().sum()
                 bar.update(len(part))
+    # divided at the end: the sum of whole ranks is exact, and their mean 1 only if all are
+    heads = {name: sums / N for name, sums in heads.items()}
     return heads or None, influence / (N * T), norms / (N * T)
 
 
@@ -189,7 +191,7 @@ def replaced(blocks, forward: Callable) -> Iterator[None]:
 def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:
     """(blocks, reason): which k blocks to inherit (default: half), given how far each turns its input.
 
-    The paper announces such a choice without making it, and starts from half of the blocks. Which half: those
+    The paper announces such a choice without making it, and starts from half of the blocks. This is the half
     of highest influence, the measure that best predicts the loss without a block (results/smollm2; ShortGPT,
     arXiv 2403.03853, removes blocks by it). The rank of their attention predicts nothing there.
     """
@@ -233,8 +235,8 @@ def measures(A: Tensor, taus=(0.9,), eta=0.9) -> dict[str, Tensor]:
     rank_without_first  the same for taus[0] without column 0: a sink there hides what else a head does
     mass                m*(eta), the fewest columns that hold the share eta of ||A||²
     entropy             the mean of a row's, in nats
-    sink                what a row gives to column 0 on average, and to a learned sink if there is one; row 0
-                        can give to nothing else and counts
+    sink                what a row gives to column 0 on average, and to a learned sink if there is one; row 0,
+                        which can give to nothing else, is counted
     rest                what a row gives to a learned sink, which is no position
     """
     values = spectrum(A)

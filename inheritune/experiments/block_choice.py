@@ -1,4 +1,4 @@
-"""Which k blocks of a reference to keep, measured on its training data: the rules that arms compare.
+"""Which k blocks of a reference to keep, measured on the data that the arms train on: the rules.
 
 The windows are CHOICE_WINDOWS of 100 tokens of the training split, the same for every arm and seed. The
 influence of a block is 1 − cosine of its input and output, averaged over tokens (ShortGPT, arXiv 2403.03853).
@@ -16,7 +16,7 @@ from inheritune.models.hf_decoder import recorded
 from inheritune.models.open_model import Config
 
 CHOICE_WINDOWS = 20
-END = 2  # the last blocks, which `consecutive` never removes
+LAST_KEPT = 2  # blocks at the end that `consecutive` does not remove
 
 
 def most_influence(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
@@ -27,14 +27,14 @@ def most_influence(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
 
 @torch.inference_mode()
 def without_consecutive(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
-    """Remove the n - k consecutive blocks (never the last two) that change the residual stream least
-    (arXiv 2403.17887)."""
+    """Remove the n - k consecutive blocks that change the residual stream least, and never the
+    last two, unless k is 1 (arXiv 2403.17887)."""
     n = model.config.n_layer
     stream = [x for _, x in model.attention_steps(idx)]  # n + 1 of (N, T, C)
     removed = n - k
     turned = [
         (1 - F.cosine_similarity(stream[i], stream[i + removed], dim=-1)).mean().item()
-        for i in range(max(1, k - END + 1))
+        for i in range(max(1, k - LAST_KEPT + 1))
     ]
     first = turned.index(min(turned))
     return [*range(first), *range(first + removed, n)]
@@ -74,8 +74,8 @@ def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
 
 
 def choice_flops(rule: str, config: Config, k: int) -> float:
-    """FLOPs of choosing by a rule: of a forward pass over the windows. For each block that `greedy` removes
-    there is one, and one for each loss, from the block left out on."""
+    """FLOPs of choosing by a rule: one forward pass over the windows. `greedy` makes one for each block
+    that it removes, and for each loss one over the blocks after the one left out."""
     n = config.n_layer
     depths = [n]  # of the passes: blocks that run
     if rule == "greedy":

@@ -89,7 +89,7 @@ def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]
 def make_row(
     settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int, target: float | None
 ) -> dict:
-    """The content of an arm's row.json: results.csv's columns, and MaxRank by depth before and after it.
+    """The content of an arm's row.json: results.csv's columns, and MaxRank by depth before and after.
 
     target: the loss with which the reference's curve ends; None for the reference itself.
     """

@@ -1,4 +1,4 @@
-"""Every figure, in one style: of train.py, of grow.py, of a comparison, of an analysis."""
+"""The figures of train.py, of grow.py, of a comparison and of an analysis, in one style."""
 
 import os
 import statistics

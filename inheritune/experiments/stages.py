@@ -35,8 +35,8 @@ class Stage:
     run: str  # run folder
     config: Config  # of the model it trains
     flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
-    # how its start_folder is made: options of inherit.py; `choose` is a rule of block_choice.py.
-    # {}: none is made
+    # how its start_folder is made: arguments of make_checkpoint, `ckpt` (its source), and `choose`, a rule of
+    # block_choice.py. {}: none is made
     start_options: dict = field(default_factory=dict)
     config_files: tuple[str, ...] = ()  # of train.py, at most one
     teacher: Config | None = None
@@ -129,7 +129,7 @@ def shared_config(
 ) -> Config:
     """The config of the reference `name`, with the context that the user has set, which all stages share.
 
-    Raises UserError with `problems`, and with why settings and reference do not fit.
+    Raises UserError with `problems`, and with all in the settings that does not fit the reference.
     """
     named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
     raise_all(problems + planning.inherited_problems(named, explicit - set(DECIDED), config))

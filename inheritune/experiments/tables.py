@@ -106,8 +106,8 @@ def most_seeds_first(rows: list[dict]) -> tuple:
 def loss_difference(arms: dict, arm: Arm, base: str, any_length=False) -> str:
     """An arm's loss minus that of `base`, as text; '' if there is no such arm.
 
-    `base` was trained with the same optimizer for the same number of steps; any_length: at the experiment's
-    usual steps.
+    `base` was trained with the same optimizer for the same number of steps; any_length: for the
+    experiment's usual number of steps.
     """
     steps = None if any_length else arm.changes.get("max_iters")
     other = best_variant(arms, base, arm.changes.get("optimizer"), steps)

@@ -97,7 +97,7 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
         elif isinstance(value, list) and value and all(type(v) is int and 0 <= v < n for v in value):
             options.append({key: [j for j, i in enumerate(blocks) if i in value]})  # numbers of blocks
         elif type(value) is int and 0 < value <= n:
-            # `value` counts first blocks (try the new count), or is a period (1: every block, n + 1: none)
+            # a number of first blocks (try how many stay), or a period (1: every block, n + 1: none)
             count = sum(i < value for i in blocks)
             options += [{key: other} for other in {count: 0, 1: 0, len(blocks) + 1: 0} if other != value]
     yield {}
@@ -106,7 +106,7 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
 
 
 def add_computed(content: dict, wanted: dict) -> dict:
-    """`content` with the keys of `wanted` set that it has, or whose computed default would differ."""
+    """`content`, with a key of `wanted` set if it has the key or if its computed default would differ."""
     new = content | {key: value for key, value in wanted.items() if key in content}
     try:
         found = transformers_config(json.dumps(new)).to_dict()
@@ -218,7 +218,7 @@ def plain(value):
 
 
 def block_numbers(blocks: list[dict]) -> dict[tuple, int]:
-    """{key: its value in block 0} of the facts that count with the block: value = start + block number."""
+    """{key: start} of the facts whose value is start + block number."""
     numbers = {}
     for key in {key for block in blocks for key in block}:
         found = [(i, block[key]) for i, block in enumerate(blocks) if key in block]

@@ -38,7 +38,7 @@ from inheritune.weights.gpt2_format import CONFIG, check_weights, read_tokenizer
 from inheritune.weights.tensors import Lazy, copy_rows, row_chunks
 from model import continue_ids, cross_entropy
 
-BLOCK_SIZE = 1024  # tokens that a run reads at once, unless the model has room for fewer or the user says
+BLOCK_SIZE = 1024  # block_size of a run, unless the model has room for fewer or the user sets it
 OUR_KEYS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
 AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
 NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
@@ -85,6 +85,9 @@ class DecoderConfig:
             raise UserError(f"{path}: {e}") from None
         limit = getattr(c, "max_position_embeddings", None)
         limit = limit if type(limit) is int and limit > 0 else NO_LIMIT
+        block_size = content.get("run_block_size", min(BLOCK_SIZE, limit))
+        if type(block_size) is not int:
+            raise UserError(f"{path}: run_block_size {block_size!r} is no whole number")
         return cls(
             source=source,
             n_layer=c.num_hidden_layers,
@@ -92,7 +95,7 @@ class DecoderConfig:
             n_embd=c.hidden_size,
             vocab_size=c.vocab_size,
             limit=limit,
-            block_size=content.get("run_block_size", min(BLOCK_SIZE, limit)),
+            block_size=block_size,
             **read_tokenizer_fields(
                 path, content | {"eos_token_id": getattr(c, "eos_token_id", None)}, c.vocab_size
             ),
@@ -115,8 +118,8 @@ class DecoderConfig:
     def flops_per_token(self) -> int:
         """6 per parameter of a matrix product that a token takes part in, and 12 L (heads × head size) T.
 
-        Parameters of two or more dimensions are matrices, but for embeddings that are looked up alone; of a
-        mixture's experts those count that a token is sent to.
+        Matrices are the parameters of two or more dimensions, except embeddings that are only looked up. Of a
+        mixture's experts, those count that a token is sent to.
         """
         model = skeleton(self.source)
         head, c = model.get_output_embeddings(), model.config
@@ -163,7 +166,7 @@ class Decoder(nn.Module):
             for name in module._buffers.keys() - module._non_persistent_buffers_set:
                 buffer = module._buffers.pop(name)
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-        # in a tuple, so that neither is a child: parameters would have other names, or two
+        # a tuple hides both from nn.Module: as children they would give parameters other names, or two
         self._held = theirs, find_blocks(theirs)[1]
         self._modules, self._parameters, self._buffers = theirs._modules, theirs._parameters, theirs._buffers
         self._activations, self.plain_head = "none", False
@@ -180,7 +183,7 @@ class Decoder(nn.Module):
     def fill(self, state: Mapping, source: str) -> None:
         """Copy a folder's state dict of any float dtype into the parameters and stored buffers."""
         own = own_tensors(self.theirs)
-        if state.keys() != own.keys():  # transformers stores them in another form: it turns them into its own
+        if state.keys() != own.keys():  # the folder's form is not the model's: transformers converts it
             whole = {name: tensor[:].float() for name, tensor in state.items()}
             with cannot_open(source):
                 c = transformers_config(self.config.source)

@@ -1,8 +1,8 @@
 """Every initialisation that the paper compares (App. D), and `make_checkpoint`, which writes one as a folder.
 
 A new model takes blocks of a trained one, its reference. Each recipe is a line of BLOCKS. What the new model
-does not take from the reference is random. State dicts are not modified: unchanged tensors are shared,
-not copied, and read only when they are written.
+does not take from the reference is random. State dicts are not modified. Unchanged tensors are shared,
+and read from disk while they are written.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ RECIPES = tuple(BLOCKS)
 # {what is taken of each block: how its tensors' names begin, inside the block}
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
 WTE = "transformer.wte.weight"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json: the source's, as they are
-# of config.json: may differ between models that exchange blocks
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of config.json copied from the source
+# keys of config.json that may differ between models that exchange blocks
 EXCHANGEABLE = ("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
 EXCHANGEABLE += ("n_vocab", "tokenizer", "run_block_size", *SPECIAL_IDS)
 

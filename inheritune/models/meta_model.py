@@ -32,7 +32,7 @@ def cannot_open(what: str = "it") -> Iterator:
         yield transformers
     except UserError:
         raise
-    except Exception as e:  # transformers raises what it likes: treat all of it as: cannot be opened
+    except Exception as e:  # transformers raises errors of any class: each means that it cannot open this
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f"transformers cannot open {what} ({type(e).__name__}: {reason:.150})") from None
 
@@ -89,7 +89,7 @@ def skeleton(source: str) -> nn.Module:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(what the names of their tensors begin with, the list of all blocks) of a model. Raises UserError."""
+    """(prefix of the block tensors' names, list of all blocks) of a model. Raises UserError."""
     n, named = model.config.num_hidden_layers, model.named_modules()
     lists = [(f"{name}.", m) for name, m in named if isinstance(m, nn.ModuleList) and len(m) == n]
     if len(lists) != 1:
@@ -106,7 +106,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of transformers' own names as a folder holds it: with a layer's experts apart, say."""
+    """The form in which a folder stores a state dict of transformers' names: each expert apart, say."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, state)
@@ -114,6 +114,6 @@ def stored_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 @functools.lru_cache(maxsize=8)
 def stored_shapes(source: str) -> dict[str, tuple]:
-    """{name: shape} of the tensors that a folder holds; shared as well."""
+    """{name: shape} of the tensors that a folder holds. Callers must not change it."""
     model = skeleton(source)
     return {name: tuple(t.shape) for name, t in stored_form(model, own_tensors(model)).items()}

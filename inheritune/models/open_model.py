@@ -16,7 +16,7 @@ A configuration is a frozen dataclass:
     scale_attn_by_inverse_layer_idx  whether block i divides attention logits by i + 1 (GPT-2 only)
     warning                     what readers of its config.json must know, or ""
     with_blocks(blocks)         the configuration of a model that has these blocks of this one
-    content(dtype=torch.float32)  what config.json holds beside tensors of this dtype
+    content(dtype=torch.float32)  the content of config.json in a folder whose tensors have this dtype
     arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU
 
 A model is an nn.Module whose named_parameters() carry the names of its folder's tensors:

@@ -1,6 +1,6 @@
 """What training costs, by formula: parameters, FLOPs, memory; and the share of a device's peak reached.
 
-Nothing here makes a model; bench/memory.py compares the memory with real steps.
+Nothing here makes weights; bench/memory.py compares the memory with real steps.
 """
 
 import torch
@@ -80,7 +80,7 @@ def activation_bytes(n_layer: int, half: bool, checkpoint_activations: str, narr
     """
     act = 2 if half else 4  # bytes of what a matrix product reads and returns
     x = 2 if narrow else 4  # bytes of what a block returns
-    # the inputs of both norms; and in act: the norms' outputs, q k v, attention, c_fc, GELU
+    # 2 x: the inputs of both norms; times act: the norms' outputs, q k v, attention, c_fc, GELU
     everything = 2 * x + act * (2 + 3 + 1 + 4 + 4)
     if checkpoint_activations == "full":  # keeps a block's input
         return n_layer * x, everything

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from inheritune.base.errors import Stopped, UserError, error_line
 from inheritune.models.open_model import Model
 
-BUCKETS = 12  # DDP's in a large model, roughly; a compiled model is split into as many graphs
+BUCKETS = 12  # gradient buckets of DDP in a large model, roughly; each is a graph of a compiled model
 PATIENCE = datetime.timedelta(hours=24)  # how long ranks wait for one that downloads or prepares
 
 

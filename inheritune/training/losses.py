@@ -38,7 +38,7 @@ def total_nats(
             loss = model(idx, targets)
         losses.append(loss)
         sizes.append(targets.numel())
-    own = nats[ranks.rank :: ranks.world]  # without the last group that was run once more
+    own = nats[ranks.rank :: ranks.world]  # drops the last group where it was run twice
     own += (torch.stack(losses).cpu().double() * torch.tensor(sizes))[: len(own)]
     return ranks.sum(nats, device).sum().item()
 

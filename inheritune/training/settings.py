@@ -90,7 +90,9 @@ class TrainSettings:
     eval_tokens: int = setting(4_000_000, "validate on this many tokens of val, or all if it has fewer", 1)
     also_validate: str = setting("", "a second data folder to validate on: also_val_loss in log.csv")
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
-    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "also there (requirements-extra.txt)")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "log to it as well (requirements-extra.txt)"
+    )
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
     resume: Literal["never", "auto", "must"] = setting(
@@ -145,7 +147,7 @@ class ReplicateSettings:
 
     heading("comparison")
     results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
-    reference: str = setting("", "checkpoint, run folder or hub id (default: one for each seed)")
+    reference: str = setting("", "checkpoint, run folder or hub id, in place of reference_config")
     reference_config: str = setting("", "train.py config that trains each seed's reference")
     arms: str = setting("all:1", "arms and their numbers of seeds: 'all:1 random:3'; later entries override")
     first_seed: int = setting(1, "seeds count up from this one", 0)
@@ -154,7 +156,9 @@ class ReplicateSettings:
     rounds_step: int = setting(2, "blocks added from round to round in the arms that grow", 1)
     seen: float = setting(1.0, "fraction of the training stream for all arms but `unseen`", 0.01, 1.0)
     final_tokens: int | None = setting(None, "tokens for final losses (default: eval_tokens)", 1)
-    jobs: int | None = setting(None, "arms trained side by side (default: cores / threads; 1 on GPUs)", 1)
+    jobs: int | None = setting(
+        None, "arms side by side (default: cores / threads; 1 without threads, or on GPUs)", 1
+    )
     report: bool = setting(False, "train nothing: table and figures from what results and out_dir hold")
 
 
@@ -165,9 +169,8 @@ MACHINE = frozenset(
     | {"max_hours", "also_validate", "change"}
 )
 
-# What may change when a run is resumed: neither the mathematics nor the meaning of a log's row depends on it
-# (of max_iters: as long as no rate of the past changes, see planning.same_run_problems).
-# (Of data the tokens are compared, not the path.)
+# What may change when a run is resumed, as neither the mathematics nor the meaning of a log's row depends on
+# it. max_iters may while no past rate changes (planning.same_run_problems). Of data, the tokens are compared.
 HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 
 # What decides the learning rate of each step. May change for future steps; for steps already made only with

@@ -47,7 +47,7 @@ def n_bytes(tensor: torch.Tensor | Lazy) -> int:
 
 
 def row_chunks(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
-    """Yield the rows of a tensor, some CHUNK bytes at a time, or one row."""
+    """Yield the rows of a tensor, about CHUNK bytes at a time, but at least one row."""
     if not tensor.shape:
         yield tensor[:] if isinstance(tensor, Lazy) else tensor.reshape(1)
         return
@@ -137,7 +137,7 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
         written = writer.submit(f.write, len(header).to_bytes(8, "little") + header)
         for _, tensor in ordered:
             for rows in row_chunks(tensor):
-                written.result()  # so that at most two runs are in memory
+                written.result()  # so that at most two chunks are in memory
                 written = writer.submit(write, bytes_of(rows))
         written.result()
         f.flush()

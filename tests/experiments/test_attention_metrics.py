@@ -121,6 +121,14 @@ def test_bounded_memory_gives_the_same_numbers(monkeypatch):
     assert torch.allclose(whole[1], pieces[1], atol=1e-6) and torch.allclose(whole[2], pieces[2], atol=1e-5)
 
 
+def test_a_layer_is_lazy_however_many_windows_there_are(monkeypatch):
+    """A mean of 100 ones is 1, also when they come one by one: 100 × 0.01 would add up to more."""
+    monkeypatch.setattr(attention_metrics, "ELEMENTS", 1)
+    monkeypatch.setattr(attention_metrics, "measures", lambda A, *_: {"rank_0.9": torch.ones(A.shape[:-2])})
+    heads, *_ = attention_metrics.measure_layers(tiny_model(), torch.randint(0, 257, (100, 8)))
+    assert (heads["rank_0.9"] == 1).all()
+
+
 def test_skip_losses_are_those_of_models_without_the_block():
     """Of model.py's GPT-2; tests/models/test_analysis.py has other decoders."""
     model = tiny_model(n_layer=3)

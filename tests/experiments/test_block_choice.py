@@ -89,4 +89,6 @@ def test_the_choice_is_made_on_training_data_and_has_a_cost(tmp_path, monkeypatc
     one = {d: config.with_blocks(list(range(d))).flops_per_token / 3 * tokens for d in (1, 2, 3, 4)}
     one[0] = 2 * one[1] - one[2]  # the head alone
     assert choice_flops("influence", config, 2) == pytest.approx(one[4])
-    assert choice_flops("greedy", config, 2) == pytest.approx(sum(one[d] for d in (4, 0, 1, 2, 3, 3, 0, 1, 2)))
+    assert choice_flops("greedy", config, 2) == pytest.approx(
+        sum(one[d] for d in (4, 0, 1, 2, 3, 3, 0, 1, 2))
+    )

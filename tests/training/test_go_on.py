@@ -140,6 +140,16 @@ def test_validations_without_a_new_best_end_a_run(data, tmp_path, monkeypatch):
     state = read_json(tmp_path / "a/latest/state.json")
     assert state["since_best"] == 2, "as each state, that before the validation at its step"
 
+    # between two validations a run has no loss to end with: it goes on to the next one
+    options |= {"save_interval": 1, "keep_last": 99}
+    train.main(arguments(data, tmp_path / "b", **options | {"stop_after_worse": None}))
+    for step in range(6, 21):
+        shutil.rmtree(tmp_path / f"b/step_{step:08}")
+    state = read_json(tmp_path / "b/step_00000005/state.json")
+    write_json(tmp_path / "b/step_00000005/state.json", state | {"since_best": 3})
+    train.main(arguments(data, tmp_path / "b", **options, resume="auto"))
+    assert os.readlink(tmp_path / "b/latest") == "step_00000006"
+
 
 # also_validate, W&B
 
