@@ -16,7 +16,7 @@ from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments import stages
-from inheritune.experiments.measurements import loss_curve, measure
+from inheritune.experiments.measurements import loss_curve, validation_loss
 from inheritune.experiments.plots import plot_growth
 from inheritune.experiments.stages import Common, Stage
 from inheritune.experiments.tables import growth_label, growth_table, verdict
@@ -180,7 +180,7 @@ def carry_out(settings: TrainSettings, grow: GrowSettings, c: Common) -> None:
     if c.reference_stage:
         run_to_end(c.reference_stage)
     folder = checkpoint.find(c.reference, prefer="latest")
-    target = measure(settings, c.config, folder)
+    target = validation_loss(settings, c.config, folder)
     print(f"\nreference {folder}: validation loss {target:.4f}")
     name = c.reference if os.path.isdir(c.reference) else folder
     rows = [run_row("reference", name, c.folder) | {"val_loss": target}]

@@ -13,7 +13,7 @@ import pytest
 import grow
 import train
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.measurements import loss_curve, measure
+from inheritune.experiments.measurements import loss_curve, validation_loss
 from inheritune.models.open_model import open_config
 from inheritune.training.command_line import parse
 from inheritune.training.settings import GrowSettings, TrainSettings
@@ -51,7 +51,7 @@ def in_process(request, command):
 def target(monkeypatch):
     """Recipes train in this process, for a loss that no small model reaches: all rounds are made."""
     monkeypatch.setattr(StopRequest, "call", in_process)
-    monkeypatch.setattr(grow, "measure", lambda *a: 0.5)
+    monkeypatch.setattr(grow, "validation_loss", lambda *a: 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
     recipe, out = write_recipe(tmp_path_factory.mktemp("grow"), k_step=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StopRequest, "call", in_process)
-        patch.setattr(grow, "measure", lambda *a: 0.5)
+        patch.setattr(grow, "validation_loss", lambda *a: 0.5)
         grow.main([recipe])
     return recipe, out
 
@@ -111,14 +111,14 @@ def test_measure_is_the_validation_that_training_logs(finished):
     recipe, out = finished
     settings, g, explicit = parse((TrainSettings, GrowSettings), [recipe], "")
     config = grow.plan_recipe(settings, g, explicit).config
-    loss = measure(settings, config, checkpoint.find(f"{out}/reference", prefer="latest"))
+    loss = validation_loss(settings, config, checkpoint.find(f"{out}/reference", prefer="latest"))
     assert loss == pytest.approx(loss_curve(f"{out}/reference")[1][-1], rel=1e-6)
 
 
 def test_stops_at_the_first_round_that_matches(finished, target, tmp_path, monkeypatch):
     """The control takes the steps that were taken, fewer where the small model stopped early."""
     recipe, out = write_recipe(tmp_path, reference_config="", k_start=2, stop_at_val_loss=4.0)
-    monkeypatch.setattr(grow, "measure", lambda *a: 50.0)
+    monkeypatch.setattr(grow, "validation_loss", lambda *a: 50.0)
     grow.main([recipe, f"--reference={finished[1]}/reference"])
     found = {r["arm"]: r for r in results(out)["runs"]}
     assert results(out)["matched"] is True and results(out)["k"] == 2 and len(found) == 4

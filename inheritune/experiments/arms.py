@@ -104,7 +104,7 @@ def one_run(label, make_stage, **facts):
     return ArmEntry(label, lambda c, folder: [make_stage(c, f"{folder}/run")], **facts)
 
 
-def first_k(label, **options):
+def k_blocks(label, **options):
     """An ArmEntry that trains k blocks of the reference, inherited with these options (Common.inherited)."""
     return one_run(label, lambda c, run: c.inherited(run, layers=c.k, **options))
 
@@ -116,19 +116,19 @@ ARMS = {
     "random": one_run("random init", Common.random, **NOTHING),
     "random_2x": one_run("random init, twice the steps", random_2x, **LONGER),
     "random_matched": one_run("random init, compute of reference + Inheritune", random_matched, **LONGER),
-    "inheritune": first_k("Inheritune"),
-    "released_slice": first_k("authors' released slice", released_slice=True),
+    "inheritune": k_blocks("Inheritune"),
+    "released_slice": k_blocks("authors' released slice", released_slice=True),
     "half_width": one_run("half width", half_width),
     "stacking": ArmEntry("stacking", stacking, **NOTHING),
-    "hybrid": first_k("hybrid stacking", recipe="hybrid"),
-    "last": first_k("last k", recipe="last"),
-    "middle": first_k("middle k", recipe="middle"),
-    "alternate": first_k("every second", recipe="alternate"),
-    "first_plus_last": first_k("first k-1 and the last", recipe="first_plus_last"),
-    "ends": first_k("first and last half of k", recipe="ends"),
-    "influence": first_k("highest block influence", choose="influence"),
-    "consecutive": first_k("without the consecutive blocks that turn least", choose="consecutive"),
-    "greedy": first_k("greedy by loss", choose="greedy"),
+    "hybrid": k_blocks("hybrid stacking", recipe="hybrid"),
+    "last": k_blocks("last k", recipe="last"),
+    "middle": k_blocks("middle k", recipe="middle"),
+    "alternate": k_blocks("every second", recipe="alternate"),
+    "first_plus_last": k_blocks("first k-1 and the last", recipe="first_plus_last"),
+    "ends": k_blocks("first and last half of k", recipe="ends"),
+    "influence": k_blocks("highest block influence", choose="influence"),
+    "consecutive": k_blocks("without the consecutive blocks that turn least", choose="consecutive"),
+    "greedy": k_blocks("greedy by loss", choose="greedy"),
     # what the reference's own training on the same tokens gives
     "whole": one_run(
         "the whole reference, trained on", lambda c, run: c.inherited(run, layers=c.config.n_layer)
@@ -137,9 +137,9 @@ ARMS = {
     "kd_inherit": one_run(
         "distillation + Inheritune", lambda c, run: distilled(c, c.inherited(run, layers=c.k))
     ),
-    "attn": first_k("attention only", parts="attn"),
-    "mlp": first_k("MLP only", parts="mlp"),
-    "attn_mlp": first_k("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
+    "attn": k_blocks("attention only", parts="attn"),
+    "mlp": k_blocks("MLP only", parts="mlp"),
+    "attn_mlp": k_blocks("attention + MLP, no LayerNorms", parts="attn+mlp", layernorms=False),
     "rounds": ArmEntry("Inheritune, by rounds", growing),
     "onto": ArmEntry("growth onto the trained model", functools.partial(growing, onto=True)),
     "unseen": one_run("Inheritune, data unseen by reference", unseen),

@@ -55,7 +55,7 @@ def wall_seconds(run: str) -> float:
     return sum(now for now, later in zip(seconds, [*seconds[1:], -1.0], strict=True) if later < now)
 
 
-def measure(settings: TrainSettings, config: Config, folder: str) -> float:
+def validation_loss(settings: TrainSettings, config: Config, folder: str) -> float:
     """Validation loss (nats/token) of a checkpoint as train.py measures it: on the same tokens in the same
     windows, compiled or not, in the same number format. Nothing stays on the device, as the training that
     comes next is another process.
@@ -148,9 +148,11 @@ def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
         curve_loss, ranks_before = loss_curve(last.run)[1][-1], max_ranks(settings, untrained)
     else:
         folder, config = c.reference, c.config
-        curve_loss, ranks_before = measure(settings, config, folder), None
+        curve_loss, ranks_before = validation_loss(settings, config, folder), None
     val_loss = curve_loss
     if rep.final_tokens:
-        val_loss = measure(dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder)
+        val_loss = validation_loss(
+            dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder
+        )
     found = {"val_loss": val_loss, "curve_loss": curve_loss, "ranks_before": ranks_before}
     return found | {"ranks_after": max_ranks(settings, lambda: load_model(folder))}, config

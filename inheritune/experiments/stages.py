@@ -16,7 +16,7 @@ from inheritune.models.initialisations import make_checkpoint
 from inheritune.models.open_model import Config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
-from inheritune.training.cost import flops_per_token
+from inheritune.training.cost import flops_with_teacher
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 
@@ -68,7 +68,7 @@ class Stage:
     @property
     def flops_per_step(self) -> float:
         """Of training the student, and of the teacher's forward passes."""
-        return flops_per_token(self.config, self.teacher) * self.flags["batch_tokens"]
+        return flops_with_teacher(self.config, self.teacher) * self.flags["batch_tokens"]
 
     @property
     def flops(self) -> float:

@@ -22,11 +22,11 @@ from torch import nn
 
 from inheritune.base.errors import UserError
 from inheritune.models.meta_model import (
-    cannot_open,
     find_blocks,
     skeleton,
     stored_shapes,
     transformers_config,
+    transformers_errors,
 )
 
 DEPTHS = "num_hidden_layers", "n_layer", "num_layers", "n_layers"  # keys for the depth; some configs have two
@@ -42,7 +42,7 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
     n = c.num_hidden_layers
     check_blocks(blocks, n)
     depth = {key: len(blocks) for key in DEPTHS if content.get(key) == n} or {DEPTHS[0]: len(blocks)}
-    with cannot_open() as transformers:
+    with transformers_errors() as transformers:
         general = transformers.PreTrainedConfig().to_dict().keys() | {"architectures"}
     own = {key: v for key, v in c.to_dict().items() if key not in (general | depth.keys())}
     lists = {key: cut for key, v in own.items() if (cut := cut_list(v, n, blocks)) is not None}

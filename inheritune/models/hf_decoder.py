@@ -26,13 +26,13 @@ from inheritune.base.files import read_json
 from inheritune.models.cut_config import cut_content
 from inheritune.models.meta_model import (
     build,
-    cannot_open,
     find_blocks,
     own_tensors,
     skeleton,
     stored_form,
     stored_shapes,
     transformers_config,
+    transformers_errors,
 )
 from inheritune.weights.gpt2_format import CONFIG, check_weights, read_tokenizer_fields, stored_tensors
 from inheritune.weights.tensors import Lazy, copy_rows, row_chunks
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         own = own_tensors(self.theirs)
         if state.keys() != own.keys():  # the folder's form is not the model's: transformers converts it
             whole = {name: tensor[:].float() for name, tensor in state.items()}
-            with cannot_open(source):
+            with transformers_errors(source):
                 c = transformers_config(self.config.source)
                 state = own_tensors(type(self.theirs).from_pretrained(None, config=c, state_dict=whole))
         with torch.no_grad():
@@ -348,7 +348,7 @@ def probe(model: nn.Module, vocab_size: int) -> bool:
     for a model whose logits depend on later tokens: it is not causal, so its loss would mean nothing.
     """
     idx = torch.arange(8).remainder(vocab_size)[None]
-    with cannot_open():
+    with transformers_errors():
         logits = model(input_ids=idx, use_cache=False).logits
         changed = model(input_ids=idx.index_fill(1, torch.tensor(7), vocab_size - 1), use_cache=False).logits
     if logits.shape != (1, 8, vocab_size) or not torch.allclose(logits[:, :7], changed[:, :7], 1e-3, 1e-4):

@@ -14,7 +14,7 @@ from inheritune.base.signals import StopRequest
 from inheritune.data.reader import TrainData, ValData
 from inheritune.models.initialisations import inherit
 from inheritune.models.open_model import load_model, model_class, open_config, open_weights
-from inheritune.training.cost import flops_per_token
+from inheritune.training.cost import flops_with_teacher
 from inheritune.training.device import is_compiled, pick_dtype
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import ALSO, Recorder
@@ -138,7 +138,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
     if plan.changed_now:
         state.changes.append(f"step {state.step}: {plan.changed_now}")
-    recorder = Recorder(settings, flops_per_token(plan.config, plan.teacher), device, ranks.world)
+    recorder = Recorder(settings, flops_with_teacher(plan.config, plan.teacher), device, ranks.world)
     ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.is_first else None)
 
     return Run(

@@ -10,7 +10,7 @@ from inheritune.training.device import peak_flops
 from model import CHUNKED_LOSS, LOSS_ROWS
 
 
-def flops_per_token(config: Config, teacher: Config | None = None) -> float:
+def flops_with_teacher(config: Config, teacher: Config | None = None) -> float:
     """FLOPs of a token in training, a teacher's forward pass among them: a third of training the teacher."""
     return config.flops_per_token + (teacher.flops_per_token / 3 if teacher else 0)
 

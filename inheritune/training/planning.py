@@ -13,7 +13,7 @@ import torch
 from inheritune.base.errors import UserError, noting, raise_all
 from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
 from inheritune.models.open_model import Config, open_config, open_weights
-from inheritune.training.cost import flops_per_token, training_memory
+from inheritune.training.cost import flops_with_teacher, training_memory
 from inheritune.training.device import PEAKS, is_compiled, pick_dtype
 from inheritune.training.logs import read_rows
 from inheritune.training.schedule import decay_end, learning_rate
@@ -329,7 +329,7 @@ def plan_text(plan: Plan, settings: TrainSettings) -> str:
     """The plan, its cost, and the time it takes on the GPUs that we know."""
     c, s = plan.config, settings
     total_tokens = s.max_iters * s.batch_tokens
-    flops = flops_per_token(c, plan.teacher) * total_tokens
+    flops = flops_with_teacher(c, plan.teacher) * total_tokens
     blocks = f", its first {s.inherit_layers} blocks" if s.inherit_layers else ""
     data = f"not prepared: {c.n_vocab:,} ids are assumed"
     if plan.train_tokens is not None:

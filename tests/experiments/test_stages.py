@@ -67,7 +67,7 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
 
     monkeypatch.setattr(measurements, "load_model", remember)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append([m for m in models if m()]))
-    measurements.measure(settings, config, folder)
+    measurements.validation_loss(settings, config, folder)
     measurements.max_ranks(settings, lambda: measurements.load_model(folder))
     assert len(models) == 2 and alive == [[], []]
 
@@ -80,5 +80,5 @@ def test_a_reference_is_measured_compiled_where_training_is(tmp_path, monkeypatc
     )
     for setting in (None, False, True):
         settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu", compile=setting)
-        measurements.measure(settings, config, folder)
+        measurements.validation_loss(settings, config, folder)
         assert len(compiled) == (setting is True)
