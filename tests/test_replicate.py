@@ -123,6 +123,7 @@ COMMITTED = {  # results: their replicate.py command, without where the given re
     "muon_reference": (*GIVEN, *MUON),
     "depth/4": (*GIVEN, "--layers=2", HALVES),
     "depth/12": (*GIVEN, "--layers=6", HALVES),
+    "smollm2_cut": ("config/replicate_smollm2.py",),
 }
 
 

@@ -24,16 +24,18 @@ TEXTS = {"val_loss": "the validation text", "also_val_loss": "the second text"}
 ROOM = 1.5  # nats above the highest last loss that the figure shows
 
 
-def read_curves(folder: str) -> tuple[dict, float]:
-    """({(arm's name, seed): {column of TEXTS: [(tokens, loss)]}}, mean loss of the seeds' references).
+def read_curves(folder: str) -> tuple[dict, dict[str, float]]:
+    """({(arm's name, seed): {column of TEXTS: [(tokens, loss)]}}, {column: mean loss of the references}).
+
+    On the second text a reference is measured only where the arm `whole` goes on training it.
 
     Raises UserError when the folder has no row of a reference.
     """
-    curves, levels = {}, []
+    curves, levels = {}, {column: [] for column in TEXTS}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "logs", "seed_*", "*", "row.json"))):
         row = read_json(path)
         if row["arm"] == "reference":
-            levels.append(row["curve_loss"])
+            levels["val_loss"].append(row["curve_loss"])
             continue
         own, before = {column: [] for column in TEXTS}, 0
         for log in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*", "log.csv"))):
@@ -42,10 +44,12 @@ def read_curves(folder: str) -> tuple[dict, float]:
                 points += [(before + int(r["tokens"]), float(r[column])) for r in rows if r.get(column)]
             before += int(rows[-1]["tokens"])  # an arm may consist of several runs
         curves[row["arm"], row["seed"]] = own
-    if not levels:
+        if find_arm(row["arm"]).base == "whole":
+            levels["also_val_loss"] += [loss for tokens, loss in own["also_val_loss"] if tokens == 0]
+    if not levels["val_loss"]:
         raise UserError(f"{folder}/logs has no row of a reference: run replicate.py first")
     by_last_loss = sorted(curves.items(), key=lambda item: item[1]["val_loss"][-1][1])
-    return dict(by_last_loss), statistics.fmean(levels)
+    return dict(by_last_loss), {column: statistics.fmean(found) for column, found in levels.items() if found}
 
 
 def label_of(arm: str, seed: int) -> str:
@@ -53,7 +57,7 @@ def label_of(arm: str, seed: int) -> str:
     return find_arm(arm).label + (f", seed {seed}" if seed > 1 else "")
 
 
-def plot_curves(path: str, curves: dict, level: float) -> None:
+def plot_curves(path: str, curves: dict, levels: dict[str, float]) -> None:
     """Plot a panel for each text, a line for each arm; the dotted line is the reference's loss."""
     texts = [column for column in TEXTS if any(own[column] for own in curves.values())]
     figure, places = plt.subplots(1, len(texts), figsize=(6.5 * len(texts), 6), squeeze=False)
@@ -64,9 +68,10 @@ def plot_curves(path: str, curves: dict, level: float) -> None:
             style = {"color": colours[i % len(colours)], "marker": "o", "markersize": 3}
             axes.plot(*zip(*points, strict=True), label=f"{label_of(*key)}: {points[-1][1]:.3f}", **style)
         last = [points[-1][1] for _, points in shown]
-        if column == "val_loss":
-            axes.axhline(level, **LEVEL, label=f"the whole reference: {level:.3f}")
-            last.append(level)
+        if column in levels:
+            axes.axhline(levels[column], **LEVEL, label=f"the whole reference: {levels[column]:.3f}")
+            last.append(levels[column])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylim(min(last) - 0.1, max(last) + ROOM)
         finish_axes(axes, xlabel="training tokens", ylabel="loss (nats/token)", title=f"on {TEXTS[column]}")
     save_figure(figure, path)
@@ -92,9 +97,9 @@ def main(argv=None):
     parser = Parser(description="Plot loss over training tokens for every arm of a comparison.")
     parser.add_argument("folder", help="a folder that replicate.py wrote, such as results/smollm2_cut")
     folder = parser.parse_args(argv).folder
-    curves, level = read_curves(folder)
+    curves, levels = read_curves(folder)
     path = os.path.join(folder, "tokens.png")
-    plot_curves(path, curves, level)
+    plot_curves(path, curves, levels)
     for column, text in TEXTS.items():
         if any(own[column] for own in curves.values()):
             print(f"On {text}:\n\n{loss_table(curves, column)}\n")

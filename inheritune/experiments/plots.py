@@ -125,7 +125,8 @@ def plot_comparison(path: str, arms: dict, curves: dict, title: str) -> None:
         if arm.base in COLOURS:
             style = {"color": COLOURS[arm.base], "label": arm.label}
         left.plot(*lines[arm][:2], **style)
-    zoom_loss_axis(left, [mean[-1] for _, mean, *_ in lines.values()] or [0.0], above=2.2)  # for the legend
+    finals = [curve_level(arms), *(mean[-1] for _, mean, *_ in lines.values())]
+    zoom_loss_axis(left, finals, above=2.2)  # room for the legend
     left.axhline(curve_level(arms), **LEVEL, label="the reference at its end")
     ylabel = f"{LOSS}, mean over seeds"
     finish_axes(left, xlabel="training FLOPs of the arm's own stages", ylabel=ylabel)
