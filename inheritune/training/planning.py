@@ -248,13 +248,9 @@ def read_data(settings: TrainSettings) -> tuple[dict, str, int]:
     run's part)."""
     theirs = read_meta(settings.dataset)["tokenizer"]
     tokenizer = {"tokenizer": theirs["name"], "n_vocab": theirs["n_vocab"], "eot": theirs["eot"]}
-    return tokenizer, identity(settings.dataset), part_tokens(settings)
-
-
-def part_tokens(settings: TrainSettings) -> int:
-    """Tokens in a run's part of the training stream."""
     length = len(Tokens(settings.dataset, "train"))
-    return int(length * settings.data_end) - int(length * settings.data_start)
+    tokens = int(length * settings.data_end) - int(length * settings.data_start)
+    return tokenizer, identity(settings.dataset), tokens
 
 
 def is_from_settings(settings: TrainSettings, explicit: frozenset) -> bool:
