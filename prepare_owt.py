@@ -3,8 +3,9 @@
     python prepare_owt.py                                   # from the Hugging Face hub into data/openwebtext
     python prepare_owt.py --data_files owt/*.parquet        # from files that you have
 
-Documents keep the order of the corpus, each followed by an end-of-text id. Needs 18 GB for the result and,
-from the hub, 54 GB for its cache (HF_HOME says where). Killed anywhere, it goes on when started again.
+Documents keep the order of the corpus, each followed by an end-of-text id. Needs 18 GB for the result, as
+much again while its parts are joined, and from the hub 54 GB for its cache (HF_HOME says where). Killed
+anywhere, it goes on when started again.
 
 nanoGPT's own preparation of the whole corpus comes to 9,035,582,198 tokens for training and 4,434,897 for
 validation, in 8,013,769 documents together.
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from inheritune.base.errors import UserError, one_line
-from inheritune.data.sources import Source, hub_parser, open_files, open_hub
+from inheritune.data.sources import Source, check_hub_flags, hub_parser, open_files, open_hub
 from inheritune.data.text_files import Piece
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
@@ -58,7 +59,9 @@ def hold_out(pieces: Iterator[Piece], held_out: np.ndarray) -> Iterator[Piece]:
 @one_line
 def main(argv=None):
     """Command line: OpenWebText, from the hub or from local files, into a data folder."""
-    args = hub_parser(__doc__, "data/openwebtext", DATASET).parse_args(argv)
+    parser = hub_parser(__doc__, "data/openwebtext", DATASET)
+    args = parser.parse_args(argv)
+    check_hub_flags(parser, args)
     tokenizer = load_tokenizer(args.tokenizer)
     files = args.data_files
     source = open_files(files, None, None, "", args.out) if files else load(args.dataset)

@@ -130,7 +130,7 @@ def test_hub_path_equals_files(tmp_path, texts, monkeypatch):
     os.rename(tmp_path / "a.parquet", tmp_path / "hub" / "a.parquet")
     for script, flags in (
         (prepare_owt, []),
-        (prepare_fineweb, ["--name", "default", "--shard_tokens", "30000"]),
+        (prepare_fineweb, ["--shard_tokens", "30000"]),
     ):
         metas = []
         for flag, path in (("--data_files", "a.jsonl"), ("--dataset", "hub")):
@@ -301,6 +301,46 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
 PEAK = "r.getrusage(r.RUSAGE_SELF).ru_maxrss"
 
 
+def test_an_error_after_the_folder_is_finished_takes_nothing_away(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    argv = [str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "summary", lambda splits: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(SystemExit, match="No space left"):
+            prepare.main(argv)
+    prepare.main(argv)
+    assert "finished" in capsys.readouterr().out
+    check_meta(tmp_path / "out")
+
+
+def test_splits_and_bytes_with_a_models_tokenizer(tmp_path):
+    """Validation begins with a document, whose first token may be a part of a character. The blank that a
+    tokenizer puts before a text is none of its bytes."""
+    rows = {"whole": [f"日本語 text number {i}" for i in range(10)], "blank": ["abcd"] * 100}
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = tokenizers.decoders.ByteLevel()
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    whole.model = tokenizers.models.BPE({c: i for i, c in enumerate([*letters, "<eos>"])}, [])
+    blank = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(["▁", *"abcd", "<eos>"])}, [])
+    )
+    blank.normalizer = tokenizers.normalizers.Prepend("▁")
+    blank.decoder = tokenizers.decoders.Metaspace()
+    for name, tokenizer in (("whole", whole), ("blank", blank)):
+        folder = tmp_path / name
+        folder.mkdir()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+        text = "".join(json.dumps({"text": row}) + "\n" for row in rows[name])
+        (folder / "a.jsonl").write_text(text)
+        prepare.main([f"{folder}/a.jsonl", "--tokenizer", str(folder), "--out", f"{folder}/out"])
+        splits = read_json(folder / "out/meta.json")["splits"]
+        n, size = len(rows[name]), len(rows[name][0].encode())
+        assert [splits[s]["documents"] for s in ("train", "val")] == [n - n // 10, n // 10]
+        assert [splits[s]["bytes"] for s in ("train", "val")] == [(n - n // 10) * size, n // 10 * size]
+
+
 def test_large_ids_take_uint32(tmp_path):
     vocab = {str(i): i for i in range(70_000)} | {"<eos>": 70_000}
     numbers = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="0"))
@@ -340,6 +380,8 @@ WRONG = [  # besides those in bad_input.txt and in tests/data/test_sources.py
     (LOCAL, "body.parquet --out o --text_column n", "'n' holds a int, not text"),
     (LOCAL, "good.jsonl ./good.jsonl --out o", "good.jsonl is given twice"),
     (LOCAL, "full --out full/data", "--out full/data lies in full, which is read"),
+    (FINEWEB, "--data_files full --name x --out o", "--name has no effect with --data_files"),
+    (OWT, "--data_files full --dataset x --out o", "--dataset has no effect with --data_files"),
     (FINEWEB, "--data_files full --out ./full", "--out ./full lies in full, which is read"),
     (LOCAL, "none --out o", "none holds no .txt"),
     (LOCAL, "one.jsonl --out o", "too little text to part"),

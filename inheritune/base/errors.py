@@ -91,12 +91,12 @@ def signals_handled(numbers: Sequence[int], handler: Callable):
 class Output:
     """A text stream to which printing never fails.
 
-    A character that the terminal cannot encode becomes an escape (\\x.. or \\u....). When the reader has left
-    (`train.py | head`), the rest goes nowhere, and the run goes on.
+    A character that the terminal cannot encode becomes an escape (\\x.. or \\u....). When the reader
+    (`train.py | head`) or the terminal has gone, the rest goes nowhere, and the run goes on.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115  (None: `train.py >&-`)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -112,7 +112,9 @@ class Output:
     def unless_left(self, call, *arguments):
         try:
             return call(*arguments)
-        except BrokenPipeError:
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
@@ -137,7 +139,7 @@ def error_line(e: UserError | OSError) -> str:
     if isinstance(e, UserError):
         return str(e)
     where = f" ({e.filename})" if e.filename else ""
-    if isinstance(e, FileExistsError) and os.path.islink(e.filename):
+    if isinstance(e, FileExistsError) and os.path.islink(e.filename) and not os.path.exists(e.filename):
         return f"{e.filename} is a link to {os.readlink(e.filename)}, which is gone: make that folder first"
     cure = f": {CURES[e.errno]} and run the same command again" if e.errno in CURES else ""
     return f"{e.strerror or e}{where}; nothing written before is damaged{cure}"

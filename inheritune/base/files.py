@@ -46,6 +46,17 @@ def replacing(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True  # somebody else's
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[str]:
     """Yields a temporary folder beside `path`, to be filled with files that are fsynced. At the end it is
@@ -56,10 +67,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[str]:
     if os.path.lexists(path):
         raise UserError(f"{path} exists already; choose another --out, or delete it first")
     os.makedirs(parent, exist_ok=True)
-    for left in glob.glob(glob.escape(os.path.join(parent, f".{name}.")) + "*.tmp"):  # by a kill
-        with deleting(left):
-            shutil.rmtree(left)
-    temporary = os.path.join(parent, f".{name}.{os.getpid()}.tmp")
+    prefix = os.path.join(parent, f".{name}.")
+    for left in glob.glob(glob.escape(prefix) + "*.tmp"):
+        pid = left.removeprefix(prefix).removesuffix(".tmp")
+        if pid.isdecimal() and not is_running(int(pid)):  # it was killed
+            with deleting(left):
+                shutil.rmtree(left)
+    temporary = f"{prefix}{os.getpid()}.tmp"
     try:
         os.mkdir(temporary)
         yield temporary
@@ -105,7 +119,7 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         ours = os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path))
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):  # locked, or just unlocked and deleted
         ours = False
     except OSError as e:
         print(f"{folder}: cannot be locked ({e.strerror}); make sure yourself that no other run uses it")

@@ -29,7 +29,7 @@ def external_bins(folder: str, split: str, dtype: str | None) -> list[Bin]:
 
     Raises UserError where there are none, or one is not what its header, its metadata or its ids say.
     """
-    names = sorted(os.listdir(folder))
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     found = [name for name in names if re.fullmatch(rf"(.*_)?{split}(_\d+)?\.bin", name)]
     if not found and split in ("train", "val"):
         found = [name for name in names if name.endswith(".ds")]

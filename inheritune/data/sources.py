@@ -132,7 +132,8 @@ def find_files(path: str, split: str) -> dict[str, list[str]]:
         else:
             names.append(name)
     found = {split: names}
-    if split == "train" and any(HELD_OUT.search(os.path.relpath(name, folder)) for name in names):
+    held_out = any(HELD_OUT.search(os.path.relpath(name, folder)) for name in names)
+    if split == "train" and (held_out or card_names_files(folder)):
         splits = hub_splits(folder, names)
         found = {"train": splits.pop("train"), "val": splits.pop("validation", [])}
         left |= {f"of the split {name}": len(paths) for name, paths in splits.items()}
@@ -168,6 +169,16 @@ def files_under(folder: str, skip: tuple = ()) -> Iterator[str]:
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
         folders[:] = [f for f in folders if is_new(os.path.join(here, f))]
         yield from (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def card_names_files(folder: str) -> bool:
+    """Whether the card of a data set in the hub's layout says which files are which split."""
+    path = os.path.join(folder, "README.md")
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as f:
+        head = f.read(1 << 16)
+    return head.startswith("---") and "data_files:" in head[3:].partition("\n---")[0]
 
 
 def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
@@ -212,6 +223,13 @@ def hub_parser(description: str, out: str, dataset: str) -> Parser:
     parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZERS)
     parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     return parser
+
+
+def check_hub_flags(parser: Parser, args) -> None:
+    """Raise UserError for flags of a hub dataset beside --data_files, which they do not touch."""
+    for name in ("dataset", "name"):
+        if args.data_files and getattr(args, name, None) != parser.get_default(name):
+            raise UserError(f"--{name} has no effect with --data_files: leave it out")
 
 
 def open_hub(dataset: str, streaming: bool, **options) -> Source:

@@ -32,13 +32,15 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ARROW = (".parquet", ".arrow")  # compressed by the format itself
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+MAGIC |= {bytes((0x50 + i, 0x2A, 0x4D, 0x18)): "zstd" for i in range(16)}  # pzstd's, a frame to skip
 BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
 POINTER = (
     b"version https://git-lfs"  # first bytes of the pointer that Git LFS leaves in place of a large file
 )
 PIECE = 1 << 17  # characters of a text file held at a time
 MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
-READ_ERRORS = (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException)  # of a broken file
+# of a broken file; KeyError: two columns of one name
+READ_ERRORS = (OSError, ValueError, KeyError, RecursionError, csv.Error, pyarrow.ArrowException)
 csv.field_size_limit(sys.maxsize)
 
 
@@ -117,7 +119,9 @@ def open_bytes(file: File) -> tuple:
 def check_column(column: str, names: Iterable[str], where: str) -> None:
     if column not in names:
         names = ", ".join(map(str, names))
-        raise UserError(f"{where}: no column {column!r} among {names}; choose with --text_column")
+        raise UserError(
+            f"{where}: no column {column!r} among {names}; choose with --text_column of prepare.py"
+        )
 
 
 def unreadable(path: str, where: str, error: Exception) -> UserError:
@@ -173,7 +177,7 @@ def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
         text += block
         if pattern:
             *documents, text = pattern.split(text)
-            if documents:
+            if documents := [d for i, d in enumerate(documents) if d or (continues and not i)]:
                 yield Piece(documents, continues, True, share)
                 continues = False
         end = len(text) - 2 * len(split_on)  # what follows may begin a `split_on`
@@ -252,7 +256,12 @@ def arrow_rows(raw: pyarrow.OSFile, file: File, column: str) -> Iterator[tuple]:
         # One group at a time: asked for all at once, Arrow keeps the buffers of each until the last is read.
         options = {"columns": [column], "use_threads": False}
         batches = (batch for g in groups for batch in table.iter_batches(256, row_groups=[g], **options))
+    elif raw.read(6) == b"ARROW1":  # a file of Arrow's (Feather), where `datasets` writes streams
+        raw.seek(0)
+        table = pyarrow.ipc.open_file(raw)
+        names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
     else:
+        raw.seek(0)
         batches = pyarrow.ipc.open_stream(raw)
         names = batches.schema.names
     check_column(column, names, file.path)

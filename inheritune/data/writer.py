@@ -82,12 +82,11 @@ def write_tokens(
             if spelled := sum(part["spelled"] for part in parts):
                 marker = tokenizer.end_of_text
                 what = f"the text holds {marker} {spelled:,} times, which is ordinary text here"
-                cure = (
-                    f"if it separates documents, prepare again with --split_on '{marker}' and another --out"
-                )
-                print(f"note: {what}; {cure}")
+                cure = f"; if it separates documents of text files, prepare with --split_on '{marker}'"
+                print(f"note: {what}{cure if script == 'prepare.py' else ''}")
         except BaseException:
-            if add_up(progress["files"])["tokens"] < size:  # not one whole part to go on with
+            has_part = add_up(progress["files"])["tokens"] >= size  # a whole one to go on with
+            if not has_part and not os.path.exists(os.path.join(out, "meta.json")):
                 clear(out, WRITTEN)
             raise
 
@@ -223,7 +222,11 @@ def split_validation(
     begins = first + 1 + np.flatnonzero(ids[first : min(place + reach, len(ids) - 1)] == eot)
     if len(begins):
         place = int(begins[np.abs(begins - place).argmin()])
-    while 0 < place < len(ids) and begins_inside_character(tokenizer.decode_bytes([ids[place]])):
+    while (
+        not len(begins)
+        and 0 < place < len(ids)
+        and begins_inside_character(tokenizer.decode_bytes([ids[place]]))
+    ):
         place += 1
     if not 0 < place < len(ids) - 1:
         raise UserError(f"{out}: too little text to part into training and validation; give more")
@@ -236,8 +239,10 @@ def split_validation(
     val = {"tokens": len(ids) - place, "documents": 0, "bytes": 0}
     for start in range(place, len(ids), 1 << 20):  # a piece at a time, as decoding takes lists
         piece = np.asarray(ids[start : start + (1 << 20)])
-        val["documents"] += int((piece == eot).sum())
-        val["bytes"] += len(tokenizer.decode_bytes(piece[piece != eot].tolist()))
+        ends_here = np.flatnonzero(piece == eot)
+        val["documents"] += len(ends_here)
+        for text in np.split(piece, ends_here):  # each alone: some tokenizers put a blank before a text
+            val["bytes"] += len(tokenizer.decode_bytes(text[text != eot].tolist()))
     train = {key: whole[key] - val[key] for key in COUNTS}
     cut = {"tokens": len(ends), "documents": len(ends), "bytes": 0}
     return [{"file": "train.bin"} | add_up([train, cut]), {"file": "val.bin"} | val]
@@ -324,7 +329,8 @@ def finish(out: str, note: dict, shards: list[dict], tokenizer: Tokenizer) -> No
         ]
         splits[split] = add_up(own) | {"shards": own}
         if not splits[split]["tokens"]:
-            raise UserError(f"{out}: no text is left for {split}; give more text, or ask for smaller shards")
+            cure = "give more text, or ask for smaller shards and another --out"
+            raise UserError(f"{out}: no text is left for {split}; {cure}")
     for name, content in tokenizer.files.items():
         with replacing(os.path.join(out, name)) as f:
             f.write(content)

@@ -79,14 +79,23 @@ def test_a_folder_that_cannot_be_fsynced_will_do(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_made_where_a_kill_left_one_that_cannot_be_deleted(tmp_path, monkeypatch, capsys):
-    (tmp_path / ".a.1.tmp").mkdir()
+    (tmp_path / ".a.99999999.tmp").mkdir()
     denied = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(denied))
     with files.new_folder(tmp_path / "a"):
         pass
-    assert sorted(os.listdir(tmp_path)) == [".a.1.tmp", "a"]
-    left = f"{tmp_path}/.a.1.tmp cannot be deleted (Permission denied); delete it yourself\n"
+    assert sorted(os.listdir(tmp_path)) == [".a.99999999.tmp", "a"]
+    left = f"{tmp_path}/.a.99999999.tmp cannot be deleted (Permission denied); delete it yourself\n"
     assert capsys.readouterr().out == left
+
+
+def test_a_folder_that_another_process_is_making_stays(tmp_path):
+    """... under the same name or a longer one; what a killed process left goes."""
+    for left in (f".a.{os.getppid()}.tmp", ".a.b.99999999.tmp", ".a.99999999.tmp"):
+        (tmp_path / left).mkdir()
+    with files.new_folder(tmp_path / "a"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([f".a.{os.getppid()}.tmp", ".a.b.99999999.tmp", "a"])
 
 
 def test_a_folder_is_locked_until_its_process_is_gone(tmp_path):

@@ -30,6 +30,7 @@ def test_shards_of_llmc_and_modded_nanogpt(tmp_path):
     for i in (2, 1):
         write_llmc(tmp_path / f"fineweb_train_{i:06d}.bin", IDS[(i - 1) * 1000 : i * 1000])
     write_llmc(tmp_path / "fineweb_val_000000.bin", IDS[4000:])
+    (tmp_path / "._fineweb_train_000001.bin").write_bytes(b"a Mac's second file" * 9)
     assert (read_all(tmp_path, "train") == IDS[:2000]).all() and (
         read_all(tmp_path, "val") == IDS[4000:]
     ).all()

@@ -350,6 +350,34 @@ def test_tinystories_layout_follows_its_card(tmp_path):
     assert documents(tmp_path) == [("train", "train"), ("val", "validation")]
 
 
+def test_a_card_alone_says_which_files_are_for_validation(tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n"
+    card += "  - split: validation\n    path: b.jsonl\n---\n"
+    rows = {f"{name}.jsonl": json.dumps({"text": name}) for name in "ab"}
+    write(tmp_path, rows | {"README.md": card})
+    assert documents(tmp_path) == [("train", "a"), ("val", "b")]
+
+
+def test_forms_of_tables_that_other_tools_write(tmp_path):
+    """Arrow's files beside its streams, pzstd's frames, and two columns of one name, which are an error."""
+    rows = pyarrow.table({"text": TWO})
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as f, pyarrow.ipc.new_file(f, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=1)
+    assert texts(tmp_path / "a.arrow") == TWO
+    frame = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    (tmp_path / "b.txt.zst").write_bytes(frame + zstandard.compress(b"some text"))
+    assert texts(tmp_path / "b.txt.zst") == ["some text"]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet: cannot be read"):
+        texts(tmp_path / "c.parquet")
+
+
+def test_nothing_between_two_separators_is_no_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n\n\ntwo\n\n")
+    assert texts(tmp_path / "a.txt", split_on="\n\n") == ["one", "two"]
+
+
 def test_what_save_to_disk_wrote(tmp_path):
     data = datasets.Dataset.from_dict({"text": TWO})
     data.save_to_disk(tmp_path / "one")
