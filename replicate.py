@@ -91,6 +91,9 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         run = os.path.join(folder, "reference", "run")
         name = os.path.join(run, "latest")
         stage = stages.plan_reference(rep.reference_config, settings, explicit, run, **data)
+        if stage.settings.eval_tokens != settings.eval_tokens:
+            theirs = f"{rep.reference_config} validates on {stage.settings.eval_tokens:,} tokens"
+            raise UserError(f"{theirs}, the others on {settings.eval_tokens:,}: set eval_tokens")
     if rep.report and (kept := kept_reference(rep)):
         config, flops, layer_steps = kept
         stage = stage and dataclasses.replace(stage, config=config)

@@ -146,7 +146,8 @@ def main(argv=None):
     sys.stdout.write(args.prompt)
     rows = stream(steps, TextStream(tokenizer, ids), find_ends(folder, tokenizer), sys.stdout)
     for row in rows[1:]:
-        print(f"{'-' * 20}\n{args.prompt}{tokenizer.decode(row)}")
+        text = TextStream(tokenizer, ids)
+        print(f"{'-' * 20}\n{args.prompt}{''.join(map(text.add, row))}{text.end()}")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ def keep_best(run, val_loss):
     state = run.state
     best = math.inf if state.best_val_loss is None else state.best_val_loss
     if not val_loss < best:  # `not <` in place of `>=`: nan is never the best
+        if state.since_best + 1 >= (run.settings.stop_after_worse or math.inf):
+            save_checkpoint(run)  # before this validation counts, as a resumed run makes it again
         state.since_best += 1
         return
     save_checkpoint(run)

@@ -140,6 +140,14 @@ def test_onto_keeps_the_trained_blocks(finished, target, tmp_path):
         assert (start[name][:] == source[name][:]).all(), name
 
 
+def test_onto_in_a_context_shorter_than_the_references(finished, target, tmp_path):
+    recipe, out = write_recipe(
+        tmp_path, reference_config="", growth="onto", k_start=2, k_step=1, block_size=4
+    )
+    grow.main([recipe, f"--reference={finished[1]}/reference"])
+    assert open_config(checkpoint.find(f"{out}/final")).block_size == 4
+
+
 def test_any_decoder_as_the_reference(target, tmp_path):
     """A Llama of 4 blocks: rounds of 1 and 3 blocks in a shorter context, and a control from random init.
     Nobody knows the compute of its training, so there is no control for that."""

@@ -235,11 +235,21 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         (["--n_embd=32"], "n_embd is the reference's"),
         (["--batch_tokens=60"], "not a multiple of block_size"),
         (["--k_start=2"], "unknown argument '--k_start=2'"),
+        (["--arms=inheritune@:1"], "inheritune@: '' is no setting"),
     ],
 )
 def test_refusals(tmp_path, flags, message):
     said = refusal(replicate.main, [write_config(tmp_path), *flags])
     assert message in said and not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
+
+
+def test_all_losses_are_measured_on_the_same_tokens(tmp_path):
+    path = write_config(tmp_path)
+    text = (tmp_path / "c.py").read_text().replace("eval_tokens = 200\n", "")
+    (tmp_path / "c.py").write_text(text)
+    with open(tmp_path / "reference.py", "a") as f:
+        f.write("eval_tokens = 100\n")
+    assert "reference.py validates on 100 tokens, the others on" in refusal(replicate.main, [path])
 
 
 def test_train_points_to_replicate(tmp_path):

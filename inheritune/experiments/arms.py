@@ -189,6 +189,8 @@ def find_arm(name: str) -> Arm:
     """The Arm called `name`: inheritune@max_iters=500@optimizer=muon is Inheritune for 500 steps with Muon.
     Raises UserError."""
     base, *changes = name.split("@")
+    if wrong := [change for change in changes if change.partition("=")[0] in ("", "help")]:
+        raise UserError(f"arms: {name}: {wrong[0]!r} is no setting; write NAME@key=value")
     if base not in ARMS:
         raise UserError(f"arms: there is no arm {base!r}{nearest(base, ARMS)}; they are {', '.join(ARMS)}")
     settings, changed = parse((TrainSettings,), [f"--{change}" for change in changes], "")

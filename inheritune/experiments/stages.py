@@ -147,10 +147,10 @@ def plan_reference(path: str, settings: TrainSettings, explicit: frozenset, run:
     """
     own, keys = parse((TrainSettings,), [path], "")
     planned = dataclasses.replace(own, dataset=settings.dataset, dry_run=True)
-    config = planning.make_plan(planned, keys, world=1).config
+    plan = planning.make_plan(planned, keys, world=1)
     flags = {key: getattr(settings, key) for key in SHARED if key in explicit} | flags
     flags |= {"max_iters": own.max_iters, "batch_tokens": own.batch_tokens}
-    return Stage(run, config, flags, config_files=(path,))
+    return Stage(run, plan.config, flags, config_files=(path,), teacher=plan.teacher)
 
 
 def run_problems(stages: list[Stage]) -> list[str]:
@@ -199,8 +199,9 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
     if quiet:
         os.makedirs(os.path.dirname(stage.run), exist_ok=True)
         with open(stage.run + ".txt", "a+", encoding="utf-8") as f:
+            began = f.tell()  # earlier attempts stand before
             status = request.call(command, stdout=f, stderr=f)
-            f.seek(0)
+            f.seek(began)
             lines = [line.strip() for line in f if line.strip()]
         said = [line for line in lines if line.startswith("train.py: ")]  # torchrun prints lines of its own
         why = f"{(said or lines or ['no output'])[-1]}; see {stage.run}.txt"

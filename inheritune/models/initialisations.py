@@ -185,7 +185,8 @@ def grow_onto(
         raise UserError(f"there is nothing to add: the small model has {n} blocks, the reference {most}")
     if not n < k <= most:
         raise UserError(f"layers must be between {n + 1} and {most} to grow {n} blocks onto, not {k}")
-    ours, theirs = small_config.content(), config.with_blocks(list(range(n))).content()
+    same = dataclasses.replace(config.with_blocks(list(range(n))), block_size=small_config.block_size)
+    ours, theirs = small_config.content(), same.content()
     for key in sorted((ours.keys() | theirs.keys()).difference(EXCHANGEABLE)):
         if ours.get(key) != theirs.get(key):
             found = f"{key} is {ours.get(key)} in the small model and {theirs.get(key)} in the reference"

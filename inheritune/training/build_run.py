@@ -192,7 +192,7 @@ def restore(folder, module, optimizer, scaler):
     load_optimizer(folder, module, optimizer)
     saved = checkpoint.read_state(folder)
     try:
-        if scaler.is_enabled():
+        if scaler.is_enabled() and saved["scaler"] != {}:  # {}: so far trained in another number format
             scaler.load_state_dict(saved["scaler"])
     except (KeyError, RuntimeError, TypeError) as e:
         raise UserError(

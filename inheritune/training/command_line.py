@@ -87,7 +87,7 @@ def make_parser(fields: dict, description: str) -> Parser:
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # both spellings, once each
         options = {"nargs": "?", "const": "True"} if base is bool else {}
         options["metavar"] = "|".join(typing.get_args(base)) or base.__name__
-        default = "" if f.default is None else f" (default: {f.default})"
+        default = "" if f.default in (None, "") else f" (default: {f.default})"
         text = f.metadata["help"].replace("%", "%%") + default
         groups[heading].add_argument(*names, dest=f.name, help=text, **options)
     return parser

@@ -3,6 +3,8 @@
 Nothing here makes weights; bench/memory.py compares the memory with real steps.
 """
 
+from dataclasses import replace
+
 import torch
 
 from inheritune.models.open_model import Config
@@ -12,7 +14,9 @@ from model import CHUNKED_LOSS, LOSS_ROWS
 
 def flops_with_teacher(config: Config, teacher: Config | None = None) -> float:
     """FLOPs of a token in training, a teacher's forward pass among them: a third of training the teacher."""
-    return config.flops_per_token + (teacher.flops_per_token / 3 if teacher else 0)
+    if teacher is None:
+        return config.flops_per_token
+    return config.flops_per_token + replace(teacher, block_size=config.block_size).flops_per_token / 3
 
 
 def training_memory(

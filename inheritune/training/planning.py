@@ -363,7 +363,8 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     ]
     for name, (peak, gigabytes) in PEAKS.items():
         seconds, room = flops / (peak * 1e12 * ASSUMED_MFU), 0.9 * gigabytes
-        shard = "shard=True, or " if shared < room and not settings.shard else ""
+        can_shard = not settings.shard and settings.optimizer != "muon"
+        shard = "shard=True, or " if shared < room and can_shard else ""
         fits = (shared if settings.shard else whole) < room
         note = "" if fits else f"   does not fit {gigabytes} GB: {shard}lower batch_size"
         lines.append(f"  {name:22} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{note}")

@@ -168,6 +168,8 @@ def link(path: str, target: str) -> None:
     file that holds the target takes the link's place.
     """
     folder, name = os.path.split(path)
+    if os.path.isdir(path) and not os.path.islink(path):
+        raise UserError(f"{path} is a folder, but was a link to one (a copy without links?): delete it")
     temporary = os.path.join(folder, f".{name}.tmp")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)

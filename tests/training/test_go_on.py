@@ -140,6 +140,12 @@ def test_validations_without_a_new_best_end_a_run(data, tmp_path, monkeypatch):
     state = read_json(tmp_path / "a/latest/state.json")
     assert state["since_best"] == 2, "as each state, that before the validation at its step"
 
+    # stopped by it and continued, a run counts a validation once
+    train.main(arguments(data, tmp_path / "c", **options))
+    more = options | {"stop_after_worse": 4}
+    train.main(arguments(data, tmp_path / "c", **more, resume="auto"))
+    assert os.readlink(tmp_path / "c/best") == "step_00000016"
+
     # between two validations a run has no loss to end with: it goes on to the next one
     options |= {"save_interval": 1, "keep_last": 99}
     train.main(arguments(data, tmp_path / "b", **options | {"stop_after_worse": None}))
@@ -152,6 +158,16 @@ def test_validations_without_a_new_best_end_a_run(data, tmp_path, monkeypatch):
 
 
 # also_validate, W&B
+
+
+def test_a_run_goes_on_with_and_without_a_second_validation(data, tmp_path):
+    for name, first, then in (("a", data, ""), ("b", "", data)):
+        train.main(arguments(data, tmp_path / name, also_validate=first, max_iters=4, lr_decay_iters=8))
+        train.main(
+            arguments(data, tmp_path / name, also_validate=then, max_iters=8, lr_decay_iters=8, resume="auto")
+        )
+        losses = [row["also_val_loss"] for row in rows(tmp_path / name) if row["val_loss"]]
+        assert all(losses[:1]) == bool(first) and bool(losses[-1]) == bool(then)
 
 
 def test_a_second_validation_changes_nothing_and_is_the_loss_of_its_data(plain, data, tmp_path, capsys):

@@ -86,6 +86,13 @@ def test_a_link_changes_in_one_step(tmp_path, monkeypatch):
     assert os.readlink(tmp_path / "best") == "step_00000001"
 
 
+def test_a_copy_without_links_is_named(tmp_path):
+    (tmp_path / "best").mkdir()
+    with pytest.raises(UserError, match="was a link to one"):
+        checkpoint.link(f"{tmp_path}/best", "step_00000001")
+    assert os.listdir(tmp_path) == ["best"]
+
+
 def test_where_there_are_no_links_a_file_takes_their_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "symlink", raising(OSError(errno.EPROTO, "no links here")))
     for step in (1, 2):
