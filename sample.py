@@ -15,7 +15,7 @@ from inheritune.base.files import read_optional
 from inheritune.base.tokenizer_identity import has_tokenizer
 from inheritune.data.tokenizer import TextStream, Tokenizer, load_tokenizer
 from inheritune.models.open_model import Config, load_model, open_config
-from inheritune.training.device import pick, pick_dtype
+from inheritune.training.device import DTYPES, pick, pick_dtype
 from inheritune.weights import checkpoint
 
 # nanoGPT's flags
@@ -40,11 +40,10 @@ def make_parser() -> Parser:
     add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
     add("--seed", type=int, default=1337, help="of the draws")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
     dtype_help = (
         "of the weights; auto: 16 bits on CUDA and on CPUs with AMX (there faster for one sample only)"
     )
-    add("--dtype", default="auto", choices=dtypes, help=dtype_help)
+    add("--dtype", default="auto", choices=DTYPES, help=dtype_help)
     add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
     return parser
 

@@ -23,7 +23,7 @@ from inheritune.base.signals import ended_after
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.training.build_run import Run, build_run
 from inheritune.training.command_line import parse
-from inheritune.training.device import dtype_text, pick
+from inheritune.training.device import autocast, dtype_text, pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
 from inheritune.training.logs import TERMS
 from inheritune.training.losses import mean_loss, to_device
@@ -123,7 +123,7 @@ def train_step(run: Run) -> None:
 def forward(run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The losses of ids x with targets y, (B, T) each: (loss,), or with a teacher (loss, CE, KL)."""
     model, teacher = run.model, run.teacher
-    with torch.autocast(model.device.type, model.autocast, enabled=model.autocast != torch.float32):
+    with autocast(model.device, model.autocast):
         if teacher is None:
             return (model.forward(x, y),)
         # before the student's forward pass, so that their activations are not in memory together

@@ -58,15 +58,16 @@ def head_starts(folder: str) -> list[tuple[int, int, float, float, float | None]
 def plot_seed(path: str, folder: str, found, seed: int) -> None:
     """Plot both arms' final losses of one seed over the steps, an arrow for each head start."""
     figure, axes = plt.subplots(figsize=(8, 5))
-    for base in ("random", "inheritune"):
-        points = sorted(final_losses(folder, base)[seed].items())
+    losses = {base: final_losses(folder, base)[seed] for base in ("random", "inheritune")}
+    for base, lengths in losses.items():
+        points = sorted(lengths.items())
         axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[base], label=ARMS[base].label)
     for _, n, _, loss, needed in (row for row in found if row[0] == seed and row[-1]):
         axes.annotate("", (needed, loss), (n, loss), arrowprops={"arrowstyle": "->", "color": BLACK})
         above = {"textcoords": "offset points", "xytext": (6, 3), "fontsize": 8}
         axes.annotate(f"{needed - n:,.0f} steps", (n, loss), **above)
     axes.set_xscale("log")
-    ticks = sorted({n for base in ("random", "inheritune") for n in final_losses(folder, base)[seed]})
+    ticks = sorted(set().union(*losses.values()))
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks], minor=False)
     axes.set_xticks([], minor=True)
     xlabel = "steps of the run (each point is a run of its own)"

@@ -34,9 +34,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 MAGIC |= {bytes((0x50 + i, 0x2A, 0x4D, 0x18)): "zstd" for i in range(16)}  # pzstd's, a frame to skip
 BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
-POINTER = (
-    b"version https://git-lfs"  # first bytes of the pointer that Git LFS leaves in place of a large file
-)
+POINTER = b"version https://git-lfs"  # how the pointer begins that Git LFS leaves in place of a large file
 PIECE = 1 << 17  # characters of a text file held at a time
 MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
 # of a broken file; KeyError: two columns of one name

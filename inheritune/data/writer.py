@@ -222,12 +222,9 @@ def split_validation(
     begins = first + 1 + np.flatnonzero(ids[first : min(place + reach, len(ids) - 1)] == eot)
     if len(begins):
         place = int(begins[np.abs(begins - place).argmin()])
-    while (
-        not len(begins)
-        and 0 < place < len(ids)
-        and begins_inside_character(tokenizer.decode_bytes([ids[place]]))
-    ):
-        place += 1
+    else:  # inside a document, but not inside a character
+        while 0 < place < len(ids) and begins_inside_character(tokenizer.decode_bytes([ids[place]])):
+            place += 1
     if not 0 < place < len(ids) - 1:
         raise UserError(f"{out}: too little text to part into training and validation; give more")
 

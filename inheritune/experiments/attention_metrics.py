@@ -22,6 +22,7 @@ from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
 from inheritune.models.hf_decoder import recorded
 from inheritune.models.open_model import load_model, open_config
+from inheritune.training.device import autocast
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
@@ -150,11 +151,11 @@ def skip_losses(
     T, device = idx.size(1), next(model.parameters()).device
     blocks = list(range(model.config.n_layer)) if blocks is None else blocks
     n = len(blocks)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     model.eval()
     sums = torch.zeros(n + 1).double()  # the last one is the complete model
     rows = max(1, LOGITS // (T * model.config.vocab_size))
-    with autocast, tqdm(total=len(idx) * (n + 1), desc=title, unit="loss", disable=title is None) as bar:
+    progress = tqdm(total=len(idx) * (n + 1), desc=title, unit="loss", disable=title is None)
+    with autocast(device, dtype), progress as bar:
         for part, y in zip(idx.to(device).split(rows), targets.to(device).split(rows), strict=True):
             with recorded(model.blocks) as calls:
                 sums[n] += model(part, y).cpu().double() * y.numel()

@@ -151,8 +151,7 @@ def measure_arm(settings, rep, c, stages) -> tuple[dict, Config]:
         curve_loss, ranks_before = validation_loss(settings, config, folder), None
     val_loss = curve_loss
     if rep.final_tokens:
-        val_loss = validation_loss(
-            dataclasses.replace(settings, eval_tokens=rep.final_tokens), config, folder
-        )
+        final = dataclasses.replace(settings, eval_tokens=rep.final_tokens)
+        val_loss = validation_loss(final, config, folder)
     found = {"val_loss": val_loss, "curve_loss": curve_loss, "ranks_before": ranks_before}
     return found | {"ranks_after": max_ranks(settings, lambda: load_model(folder))}, config

@@ -9,6 +9,8 @@ import torch
 
 from inheritune.base.errors import UserError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # the values of --dtype: see pick_dtype
+
 # Peaks of dense matrix products in bf16 (V100, T4: fp16) with sums in fp32, in TFLOP/s; and memory in GB. The
 # numbers are from the makers' data sheets. find_card says which one a device is.
 PEAKS = {
@@ -75,6 +77,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which models compute in `dtype`; fp32 is no autocast."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def has_matrix_units() -> bool:

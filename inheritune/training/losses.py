@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from inheritune.data.reader import ValData
 from inheritune.models.open_model import Model
+from inheritune.training.device import autocast
 from inheritune.training.distributed import Ranks
 from inheritune.training.settings import TrainSettings
 from model import pad_vocab
@@ -34,7 +35,7 @@ def total_nats(
         # In the last turn some ranks have no group left. They run the last one once more, because FSDP needs
         # the same number of forward passes on every rank.
         idx, targets = to_device(data.batch(min(g, data.n_groups - 1)), device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             loss = model(idx, targets)
         losses.append(loss)
         sizes.append(targets.numel())
@@ -72,7 +73,7 @@ class Teacher:
     def logits(self, idx: Tensor) -> Tensor:
         """Logits (B, T, vocab_size) of ids idx (B, T)."""
         # an autocast of its own: a sharded student runs without
-        with torch.autocast(idx.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(idx.device, self.dtype):
             return self.model(idx)
 
     def loss(self, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
