@@ -4,6 +4,7 @@ The windows are CHOICE_WINDOWS of 100 tokens of the training split, the same for
 influence of a block is 1 − cosine of its input and output, averaged over tokens (ShortGPT, arXiv 2403.03853).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -76,10 +77,11 @@ def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
 def choice_flops(rule: str, config: Config, k: int) -> float:
     """FLOPs of choosing by a rule: one forward pass over the windows. `greedy` makes one for each block
     that it removes, and for each loss one over the blocks after the one left out."""
+    config = dataclasses.replace(config, block_size=min(metrics.LENGTH, config.block_size))
     n = config.n_layer
     depths = [n]  # of the passes: blocks that run
     if rule == "greedy":
         depths = [depth for blocks in range(n, k, -1) for depth in (blocks, *range(blocks))]
-    tokens = CHOICE_WINDOWS * min(metrics.LENGTH, config.block_size)
+    tokens = CHOICE_WINDOWS * config.block_size
     whole, without_one = config.flops_per_token, config.with_blocks(list(range(n - 1))).flops_per_token
     return tokens * sum(whole - (n - depth) * (whole - without_one) for depth in depths) / 3

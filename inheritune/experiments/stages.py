@@ -159,7 +159,8 @@ def run_problems(stages: list[Stage]) -> list[str]:
     for stage in stages:
         s, config = stage.settings, stage.config
         problems += planning.settings_problems(s) + planning.recompute_problems(s, config)
-        noting(problems, planning.split_batch, s.batch_tokens, config.block_size, s.batch_size, 1)
+        world = gpus_of(stage) or 1
+        noting(problems, planning.split_batch, s.batch_tokens, config.block_size, s.batch_size, world)
     return list(dict.fromkeys(problems))
 
 
@@ -169,13 +170,18 @@ def stage_text(stage: Stage) -> str:
     return f"{shape} for {stage.steps:,} steps, {stage.flops:.3g} FLOPs"
 
 
+def gpus_of(stage: Stage) -> int:
+    """How many GPUs a stage is trained on: all that there are, or none."""
+    return torch.cuda.device_count() if stage.flags.get("device", "auto") in ("auto", "cuda") else 0
+
+
 def train_command(stage: Stage) -> list[str]:
     """The command line of train.py that begins or continues a stage, under torchrun with several GPUs."""
     start = {"init_from": stage.start_folder} if stage.start_options else {}
     flags = stage.flags | start | {"out_dir": stage.run, "resume": "auto"}
     command = [sys.executable, os.path.join(ROOT, "train.py"), *stage.config_files]
     command += [f"--{key}={value}" for key, value in flags.items()]
-    gpus = torch.cuda.device_count() if flags.get("device", "auto") in ("auto", "cuda") else 0
+    gpus = gpus_of(stage)
     if gpus > 1:  # needs a GPU
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         command[:0] = ["env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"]  # time to save, where torch knows it

@@ -29,6 +29,7 @@ def training_memory(
     compiled: bool = False,
     teacher: Config | None = None,
     ranks: int = 1,
+    muon: bool = False,
 ) -> dict[str, float]:
     """{name: bytes} on one device at the fullest moment of a step. The allocator's overhead is not counted.
 
@@ -39,6 +40,7 @@ def training_memory(
     half: whether autocast computes in 16 bits
     shards: over how many ranks the model is sharded
     ranks: over how many ranks DDP trains it
+    muon: whether Muon trains the blocks, with one moment for each parameter; AdamW has two
     """
     n_params, act = config.num_params, 2 if half else 4
     rows = micro_batch * config.block_size
@@ -50,7 +52,7 @@ def training_memory(
     if shards > 1:
         copies = act * (embedding + 2 * config.block_params)
     weights = 4 * n_params / shards + copies
-    moments = 8 * n_params / shards  # AdamW's two
+    moments = (8 * n_params - (4 * config.n_layer * config.block_params if muon else 0)) / shards
     gradients = 4 * n_params / shards
 
     # When the loss is taken: activations and logits, and gradients if there was a backward pass before. The

@@ -384,6 +384,7 @@ def run_memory(plan: Plan, settings: TrainSettings, shards: int) -> dict[str, fl
         compiled=is_compiled(s.compile, device),
         teacher=plan.teacher,
         ranks=plan.world if shards == 1 else 1,
+        muon=s.optimizer == "muon",
     )
 
 

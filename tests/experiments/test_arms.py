@@ -4,6 +4,7 @@ import csv
 import os
 
 import pytest
+import torch
 
 from inheritune.base.errors import UserError
 from inheritune.experiments.arms import ARMS, find_arm, impossible, parse_arms, settings_hash
@@ -128,10 +129,14 @@ def test_every_arm_keeps_its_hash(monkeypatch):
     assert set(ARMS) <= made | set(hashes) | {"unseen"}, "a new arm: name its hash here"
 
 
-def test_wrong_settings_of_any_stage_are_found_before_training(tmp_path):
+def test_wrong_settings_of_any_stage_are_found_before_training(tmp_path, monkeypatch):
     c = common_of(write_config(tmp_path))
     (problem,) = run_problems(find_arm("random@min_lr=1").stages(c) * 2)
     assert "min_lr 1 is above learning_rate 0.01" in problem
     (problem,) = run_problems(find_arm("kd@batch_tokens=60").stages(c))
     assert "not a multiple of block_size" in problem
     assert run_problems([s for name in ARMS for s in find_arm(name).stages(c)]) == []
+    c.flags["device"] = "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    (problem,) = run_problems(find_arm("random").stages(c))
+    assert "block_size × ranks = 8 × 7" in problem

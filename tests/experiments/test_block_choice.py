@@ -3,6 +3,7 @@
 pytest tests/experiments/test_block_choice.py
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -92,3 +93,5 @@ def test_the_choice_is_made_on_training_data_and_has_a_cost(tmp_path, monkeypatc
     assert choice_flops("greedy", config, 2) == pytest.approx(
         sum(one[d] for d in (4, 0, 1, 2, 3, 3, 0, 1, 2))
     )
+    longer, window = (dataclasses.replace(config, limit=1000, block_size=T) for T in (500, 100))
+    assert choice_flops("greedy", longer, 2) == choice_flops("greedy", window, 2), "windows have 100 tokens"

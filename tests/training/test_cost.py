@@ -73,6 +73,8 @@ def test_the_estimate_counts_what_is_compiled_the_teacher_and_ranks():
     assert total(c, 5, 1, half=False, compiled=True) == 12 * n + kept + 4 * logits, "all logits, no chunks"
     assert total(c, 5, 1, half=True, compiled=True) == 14 * n + kept16 + 2 * logits
     assert total(c, 5, 1, half=False, ranks=2) == total(c, 5, 2, half=False)
+    moments = training_memory(c, 5, 1, half=False, muon=True)["moments"]
+    assert moments == 4 * (12 * 2 * 32 * 32 + 2 * 2 * 32) + 8 * (1000 + 64 + 1) * 32, "of the blocks one"
     for half, compiled, each in (
         *((False, False, 32), (True, False, 28)),
         *((False, True, 12), (True, True, 8)),
