@@ -14,7 +14,7 @@ import sample
 from inheritune.data.tokenizer import TextStream, bytes_tokenizer, load_tokenizer
 from inheritune.models.open_model import load_model
 from model import GPT
-from tests.data.test_tokenizer import bpe
+from tests.data.test_tokenizer import bpe, llama_like
 from tests.other_models import build
 from tests.tiny import tiny_model, write_checkpoint, write_model
 
@@ -82,6 +82,18 @@ def test_each_row_ends_at_its_own_end(capsys):
     steps = [torch.tensor(ids) for ids in ([97, 99], [98, 2], [256, 100], [101, 101])]
     rows = sample.stream(iter(steps), TextStream(load_tokenizer("bytes")), {2, 256}, sys.stdout)
     assert rows == [[97, 98], [99]] and capsys.readouterr().out == "ab\n"
+
+
+def test_all_samples_read_alike_also_with_blanks_that_belong_to_words(tmp_path, capsys):
+    tokenizer, folder = llama_like(tmp_path / "tokenizer"), tmp_path / "model"
+    n_vocab = load_tokenizer(tokenizer).n_vocab
+    folder.mkdir()
+    model = tiny_model(n_vocab=n_vocab, vocab_size=n_vocab, tokenizer="tokenizer.json", eot=0)
+    write_model(str(folder), model, tokenizer_from=tokenizer)
+    flags = ["--prompt=a word", "--max_new_tokens=9", "--temperature=0", "--num_samples=3"]
+    sample.main(["--ckpt", str(folder), *flags])
+    first, *others = [text.strip("\n") for text in capsys.readouterr().out.split("-" * 20)]
+    assert others == [first, first] and first.startswith("a word")
 
 
 @pytest.fixture(params=["llama", "gemma2"])

@@ -14,6 +14,7 @@ import pytest
 
 from inheritune.base.errors import (
     STOP_SIGNALS,
+    Output,
     Parser,
     Stopped,
     UserError,
@@ -97,6 +98,16 @@ def test_a_reader_that_leaves_ends_no_command(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 a line\n", "")
     assert (tmp_path / "end").exists()
+
+
+def test_a_terminal_that_goes_away_or_a_closed_output_ends_no_command():
+    master, terminal = os.openpty()
+    with open(terminal, "w") as stream:
+        os.close(master)
+        output = Output(stream)
+        print("a line\n" * 3, file=output, flush=True)  # the terminal's error is EIO
+        print("another", file=output, flush=True)
+    print("a line", file=Output(None), flush=True)  # as Python gives it for `command >&-`
 
 
 def test_home_is_expanded_or_missed_by_name(monkeypatch):

@@ -47,10 +47,15 @@ def test_failed_stage_is_one_line(tmp_path, quiet):
             return 1
 
     stage = Stage(str(tmp_path / "x"), tiny_config(), {"max_iters": 1, "batch_tokens": 1024})
+    (tmp_path / "x.txt").write_text("train.py: an older failure\n")
     with pytest.raises(UserError) as error:
         run_stage(stage, Failing(), quiet)
     why = f"train.py: val has 5 tokens; see {stage.run}.txt" if quiet else "see above"
     assert f"training {stage.run} did not finish ({why}); run the same command again" in str(error.value)
+    if quiet:
+        Failing.call = lambda self, command, stdout, stderr: stdout.write("Killed\n")
+        with pytest.raises(UserError, match=r"\(Killed; see"):
+            run_stage(stage, Failing(), quiet)
 
 
 def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypatch):

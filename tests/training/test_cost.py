@@ -7,7 +7,7 @@ import torch
 
 import train
 from inheritune.training import cost
-from inheritune.training.cost import training_memory
+from inheritune.training.cost import flops_with_teacher, training_memory
 from model import GPT
 from tests.tiny import tiny_config
 
@@ -28,6 +28,12 @@ def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
     assert cost.mfu(1000.0, 3e6, device, 2) is None
     monkeypatch.setattr(cost, "peak_flops", lambda device: 1e12)
     assert cost.mfu(1000.0, 3e6, device, 2) == pytest.approx(1000 * 3e6 / 2e12)
+
+
+def test_a_teachers_forward_pass_costs_a_third_in_the_students_context():
+    config, teacher = tiny_config(block_size=16), tiny_config(n_layer=5, block_size=64)
+    read = tiny_config(n_layer=5, block_size=16).flops_per_token
+    assert flops_with_teacher(config, teacher) == pytest.approx(config.flops_per_token + read / 3)
 
 
 def total(*arguments, **named):

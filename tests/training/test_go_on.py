@@ -10,10 +10,12 @@ import sys
 import threading
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train
 from inheritune.base.files import read_json, write_json
+from inheritune.training import build_run
 from inheritune.training.command_line import parse
 from inheritune.training.planning import same_rates
 from inheritune.training.schedule import learning_rate
@@ -69,6 +71,13 @@ def test_the_change_is_written_down_once(plain, data, tmp_path, capsys):
     train.main(arguments(data, out, **options))
     assert contents(out) == whole and read_json(out / "latest/state.json")["changes"] == changes
     assert "changes" not in (cut(plain, tmp_path / "b", 12) / "latest/README.md").read_text()
+
+
+def test_a_run_without_a_loss_scaler_goes_on_with_one(plain, monkeypatch):
+    monkeypatch.setattr(build_run, "load_optimizer", lambda *arguments: None)
+    scaler = torch.amp.GradScaler("cpu")  # of float16; the run so far has none
+    before, folder = scaler.state_dict(), checkpoint.find(plain, prefer="latest")
+    assert build_run.restore(folder, None, None, scaler).step > 0 and scaler.state_dict() == before
 
 
 def test_only_rates_can_be_changed(plain, data):
