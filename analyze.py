@@ -4,7 +4,7 @@
 
 For every layer and head: rank, mass, entropy and sink of its attention matrices, averaged over random windows
 of the validation split. A layer is lazy when every head has rank 1 on every window (MaxRank = 1). For every
-layer: how far the block turns the hidden states, how long they are then, and the loss without the block. A
+layer: its block influence, the norm of its output, and the loss without the block. A
 model without attention matrices gets only these.
 """
 
@@ -93,7 +93,7 @@ def table(found: dict) -> str:
         part = f"{found['loss_sequences']} of the windows"
         lines.append(f"loss of the whole model on {part}: {found['loss']:.4f}")
     blocks, reason = found["suggestion"]["blocks"], found["suggestion"]["reason"]
-    lines.append(f"inherit.py --layers auto takes blocks {', '.join(map(str, blocks))}: {reason}")
+    lines.append(f"to inherit: blocks {', '.join(map(str, blocks))}, {reason}")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from inheritune.weights.checkpoint import find
 LOSS_ROWS = 512  # rows of logits that are in memory at once in the chunked fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
 # attention kernels of sampling on GPUs: torch would take cuDNN's on Hopper, which plans anew for every length
-ONE_TOKEN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SAMPLING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GREEDY = 1e-6  # a temperature below this takes the likeliest id, as logits divided by it could overflow
 
 
@@ -51,7 +51,7 @@ class GPTConfig:
 
     # What follows is asked of every model: see inheritune/models/open_model.py.
     warning = ""  # what a reader of config.json must know
-    recomputes = ("none", "cheap", "full")  # the values of checkpoint_activations
+    recompute_choices = ("none", "cheap", "full")  # the values of checkpoint_activations
     has_parts = True  # recipes know attention, MLP, LayerNorms and heads by their names
     block_prefix = "transformer.h."  # parameters of block 3 begin with "transformer.h.3."
 
@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # One query sees all keys. Several begin at position 0 (GPT.hidden checks it), under a causal mask.
+        # One query sees all keys. Several begin at position 0 (GPT.hidden checks it) and need a causal mask.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1, scale=self.scale
         )  # (B, nh, T, hs)
@@ -343,7 +343,7 @@ def continue_ids(read, idx, max_new_tokens, config, *options) -> Iterator[torch.
     for _ in range(max_new_tokens):
         if idx.size(1) > limit:
             idx, cache = idx[:, -max(1, limit // 2) :], None
-        with sdpa_kernel(ONE_TOKEN):
+        with sdpa_kernel(SAMPLING_KERNELS):
             logits, cache = read(idx if cache is None else idx[:, -1:], cache)
         token = next_token(logits.float()[:, : config.n_vocab], *options)
         token = torch.where(done, eot, token)
@@ -376,7 +376,7 @@ def keep_products(ctx, op, *args, **kwargs):
     """The policy of recompute="cheap": keep what matrix products and attention return, recompute the rest.
 
     It does not keep the last product (4C → C), which no gradient in the block needs, nor attention with
-    dropout: a block redraws the random numbers of all its dropouts, or of none.
+    dropout: the block draws all its random numbers again, in order, and may skip none.
     """
     aten = torch.ops.aten
     if op in (aten.mm.default, aten.addmm.default):
@@ -424,7 +424,7 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
             before = ordered.cumsum(dim=-1) - ordered  # mass of likelier ids; 0 for the first, so it stays
             probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
         # Drawn on the CPU, which gives the same ids for the same probabilities and, unlike Apple GPUs, has
-        # float64: fp32 sums over 50,000 ids are too coarse. (torch.multinomial draws a number for each id.)
+        # float64: fp32 sums over 50,000 ids are too coarse. (torch.multinomial would draw one for each id.)
         cdf = probs.cpu().double().cumsum(dim=-1)  # (B, V); ends at what top_p left of 1
         u = torch.rand(len(probs), 1, generator=generator).double() * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True)[:, 0]  # right: never an id of probability 0

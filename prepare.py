@@ -1,6 +1,6 @@
-"""Turn text into the token files that train.py reads: your files, or the text in every Python.
+"""Turn text into the token files that train.py reads: your files, or Python's own code and docs.
 
-    python prepare.py                                  # the text inside Python, 12 MB as bytes -> data/python
+    python prepare.py                                  # Python's code and docs, 12 MB as bytes -> data/python
     python prepare.py book.txt notes/ --out data/mine  # your text in GPT-2's vocabulary
 
 Kill a run anywhere and start it again: it goes on, and the result is the same to the last bit
@@ -21,7 +21,7 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     kinds = f"text files ({' '.join(TEXT)}), each one document; tables ({' '.join(TABLES)}), each row one"
-    others = "folders of them; text, JSON and CSV also as .gz and .zst. Without PATH: the text inside Python"
+    others = "folders of them; text, JSON and CSV also as .gz and .zst. Without PATH: Python's code and docs"
     add("sources", nargs="*", metavar="PATH", help=f"{kinds}; {others}")
     add("--out", help="folder to write (default without PATH: data/python)")
     add("--tokenizer", help=f"{TOKENIZERS} (default: gpt2; without PATH bytes)")
@@ -38,7 +38,7 @@ def make_parser() -> Parser:
 
 @one_line
 def main(argv=None):
-    """Command line: files of text, or the text inside Python, into a data folder."""
+    """Command line: files of text, or Python's own code and docs, into a data folder."""
     args = make_parser().parse_args(argv)
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
@@ -54,7 +54,7 @@ def main(argv=None):
     if source.has_val and args.val_fraction:
         raise UserError("--val_fraction has no effect where validation text is given: leave it out")
     fraction = None if source.has_val else args.val_fraction or 0.1
-    source.arguments["val_fraction"] = fraction  # a part of what the folder holds, as are the files
+    source.arguments["val_fraction"] = fraction  # decides what the folder holds, as the files do
     tokenizer = load_tokenizer(args.tokenizer or ("gpt2" if args.sources else "bytes"))
     write_tokens(args.out or "data/python", "prepare.py", source, tokenizer, args.num_proc, fraction)
 

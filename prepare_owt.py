@@ -48,8 +48,8 @@ def validation_documents(n: int) -> np.ndarray:
 
 
 def hold_out(pieces: Iterator[Piece], held_out: np.ndarray) -> Iterator[Piece]:
-    """Yield the pieces, those of the documents numbered in `held_out` as validation text. Without split_on
-    each piece holds one text."""
+    """Yield the pieces; held_out[i] says whether document i is validation text. Without split_on each piece
+    holds one text."""
     document = 0
     for piece in pieces:
         yield piece._replace(split="val" if held_out[document] else "train")

@@ -57,10 +57,10 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: f
 
     explicit: the keys of settings that the user has set
     """
-    decided = explicit & set(FIXED) - {"out_dir", "dry_run", "dataset"}
-    problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in decided]
-    fixed = explicit & set(ARCHITECTURE) - ({"block_size"} if rep.reference else set())
-    problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in fixed - decided]
+    of_arms = explicit & set(FIXED) - {"out_dir", "dry_run", "dataset"}
+    problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in of_arms]
+    of_reference = explicit & set(ARCHITECTURE) - of_arms - ({"block_size"} if rep.reference else set())
+    problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in of_reference]
     if bool(rep.reference) == bool(rep.reference_config):
         problems.append("set one of reference_config (to train references) and reference (to take one)")
     raise_all(problems)

@@ -88,7 +88,7 @@ def find_ends(folder: str, tokenizer: Tokenizer) -> set[int]:
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a prompt. Special tokens spelled out in it are their ids.
 
-    They follow the beginning-of-text of tokenizers that have one, such as Llama's. Where nothing else stands,
+    A beginning-of-text comes first where the tokenizer has one, as Llama's does. Where nothing else stands,
     the ids are a lone end-of-text: every document of the corpus follows one.
     """
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))

@@ -54,9 +54,9 @@ def fit(run: Run) -> float:
         run.recorder.report(state.step, state.row, val_losses)
         val_loss = val_losses.get("val_loss")
         reached = None not in (s.stop_at_val_loss, val_loss) and val_loss <= s.stop_at_val_loss
-        if val_loss is not None and (state.step > 0 or reached):
-            keep_best(run, val_loss)
-        worse = val_loss is not None and state.since_best >= (s.stop_after_worse or math.inf)
+        # an untrained model is saved, and can be the best one, only if it ends the run
+        is_candidate = val_loss is not None and (state.step > 0 or reached)
+        worse = is_candidate and keep_best(run, val_loss)
         if last or reached or worse:
             save_checkpoint(run)
             wait_for_checkpoint(run)
@@ -123,7 +123,7 @@ def train_step(run: Run) -> None:
 def forward(run: Run, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The losses of ids x with targets y, (B, T) each: (loss,), or with a teacher (loss, CE, KL)."""
     model, teacher = run.model, run.teacher
-    with autocast(model.device, model.autocast):
+    with autocast(model.device, model.autocast_dtype):
         if teacher is None:
             return (model.forward(x, y),)
         # before the student's forward pass, so that their activations are not in memory together
@@ -142,7 +142,7 @@ def validate(run: Run) -> dict[str, float]:
         return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
 
     with model.validating() as local_forward:
-        options = run.ranks, device, model.autocast, any_rank_is_asked
+        options = run.ranks, device, model.autocast_dtype, any_rank_is_asked
         losses = {name: mean_loss(local_forward, data, *options) for name, data in run.val.items()}
     run.recorder.validated(time.perf_counter() - began)
     if None in losses.values():
@@ -160,7 +160,7 @@ def save_checkpoint(run: Run) -> None:
         return
     wait_for_checkpoint(run)
     saver.step = state.step
-    copies = saver.copies if run.ranks.is_first else None  # reused; the others only help to gather
+    copies = saver.copies if run.ranks.is_first else None  # reused; other ranks only help to gather
     parameters, optimizer = snapshot(run.model.module, run.optimizer, copies)
     if not run.ranks.is_first:
         return
@@ -188,19 +188,22 @@ def wait_for_checkpoint(run: Run) -> None:
 
 
 def keep_best(run, val_loss):
-    """If this validation loss is below all earlier ones, save this step, and let `best` point at it."""
+    """If this validation loss is below all earlier ones, save this step, and let `best` point at it. Returns
+    whether stop_after_worse ends the run here."""
     state = run.state
     best = math.inf if state.best_val_loss is None else state.best_val_loss
-    if not val_loss < best:  # `not <` in place of `>=`: nan is never the best
-        if state.since_best + 1 >= (run.settings.stop_after_worse or math.inf):
-            save_checkpoint(run)  # before this validation counts, as a resumed run makes it again
-        state.since_best += 1
-        return
-    save_checkpoint(run)
-    state.best_val_loss, state.best_step, state.since_best = val_loss, state.step, 0
-    if run.ranks.is_first:
-        link, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
-        run.saver.start(functools.partial(checkpoint.link, link, name))
+    if val_loss < best:  # never true of nan
+        save_checkpoint(run)
+        state.best_val_loss, state.best_step, state.since_best = val_loss, state.step, 0
+        if run.ranks.is_first:
+            link, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
+            run.saver.start(functools.partial(checkpoint.link, link, name))
+        return False
+    worse = state.since_best + 1 >= (run.settings.stop_after_worse or math.inf)
+    if worse:
+        save_checkpoint(run)  # this validation not counted: a resumed run repeats it
+    state.since_best += 1
+    return worse
 
 
 def stop(run):

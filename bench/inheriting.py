@@ -23,7 +23,7 @@ import torch
 import inherit
 from inheritune.base.files import write_json
 from inheritune.weights import gpt2_format
-from inheritune.weights.tensors import Lazy, write_tensors
+from inheritune.weights.tensors import LazyTensor, write_tensors
 from model import GPTConfig
 
 
@@ -38,7 +38,7 @@ def make_source(folder):
 
     def repeated(shape):
         row = math.prod(shape[1:])
-        return Lazy(shape, noise.dtype, lambda a, b: noise[: (b - a) * row].view(b - a, *shape[1:]))
+        return LazyTensor(shape, noise.dtype, lambda a, b: noise[: (b - a) * row].view(b - a, *shape[1:]))
 
     os.mkdir(folder)
     write_json(os.path.join(folder, "config.json"), gpt2_format.config_json(config))

@@ -46,7 +46,7 @@ def examine_bin(path: str, dtype: str | None) -> Bin:
     if os.path.exists(path.removesuffix(".bin") + ".idx"):
         raise UserError(f"{path} is Megatron's (.bin and .idx), which is not read: prepare its text again")
     size, begin = os.path.getsize(path), np.fromfile(path, "<u2", 1 << 16)
-    magic, version, count = [*begin[:6].view("<i4").tolist(), 0, 0, 0][:3] if len(begin) > 5 else (0, 0, 0)
+    magic, version, count = begin[:6].view("<i4").tolist() if len(begin) > 5 else (0, 0, 0)
     if magic in (LLMC_MAGIC, LLAMA3_MAGIC):
         if magic == LLAMA3_MAGIC or version != 1 or size != HEADER + 2 * count:
             said = f"version {version}, {count:,} tokens"

@@ -93,7 +93,7 @@ class TrainData:
             raise UserError(f"{folder}: {what} of block_size + 1 = {block_size + 1}: {cure}")
 
     def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> torch.Tensor:
-        """Windows (count/world, block_size + 1) int32: of `count` samples numbers rank, rank + world, …"""
+        """Windows (count/world, block_size + 1) int32: rank 1 of 4 gets samples 1, 5, 9, … of `count`."""
         samples = first_sample + np.arange(rank, count, world)
         return self.tokens.windows(order(samples, self.n_windows, self.seed), self.block_size, self.first)
 
@@ -127,7 +127,7 @@ class ValData:
 
 
 class OpenFile(io.FileIO):
-    """A file to read from, which its last reference closes without a warning."""
+    """A file that closes itself, without a warning, when nothing uses it any more."""
 
     def __del__(self):
         self.close()

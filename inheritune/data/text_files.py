@@ -37,7 +37,7 @@ BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
 POINTER = b"version https://git-lfs"  # how the pointer begins that Git LFS leaves in place of a large file
 PIECE = 1 << 17  # characters of a text file held at a time
 MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
-# of a broken file; KeyError: two columns of one name
+# of a broken file; KeyError: two columns share a name
 READ_ERRORS = (OSError, ValueError, KeyError, RecursionError, csv.Error, pyarrow.ArrowException)
 csv.field_size_limit(sys.maxsize)
 
@@ -178,7 +178,7 @@ def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
             if documents := [d for i, d in enumerate(documents) if d or (continues and not i)]:
                 yield Piece(documents, continues, True, share)
                 continues = False
-        end = len(text) - 2 * len(split_on)  # what follows may begin a `split_on`
+        end = len(text) - 2 * len(split_on)  # a separator, whose line ends may be CRLF, may begin after this
         if end >= PIECE // 2:
             used = last_cut(text, end)
             yield Piece([text[:used]], continues, False, share)

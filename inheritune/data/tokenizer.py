@@ -238,7 +238,7 @@ class HuggingFace(Tokenizer):
         places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self.bos_ids = whole[: next(places, 0)]
         if is_gpt2(self.tokenizer, self.eot):
-            self.name, self.n_vocab = "gpt2", 50257  # no text holds the added special tokens
+            self.name, self.n_vocab = "gpt2", 50257  # texts never give added special tokens
             return
         digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
         self.name, self.sha256, self.n_vocab = TOKENIZER_FILE, digest, self.n_ids

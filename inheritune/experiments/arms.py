@@ -34,9 +34,9 @@ class ArmEntry:
     """A line of ARMS: what all variants of an arm have in common."""
 
     label: str  # in tables and legends
-    stages: Callable[[Common, str], list[Stage]]  # (common, the arm's folder in it) → its stages
+    stages: Callable[[Common, str], list[Stage]]  # (common, the arm's folder) → its stages
     from_reference: bool = True  # whether it starts or learns from the reference
-    longer_than: str = ""  # the arm that this one only trains for more steps
+    longer_than: str = ""  # this arm is that one, trained for more steps
 
 
 # How stages are made. folder: the arm's; run: the run folder of an arm with one stage, FOLDER/run.
@@ -127,11 +127,11 @@ ARMS = {
     "first_plus_last": k_blocks("first k-1 and the last", recipe="first_plus_last"),
     "ends": k_blocks("first and last half of k", recipe="ends"),
     "influence": k_blocks("highest block influence", choose="influence"),
-    "consecutive": k_blocks("without the consecutive blocks that turn least", choose="consecutive"),
+    "consecutive": k_blocks("without the consecutive blocks that do least", choose="consecutive"),
     "greedy": k_blocks("greedy by loss", choose="greedy"),
-    # what the reference's own training on the same tokens gives
+    # a control: what more training does to the reference
     "whole": one_run(
-        "the whole reference, trained on", lambda c, run: c.inherited(run, layers=c.config.n_layer)
+        "the whole reference, trained further", lambda c, run: c.inherited(run, layers=c.config.n_layer)
     ),
     "kd": one_run("distillation", lambda c, run: distilled(c, c.random(run))),
     "kd_inherit": one_run(

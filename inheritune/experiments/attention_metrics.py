@@ -26,7 +26,7 @@ from inheritune.training.device import autocast
 
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
-ELEMENTS = 1 << 22  # of attention matrices in memory at once, or one window's: tens of MB at length 100
+ELEMENTS = 1 << 22  # of attention matrices in memory at once, at least one window's: tens of MB at length 100
 LOGITS = 1 << 26  # of a forward pass for the loss without a block
 REST = 1e-3  # rounding may take this much from a row's sum of 1; a learned sink takes more
 TOLERANCE = 1e-6  # relative: a share this close below its threshold has reached it
@@ -190,7 +190,7 @@ def replaced(blocks, forward: Callable) -> Iterator[None]:
 
 
 def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:
-    """(blocks, reason): which k blocks to inherit (default: half), given how far each turns its input.
+    """(blocks, reason): which k blocks to inherit (default: half), by the block influence of each.
 
     The paper announces such a choice without making it, and starts from half of the blocks. This is the half
     of highest influence, the measure that best predicts the loss without a block (results/smollm2; ShortGPT,

@@ -1,4 +1,4 @@
-"""Which k blocks of a reference to keep, measured on the data that the arms train on: the rules.
+"""Rules that choose which k blocks of a reference to keep, measured on the arms' training data.
 
 The windows are CHOICE_WINDOWS of 100 tokens of the training split, the same for every arm and seed. The
 influence of a block is 1 − cosine of its input and output, averaged over tokens (ShortGPT, arXiv 2403.03853).
@@ -33,11 +33,11 @@ def without_consecutive(model, idx: Tensor, targets: Tensor, k: int) -> list[int
     n = model.config.n_layer
     stream = [x for _, x in model.attention_steps(idx)]  # n + 1 of (N, T, C)
     removed = n - k
-    turned = [
+    distances = [
         (1 - F.cosine_similarity(stream[i], stream[i + removed], dim=-1)).mean().item()
         for i in range(max(1, k - LAST_KEPT + 1))
     ]
-    first = turned.index(min(turned))
+    first = distances.index(min(distances))
     return [*range(first), *range(first + removed, n)]
 
 
@@ -75,8 +75,8 @@ def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
 
 
 def choice_flops(rule: str, config: Config, k: int) -> float:
-    """FLOPs of choosing by a rule: one forward pass over the windows. `greedy` makes one for each block
-    that it removes, and for each loss one over the blocks after the one left out."""
+    """FLOPs of choosing by a rule: of a forward pass over the windows. `greedy` makes, for each block that it
+    removes, one pass over all m blocks left, and one over each of the last m - 1, m - 2, …, 0."""
     config = dataclasses.replace(config, block_size=min(metrics.LENGTH, config.block_size))
     n = config.n_layer
     depths = [n]  # of the passes: blocks that run
@@ -84,4 +84,6 @@ def choice_flops(rule: str, config: Config, k: int) -> float:
         depths = [depth for blocks in range(n, k, -1) for depth in (blocks, *range(blocks))]
     tokens = CHOICE_WINDOWS * config.block_size
     whole, without_one = config.flops_per_token, config.with_blocks(list(range(n - 1))).flops_per_token
-    return tokens * sum(whole - (n - depth) * (whole - without_one) for depth in depths) / 3
+    return (
+        tokens * sum(whole - (n - depth) * (whole - without_one) for depth in depths) / 3
+    )  # forward: a third of training

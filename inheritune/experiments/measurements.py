@@ -60,7 +60,7 @@ def validation_loss(settings: TrainSettings, config: Config, folder: str) -> flo
     windows, compiled or not, in the same number format. Nothing stays on the device, as the training that
     comes next is another process.
 
-    config: of the model whose context the windows have.
+    config: its block_size is the windows' length.
     """
     device, ranks = machine.pick(settings.device), Ranks()
     torch.set_float32_matmul_precision("high")

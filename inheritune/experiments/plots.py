@@ -174,7 +174,7 @@ def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str
 
 def compute_panels(arms: dict, curves: dict) -> dict:
     """{optimizer: arms to show}: the best variants of reference, random init, Inheritune and `ends`, and the
-    best of all arms that start from the reference. An optimizer of no such arm has no panel."""
+    best of all arms that start from the reference. A second optimizer gets a panel if it has such an arm."""
     panels = {}
     for optimizer in dict.fromkeys(arm.changes.get("optimizer") for arm in arms):
         shown = [

@@ -171,8 +171,8 @@ def stage_text(stage: Stage) -> str:
 
 
 def gpus_of(stage: Stage) -> int:
-    """How many GPUs a stage is trained on: all that there are, or none."""
-    return torch.cuda.device_count() if stage.flags.get("device", "auto") in ("auto", "cuda") else 0
+    """How many GPUs torchrun gets for a stage: all, or none for the CPU and a card named by number."""
+    return torch.cuda.device_count() if stage.settings.device in ("auto", "cuda") else 0
 
 
 def train_command(stage: Stage) -> list[str]:

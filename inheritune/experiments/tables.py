@@ -86,14 +86,12 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | Non
     schedule may differ. The variant with most seeds wins, as means over different seeds cannot be compared;
     among those, the lowest mean loss. Returns None if there is no such variant.
     """
-    wanted = {"optimizer": optimizer, "max_iters": steps}
     found = []
     for arm, rows in arms.items():
         name, asked = base_and_steps(arm, rows)
-        # arm.changes: {"max_iters": 500}
-        others = {key: value for key, value in arm.changes.items() if key not in SCHEDULE}
-        # any other change must be one that is wanted
-        if name == base and dict.fromkeys(wanted) | others | {"max_iters": asked} == wanted:
+        # arm.changes: {"max_iters": 500, "optimizer": "muon"}; no other change than the optimizer may remain
+        others = {k: v for k, v in arm.changes.items() if k not in SCHEDULE | {"max_iters"}}
+        if name == base and asked == steps and others == ({"optimizer": optimizer} if optimizer else {}):
             found.append(arm)
     return min(found, key=lambda arm: most_seeds_first(arms[arm]), default=None)
 
@@ -103,13 +101,13 @@ def most_seeds_first(rows: list[dict]) -> tuple:
     return -len(rows), mean_val_loss(rows)
 
 
-def loss_difference(arms: dict, arm: Arm, base: str, any_length=False) -> str:
+def loss_difference(arms: dict, arm: Arm, base: str, usual_steps=False) -> str:
     """An arm's loss minus that of `base`, as text; '' if there is no such arm.
 
-    `base` was trained with the same optimizer for the same number of steps; any_length: for the
+    `base` was trained with the same optimizer for the same number of steps; usual_steps: for the
     experiment's usual number of steps.
     """
-    steps = None if any_length else arm.changes.get("max_iters")
+    steps = None if usual_steps else arm.changes.get("max_iters")
     other = best_variant(arms, base, arm.changes.get("optimizer"), steps)
     return "" if arm.base == base or other is None else with_error(paired(arms[arm], arms[other]), "+")
 
@@ -141,7 +139,7 @@ def comparison_table(arms: dict[Arm, list[dict]], left_out: dict[str, str]) -> s
             f"{found[0]['params']:,}",
             str(len(found)),
             with_error([r["val_loss"] for r in found]),
-            loss_difference(arms, arm, "reference", any_length=True),
+            loss_difference(arms, arm, "reference", usual_steps=True),
             loss_difference(arms, arm, "random"),
             loss_difference(arms, arm, "inheritune"),
             *(average([r[key] for r in found], form) for key, form in forms.items()),

@@ -26,7 +26,7 @@ from inheritune.models.meta_model import (
     skeleton,
     stored_shapes,
     transformers_config,
-    transformers_errors,
+    using_transformers,
 )
 
 DEPTHS = "num_hidden_layers", "n_layer", "num_layers", "n_layers"  # keys for the depth; some configs have two
@@ -42,7 +42,7 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
     n = c.num_hidden_layers
     check_blocks(blocks, n)
     depth = {key: len(blocks) for key in DEPTHS if content.get(key) == n} or {DEPTHS[0]: len(blocks)}
-    with transformers_errors() as transformers:
+    with using_transformers() as transformers:
         general = transformers.PreTrainedConfig().to_dict().keys() | {"architectures"}
     own = {key: v for key, v in c.to_dict().items() if key not in (general | depth.keys())}
     lists = {key: cut for key, v in own.items() if (cut := cut_list(v, n, blocks)) is not None}
@@ -52,7 +52,7 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
         raise UserError(f"its blocks share results ({shared[0]}): only the first ones can be taken")
 
     reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
-    # last try: let a block's copy of a per-block list differ (GPT-Neo)
+    # last try: ignore lists that each block copies whole (GPT-Neo)
     for change, lists_may_differ in [*itertools.product(changes, [False]), ({}, True)]:
         wanted = lists | change
         new = add_computed(content | depth, wanted)
@@ -136,9 +136,12 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
     if not lists or computed(new) in (lists, None):
         return new, ""
     source, alone = json.dumps(content), computed(new)
-    for key in [k for k, v in new.items() if type(v) is int and k not in DEPTHS]:
-        if all(computed(new | {key: new[key] + d}) in (alone, None) for d in (1, -1)):
-            continue  # no list is computed from this number
+
+    def decides_a_list(key):
+        return any(computed(new | {key: new[key] + d}) not in (alone, None) for d in (1, -1))
+
+    numbers = [key for key, value in new.items() if type(value) is int and key not in DEPTHS]
+    for key in filter(decides_a_list, numbers):
         other = new | {key: sum(i < new[key] for i in blocks)}
         if computed(other) != lists:
             del other[key]

@@ -32,10 +32,10 @@ from inheritune.models.meta_model import (
     stored_form,
     stored_shapes,
     transformers_config,
-    transformers_errors,
+    using_transformers,
 )
 from inheritune.weights.gpt2_format import CONFIG, check_weights, read_tokenizer_fields, stored_tensors
-from inheritune.weights.tensors import Lazy, copy_rows, row_chunks
+from inheritune.weights.tensors import LazyTensor, copy_rows, row_chunks
 from model import continue_ids, cross_entropy
 
 BLOCK_SIZE = 1024  # block_size of a run, unless the model has room for fewer or the user sets it
@@ -61,7 +61,7 @@ class DecoderConfig:
     dropout: float = 0.0
     warning: str = dataclasses.field(default="", compare=False)  # what readers of a cut config.json must know
 
-    recomputes = ("none", "full")  # the values of checkpoint_activations
+    recompute_choices = ("none", "full")  # the values of checkpoint_activations
     scratch_settings = None  # train.py has none for it: only config.json describes it
     has_parts = False  # what its blocks consist of differs from model to model
     scale_attn_by_inverse_layer_idx = False
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         own = own_tensors(self.theirs)
         if state.keys() != own.keys():  # the folder's form is not the model's: transformers converts it
             whole = {name: tensor[:].float() for name, tensor in state.items()}
-            with transformers_errors(source):
+            with using_transformers(source):
                 c = transformers_config(self.config.source)
                 state = own_tensors(type(self.theirs).from_pretrained(None, config=c, state_dict=whole))
         with torch.no_grad():
@@ -257,6 +257,18 @@ class Decoder(nn.Module):
         options = temperature, top_k, top_p, generator
         yield from continue_ids(read, idx, max_new_tokens, self.config, *options)
 
+    def run_recorded(self, idx: Tensor, eager: bool) -> tuple:
+        """(what transformers' model returns for ids idx, each block's (input, output)). Only eager attention
+        returns its matrices."""
+        usual = self.theirs.config._attn_implementation
+        try:
+            if eager:
+                self.theirs.set_attn_implementation("eager")
+            with recorded(self.blocks) as calls:
+                return self.theirs(input_ids=idx, use_cache=False, output_attentions=eager), calls
+        finally:
+            self.theirs.set_attn_implementation(usual)
+
     def attention_steps(self, idx: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield (None, what enters block 0 (B, T, C)), then for each block (its attention matrices
         (B, nh, T, T), its output). All are in memory at once.
@@ -264,17 +276,10 @@ class Decoder(nn.Module):
         The matrices are None unless every block has one for each of n_head heads. Raises UserError when the
         output of a block is not what enters the next one.
         """
-        usual = self.theirs.config._attn_implementation
-        try:
-            self.theirs.set_attn_implementation("eager")
-            with recorded(self.blocks) as calls:
-                result = self.theirs(input_ids=idx, use_cache=False, output_attentions=True)
-        finally:
-            self.theirs.set_attn_implementation(usual)
-        # Falcon's blocks, for one, cannot change their implementation once they are built
+        result, calls = self.run_recorded(idx, eager=True)
+        # blocks such as Falcon's cannot switch to eager attention and go wrong: run them as they were built
         if not torch.allclose(result.logits[:1], self(idx[:1]), 1e-3, 1e-3):
-            with recorded(self.blocks) as calls:
-                result = self.theirs(input_ids=idx, use_cache=False)
+            result, calls = self.run_recorded(idx, eager=False)
         (B, T), n = idx.shape, self.config.n_layer
         inputs = [x for x, _ in calls]
         outputs = [output[0] if isinstance(output, (tuple, list)) else output for _, output in calls]
@@ -313,7 +318,7 @@ def recomputed(forward: Callable, *args, **kwargs):
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def read_decoder(folder: str, config: DecoderConfig) -> dict[str, Lazy]:
+def read_decoder(folder: str, config: DecoderConfig) -> dict[str, LazyTensor]:
     """The state dict of a folder, checked against `config`: names and shapes as transformers stores them.
 
     A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. Left out are a copy of a tied
@@ -348,7 +353,7 @@ def probe(model: nn.Module, vocab_size: int) -> bool:
     for a model whose logits depend on later tokens: it is not causal, so its loss would mean nothing.
     """
     idx = torch.arange(8).remainder(vocab_size)[None]
-    with transformers_errors():
+    with using_transformers():
         logits = model(input_ids=idx, use_cache=False).logits
         changed = model(input_ids=idx.index_fill(1, torch.tensor(7), vocab_size - 1), use_cache=False).logits
     if logits.shape != (1, 8, vocab_size) or not torch.allclose(logits[:, :7], changed[:, :7], 1e-3, 1e-4):

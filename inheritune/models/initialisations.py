@@ -20,7 +20,7 @@ from inheritune.models.open_model import Config, model_class, open_config, open_
 from inheritune.weights.checkpoint import LINEAGE, files_beside, new_lineage
 from inheritune.weights.gpt2_format import CONFIG, shapes, write_model
 from inheritune.weights.model_card import write_card
-from inheritune.weights.tensors import Lazy
+from inheritune.weights.tensors import LazyTensor
 
 
 def alternate(n: int, k: int) -> list[int]:
@@ -46,7 +46,7 @@ BLOCKS: dict[str, Callable[[int, int], list[int]]] = {
     "random": lambda n, k: [],
 }
 RECIPES = tuple(BLOCKS)
-# {what is taken of each block: how its tensors' names begin, inside the block}
+# {part: prefixes of its tensors' names inside a block}; attn+mlp is the paper's name for all
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
 WTE = "transformer.wte.weight"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of config.json copied from the source
@@ -216,7 +216,7 @@ def assemble(outside: Mapping, blocks: list[tuple[Mapping, int]], config: Config
     return new
 
 
-def scale_queries(tensor: torch.Tensor | Lazy, factor: float) -> torch.Tensor:
+def scale_queries(tensor: torch.Tensor | LazyTensor, factor: float) -> torch.Tensor:
     """c_attn's weight (C, 3C) or bias (3C,) with its queries, the first C columns, times `factor`."""
     q, k, v = tensor[:].double().tensor_split(3, dim=-1)
     return torch.cat((q * factor, k, v), dim=-1).to(tensor.dtype)

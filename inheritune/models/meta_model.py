@@ -19,7 +19,7 @@ from inheritune.base.errors import UserError
 
 
 @contextlib.contextmanager
-def transformers_errors(what: str = "it") -> Iterator:
+def using_transformers(what: str = "it") -> Iterator:
     """Yield the package transformers, without its messages; whatever it raises is a UserError of one line."""
     try:
         import transformers
@@ -40,7 +40,7 @@ def transformers_errors(what: str = "it") -> Iterator:
 def transformers_config(source: str):
     """transformers' configuration. Code in a folder is never run. Raises UserError."""
     content = json.loads(source)
-    with transformers_errors() as transformers, tempfile.TemporaryDirectory() as folder:
+    with using_transformers() as transformers, tempfile.TemporaryDirectory() as folder:
         if content.get("model_type") not in transformers.CONFIG_MAPPING:
             known = f"transformers {transformers.__version__} has no model_type {content.get('model_type')!r}"
             raise UserError(f"{known}; code in a folder is never run")
@@ -61,7 +61,7 @@ def build(source: str, unset: bool = False) -> nn.Module:
     c = transformers_config(source)
     if getattr(c, "quantization_config", None):
         raise UserError("it is quantised: save it in 16 or 32 bits first (transformers' dequantize)")
-    with transformers_errors() as transformers:
+    with using_transformers() as transformers:
         from transformers.initialization import no_init_weights
 
         with no_init_weights() if unset else contextlib.nullcontext():

@@ -10,7 +10,7 @@ A configuration is a frozen dataclass:
     num_params block_params     parameters of the model, and of its largest block
     flops_per_token             FLOPs of training, forward and backward
     block_prefix                "transformer.h.": names of block 3's tensors begin with "transformer.h.3."
-    recomputes                  the values of checkpoint_activations that the model implements
+    recompute_choices           the values of checkpoint_activations that the model implements
     scratch_settings            train.py's settings that make a new model like it; None: there are none
     has_parts                   whether recipes can take parts of its blocks (GPT-2's attention, MLP, …)
     scale_attn_by_inverse_layer_idx  whether block i divides attention logits by i + 1 (GPT-2 only)
@@ -27,13 +27,13 @@ A model is an nn.Module whose named_parameters() carry the names of its folder's
     attention_steps(idx)        (None, what enters block 0), then each block's (attention matrices, output)
     fill(state, source)         copies a folder's state dict into the parameters; errors name `source`
     num_params()                of its parameters, tied ones once
-    checkpoint_activations      what the backward pass recomputes: one of the config's `recomputes`
+    checkpoint_activations      what the backward pass recomputes: one of the config's `recompute_choices`
     empty(config)               a class method: the model with unset weights, to be filled
 """
 
 from inheritune.models.hf_decoder import Decoder, DecoderConfig, read_decoder
-from inheritune.weights.gpt2_format import OtherModel, read_model
-from inheritune.weights.tensors import Lazy
+from inheritune.weights.gpt2_format import OtherArchitecture, read_model
+from inheritune.weights.tensors import LazyTensor
 from model import GPT, GPTConfig
 
 Config = GPTConfig | DecoderConfig
@@ -44,11 +44,11 @@ def open_config(folder: str) -> Config:
     """The configuration of a checkpoint folder, of which only config.json is read. Raises UserError."""
     try:
         return GPTConfig.from_folder(folder)
-    except OtherModel:
+    except OtherArchitecture:
         return DecoderConfig.from_folder(folder)
 
 
-def open_weights(folder: str, config: Config) -> dict[str, Lazy]:
+def open_weights(folder: str, config: Config) -> dict[str, LazyTensor]:
     """The state dict of a checkpoint folder, in the stored dtype; tensors are read when they are used.
 
     Raises UserError unless names and shapes are those of `config`, the folder's own.

@@ -32,7 +32,7 @@ PEAKS = {
     "T4": (65, 16),
 }
 # words of a device's name that say nothing of its speed: maker, form factor, memory size
-FORMS = re.compile(
+NO_MODEL_NAME = re.compile(
     r"NVIDIA|Tesla|GeForce|Generation|Server|Workstation|Edition|SXM\d*|PCIE?|AC|HBM\d\w*|\d+GB", re.I
 )
 
@@ -122,12 +122,12 @@ def peak_flops(device: torch.device) -> float | None:
 def find_card(name: str) -> str | None:
     """The key of PEAKS for a device's name: `"NVIDIA A100-SXM4-40GB"` → `"A100 40GB"`, else None.
 
-    It is the first key contained in the name, all other words being in FORMS. So an A10 is no A10G, and a
-    laptop's RTX 4090 is unknown.
+    It is the first key contained in the name, all other words being in NO_MODEL_NAME. So an A10 is no A10G,
+    and a laptop's RTX 4090 is unknown.
     """
     words = set(re.split(r"[ -]", name))
     for card in PEAKS:
         own = set(card.split())
-        if own <= words and all(FORMS.fullmatch(word) for word in words - own):
+        if own <= words and all(NO_MODEL_NAME.fullmatch(word) for word in words - own):
             return card
     return None

@@ -131,7 +131,7 @@ class DistributedModel:
     forward: what training calls; it averages gradients over ranks
     local_forward: what validation calls. Under FSDP2 every rank must call it equally often (each call
         gathers); under DDP not.
-    autocast: the dtype under which callers run both; fp32 is no autocast
+    autocast_dtype: of the callers' autocast; fp32 means none
 
     Arguments:
     dtype: what the model computes in
@@ -144,7 +144,7 @@ class DistributedModel:
     ):
         self.module, self.device = module, device
         self.sharded = shard and ranks.world > 1
-        self.autocast = torch.float32 if self.sharded else dtype  # FSDP2 has a dtype of its own
+        self.autocast_dtype = torch.float32 if self.sharded else dtype  # FSDP2 has a dtype of its own
         if self.sharded:
             shard_blocks(module, ranks, device, dtype, compiled)
             self.forward = self.local_forward = module

@@ -47,7 +47,7 @@ class Recorder:
     def open(self, lock: int, step: int) -> None:
         """Open the logs of the run folder that `lock` locks, for the rows from `step` on."""
         out, names = self.settings.out_dir, LOG_COLUMNS + (TERMS if self.settings.teacher else ())
-        had = any(ALSO in row for row in read_rows(os.path.join(out, "log.csv"))[:1])  # before a resume
+        had = any(ALSO in row for row in read_rows(os.path.join(out, "log.csv"))[:1])  # already there
         names += (ALSO,) if self.settings.also_validate or had else ()
         self.log = CsvLog(os.path.join(out, "log.csv"), names, before=step)
         self.timing = CsvLog(os.path.join(out, "timing.csv"), TIMING_COLUMNS, before=step)

@@ -148,21 +148,21 @@ def same_run_problems(settings: TrainSettings, folder: str, data_id: str | None)
     now = dataclasses.asdict(settings)
     differ = {key: f"{key} was {was[key]!r}, is {now[key]!r}" for key in now if was[key] != now[key]}
     refused = [text for key, text in differ.items() if key not in HARMLESS | SCHEDULE]
-    rates, flag = [], ""
+    rates, accepted = [], []  # settings that give past steps other learning rates
     if not same_rates(TrainSettings(**was), settings, saved["step"]):
         rates = [text for key, text in differ.items() if key in SCHEDULE | {"max_iters"}]
-        if not settings.change:
-            flag = "" if refused else "add --change to go on with the new learning rates, "
-            refused += rates
+    if settings.change:
+        rates, accepted = [], rates
 
     problems, cure = [], "restore them, or use another out_dir"
-    if refused:
-        other = f"cannot continue {settings.out_dir} with other settings ({'; '.join(refused)})"
+    if refused or rates:
+        other = f"cannot continue {settings.out_dir} with other settings ({'; '.join(refused + rates)})"
+        flag = "" if refused else "add --change to go on with the new learning rates, "
         problems.append(f"{other}: {flag}{cure}")
     if data_id and saved.get("data") not in (None, data_id):
         other = f"{settings.dataset} holds other tokens than {settings.out_dir} was trained on"
         problems.append(f"{other}: {cure}")
-    return problems, "; ".join(rates) if settings.change else ""
+    return problems, "; ".join(accepted)
 
 
 def same_rates(before: TrainSettings, after: TrainSettings, steps: int) -> bool:
@@ -192,10 +192,10 @@ def inherited_problems(settings: TrainSettings, explicit: frozenset, source: Con
 
 def recompute_problems(settings: TrainSettings, config: Config) -> list[str]:
     """Why a model cannot recompute what checkpoint_activations asks for: not all models know "cheap"."""
-    if settings.checkpoint_activations in config.recomputes:
+    if settings.checkpoint_activations in config.recompute_choices:
         return []
     asked = f"checkpoint_activations={settings.checkpoint_activations}"
-    return [f"{asked} is implemented for GPT-2 only: use {' or '.join(config.recomputes)}"]
+    return [f"{asked} is implemented for GPT-2 only: use {' or '.join(config.recompute_choices)}"]
 
 
 def check_also_validate(settings: TrainSettings) -> None:

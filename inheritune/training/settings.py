@@ -91,7 +91,7 @@ class TrainSettings:
     also_validate: str = setting("", "a second data folder to validate on: also_val_loss in log.csv")
     log_interval: int = setting(10, "steps between printed and logged lines", 1)
     log_to: Literal["none", "tensorboard", "wandb"] = setting(
-        "none", "log to it as well (requirements-extra.txt)"
+        "none", "log there, too (requirements-extra.txt)"
     )
     save_interval: int | None = setting(None, "steps between checkpoints (default: eval_interval)", 1)
     keep_last: int = setting(2, "checkpoints kept besides the best", 1)
@@ -114,7 +114,7 @@ class TrainSettings:
         "none", "recompute in the backward pass: cheap: norms and GELU; full: all but each block's input"
     )
     shard: bool = setting(False, "FSDP2 in place of DDP: ranks share weights, gradients and optimizer state")
-    threads: int | None = setting(None, "CPU threads (default: torch's choice); bits depend on it", 1)
+    threads: int | None = setting(None, "CPU threads (default: torch's choice); they change the last bits", 1)
     dry_run: bool = setting(False, "print what would happen, and stop: needs no data, weights or GPU")
 
 
@@ -169,8 +169,8 @@ MACHINE = frozenset(
     | {"max_hours", "also_validate", "change"}
 )
 
-# What may change when a run is resumed, as neither the mathematics nor the meaning of a log's row depends on
-# it. max_iters may while no past rate changes (planning.same_run_problems). Of data, the tokens are compared.
+# What may change when a run is resumed: it changes neither the mathematics nor what a row of the log means.
+# max_iters may change while past rates stay (planning.same_run_problems), dataset while the tokens do.
 HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 
 # What decides the learning rate of each step. May change for future steps; for steps already made only with

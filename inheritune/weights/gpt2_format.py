@@ -6,7 +6,7 @@ dropped when it is read). The files of the hub and those of `save_pretrained` ar
 implement is refused by name.
 
 In this file a configuration is a dict with the fields of model.GPTConfig. A state dict maps full names
-(`transformer.h.0.attn.c_attn.weight` …) to tensors, torch's or Lazy, as Hugging Face lays them: (in, out).
+(`transformer.h.0.attn.c_attn.weight` …) to tensors, torch's or lazy ones, in Hugging Face's layout (in, out).
 """
 
 import glob
@@ -19,14 +19,14 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
 from inheritune.base.tokenizer_identity import tokenizer_name
-from inheritune.weights.tensors import Lazy, copy_rows, n_bytes, read_tensors, row_chunks, write_tensors
+from inheritune.weights.tensors import LazyTensor, copy_rows, n_bytes, read_tensors, row_chunks, write_tensors
 
 # frozen: checkpoint layout
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # matrices that are stored as (in, out) and that torch's linear layers hold as (out, in)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
-# {files in a folder: what they are, and what makes safetensors of them}
+# {pattern of files: how the error "FOLDER has no model.safetensors, …" goes on}
 OTHER_FORMATS = {
     "adapter_config.json": "only an adapter: merge it first, by peft's merge_and_unload, and save_pretrained",
     "pytorch_model_fsdp_*": "only FSDP's parts: make one file of them by accelerate merge-weights FOLDER OUT",
@@ -41,11 +41,11 @@ MAX_FILE = 50 * 10**9  # bytes of one file on the hub; larger models are written
 NO_EOT = -1  # the `eot` of a model for which no token ends a text
 
 
-class OtherModel(UserError):
+class OtherArchitecture(UserError):
     """A folder holds a model that model.py does not implement, though transformers may."""
 
 
-def read_model(folder: str) -> tuple[dict[str, Lazy], dict]:
+def read_model(folder: str) -> tuple[dict[str, LazyTensor], dict]:
     """(state dict, configuration) of a checkpoint folder. Raises UserError unless they fit each other."""
     config, weights = read_config(folder), read_weights(folder)
     check_weights(weights, shapes(config), folder)
@@ -84,7 +84,7 @@ def read_tokenizer_fields(path: str, c: dict, vocab_size: int) -> dict:
 def check_architecture(path: str, c: dict) -> None:
     """Raise UserError unless config.json's content `c` is that of a GPT-2 that model.py implements."""
     if c.get("model_type") != "gpt2":
-        raise OtherModel(f"{path}: model_type is {c.get('model_type')!r}, not gpt2")
+        raise OtherArchitecture(f"{path}: model_type is {c.get('model_type')!r}, not gpt2")
     bad = [
         f"{key} is {c.get(key)!r:.50} (1 to {most:,})"
         for key, most in LIMITS.items()
@@ -104,7 +104,9 @@ def check_architecture(path: str, c: dict) -> None:
     }
     refused = [f"{key}={c[key]!r}" for key, known in implemented.items() if key in c and c[key] not in known]
     if refused:
-        raise OtherModel(f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)")
+        raise OtherArchitecture(
+            f"{path}: {', '.join(refused)} is not implemented here (GPT-2 as released is)"
+        )
 
 
 def config_json(config: dict) -> dict:
@@ -138,7 +140,7 @@ def config_json(config: dict) -> dict:
     }
 
 
-def read_weights(folder: str) -> dict[str, Lazy]:
+def read_weights(folder: str) -> dict[str, LazyTensor]:
     """The state dict of a checkpoint folder, in the stored dtype. Only the files' headers are read here.
 
     Names may lack the prefix `transformer.`. Causal masks and a second copy of the tied head are left out.
@@ -166,7 +168,7 @@ def tie_head(tensors: dict, source: str) -> None:
         tensors["transformer.wte.weight"] = wte
 
 
-def stored_tensors(folder: str) -> Iterator[tuple[str, Lazy]]:
+def stored_tensors(folder: str) -> Iterator[tuple[str, LazyTensor]]:
     """Yield (name, tensor) of everything in a folder's safetensors files, by the names that stand there."""
     files, index = [WEIGHTS], os.path.join(folder, INDEX)
     # An index is {tensor name: file name} of a sharded model. save_pretrained writes a whole file beside an

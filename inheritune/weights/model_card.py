@@ -21,12 +21,13 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
 
     name: the title.
     source: the folder that the model was made from; its licence and its facts are taken over.
-    facts, reference: of the training of this model and of the reference, by the keys of FACTS.
+    facts, reference: {key of FACTS: value} of this model's training and of the reference's.
     """
     from huggingface_hub import ModelCardData
 
     own, theirs = read_card(folder), read_card(source)
     parent = theirs.get("inheritune", {})
+    # of a source that was only cut, not trained, the facts are those of its own reference
     parent = {key: parent[key] for key in FACTS if key in parent} or parent.get("reference", {})
     facts = own.get("inheritune", {}) | facts
     facts["reference"] = parent | facts.get("reference", {}) | (reference or {})

@@ -1,9 +1,10 @@
 """Tensors in safetensors files, read and written a few megabytes at a time: a model of 6 GB is cut, checked
 and written in the memory of a few of its rows.
 
-Why not by safetensors' own `safe_open` and `save_file`? They map files into memory, and one that is cut off
-while it is read kills the process by SIGBUS; here it is an error with the file's name. `save_file` needs the
-whole model in memory, refuses one tensor under two names (the recipe `stack`), and does not name a full disk.
+Why not by safetensors' own `safe_open` and `save_file`? `safe_open` maps files into memory, and one that is
+cut off while it is read kills the process by SIGBUS; here it is an error with the file's name. `save_file`
+needs the whole model in memory, refuses one tensor under two names (the recipe `stack`), and does not name a
+full disk.
 
 The format: eight bytes with the length of the header, the header in JSON, the tensors one after the other.
 """
@@ -27,11 +28,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 MASKS = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$")
 
 
-class Lazy:
+class LazyTensor:
     """A tensor whose rows are read or computed when they are asked for: `lazy[a:b]` calls rows(a, b).
 
-    Functions that take a Lazy also take a torch.Tensor: both have `shape` and `dtype`, and `[a:b]` gives a
-    torch.Tensor. A Lazy without dimensions has one row.
+    Functions that take a LazyTensor also take a torch.Tensor: both have `shape` and `dtype`, and `[a:b]`
+    gives a torch.Tensor. A LazyTensor without dimensions has one row.
     """
 
     def __init__(self, shape: tuple, dtype: torch.dtype, rows: Callable[[int, int], torch.Tensor]):
@@ -42,21 +43,21 @@ class Lazy:
         return self.rows(start, stop)
 
 
-def n_bytes(tensor: torch.Tensor | Lazy) -> int:
+def n_bytes(tensor: torch.Tensor | LazyTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def row_chunks(tensor: torch.Tensor | Lazy) -> Iterator[torch.Tensor]:
+def row_chunks(tensor: torch.Tensor | LazyTensor) -> Iterator[torch.Tensor]:
     """Yield the rows of a tensor, about CHUNK bytes at a time, but at least one row."""
     if not tensor.shape:
-        yield tensor[:] if isinstance(tensor, Lazy) else tensor.reshape(1)
+        yield tensor[:] if isinstance(tensor, LazyTensor) else tensor.reshape(1)
         return
     step = max(1, CHUNK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for start in range(0, tensor.shape[0], step):
         yield tensor[start : start + step]
 
 
-def copy_rows(target: torch.Tensor, tensor: torch.Tensor | Lazy) -> None:
+def copy_rows(target: torch.Tensor, tensor: torch.Tensor | LazyTensor) -> None:
     """Copy a tensor into `target` of the same shape, which may have another dtype or layout."""
     start, target = 0, target if target.shape else target.view(1)
     for rows in row_chunks(tensor):
@@ -78,7 +79,7 @@ def check_finite(tensor: torch.Tensor, name: str, source: str) -> torch.Tensor:
     return tensor
 
 
-def read_tensors(path: str) -> dict[str, Lazy]:
+def read_tensors(path: str) -> dict[str, LazyTensor]:
     """{name: tensor} of a safetensors file, without causal masks. Only the header is read here.
 
     Raises UserError when the file is damaged. Reading rows raises it when they are not finite or missing.
@@ -95,7 +96,7 @@ def read_tensors(path: str) -> dict[str, Lazy]:
     return {name: stored_tensor(file, name, entry, 8 + length) for name, entry in entries.items()}
 
 
-def stored_tensor(file, name: str, entry: dict, start: int) -> Lazy:
+def stored_tensor(file, name: str, entry: dict, start: int) -> LazyTensor:
     """The tensor that a header's `entry` describes, in an open file whose tensors begin at byte `start`."""
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{file.name}: {name} is of type {entry['dtype']}, not one of {', '.join(DTYPES)}")
@@ -109,13 +110,13 @@ def stored_tensor(file, name: str, entry: dict, start: int) -> Lazy:
             raise UserError(f"{file.name} ends within {name:.80}: do not change it while it is read")
         return check_finite(tensor, name, file.name)
 
-    return Lazy(shape, dtype, rows)
+    return LazyTensor(shape, dtype, rows)
 
 
-def write_tensors(path: str, tensors: dict[str, torch.Tensor | Lazy]) -> None:
+def write_tensors(path: str, tensors: dict[str, torch.Tensor | LazyTensor]) -> None:
     """Write tensors to a safetensors file and fsync it. The bytes are those of safetensors' own save_file.
 
-    tensors: Lazy, or torch's that are contiguous and on the CPU. Raises OSError, for example of a full disk.
+    tensors: lazy ones, or torch's that are contiguous and on the CPU. Raises OSError, as of a full disk.
     """
     # header: largest dtype first, then by name
     names = {dtype: name for name, dtype in DTYPES.items()}
