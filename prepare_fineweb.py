@@ -3,7 +3,7 @@
     python prepare_fineweb.py                            # the 10-billion-token sample into data/fineweb-edu
     python prepare_fineweb.py --name sample-100BT --out data/fineweb-edu-100B
 
-The first shard is for validation, the rest for training; a shard ends after the document that fills it. Each
+The first shard is for validation, the rest for training; a shard ends some documents after it is full. Each
 document is followed by an end-of-text id. The preparation that Inheritune's authors built on puts it in front
 of each document instead. Killed anywhere, it goes on when started again.
 """

@@ -50,7 +50,8 @@ def fit(run: Run) -> float:
         last = state.step >= s.max_iters
         if state.step > 0 and (state.step % save_interval == 0 or last):
             save_checkpoint(run)
-        val_losses = validate(run) if state.step % s.eval_interval == 0 or last else {}
+        due = state.step % s.eval_interval == 0 or last or state.step == run.ended_at
+        val_losses = validate(run) if due else {}
         run.recorder.report(state.step, state.row, val_losses)
         val_loss = val_losses.get("val_loss")
         reached = None not in (s.stop_at_val_loss, val_loss) and val_loss <= s.stop_at_val_loss
@@ -139,7 +140,7 @@ def validate(run: Run) -> dict[str, float]:
     began, model, device = time.perf_counter(), run.model, run.model.device
 
     def any_rank_is_asked():
-        return run.ranks.sum(torch.tensor(float(run.request.signal is not None)), device).item() > 0
+        return run.ranks.any(run.request.signal is not None)
 
     with model.validating() as local_forward:
         options = run.ranks, device, model.autocast_dtype, any_rank_is_asked
@@ -240,6 +241,16 @@ def draw_losses(out_dir):
     plot_run(out_dir)
 
 
+@contextlib.contextmanager
+def memory_errors(device):
+    """Within this context a GPU without memory left is a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        cure = "lower --batch_size (the batch stays the same), or add --checkpoint_activations=full"
+        raise UserError(f"{device} has no memory left: {cure}") from None
+
+
 @one_line(ranks=True)
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
@@ -256,6 +267,7 @@ def main(argv=None):
         stack.enter_context(ended_after(hours))
         stack.enter_context(ranks.joined(settings.device))
         device = ranks.agree(lambda: pick(settings.device, ranks.local))
+        stack.enter_context(memory_errors(device))
         plan = ranks.once(lambda: make_plan(settings, explicit, ranks.world))  # rank 0 decides what to resume
         run = stack.enter_context(contextlib.closing(build_run(settings, plan, ranks, device)))
         if ranks.is_first:

@@ -365,7 +365,6 @@ def make_inputs(folder):
     (folder / "one.jsonl").write_bytes(b'{"text": "one"}\n')
     (folder / "no-rows.jsonl").write_bytes(b"")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), folder / "body.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), folder / "null.parquet")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "none").mkdir()
     (folder / "full").mkdir()
@@ -387,7 +386,6 @@ WRONG = [  # besides those in bad_input.txt and in tests/data/test_sources.py
     (LOCAL, "one.jsonl --out o", "too little text to part"),
     (LOCAL, "empty.txt --out o", "too little text to part"),
     (LOCAL, "no-rows.jsonl --out o", "too little text to part"),
-    (LOCAL, "null.parquet good.jsonl --out o", "null.parquet, row 2: 'text' holds a NoneType"),
     (LOCAL, "good.jsonl --out one.jsonl/x", "one.jsonl/x"),
     (OWT, "--data_files one.jsonl --out o", "no text is left for train; give more text"),
     (OWT, "--data_files --out o", "expected at least one argument"),

@@ -64,8 +64,10 @@ def vocabulary_sha256(tokenizer: tokenizers.Tokenizer, end_of_text: str) -> str:
 def open_tokenizer(path: str) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json, or of a folder that holds one or GPT-2's two files."""
     file = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
+    cure = "where transformers' AutoTokenizer can open the model, its save_pretrained writes one"
+    if file.endswith(".model"):
+        raise UserError(f"{file} is sentencepiece's, not a {TOKENIZER_FILE}; {cure}")
     if not os.path.isfile(file) and not has_tokenizer(path):
-        cure = "where transformers' AutoTokenizer can open the model, its save_pretrained writes one"
         raise UserError(f"there is no tokenizer {file}; {cure}")
     with package_errors(path):
         if os.path.isfile(file):

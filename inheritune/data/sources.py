@@ -21,12 +21,13 @@ from inheritune.data.text_files import (
     File,
     Piece,
     check_column,
-    check_text,
     examine,
     holds,
+    is_text,
     named_kind,
     read_table,
     read_text,
+    say_left_out,
 )
 
 # Words in a path that mark text as validation or test, as in the hub's rules.
@@ -258,10 +259,14 @@ def open_hub(dataset: str, streaming: bool, **options) -> Source:
 
 def read_hub(rows, n: int | None) -> Iterator[Piece]:
     """Yield a piece for each of the `n` rows of a hub dataset; n is None for a streamed one."""
+    nulls = 0
     try:
         for number, row in enumerate(rows, 1):
-            check_text(row["text"], "text", f"row {number} of the dataset")
-            yield Piece([row["text"]], progress=n and number / n)
+            if is_text(row["text"], "text", f"row {number} of the dataset"):
+                yield Piece([row["text"]], progress=n and number / n)
+            else:
+                nulls += 1
+        say_left_out(nulls, "the dataset")
     except UserError:
         raise
     except Exception as e:

@@ -191,12 +191,12 @@ def read_text(file: File, split_on: str = "") -> Iterator[Piece]:
 
 
 def read_table(file: File, column: str) -> Iterator[Piece]:
-    """Yield a piece for each row of a table. Raises UserError for a row that is broken or holds no text in
-    `column`.
+    """Yield a piece for each row of a table; null in `column` is left out. Raises UserError for a row that is
+    broken or holds something else than text there.
 
     Memory holds one row (.parquet: 256 rows; .arrow: a record batch; a JSON array: everything).
     """
-    where = "its beginning"
+    where, nulls = "its beginning", 0
     try:
         raw, stream = open_bytes(file)
         if file.kind in ARROW:
@@ -205,15 +205,25 @@ def read_table(file: File, column: str) -> Iterator[Piece]:
             read = csv_rows if file.kind in (".csv", ".tsv") else json_rows
             rows = read(io.BufferedReader(stream, 1 << 20), file, column)
         for where, value in rows:
-            check_text(value, column, f"{file.path}, {where}")
-            yield Piece([value], progress=raw.tell() / (file.size or 1))
+            if is_text(value, column, f"{file.path}, {where}"):
+                yield Piece([value], progress=raw.tell() / (file.size or 1))
+            else:
+                nulls += 1
     except READ_ERRORS as e:
         raise unreadable(file.path, where, e) from None
+    say_left_out(nulls, file.path)
 
 
-def check_text(value, column: str, where: str) -> None:
-    if not isinstance(value, str):
+def is_text(value, column: str, where: str) -> bool:
+    """True for text, False for null, which many tables on the hub hold. Raises UserError for all else."""
+    if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {column!r} holds a {type(value).__name__}, not text; remove the row")
+    return value is not None
+
+
+def say_left_out(nulls: int, where: str) -> None:
+    if nulls:
+        print(f"{where}: {nulls:,} rows left out, which hold null in place of text", file=sys.stderr)
 
 
 def json_rows(lines: io.BufferedReader, file: File, column: str) -> Iterator[tuple]:

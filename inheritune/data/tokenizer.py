@@ -59,7 +59,7 @@ def load_tokenizer(spec: str, folder: str | None = None) -> "Tokenizer":
     if spec in known:
         return from_tiktoken(spec)
     path = os.path.join(folder or "", spec)
-    if spec.endswith(".json") or os.path.isdir(path):
+    if spec.endswith((".json", ".model")) or os.path.isdir(path):
         return HuggingFace(path)
     choices = f"{', '.join(known)} or the path of a tokenizer.json or of a folder that holds one"
     raise UserError(f"no tokenizer {spec!r}{nearest(spec, known)}; choose {choices}")

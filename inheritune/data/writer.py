@@ -1,10 +1,10 @@
-"""Writing a data folder, so that a kill costs a minute of work.
+"""Writing a data folder, so that a kill costs little of the work.
 
 A data folder holds little-endian uint16 ids (uint32 where ids exceed 65,535) in train.bin and val.bin or in
 numbered shards, and a meta.json that describes them. It is made in parts of about 100 million tokens. After
-each, progress.json says which there are and how many pieces of text they took. A new run skips these pieces
-and goes on, so the result is the same to the last bit. In the end the parts are the shards, or are joined.
-meta.json is written last: a folder without it is unfinished.
+each, progress.json says which there are and how many pieces of text they took. A new run reads these pieces
+without tokenising them, and goes on, so the result is the same to the last bit. In the end the parts are the
+shards, or are joined. meta.json is written last: a folder without it is unfinished.
 """
 
 import collections
@@ -210,10 +210,7 @@ def split_validation(
     Validation begins at the start of the document nearest to the cut. If none starts within a tenth of
     validation's length, it begins at the cut.
     """
-    train, eot = (
-        [part for part in parts if part["file"].startswith("train")],
-        np.array([tokenizer.eot], dtype),
-    )
+    train, eot = [p for p in parts if p["file"].startswith("train")], np.array([tokenizer.eot], dtype)
     whole = train[0] if len(train) == 1 else join(out, "all_000000.part", parts, "train")
     path = os.path.join(out, whole["file"])
     ids = np.memmap(path, dtype, "r") if whole["tokens"] else eot[:0]  # an empty file cannot be mapped
@@ -233,13 +230,18 @@ def split_validation(
         with replacing(os.path.join(out, name)) as f:
             for array in arrays:
                 f.write(array.data)
-    val = {"tokens": len(ids) - place, "documents": 0, "bytes": 0}
-    for start in range(place, len(ids), 1 << 20):  # a piece at a time, as decoding takes lists
-        piece = np.asarray(ids[start : start + (1 << 20)])
-        ends_here = np.flatnonzero(piece == eot)
-        val["documents"] += len(ends_here)
-        for text in np.split(piece, ends_here):  # each alone: some tokenizers put a blank before a text
-            val["bytes"] += len(tokenizer.decode_bytes(text[text != eot].tolist()))
+    val, end = {"tokens": len(ids) - place, "documents": 0, "bytes": 0}, 0
+    for part in train:
+        begin, end = end, end + part["tokens"]
+        if begin >= place:  # all of it is validation
+            val |= {key: val[key] + part[key] for key in ("documents", "bytes")}
+            continue
+        for start in range(place, end, 1 << 20):  # a piece at a time, as decoding takes lists
+            piece = np.asarray(ids[start : min(start + (1 << 20), end)])
+            ends_here = np.flatnonzero(piece == eot)
+            val["documents"] += len(ends_here)
+            for text in np.split(piece, ends_here):  # each alone: some tokenizers put a blank before a text
+                val["bytes"] += len(tokenizer.decode_bytes(text[text != eot].tolist()))
     train = {key: whole[key] - val[key] for key in COUNTS}
     cut = {"tokens": len(ends), "documents": len(ends), "bytes": 0}
     return [{"file": "train.bin"} | add_up([train, cut]), {"file": "val.bin"} | val]

@@ -66,7 +66,8 @@ def plot_run(folder: str) -> None:
         if points:
             place.plot(*zip(*points, strict=True), style, markersize=3, color=colour, label=label)
     rate.set(ylabel="learning rate", ylim=(0, None))
-    rate.legend(loc="lower left")
+    if rate.lines:  # none in a run that ended before its first step
+        rate.legend(loc="lower left")
     finish_axes(axes, xlabel="step", ylabel="loss (nats/token)", title=os.path.basename(folder))
     save_figure(figure, os.path.join(folder, "loss.png"))
 

@@ -90,6 +90,7 @@ class Run:
     batches: Iterator[torch.Tensor]  # this rank's windows, step after step
     steps_per_epoch: float
     state: State
+    ended_at: int | None  # where the run had ended, and so was validated, before it was made longer
     recorder: Recorder
     saver: Saver
     request: StopRequest = field(default_factory=StopRequest)  # stop signals received by this process
@@ -135,7 +136,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     # what a checkpoint restores, and the run folder
     optimizer = make_optimizer(module, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
+    state, ended_at = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
     if plan.changed_now:
         state.changes.append(f"step {state.step}: {plan.changed_now}")
     recorder = Recorder(settings, flops_with_teacher(plan.config, plan.teacher), device, ranks.world)
@@ -153,6 +154,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
         batches=train.batches(state.step, plan.sequences, ranks.rank, ranks.world),
         steps_per_epoch=train.n_windows / plan.sequences,
         state=state,
+        ended_at=ended_at,
         recorder=recorder,
         saver=Saver(lineage, files, step=state.step if plan.resume_from else None),
     )
@@ -186,9 +188,10 @@ def load_weights(plan, folder):
 
 
 def restore(folder, module, optimizer, scaler):
-    """The State in a checkpoint folder; fills optimizer and scaler from it. Without a folder: a new State."""
+    """(the State in a checkpoint folder, its step if the run ended there), or (a new State, None) without a
+    folder. Fills optimizer and scaler from it."""
     if folder is None:
-        return State()
+        return State(), None
     load_optimizer(folder, module, optimizer)
     saved = checkpoint.read_state(folder)
     try:
@@ -198,7 +201,8 @@ def restore(folder, module, optimizer, scaler):
         raise UserError(
             f"{folder}/state.json lacks {e}; delete the folder to go on from the one before"
         ) from None
-    return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
+    ended = saved["step"] if saved["step"] == saved["settings"].get("max_iters") else None
+    return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)}), ended
 
 
 def open_run_folder(settings, plan, state, recorder):

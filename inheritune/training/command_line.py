@@ -104,7 +104,7 @@ def convert(field: dataclasses.Field, text: str) -> Any:
     if none and text.lower() in ("none", "auto"):
         return None
     if base is str:
-        return expand_home(text)
+        return field.default if text == "None" else expand_home(text)  # teacher = None in a config file
     if typing.get_origin(base) is Literal:
         if text not in typing.get_args(base):
             raise ValueError(f"must be one of {', '.join(typing.get_args(base))}, not {text!r}")

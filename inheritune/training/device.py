@@ -104,7 +104,7 @@ def is_compiled(compile: bool | None, device: torch.device) -> bool:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory (MB) this process has held so far: on the GPU if it uses one, else resident in RAM."""
+    """The most memory (MB) this process has held so far: on the GPU if it uses CUDA, else resident in RAM."""
     if device.type == "cuda":  # needs a GPU
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024

@@ -66,7 +66,9 @@ class Ranks:
 
     def join(self, device):
         """Make the process group."""
-        lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        lacking = [
+            name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+        ]
         if lacking:
             raise UserError(
                 f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: use torchrun, or unset it"
@@ -113,6 +115,13 @@ class Ranks:
         """work() on the first rank of each machine, then on the others, which find a download there."""
         result = self.agree(work if self.local == 0 else lambda: None)
         return result if self.local == 0 else work()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Asked on the CPU, so that nobody waits for a GPU."""
+        asked = torch.tensor(float(flag))
+        if self.world > 1:
+            dist.all_reduce(asked, group=self.patient)
+        return asked.item() > 0
 
     def sum(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The elementwise sum of a CPU tensor over all ranks, on the CPU."""
@@ -217,9 +226,10 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distribute(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor that every rank has, sharded if `parameter` is."""
+    """A tensor of a mapped file, as the optimizer may keep it for `parameter`: sharded like it, or a copy
+    on the CPU. (On a GPU the optimizer makes a copy itself.)"""
     if not hasattr(parameter, "full_tensor"):
-        return tensor.clone()
+        return tensor if parameter.is_cuda else tensor.clone()
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -23,7 +23,7 @@ def make_optimizer(model: Model, settings: TrainSettings, device: torch.device) 
     """
     groups = parameter_groups(model, settings)
     options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
-    options["fused"] = device.type in ("cpu", "cuda")  # one kernel, where torch has it
+    options["fused"] = device.type in ("cpu", "cuda")  # one kernel
     if settings.optimizer == "muon":
         return MuonAndAdamW(groups, options)
     return torch.optim.AdamW(groups, **options)
@@ -81,7 +81,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.share()  # loading has replaced groups and state
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for part in self.parts:
             part.step()
 
@@ -153,7 +153,6 @@ def load_optimizer(folder: str, model: Model, optimizer: torch.optim.Optimizer) 
             tensor, shape = tensors.pop(name, None), () if key == "step" else p.shape
             if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is missing or does not fit the model; it is another run's")
-            # a copy: the optimizer keeps the tensor, and this one is a part of the mapped file
             packed[i][key] = distribute(tensor, p) if tensor.dim() else tensor.clone()
     if tensors:
         raise UserError(f"{path}: {next(iter(tensors))} does not fit the model; it is another run's")

@@ -22,7 +22,7 @@ import prepare_owt
 from inheritune.base.errors import UserError
 from inheritune.data import text_files
 from inheritune.data.reader import Tokens
-from inheritune.data.sources import open_files
+from inheritune.data.sources import open_files, read_hub
 from inheritune.data.tokenizer import load_tokenizer
 from tests.tiny import refusal
 
@@ -107,13 +107,22 @@ def test_tables_of_all_kinds(tmp_path, name):
     assert texts(table(tmp_path, name, rows)) == rows
 
 
+def test_rows_that_hold_null_are_left_out_and_counted(tmp_path, capsys):
+    path = table(tmp_path, "a.jsonl", [None, "a", None, "b"])
+    assert texts(path) == ["a", "b"]
+    assert "a.jsonl: 2 rows left out, which hold null in place of text" in capsys.readouterr().err
+    rows = [{"text": "a"}, {"text": None}]
+    assert [piece.texts for piece in read_hub(iter(rows), 2)] == [["a"]]
+    assert "the dataset: 1 rows left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
         ("a.json", b'[{"text": "a"}, 3]', "a.json, element 2: a JSON int"),
         ("a.json", b'[{"text": "a"}', "a.json: cannot be read after its beginning (Expecting"),
         ("a.jsonl", b'{"text": "a"}\n{"text":\n', "a.jsonl: cannot be read after line 1 (Expecting"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": null}', "a.jsonl, line 2: 'text' holds a NoneType, not text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "a.jsonl, line 2: 'text' holds a int, not text"),
         ("a.csv", b"id,body\n1,a\n", "a.csv, line 1: no column 'text' among id, body"),
         ("a.csv", b"id,text\n1\n", "a.csv, line 2: 1 fields, but line 1 names 2"),
         ("a.csv", b"id,text\n1,Hello, world, lost\n", "a.csv, line 2: 4 fields, but line 1 names 2"),

@@ -63,6 +63,10 @@ def test_rank_0_decides_which_checkpoint_is_resumed(forks, whole, data, tmp_path
     "error, said",
     [
         ("UserError('its disk is gone')", "tiny.py: rank 1: its disk is gone\n"),
+        (
+            "torch.OutOfMemoryError('CUDA out of memory')",
+            "tiny.py: rank 1: cpu has no memory left: lower --batch_size (the batch stays the same)",
+        ),
         ("OSError(5, 'Input/output error', 'x.bin')", "tiny.py: rank 1: Input/output error (x.bin)"),
         ("KeyboardInterrupt", "tiny.py: rank 1: interrupted twice, ended at once\n"),
         ("RuntimeError('out of memory')", "tiny.py: rank 1: Traceback (most recent call last)"),
@@ -71,6 +75,7 @@ def test_rank_0_decides_which_checkpoint_is_resumed(forks, whole, data, tmp_path
 def test_what_one_rank_alone_meets_it_prints_with_its_number(forks, data, tmp_path, error, said):
     """... at once, while the other waits for it in a collective."""
     code = f"""
+    import torch
     from inheritune.base.errors import UserError
     def failing(run):
         if rank == 1 and run.state.step == 3:
@@ -126,7 +131,8 @@ def test_ddp_keeps_its_gradients_in_its_buckets(forks, data, tmp_path):
 def test_restarts_that_could_not_work_are_refused_at_the_start(monkeypatch):
     """The torchruns of two machines count restarts each for itself: under names made of that their ranks
     would wait for each other."""
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    place = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
     for name, value in (place | {"GROUP_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)

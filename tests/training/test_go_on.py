@@ -73,11 +73,20 @@ def test_the_change_is_written_down_once(plain, data, tmp_path, capsys):
     assert "changes" not in (cut(plain, tmp_path / "b", 12) / "latest/README.md").read_text()
 
 
+def test_the_last_validation_of_a_run_that_is_made_longer_stays(data, tmp_path):
+    options = {"eval_interval": 6, "log_interval": 1, "keep_last": 9, "schedule": "wsd"}
+    train.main(arguments(data, tmp_path, max_iters=10, **options))
+    before = {row["step"]: row["val_loss"] for row in rows(tmp_path)}
+    train.main(arguments(data, tmp_path, max_iters=12, resume="auto", change=True, **options))
+    after = {row["step"]: row["val_loss"] for row in rows(tmp_path)}
+    assert before[10] and before.items() <= after.items()
+
+
 def test_a_run_without_a_loss_scaler_goes_on_with_one(plain, monkeypatch):
     monkeypatch.setattr(build_run, "load_optimizer", lambda *arguments: None)
     scaler = torch.amp.GradScaler("cpu")  # of float16; the run so far has none
     before, folder = scaler.state_dict(), checkpoint.find(plain, prefer="latest")
-    assert build_run.restore(folder, None, None, scaler).step > 0 and scaler.state_dict() == before
+    assert build_run.restore(folder, None, None, scaler)[0].step > 0 and scaler.state_dict() == before
 
 
 def test_only_rates_can_be_changed(plain, data):

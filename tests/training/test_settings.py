@@ -53,6 +53,7 @@ def test_the_command_line_beats_the_file_and_the_file_the_default(config):
         (["--learning_rate=6e-4"], "learning_rate", 6e-4),
         (["--compile=false"], "compile", False),
         (["--compile=auto"], "compile", None),
+        (["--teacher=None"], "teacher", ""),
         (["--inherit_layers=None"], "inherit_layers", None),
     ],
 )
