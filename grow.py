@@ -16,7 +16,7 @@ from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, replacing, write_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments import stages
-from inheritune.experiments.measurements import loss_curve, validation_loss
+from inheritune.experiments.measurements import cost_of_training, loss_curve, validation_loss
 from inheritune.experiments.plots import plot_growth
 from inheritune.experiments.stages import Common, Stage
 from inheritune.experiments.tables import growth_label, growth_table, verdict
@@ -88,14 +88,17 @@ def run_row(arm: str, run: str, out_dir: str) -> dict:
     unknown."""
     folder = checkpoint.find(run, prefer="latest")
     config = open_config(folder)
-    state = os.path.join(folder, "state.json")
+    state = os.path.join(folder, checkpoint.STATE)
     tokens = read_json(state)["tokens"] if os.path.exists(state) else None
+    flops = tokens * config.flops_per_token if tokens is not None else None
+    if arm == "reference":
+        flops, _ = cost_of_training(folder, config)
     return {
         "arm": arm,  # reference, inheritune, random, random_matched
         "n_layer": config.n_layer,
         "params": config.num_params,
         "tokens": tokens,  # that it was trained on; None when unknown
-        "flops": tokens * config.flops_per_token if tokens is not None else None,  # of its own training
+        "flops": flops,  # of its own training; of the reference, of all its training
         "val_loss": (loss_curve(run)[1] or [None])[-1],  # nats/token, after the last step
         "folder": os.path.relpath(run, out_dir),
     }

@@ -26,7 +26,7 @@ from inheritune.base.signals import StopRequest, ended_after
 from inheritune.data.reader import identity
 from inheritune.experiments import stages
 from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
-from inheritune.experiments.measurements import history, make_row
+from inheritune.experiments.measurements import cost_of_training, history, make_row
 from inheritune.experiments.plots import plot_results
 from inheritune.experiments.stages import Common
 from inheritune.experiments.tables import write_tables
@@ -99,10 +99,13 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         stage = stage and dataclasses.replace(stage, config=config)
     elif stage:
         config, flops, layer_steps = stage.config, stage.flops, stage.layer_steps
+        if stage.settings.init_from != "scratch" or stage.teacher:
+            flops = layer_steps = None  # what it starts or learns from was trained, too
     else:
-        if os.path.isdir(name) or not settings.dry_run:  # a dry run downloads nothing
+        if os.path.isdir(name) or not settings.dry_run:  # a dry run downloads no weights
             name = checkpoint.find(name, prefer="latest")
-        config, flops, layer_steps = given_reference(name)
+        config = planning.find_source(name)[1]
+        flops, layer_steps = cost_of_training(name, config)
         config = stages.shared_config(name, config, settings, explicit, [])
 
     # the small models
@@ -126,18 +129,8 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     )
 
 
-def given_reference(name: str) -> tuple[Config, float | None, int | None]:
-    """(config, FLOPs of its training, layer-steps) of a checkpoint; None where it does not say."""
-    config = planning.find_source(name)[1]
-    state = os.path.join(name, "state.json")
-    if not os.path.exists(state):
-        return config, None, None
-    known = read_json(state)
-    return config, known["tokens"] * config.flops_per_token, known["step"] * config.n_layer
-
-
 def kept_reference(rep: ReplicateSettings) -> tuple[Config, float | None, int | None] | None:
-    """What given_reference returns, of a reference in results/NAME/logs; None if there is none. With it a
+    """(config, FLOPs of its training, layer-steps) of a reference in results/NAME/logs, or None. With it a
     report needs neither data nor checkpoints."""
     for folder in sorted(glob.glob(os.path.join(glob.escape(logs_of(rep)), "seed_*", "reference"))):
         if os.path.exists(os.path.join(folder, "config.json")):
@@ -151,7 +144,9 @@ def row_path(out_dir: str, arm: Arm, seed: int) -> str:
     return os.path.join(out_dir, f"seed_{seed}", arm.name, "row.json")
 
 
-def finished_row(settings: TrainSettings, c: Common, arm: Arm, seed: int) -> dict | None:
+def finished_row(
+    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int
+) -> dict | None:
     """The row of an arm that is done and whose runs are still there, else None. Raises UserError when it was
     made with other settings or data."""
     path = row_path(settings.out_dir, arm, seed)
@@ -160,9 +155,12 @@ def finished_row(settings: TrainSettings, c: Common, arm: Arm, seed: int) -> dic
     row, folder = read_json(path), os.path.dirname(path)
     if row["settings_hash"] != settings_hash(c, arm):
         raise UserError(f"{path} was made with other settings: restore them, or use another out_dir")
-    if row.get("data") not in (None, identity(settings.dataset)):
-        other = f"other tokens than {settings.dataset} holds: use another out_dir"
-        raise UserError(f"{folder} was trained on {other}")
+    known = {"data": identity(settings.dataset), "val_tokens": rep.final_tokens or settings.eval_tokens}
+    if not c.reference_stage:
+        known["reference"] = checkpoint.fingerprint(c.reference)["files"]
+    for key, what in (("data", "data"), ("val_tokens", "final_tokens"), ("reference", "reference")):
+        if row.get(key, known.get(key)) != known.get(key):
+            raise UserError(f"{folder} was made with another {what}: restore it, or use another out_dir")
     return row
 
 
@@ -172,7 +170,7 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
     Raises the first UserError once the arms already running have ended; the others do not begin.
     """
     pairs, commons = comparison.pairs(), comparison.commons
-    rows = {(arm, seed): finished_row(settings, commons[seed], arm, seed) for arm, seed in pairs}
+    rows = {(arm, seed): finished_row(settings, rep, commons[seed], arm, seed) for arm, seed in pairs}
     missing = [pair for pair in pairs if rows[pair] is None]
     flops = {(arm, seed): sum(s.flops for s in arm.stages(commons[seed])) for arm, seed in missing}
     on_cpu = machine.pick(settings.device).type == "cpu"
@@ -278,6 +276,7 @@ def main(argv=None):
     """Command line: train what is missing, then write the table and the figures."""
     about = "The paper's comparison: arms × seeds, one table, two figures. Run again to go on."
     settings, rep, explicit = parse((TrainSettings, ReplicateSettings), argv, about)
+    rep.results = rep.results or os.path.join(settings.out_dir, "results")
     if rep.report:
         keep_logs(settings, rep)  # also of a comparison that is still under way
     comparison = plan_comparison(settings, rep, explicit)

@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 
 # the model, into data/smollm2; English prose of five kinds, in the model's own tokens, into data/smollm2_text
 [ -d data/smollm2 ] || bash runs/smollm2.sh
-[ -d data/smollm2_text ] || bash runs/smollm2_corpus.sh
+[ -f data/smollm2_text/meta.json ] && [ -f data/smollm2_web/meta.json ] || bash runs/smollm2_corpus.sh
 
 # 15 of 30 blocks by every rule, and 20 and 24 by the one whose loss starts lowest (greedy)
 "$python" replicate.py config/replicate_smollm2.py

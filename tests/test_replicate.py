@@ -173,8 +173,9 @@ def test_arms_made_with_other_settings_or_tokens_are_refused(finished, monkeypat
     assert "was made with other settings" in refusal(replicate.main, [path, "--max_iters=7"])
     assert "was made with other settings" in refusal(replicate.main, [path, "--kd_alpha=0.1"])
     # a folder of the same name and size, prepared from other text
+    assert "was made with another final_tokens" in refusal(replicate.main, [path, "--final_tokens=16"])
     monkeypatch.setattr(replicate, "identity", lambda folder: "another")
-    assert "was trained on other tokens than" in refusal(replicate.main, [path])
+    assert "was made with another data" in refusal(replicate.main, [path])
 
 
 def test_any_decoder_as_the_given_reference(tmp_path, monkeypatch):

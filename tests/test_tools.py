@@ -67,7 +67,7 @@ def test_tokens_figure(tmp_path, capsys):
     assert "| random init | 9.000 | 4.000 |  |" in first
     assert "| random init | 8.000 | 5.000 |" in second and "growth" not in second
     shutil.rmtree(logs / "reference")
-    assert "no row of a reference" in refusal(plot_tokens.main, [tmp_path])
+    assert "lacks a reference's row" in refusal(plot_tokens.main, [tmp_path])
 
 
 def test_head_start(tmp_path):

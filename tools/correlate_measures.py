@@ -23,8 +23,8 @@ ORDERS = 100_000
 def columns(found: dict) -> dict[str, np.ndarray]:
     """{measure: one number a layer} of an analysis.json, and the loss added without the block."""
     layers, heads = found["layers"], found["heads"]
-    if not heads or found["loss"] is None:
-        raise UserError("an analysis without attention matrices, or without losses, has nothing to correlate")
+    if not heads:
+        raise UserError("an analysis without attention matrices has nothing to correlate")
     rank = f"rank_{found['taus'][0]:g}"
     return {
         "added": np.array(layers["loss_without"]) - found["loss"],

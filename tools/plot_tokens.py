@@ -46,8 +46,8 @@ def read_curves(folder: str) -> tuple[dict, dict[str, float]]:
         curves[row["arm"], row["seed"]] = own
         if find_arm(row["arm"]).base == "whole":
             levels["also_val_loss"] += [loss for tokens, loss in own["also_val_loss"] if tokens == 0]
-    if not levels["val_loss"]:
-        raise UserError(f"{folder}/logs has no row of a reference: run replicate.py first")
+    if not levels["val_loss"] or not curves:
+        raise UserError(f"{folder}/logs lacks a reference's row, or any other: run replicate.py first")
     by_last_loss = sorted(curves.items(), key=lambda item: item[1]["val_loss"][-1][1])
     return dict(by_last_loss), {column: statistics.fmean(found) for column, found in levels.items() if found}
 

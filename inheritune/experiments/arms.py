@@ -250,5 +250,5 @@ def settings_hash(c: Common, arm: Arm) -> str:
         content.append([sorted(chosen.items()), stage.start_text])
     if arm.from_reference and c.reference_stage is None:
         content.append(fingerprint(c.reference))
-    text = json.dumps(content).replace(c.reference, "reference").replace(c.folder, "")
+    text = json.dumps(content, ensure_ascii=False).replace(c.reference, "reference").replace(c.folder, "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]

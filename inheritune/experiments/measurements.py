@@ -17,6 +17,7 @@ from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
+from inheritune.weights.checkpoint import fingerprint
 
 
 def loss_curve(run: str) -> tuple[list[float], list[float]]:
@@ -53,6 +54,17 @@ def wall_seconds(run: str) -> float:
     rows = read_rows(os.path.join(run, "timing.csv"))
     seconds = [float(row["train_s"]) + float(row["val_s"]) for row in rows]
     return sum(now for now, later in zip(seconds, [*seconds[1:], -1.0], strict=True) if later < now)
+
+
+def cost_of_training(folder: str, config: Config) -> tuple[float | None, int | None]:
+    """(FLOPs, layer-steps) of all the training in a checkpoint with this config. (None, None) where they are
+    unknown: its state.json is missing, or it started from, or learned from, another model."""
+    if not os.path.exists(os.path.join(folder, checkpoint.STATE)):
+        return None, None
+    state = checkpoint.read_state(folder)
+    if state["settings"].get("init_from") != "scratch" or state["settings"].get("teacher"):
+        return None, None
+    return state["tokens"] * config.flops_per_token, state["step"] * config.n_layer
 
 
 def validation_loss(settings: TrainSettings, config: Config, folder: str) -> float:
@@ -119,6 +131,8 @@ def make_row(
         "params": config.num_params,
         "settings_hash": settings_hash(c, arm),
         "data": identity(settings.dataset),
+        "val_tokens": rep.final_tokens or settings.eval_tokens,
+        "reference": None if c.reference_stage else fingerprint(c.reference)["files"],
         "n_layer": config.n_layer,
         "flops_with_reference": with_reference(flops, c.reference_flops),
         "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),

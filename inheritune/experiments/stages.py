@@ -188,20 +188,33 @@ def train_command(stage: Stage) -> list[str]:
     return command
 
 
+def make_start(stage: Stage) -> None:
+    """Make the checkpoint that a stage starts from. Raises UserError for one that was made otherwise."""
+    options = dict(stage.start_options)
+    source = checkpoint.find(options.pop("ckpt"))
+    made_for = options | {"source": checkpoint.fingerprint(source)["files"]}
+    if "onto" in options:
+        made_for["onto"] = checkpoint.fingerprint(options["onto"])["files"]
+    if os.path.exists(stage.start_folder):
+        if checkpoint.read_lineage(stage.start_folder).get("made_for", made_for) != made_for:
+            why = "was made with other options or from another model"
+            raise UserError(f"{stage.start_folder} {why}: delete it and {stage.run}, or use another out_dir")
+        return
+    with ALONE:
+        if rule := options.pop("choose", None):
+            options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
+        make_checkpoint(source, stage.start_folder, notes={"made_for": made_for}, **options)
+
+
 def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
     """Make the checkpoint that a stage starts from, and train to the stage's end.
 
     quiet: the output of train.py goes to RUN.txt beside the run folder RUN, not to the terminal. Raises
     UserError when train.py fails, and Stopped when `request` asks to end.
     """
-    if stage.start_options and not os.path.exists(stage.start_folder):
-        options = dict(stage.start_options)
-        source = checkpoint.find(options.pop("ckpt"))
-        with ALONE:
-            if rule := options.pop("choose", None):
-                options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
-            make_checkpoint(source, stage.start_folder, **options)
-    command, why = train_command(stage), "see above"
+    if stage.start_options:
+        make_start(stage)
+    command, why, again = train_command(stage), "see above", "; run the same command again to go on"
     if quiet:
         os.makedirs(os.path.dirname(stage.run), exist_ok=True)
         with open(stage.run + ".txt", "a+", encoding="utf-8") as f:
@@ -211,8 +224,9 @@ def run_stage(stage: Stage, request: StopRequest, quiet=False) -> None:
             lines = [line.strip() for line in f if line.strip()]
         said = [line for line in lines if line.startswith("train.py: ")]  # torchrun prints lines of its own
         why = f"{(said or lines or ['no output'])[-1]}; see {stage.run}.txt"
+        again = "" if said else again  # train.py has said what to do
     else:
         print(f"\n$ {shlex.join(command)}", flush=True)
         status = request.call(command)
     if status:
-        raise UserError(f"training {stage.run} did not finish ({why}); run the same command again to go on")
+        raise UserError(f"training {stage.run} did not finish ({why}){again}")

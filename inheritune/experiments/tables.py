@@ -27,10 +27,10 @@ NOTES = (
     "the same number of steps. Arms that consist of several runs, or are labelled as longer, take more steps "
     "than that. If a baseline was run at several learning rates, we use the one with the most seeds; among "
     "those, the lowest loss.",
-    "FLOPs and layer-steps (steps × blocks) count all runs of an arm and the teacher's forward passes. The "
-    "columns 'with reference' add the reference's own training where an arm starts or learns from it.",
-    "An arm 'reaches the reference' at its first validation at or below the last loss on the reference's "
-    "curve. Earlier runs of the arm are counted.",
+    "FLOPs and layer-steps (steps × blocks) count all runs of an arm; FLOPs count a teacher's passes, too. "
+    "The columns 'with reference' add the reference's own training where an arm starts or learns from it.",
+    "An arm 'reaches the reference' at its first validation at or below the last loss on the curve of the "
+    "first row, whatever the optimizer. Earlier runs of the arm are counted.",
 )
 
 
@@ -114,7 +114,9 @@ def loss_difference(arms: dict, arm: Arm, base: str, usual_steps=False) -> str:
 
 def reached(rows: list[dict]) -> str:
     """'950; 2.24e+13; 3,800 (2 of 3 seeds)': the mean step, FLOPs and layer-steps at which an arm's seeds
-    first reach the reference's final loss."""
+    first reach the reference's final loss. '–' of a model that was given."""
+    if rows[0]["steps"] is None:
+        return "–"
     there = [r for r in rows if r["reached_step"] is not None]
     if not there:
         return "never"

@@ -146,7 +146,7 @@ class ReplicateSettings:
     """What replicate.py does around train.py: arms × seeds, compared (experiments/arms.py lists the arms)."""
 
     heading("comparison")
-    results: str = setting("results/replicate", "folder for results.csv, table.md and the figures")
+    results: str = setting("", "folder for results.csv, table.md, figures (default: out_dir/results)")
     reference: str = setting("", "checkpoint, run folder or hub id, in place of reference_config")
     reference_config: str = setting("", "train.py config that trains each seed's reference")
     arms: str = setting("all:1", "arms and their numbers of seeds: 'all:1 random:3'; later entries override")

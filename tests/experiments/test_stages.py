@@ -1,14 +1,17 @@
 """Runs of train.py: their failures, curves and clocks. pytest tests/experiments/test_stages.py"""
 
+import dataclasses
+import shutil
 import weakref
 
 import pytest
 import torch
 
 from inheritune.base.errors import UserError
+from inheritune.base.files import write_json
 from inheritune.experiments import measurements
-from inheritune.experiments.measurements import first_reach, wall_seconds
-from inheritune.experiments.stages import Stage, run_stage
+from inheritune.experiments.measurements import cost_of_training, first_reach, wall_seconds
+from inheritune.experiments.stages import Stage, make_start, run_stage
 from inheritune.training.settings import TrainSettings
 from model import GPTConfig
 from tests.tiny import tiny_config, write_checkpoint, write_data
@@ -51,11 +54,39 @@ def test_failed_stage_is_one_line(tmp_path, quiet):
     with pytest.raises(UserError) as error:
         run_stage(stage, Failing(), quiet)
     why = f"train.py: val has 5 tokens; see {stage.run}.txt" if quiet else "see above"
-    assert f"training {stage.run} did not finish ({why}); run the same command again" in str(error.value)
+    again = "" if quiet else "; run the same command again to go on"  # train.py has said what to do
+    assert str(error.value) == f"training {stage.run} did not finish ({why}){again}"
     if quiet:
         Failing.call = lambda self, command, stdout, stderr: stdout.write("Killed\n")
         with pytest.raises(UserError, match=r"\(Killed; see"):
             run_stage(stage, Failing(), quiet)
+
+
+def test_a_start_made_from_another_model_or_with_other_options_is_refused(tmp_path):
+    folder = write_checkpoint(str(tmp_path / "ckpt"), n_layer=4)
+    small = Stage(str(tmp_path / "x"), folder.config, {}, {"ckpt": str(tmp_path / "ckpt"), "layers": 2})
+    make_start(small)
+    make_start(small)
+    deeper = dataclasses.replace(small, start_options=small.start_options | {"layers": 3})
+    with pytest.raises(UserError, match="x_start was made with other options or from another model"):
+        make_start(deeper)
+    shutil.rmtree(tmp_path / "ckpt")
+    write_checkpoint(str(tmp_path / "ckpt"), n_layer=4, seed=2)
+    with pytest.raises(UserError, match="from another model"):
+        make_start(small)
+
+
+def test_the_cost_of_a_model_that_did_not_start_from_scratch_is_unknown(tmp_path):
+    config = tiny_config()
+    assert cost_of_training(str(tmp_path), config) == (None, None)
+    state = {"step": 3, "tokens": 30, "bad_steps": 0, "bad_in_a_row": 0, "row": {}}
+    for settings, known in (
+        ({"init_from": "scratch", "teacher": ""}, (30 * config.flops_per_token, 3 * config.n_layer)),
+        ({"init_from": "small", "teacher": ""}, (None, None)),
+        ({"init_from": "scratch", "teacher": "large"}, (None, None)),
+    ):
+        write_json(str(tmp_path / "state.json"), state | {"settings": settings})
+        assert cost_of_training(str(tmp_path), config) == known
 
 
 def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypatch):
