@@ -67,7 +67,7 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
     cure = "where transformers' AutoTokenizer can open the model, its save_pretrained writes one"
     if file.endswith(".model"):
         raise UserError(f"{file} is sentencepiece's, not a {TOKENIZER_FILE}; {cure}")
-    if not os.path.isfile(file) and not has_tokenizer(path):
+    if not os.path.isfile(file) and not has_gpt2_files(path):
         raise UserError(f"there is no tokenizer {file}; {cure}")
     with package_errors(path):
         if os.path.isfile(file):
@@ -79,6 +79,15 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     add_tokens(tokenizer, path)
     return tokenizer
+
+
+def has_gpt2_files(folder: str) -> bool:
+    """Whether a folder holds the two files, and its tokenizer_config.json names no other class: Qwen2's files
+    have the same names, but its tokenizer cuts a text in another way."""
+    if not has_tokenizer(folder):
+        return False
+    kind = (read_optional(folder, CONFIG_FILE) or {}).get("tokenizer_class")
+    return kind in (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def add_tokens(tokenizer: tokenizers.Tokenizer, folder: str) -> None:

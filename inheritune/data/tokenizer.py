@@ -8,6 +8,7 @@ end-of-text ids between documents.
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -232,11 +233,11 @@ class HuggingFace(Tokenizer):
             cure = f'put {{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
             raise UserError(f"{folder or '.'} does not say which token ends a text: {cure}")
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
-        self.n_ids = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         # the ids that stand before any text (BOS)
         plain, whole = (self.tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self.bos_ids = whole[: next(places, 0)]
+        self.n_ids = 1 + max(self.known_ids(folder))
         if is_gpt2(self.tokenizer, self.eot):
             self.name, self.n_vocab = "gpt2", 50257  # texts never give added special tokens
             return
@@ -265,6 +266,16 @@ class HuggingFace(Tokenizer):
         if any(start < 1 < end for start, end in encoding.offsets):  # a token of the "a" and more
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         return [i for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
+
+    def known_ids(self, folder: str) -> set[int]:
+        """All ids, without special tokens for which the model in `folder` has no row: Gemma 3's tokenizer has
+        an image token for the larger models of its family. No text gives their ids."""
+        rows = (read_optional(folder, "config.json") or {}).get("vocab_size")
+        rows = rows if type(rows) is int else math.inf
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        without_row = {i for i, token in added if token.special and i >= rows}
+        ids = {*self.tokenizer.get_vocab(with_added_tokens=True).values()} - without_row
+        return ids | {self.eot, *self.bos_ids}
 
     def recognise_special(self):
         self.tokenizer.encode_special_tokens, self.n_vocab = False, self.n_ids

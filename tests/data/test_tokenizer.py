@@ -332,6 +332,18 @@ def test_meta_json_names_the_token_that_texts_begin_with(tmp_path):
     assert load_tokenizer(folder).describe()["bos"] == 0
 
 
+def test_special_tokens_without_a_row_in_the_model_do_not_count(tmp_path):
+    """As Gemma 3's image token."""
+    before = load_tokenizer(save(tmp_path, "bpe"))
+    before.tokenizer.add_special_tokens(["<image>"])
+    before.tokenizer.save(f"{tmp_path}/tokenizer.json")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": before.n_vocab}))
+    ours = load_tokenizer(str(tmp_path))
+    assert ours.describe() == before.describe()
+    ours.recognise_special()
+    assert ours.n_vocab == before.n_vocab and ours.encode("<image>") == [before.n_vocab]
+
+
 def test_the_digest_is_of_the_vocabulary_not_of_the_file(tmp_path):
     ours = load_tokenizer(save(tmp_path / "a", "bpe"))
     transformers.AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
@@ -355,6 +367,10 @@ def test_a_data_folders_copy_is_found_and_says_what_ends_a_text(tmp_path):
     assert read_json(tmp_path / "data" / "tokenizer_config.json") == {"eos_token": "</s>", "x": 1}
 
 
+# files of the same names as GPT-2's, to which other rules belong
+QWEN2 = {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "Qwen2"}'}
+
+
 @pytest.mark.parametrize(
     "content, config, said",
     [
@@ -367,6 +383,7 @@ def test_a_data_folders_copy_is_found_and_says_what_ends_a_text(tmp_path):
         (bytes_tokenizer(), {"tokenizer_config.json": "["}, "tokenizer_config.json is not valid JSON"),
         (None, {"vocab.txt": "a\nb\n"}, "there is no tokenizer"),
         (None, {"vocab.json": "{}"}, "there is no tokenizer"),
+        (None, QWEN2, "there is no tokenizer"),
         (None, {"vocab.json": "{", "merges.txt": ""}, "not a tokenizer of the tokenizers package"),
     ],
 )
