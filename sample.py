@@ -88,13 +88,14 @@ def find_ends(folder: str, tokenizer: Tokenizer) -> set[int]:
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a prompt. Special tokens spelled out in it are their ids.
 
-    A beginning-of-text comes first where the tokenizer has one, as Llama's does. Where nothing else stands,
-    the ids are a lone end-of-text: every document of the corpus follows one.
+    A beginning-of-text comes first where the tokenizer has one, as Llama's does, unless the prompt spells it
+    out. Where nothing else stands, the ids are a lone end-of-text: every document of the corpus follows one.
     """
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
-    ids = [*tokenizer.bos_ids, *tokenizer.encode(first)]
+    ids, bos = tokenizer.encode(first), tokenizer.bos_ids
     for part in others:
         ids += [tokenizer.eot, *tokenizer.encode(part)]
+    ids = ids if ids[: len(bos)] == bos else bos + ids
     return ids or [tokenizer.eot]
 
 
@@ -132,9 +133,14 @@ def main(argv=None):
     if max(ids) >= config.vocab_size:
         raise UserError(f"the prompt holds a special token, id {max(ids)}, that the model does not have")
 
-    model = load_model(folder).eval().to(device)
+    if len(ids) > config.limit:
+        read = f"the model reads only the last {config.limit:,}"
+        print(f"the prompt has {len(ids):,} tokens, of which {read}", file=sys.stderr)
+
+    model = load_model(folder).eval()
     for p in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         p.data = p.data.to(pick_dtype(args.dtype, device))
+    model.to(device)  # now, as fp32 weights would need twice the room there
     # draw the tokenizer's ids only
     n_vocab = min(tokenizer.n_vocab, config.n_vocab)
     model.config = dataclasses.replace(model.config, n_vocab=n_vocab, eot=tokenizer.eot)

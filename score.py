@@ -54,9 +54,13 @@ def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict
     split's text alone, by meta.json; bytes and bits_per_byte are None where it does not say.
     """
 
+    block_size = args.block_size or config.block_size
+
     def open_split():
         check_tokenizer(args.data, folder, config)
-        return SplitWindows(Tokens(args.data, args.split), config.block_size, args.batch_size)
+        if block_size > config.limit:
+            raise UserError(f"--block_size {block_size}: {folder} reads at most {config.limit} tokens")
+        return SplitWindows(Tokens(args.data, args.split), block_size, args.batch_size)
 
     windows = ranks.agree(open_split)
     model = ranks.agree(lambda: load_model(folder)).to(device)
@@ -71,6 +75,7 @@ def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict
     return {
         "data": args.data,
         "split": args.split,
+        "block_size": block_size,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # exp overflows a float above 709
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
@@ -83,7 +88,8 @@ def loss_text(found: dict) -> str:
     """What `score_split` found, as a line."""
     bits = "" if found["bits_per_byte"] is None else f", {found['bits_per_byte']:.4f} bits per byte"
     losses = f"loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.3f}{bits}"
-    return f"{found['data']}, {found['split']}: {losses}, over {found['tokens_scored']:,} tokens"
+    over = f"over {found['tokens_scored']:,} tokens in windows of {found['block_size']:,}"
+    return f"{found['data']}, {found['split']}: {losses}, {over}"
 
 
 def open_tasks(args, world: int):
@@ -96,6 +102,8 @@ def open_tasks(args, world: int):
         raise UserError("nothing to score: give --data FOLDER for the loss, --tasks LIST, or both")
     if not names and (args.include_path or args.limit is not None):
         raise UserError("--include_path and --limit belong to --tasks, which is not given")
+    if args.block_size is not None and not (args.data and args.block_size >= 1):
+        raise UserError("--block_size must be at least 1, and belongs to --data")
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise UserError("--batch_size and --limit must be at least 1")
     if args.include_path and not os.path.isdir(args.include_path):
@@ -143,6 +151,8 @@ def make_parser() -> Parser:
     add("--ckpt", required=True, help="checkpoint folder, run folder (its best) or Hugging Face id")
     add("--data", help="data folder: loss, perplexity and bits per byte over the whole split")
     add("--split", default="val", help="the split of --data")
+    context = "tokens per window of --data, by default the model's context; compare models at the same one"
+    add("--block_size", type=int, help=context)
     add("--tasks", help="lm-evaluation-harness tasks, e.g. arc_easy,piqa,sciq (requirements-extra.txt)")
     add("--include_path", help="folder with YAML files of further tasks")
     add("--limit", type=int, help="only this many examples of each task, to try things out")

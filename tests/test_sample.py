@@ -115,6 +115,7 @@ def test_greedy_text_of_any_decoder_is_transformers(decoder, capsys):
     sample.main(["--ckpt", folder, "--prompt", "ab", "--max_new_tokens", "50", "--temperature", "0"])
     idx = transformers.AutoTokenizer.from_pretrained(folder)("ab", return_tensors="pt").input_ids
     assert idx.tolist() == [[256, 97, 98]]
+    assert sample.encode_prompt("<|endoftext|>ab", load_tokenizer(folder)) == [256, 97, 98], "not twice"
     ids = theirs.generate(idx, max_new_tokens=50, do_sample=False)[0, 3:].tolist()
     ids = ids[: next((i for i, t in enumerate(ids) if t in (2, 256)), 50)]
     assert len(ids) > 5, "the test needs a model that goes on"
@@ -122,12 +123,18 @@ def test_greedy_text_of_any_decoder_is_transformers(decoder, capsys):
 
 
 def test_sixteen_bits_are_of_the_weights_not_of_the_positions(decoder, monkeypatch, capsys):
-    model = load_model(decoder[1])
+    model, moved = load_model(decoder[1]), []
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     monkeypatch.setattr(sample, "load_model", lambda folder: model)
+    model.to = lambda device: moved.append({p.dtype for p in model.parameters()})
     sample.main(["--ckpt", decoder[1], "--max_new_tokens", "2", "--dtype", "bfloat16"])
     assert {name: buffer.dtype for name, buffer in model.named_buffers()} == before
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert moved == [{torch.bfloat16}]
+
+
+def test_a_prompt_beyond_the_context_is_said_to_be_cut(model_folder, capsys):
+    sample.main(["--ckpt", model_folder, "--prompt", "a" * 9, "--max_new_tokens", "1"])
+    assert capsys.readouterr().err == "the prompt has 9 tokens, of which the model reads only the last 8\n"
 
 
 def test_output_is_flushed_before_the_end(model_folder, monkeypatch):

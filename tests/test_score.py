@@ -78,7 +78,15 @@ def test_loss_is_the_plain_one(ckpt, tmp_path, capsys, batch_size):
     assert found["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-5)
     assert found["bytes"] == len(ids) - 4, "four end-of-texts"
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(ids) - 4), rel=1e-6)
-    assert f"loss {found['loss']:.4f} nats/token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"loss {found['loss']:.4f} nats/token" in said and f"over {n} tokens in windows of 64\n" in said
+
+
+def test_the_context_can_be_that_of_another_model(ckpt, tmp_path):
+    folder, ids = write_text(tmp_path / "data", [TEXT])
+    found = scored(ckpt, folder, tmp_path, "--block_size", "16")
+    assert found["block_size"] == 16
+    assert found["loss"] == pytest.approx(plain_nats(ckpt, ids, 16) / (len(ids) - 1), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])
@@ -157,6 +165,8 @@ def test_torchrun_gives_the_same_number(ckpt, tmp_path):
         (["--tasks=,"], "nothing to score"),
         (["--data=DATA", "--include_path=."], "belong to --tasks"),
         (["--tasks=piqa", "--include_path=/nowhere"], "no folder '/nowhere'"),
+        (["--tasks=piqa", "--block_size=8"], "belongs to --data"),
+        (["--data=DATA", "--block_size=65"], "reads at most 64 tokens"),
         (["--data=SHORT"], "val has 1 tokens; a loss needs two"),
     ],
 )
