@@ -96,6 +96,10 @@ class GPTConfig:
         """The content of config.json in a folder whose tensors have this dtype."""
         return gpt2_format.config_json(asdict(self)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
+    def full_content(self) -> dict:
+        """`content`, which leaves nothing out."""
+        return self.content()
+
     def arrange(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A model's parameters as its folder stores them: fp32 on the CPU, in Hugging Face's layout."""
         return gpt2_format.arrange(parameters, asdict(self))

@@ -175,7 +175,8 @@ def save_checkpoint(run: Run) -> None:
     }
 
     def write():
-        weights, config_json = config.arrange(parameters), config.content()  # in the folder's layout
+        weights = config.arrange(parameters)  # in the folder's layout
+        config_json = config.content() | saver.special_ids
         files = tokenizer_files(config, s.dataset) | saver.files  # so that AutoTokenizer opens the checkpoint
         checkpoint.write_step(s.out_dir, weights, optimizer, config_json, state_json, saver.lineage, files)
         checkpoint.prune(s.out_dir, s.keep_last, best_step)

@@ -142,6 +142,7 @@ def test_lineage_says_where_from_and_through_what(reference, tmp_path):
 def test_lineage_tells_models_apart(tmp_path):
     for seed in (0, 1):
         write_checkpoint(tmp_path / str(seed), seed=seed)
+    (tmp_path / "0/other.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     a, b = (checkpoint.fingerprint(str(tmp_path / s))["files"]["model.safetensors"] for s in "01")
     assert a["bytes"] == b["bytes"] and a["sample_sha256"] != b["sample_sha256"]
 

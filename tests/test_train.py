@@ -506,12 +506,15 @@ def without_shape(data, out, **changes):
 
 def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path):
     write_checkpoint(tmp_path / "ref", bias=False)
+    content, ids = read_json(tmp_path / "ref/config.json"), {"eos_token_id": [256, 3], "pad_token_id": 5}
+    write_json(tmp_path / "ref/config.json", content | ids)
     train.main(without_shape(data, tmp_path / "a", init_from=tmp_path / "ref", inherit_layers=2))
     inherit.main(["--ckpt", str(tmp_path / "ref"), "--layers", "2", "--out", str(tmp_path / "sub")])
     train.main(without_shape(data, tmp_path / "b", init_from=tmp_path / "sub"))
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / f"a/latest/{name}").read_bytes() == (tmp_path / f"b/latest/{name}").read_bytes()
+    assert ids.items() <= read_json(tmp_path / "a/latest/config.json").items()
     made = GPTConfig.from_folder(str(tmp_path / "a/latest"))
     assert (made.n_layer, made.bias, made.vocab_size) == (2, False, 320)
     origin = json.loads((tmp_path / "a/latest/lineage.json").read_text())

@@ -41,6 +41,7 @@ from model import continue_ids, cross_entropy
 BLOCK_SIZE = 1024  # block_size of a run, unless the model has room for fewer or the user sets it
 OUR_KEYS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
 AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
+OLD_BUFFERS = r"rotary_emb[.]inv_freq$", r"(^|[.])position_ids$"  # computed now, but still in older folders
 NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
 
 
@@ -141,8 +142,13 @@ class DecoderConfig:
     def content(self, dtype: torch.dtype = torch.float32) -> dict:
         """config.json: the source's with the dtype of the tensors beside it, plus our own keys."""
         content, name = json.loads(self.source), str(dtype).removeprefix("torch.")
+        content.pop("auto_map", None)  # it names Python files, which are not copied
         content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
         return content | dict(zip(OUR_KEYS, (self.n_vocab, self.tokenizer, self.block_size), strict=True))
+
+    def full_content(self) -> dict:
+        """config.json with transformers' defaults for what it leaves out."""
+        return transformers_config(self.source).to_dict()
 
     def arrange(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model's parameters under the names and in the shapes in which transformers stores them."""
@@ -322,10 +328,11 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, LazyTensor]:
     """The state dict of a folder, checked against `config`: names and shapes as transformers stores them.
 
     A missing base prefix (`layers.0.…` for `model.layers.0.…`) is added. Left out are a copy of a tied
-    tensor, what transformers leaves out itself, and blocks that predict a second token.
+    tensor, what transformers leaves out itself, buffers that older versions of it stored, and blocks that
+    predict a second token.
     """
     model, wanted = skeleton(config.source), stored_shapes(config.source)
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = [*OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
     for i in range(read_json(os.path.join(folder, CONFIG)).get(AHEAD) or 0):
         number = config.n_layer + i
         ignored.append(f"^{re.escape(config.block_prefix)}{number}[.]")

@@ -8,19 +8,20 @@ and read from disk while they are written.
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
 
 from inheritune.base.errors import UserError
-from inheritune.base.files import new_folder, read_json, write_json
+from inheritune.base.files import new_folder, write_json
 from inheritune.data.tokenizer import tokenizer_files
 from inheritune.models.cut_config import check_blocks
 from inheritune.models.open_model import Config, model_class, open_config, open_weights
 from inheritune.weights.checkpoint import LINEAGE, files_beside, new_lineage
-from inheritune.weights.gpt2_format import CONFIG, shapes, write_model
+from inheritune.weights.gpt2_format import SPECIAL_IDS, read_special_ids, shapes, write_model
 from inheritune.weights.model_card import write_card
-from inheritune.weights.tensors import LazyTensor
+from inheritune.weights.tensors import LazyTensor, n_bytes
 
 
 def alternate(n: int, k: int) -> list[int]:
@@ -49,10 +50,9 @@ RECIPES = tuple(BLOCKS)
 # {part: prefixes of its tensors' names inside a block}; attn+mlp is the paper's name for all
 PARTS = {"attn": ("ln_1.", "attn."), "mlp": ("ln_2.", "mlp."), "attn+mlp": ("",), "all": ("",)}
 WTE = "transformer.wte.weight"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of config.json copied from the source
 # keys of config.json that may differ between models that exchange blocks
 EXCHANGEABLE = ("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
-EXCHANGEABLE += ("n_vocab", "tokenizer", "run_block_size", *SPECIAL_IDS)
+EXCHANGEABLE += ("n_vocab", "tokenizer", "auto_map", *SPECIAL_IDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +93,14 @@ def make_checkpoint(
     else:
         state, new, blocks = initialise(weights, config, recipe, layers or config.n_layer, blocks)
         lineage = new_lineage(source, blocks, warning=new.warning, **vars(recipe))
+    if recipe.recipe == "random":
+        lineage["embeddings_and_ln_f"] = "random"
     lineage |= notes or {}
 
-    theirs = read_json(os.path.join(source, CONFIG))
-    dtypes = {tensor.dtype for tensor in state.values()}
-    content = new.content(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    content |= {key: theirs[key] for key in SPECIAL_IDS if key in theirs}
+    sizes = Counter()  # bytes of each dtype: single tensors may be in fp32, such as those of routers
+    for tensor in state.values():
+        sizes[tensor.dtype] += n_bytes(tensor)
+    content = new.content(max(sizes, key=sizes.get)) | read_special_ids(source)
     files = tokenizer_files(config, source) | files_beside(source)
     with new_folder(out) as temporary:
         write_model(temporary, state, content, files)
@@ -186,7 +188,7 @@ def grow_onto(
     if not n < k <= most:
         raise UserError(f"layers must be between {n + 1} and {most} to grow {n} blocks onto, not {k}")
     same = dataclasses.replace(config.with_blocks(list(range(n))), block_size=small_config.block_size)
-    ours, theirs = small_config.content(), same.content()
+    ours, theirs = small_config.full_content(), same.full_content()
     for key in sorted((ours.keys() | theirs.keys()).difference(EXCHANGEABLE)):
         if ours.get(key) != theirs.get(key):
             found = f"{key} is {ours.get(key)} in the small model and {theirs.get(key)} in the reference"

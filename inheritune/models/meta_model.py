@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -33,8 +33,8 @@ def using_transformers(what: str = "it") -> Iterator:
     except UserError:
         raise
     except Exception as e:  # transformers raises errors of any class: each means that it cannot open this
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"transformers cannot open {what} ({type(e).__name__}: {reason:.150})") from None
+        reason = f"{type(e).__name__}: {first_line(e):.150}"
+        raise UserError(f"transformers cannot open {what} ({reason})") from None
 
 
 def transformers_config(source: str):

@@ -17,6 +17,7 @@ A configuration is a frozen dataclass:
     warning                     what readers of its config.json must know, or ""
     with_blocks(blocks)         the configuration of a model that has these blocks of this one
     content(dtype=torch.float32)  the content of config.json in a folder whose tensors have this dtype
+    full_content()              config.json's content, with defaults for the keys that it leaves out
     arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU
 
 A model is an nn.Module whose named_parameters() carry the names of its folder's tensors:

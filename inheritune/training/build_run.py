@@ -23,6 +23,7 @@ from inheritune.training.optimizer import load_optimizer, make_optimizer
 from inheritune.training.planning import Plan
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
+from inheritune.weights.gpt2_format import read_special_ids
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Saver:
 
     lineage: dict  # for lineage.json
     files: dict[str, bytes]  # that lay beside the model: its chat template, licence, …
+    special_ids: dict  # for config.json, of the model that the run started from
     step: int | None  # of the newest checkpoint, written or under way
     copies: dict = field(default_factory=dict)  # the tensors that the thread writes
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -120,7 +122,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     folder = plan.resume_from
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
-    module, lineage, files = ranks.agree(lambda: load_weights(plan, folder))
+    module, *beside = ranks.agree(lambda: load_weights(plan, folder))
     module.checkpoint_activations = settings.checkpoint_activations
     pad_head(module, device, compiled)
     model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
@@ -156,7 +158,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
         state=state,
         ended_at=ended_at,
         recorder=recorder,
-        saver=Saver(lineage, files, step=state.step if plan.resume_from else None),
+        saver=Saver(*beside, step=state.step if plan.resume_from else None),
     )
 
 
@@ -169,13 +171,14 @@ def open_data(settings, plan):
 
 
 def load_weights(plan, folder):
-    """(model of the plan's config, its lineage, the files beside it). Without a folder it is random.
+    """(model of the plan's config, its lineage, the files beside it, its special ids). Without a folder it is
+    random.
 
     folder: a checkpoint; the model takes its first n_layer blocks
     """
     config = plan.config
     if folder is None:
-        return model_class(config)(config), {}, {}
+        return model_class(config)(config), {}, {}, {}
     source = open_config(folder)
     weights, lineage = open_weights(folder, source), checkpoint.read_lineage(folder)
     if not plan.resume_from:
@@ -184,7 +187,9 @@ def load_weights(plan, folder):
         lineage = checkpoint.new_lineage(folder, blocks, warning=config.warning)
     module = model_class(config).empty(config)
     module.fill(weights, folder)
-    return module, lineage, checkpoint.files_beside(folder)
+    # a model that names no tokenizer has taken the data's: its own ids mean nothing there
+    special_ids = read_special_ids(folder) if config.tokenizer == source.tokenizer else {}
+    return module, lineage, checkpoint.files_beside(folder), special_ids
 
 
 def restore(folder, module, optimizer, scaler):

@@ -109,6 +109,8 @@ def download(name: str, weights: bool) -> str:
     except Exception as e:  # of the client, its HTTP library or the disk: the model is not available
         what = f"the Hugging Face hub did not give it ({type(e).__name__}: {first_line(e):.150})"
         cure = "check the name and the network, or give a folder that holds config.json and model.safetensors"
+        if isinstance(e, hub.errors.GatedRepoError):
+            cure = "accept its licence on its page on the hub, and run hf auth login"
         raise UserError(f"no folder {name!r} here, and {what}; {cure}") from None
     return folder
 
@@ -288,7 +290,8 @@ def fingerprint(folder: str) -> dict:
         path = os.path.join(folder, name)
         size, digest = os.path.getsize(path), hashlib.sha256()
         with open(path, "rb") as f:
-            digest.update(f.read(int.from_bytes(f.read(8), "little")))
+            header = int.from_bytes(f.read(8), "little")
+            digest.update(f.read(min(header, size)))  # a Git LFS pointer names no length there
             for i in range(64):
                 f.seek(size * i // 64)
                 digest.update(f.read(1024))

@@ -38,6 +38,8 @@ OTHER_FORMATS = {
     "checkpoint-*": "but checkpoints of a Trainer, in folders of their own: give one of these",
 }
 MAX_FILE = 50 * 10**9  # bytes of one file on the hub; larger models are written in shards
+# keys of config.json that a model made from another one keeps
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_EOT = -1  # the `eot` of a model for which no token ends a text
 
 
@@ -79,6 +81,12 @@ def read_tokenizer_fields(path: str, c: dict, vocab_size: int) -> dict:
     # a config.json with a small vocabulary, made by hand, often keeps GPT-2's 50256
     known = type(eot) is int and 0 <= eot < n_vocab
     return {"n_vocab": n_vocab, "tokenizer": tokenizer, "eot": eot if known else NO_EOT}
+
+
+def read_special_ids(folder: str) -> dict:
+    """What config.json says under SPECIAL_IDS: {"eos_token_id": [50256, 50257], "pad_token_id": 50258}."""
+    c = read_json(os.path.join(folder, CONFIG))
+    return {key: c[key] for key in SPECIAL_IDS if key in c}
 
 
 def check_architecture(path: str, c: dict) -> None:

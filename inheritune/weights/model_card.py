@@ -31,7 +31,9 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
     parent = {key: parent[key] for key in FACTS if key in parent} or parent.get("reference", {})
     facts = own.get("inheritune", {}) | facts
     facts["reference"] = parent | facts.get("reference", {}) | (reference or {})
-    base = [hub_id(source), own.get("base_model"), theirs.get("base_model")]
+    lineage = read_lineage(folder)
+    random = lineage.get("recipe") == "random"  # then nothing was taken of the source's weights
+    base = [] if random else [hub_id(source), own.get("base_model"), theirs.get("base_model")]
     data = ModelCardData(
         **{key: own.get(key) or theirs.get(key) for key in LICENCE},
         base_model=next((b for b in base if re.fullmatch(r"[\w.-]+/[\w.-]+", str(b))), None),
@@ -40,14 +42,15 @@ def write_card(folder: str, name: str, source: str | None = None, reference: dic
         tags=["inheritune"],
         inheritune={key: value for key, value in facts.items() if value} or None,
     )
-    lineage = read_lineage(folder)
     sources = " and ".join(f"`{source['name']}`" for source in lineage.get("sources", {}).values())
-    lines = [f"Made by Inheritune (arXiv:2404.08634) from {sources or 'random weights'}: see lineage.json."]
+    origin = f"random weights in the architecture of {sources}" if random else sources or "random weights"
+    lines = [f"Made by Inheritune (arXiv:2404.08634) from {origin}: see lineage.json."]
     lines += [lineage["warning"]] if "warning" in lineage else []
     for whose, known in (("This model", facts), ("The reference", facts["reference"])):
         found = [f"{key} {known[key]}" for key in FACTS if key in known]
         lines += [f"{whose}: {', '.join(found)}."] if found else []
-    lines += [] if facts.get("tokens") else ["These weights have not been trained since they were cut."]
+    untrained = f"These weights have not been trained{'' if random else ' since they were cut'}."
+    lines += [] if facts.get("tokens") else [untrained]
     with replacing(os.path.join(folder, CARD), "w") as f:
         f.write("\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {name}", *lines]) + "\n")
 

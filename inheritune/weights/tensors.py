@@ -98,12 +98,14 @@ def read_tensors(path: str) -> dict[str, LazyTensor]:
 
 def stored_tensor(file, name: str, entry: dict, start: int) -> LazyTensor:
     """The tensor that a header's `entry` describes, in an open file whose tensors begin at byte `start`."""
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"{file.name}: {name} is of type {entry['dtype']}, not one of {', '.join(DTYPES)}")
-    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    # tensors of other types are refused only when they are read: nobody may want them
+    shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"], torch.float32)
     begin, row = start + entry["data_offsets"][0], math.prod(shape[1:]) * dtype.itemsize
 
     def rows(a, b):
+        if entry["dtype"] not in DTYPES:
+            wanted = ", ".join(DTYPES)
+            raise UserError(f"{file.name}: {name} is of type {entry['dtype']}, not one of {wanted}")
         tensor = torch.empty((b - a, *shape[1:]), dtype=dtype)
         file.seek(begin + a * row)
         if file.readinto(bytes_of(tensor)) != tensor.nbytes:

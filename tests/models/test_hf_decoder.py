@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from inheritune.base.errors import UserError
@@ -93,6 +93,15 @@ def test_a_block_that_predicts_a_second_token_is_left_out(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert len(load_model(str(tmp_path)).blocks) == 4
     assert "block 4 predicts a second token and is left out" in capsys.readouterr().err
+
+
+def test_buffers_that_older_folders_hold_are_left_out(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    older = {"model.position_ids": torch.arange(64)[None]}
+    older["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | older, file)
+    assert len(load_model(str(tmp_path)).blocks) == 4
 
 
 def test_a_gpt2_is_opened_as_one(tmp_path):

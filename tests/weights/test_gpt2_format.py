@@ -9,10 +9,12 @@ import json
 import os
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -203,6 +205,13 @@ def test_a_hub_that_cannot_be_reached_is_one_short_line(capfd):
         checkpoint.download("nobody/nothing", weights=True)
     assert "nobody/nothing" in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 350
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_with_a_licence_to_accept_says_so(monkeypatch):
+    gated = GatedRepoError("403", response=Mock())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=gated))
+    with pytest.raises(UserError, match=r"accept its licence .*, and run hf auth login"):
+        checkpoint.download("some/model", weights=True)
 
 
 @pytest.fixture

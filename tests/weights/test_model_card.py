@@ -39,6 +39,13 @@ def test_inherit_says_base_model_and_licence(tmp_path):
     assert "have not been trained since" in made.text and "Theirs" not in made.text
     assert (tmp_path / "small/LICENSE").read_text() == "ours"
 
+    flags = ["--layers", "1", "--recipe", "random", "--out", str(tmp_path / "new")]
+    inherit.main(["--ckpt", str(source), *flags])
+    made = card(tmp_path / "new")
+    assert "base_model" not in made.data.to_dict() and "since they were cut" not in made.text
+    assert "from random weights in the architecture of `some-org/gpt2-tiny`" in made.text
+    assert checkpoint.read_lineage(str(tmp_path / "new"))["embeddings_and_ln_f"] == "random"
+
 
 def test_training_says_data_tokens_and_losses_with_the_reference_beside(data, plain, tmp_path):
     """A reference, half of it, and that trained: each card builds on the one before."""
