@@ -1,5 +1,4 @@
-"""Real inputs for tests that no repository should carry: fetched once, checked, kept in the temporary
-folder."""
+"""Real inputs for tests, which no repository should carry: fetched once, checked, kept in a folder."""
 
 import functools
 import hashlib

@@ -4,6 +4,9 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from inheritune.models.initialisations import assemble
+from inheritune.models.open_model import model_class, open_config, open_weights
+
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
 # {size: names of keys that get it, where a configuration has them}
@@ -44,7 +47,6 @@ OTHERS = {
 
 
 def tiny_config(kind: str, depth=4, **changes):
-    """A configuration of a causal type with small sizes."""
     config = transformers.CONFIG_MAPPING[kind]().get_text_config(decoder=True)
     known = {*config.to_dict(), *(config.attribute_map or {})}
     sizes = {key: size for key, size in SIZE_OF.items() if key in known}
@@ -70,6 +72,15 @@ def build(kind: str, seed=0, **changes):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)
+    return model
+
+
+def cut(folder: str, blocks: list[int]):
+    """Our model with these blocks of the model in a folder."""
+    config = open_config(folder)
+    weights, new = open_weights(folder, config), config.with_blocks(blocks)
+    model = model_class(new).empty(new)
+    model.fill(assemble(weights, [(weights, i) for i in blocks], config), folder)
     return model
 
 

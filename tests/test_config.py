@@ -1,4 +1,4 @@
-"""Every file in config/ is read and planned, as --dry_run does. python -m pytest tests/test_config.py"""
+"""Every file in config/ is read and planned, as --dry_run does."""
 
 import dataclasses
 import glob
@@ -53,7 +53,6 @@ def test_a_config_holds_what_differs_from_the_defaults(name):
 
 
 def parse_all(name, wanted):
-    """The settings of class `wanted` in a config file."""
     classes = (TrainSettings, GrowSettings, ReplicateSettings)
     found = parse(classes, [os.path.join(ROOT, "config", name)], "")
     return found[classes.index(wanted)]

@@ -1,7 +1,4 @@
-"""What README.md, CONTRIBUTING.md and runs/ show exists: commands, flags, files.
-
-pytest tests/test_docs.py
-"""
+"""What README.md, CONTRIBUTING.md and runs/ show exists: commands, flags, files."""
 
 import functools
 import importlib
@@ -23,7 +20,6 @@ COMMAND = re.compile(r"(?:python|\"\$python\"|torchrun[^\n]*?) ((?:\w+/)?\w+\.py
 
 @functools.cache
 def flags(script):
-    """The flags that a command's --help lists."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         said = []
@@ -60,7 +56,6 @@ def test_readme_names_every_command_and_is_short():
 
 
 def rows(text):
-    """The cells of every row of the Markdown tables in a text."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 

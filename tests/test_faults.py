@@ -1,13 +1,10 @@
-"""What a run survives: SIGKILL, SIGTERM, Ctrl-C, a full disk, damaged checkpoints, a second run in its
-folder.
-
-pytest tests/test_faults.py         (tests/stress/ goes on for longer)
-"""
+"""What a run survives: signals, a full disk, damaged checkpoints, a second run in its folder."""
 
 import concurrent.futures
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -45,27 +42,14 @@ def go_on(forks, data, out, undisturbed):
 # SIGKILL
 
 
-def kill_and_continue(forks, data, out, undisturbed, moments):
-    for moment in moments:
+@pytest.mark.parametrize("shares", [[0.02], [0.38], [0.55], [0.97], [0.3, 0.24, 0.18]])
+def test_a_killed_run_continues_bit_for_bit(forks, data, tmp_path, undisturbed, shares):
+    out = tmp_path / "out"
+    for share in shares:
+        moment = int(1 + share * (undisturbed[1] - 1))
         assert forks.train(arguments(data, out, **DROPOUT, resume="auto"), die=moment) == (-9, None)
         assert all(GPT.from_pretrained(os.path.join(out, s)) for s in checkpoint.list_steps(out))
     go_on(forks, data, out, undisturbed)
-
-
-@pytest.mark.parametrize("share", [0.02, 0.38, 0.55, 0.97])
-def test_a_killed_run_continues_bit_for_bit(forks, data, tmp_path, undisturbed, share):
-    """Weights, moments, log and links equal those of the uninterrupted run, with dropout."""
-    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [int(1 + share * (undisturbed[1] - 1))])
-
-
-def test_a_run_killed_three_times_continues_bit_for_bit(forks, data, tmp_path, undisturbed):
-    kill_and_continue(forks, data, tmp_path / "out", undisturbed, [50, 40, 30])
-
-
-@pytest.mark.slow
-def test_a_run_may_be_killed_at_any_moment(forks, data, tmp_path, undisturbed):
-    for moment in range(1, undisturbed[1] + 1):
-        kill_and_continue(forks, data, tmp_path / str(moment), undisturbed, [moment])
 
 
 # SIGTERM, SIGINT, a scheduler's warning and a closed terminal
@@ -107,10 +91,7 @@ def test_a_checkpoint_comes_within_one_step(data, tmp_path, monkeypatch, capsys)
         train.main(arguments(data, out))
     assert end.value.code == 143 and checkpoint.list_steps(out) == ["step_00000004", "step_00000006"]
     said = capsys.readouterr().err.strip()
-    assert (
-        said
-        == f"train.py: SIGTERM: saved {out}/step_00000006 after step 6; add --resume=auto to go on from there"
-    )
+    assert said.startswith(f"train.py: SIGTERM: saved {out}/step_00000006 after step 6; add --resume=auto")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -142,12 +123,11 @@ def test_a_validation_is_given_up(data, tmp_path, monkeypatch, nth):
 # A checkpoint on its way
 
 
-@pytest.fixture
-def slow_writing(monkeypatch):
-    """What happens in order: ("step", n) begun, ("writing", n) and ("written", n); writing ends only when two
-    more steps have begun, or the training is over."""
-    events, step, save, settle = [], train.train_step, checkpoint.write_step, train.wait_for_checkpoint
-    free = threading.Event()
+def test_training_goes_on_while_a_checkpoint_is_written(plain, data, tmp_path, monkeypatch):
+    """... of the step at which it was due; one at a time, the last before the run is over. Here a writing
+    ends only when two more steps have begun, or the training is over."""
+    events, free = [], threading.Event()
+    step, save, settle = train.train_step, checkpoint.write_step, train.wait_for_checkpoint
 
     def slow(run, weights, optimizer, config, state, *more):
         events.append(("writing", state["step"]))
@@ -168,18 +148,12 @@ def slow_writing(monkeypatch):
     monkeypatch.setattr(checkpoint, "write_step", slow)
     monkeypatch.setattr(train, "train_step", stepping)
     monkeypatch.setattr(train, "wait_for_checkpoint", settling)
-    return events
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(plain, data, tmp_path, slow_writing):
-    """... and the checkpoint is of the step at which it was due; one at a time, the last before the run is
-    over."""
     train.main(arguments(data, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(plain)
-    for step in (4, 8):
-        assert slow_writing.index(("step", step + 1)) < slow_writing.index(("written", step))
-    done = [e for e in slow_writing if e[0] != "step"]
-    assert done == [(what, step) for step in (4, 8, 12) for what in ("writing", "written")]
+    for due in (4, 8):
+        assert events.index(("step", due + 1)) < events.index(("written", due))
+    done = [e for e in events if e[0] != "step"]
+    assert done == [(what, due) for due in (4, 8, 12) for what in ("writing", "written")]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
@@ -202,13 +176,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
     monkeypatch.setattr(gpt2_format, "write_tensors", full)
     monkeypatch.setattr(train, "train_step", waiting)
     message = refusal(train.main, arguments(data, out))
-    assert (
-        message.startswith("train.py: No space left on device (") and "run the same command again" in message
-    )
+    assert "No space left on device (" in message and "run the same command again" in message
     assert failed[-1] <= 10 and checkpoint.list_steps(out) == ["step_00000004"]
-    assert os.readlink(out / "best") == "step_00000004" and not [
-        n for n in os.listdir(out) if n.startswith(".")
-    ]
+    assert os.readlink(out / "best") == "step_00000004"
+    assert not [n for n in os.listdir(out) if n.startswith(".")]
     monkeypatch.undo()
     train.main(arguments(data, out, resume="auto"))
     assert contents(out) == contents(plain)
@@ -238,17 +209,13 @@ assert ctypes.CDLL(None).capset(head, none) == 0
 @pytest.mark.skipif(sys.platform != "linux", reason="root's capabilities are Linux's")
 def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(forks, plain, data, tmp_path):
     ours = shutil.copytree(plain, tmp_path / "run", symlinks=True)
-    for folder, _, names in os.walk(ours):
-        for name in names:
-            os.chmod(os.path.join(folder, name), 0o444)
-        os.chmod(folder, 0o555)
+    subprocess.run(["chmod", "-R", "a-w", ours], check=True)
     longer = arguments(data, ours, resume="auto", max_iters=16, lr_decay_iters=12)
     assert forks.train(longer, code=POWERLESS)[0] == 1 and "Permission denied" in forks.said
     shape = dict.fromkeys(SHAPE)
     argv = arguments(data, tmp_path / "new", init_from=ours, max_iters=1, **shape)
     assert forks.train(argv, code=POWERLESS)[0] == 0, forks.printed
-    for folder, _, _ in os.walk(ours):
-        os.chmod(folder, 0o755)
+    subprocess.run(["chmod", "-R", "u+w", ours], check=True)
     assert contents(ours) == contents(plain)
 
 
@@ -256,7 +223,6 @@ def test_an_unwritable_folder_is_one_line_and_a_read_only_checkpoint_will_do(for
 
 
 def flip(path, at):
-    """Change one byte of a file."""
     content = bytearray(path.read_bytes())
     content[at] ^= 0x40
     path.write_bytes(content)
@@ -326,8 +292,6 @@ def test_a_plan_that_another_run_has_overtaken_is_refused(plain, data, tmp_path,
         return setup(*arguments)
 
     monkeypatch.setattr(train, "build_run", late)
-    message = refusal(train.main, arguments(data, out, resume="auto"))
-    assert (
-        message == f"train.py: another process has just trained in {out}: run the same command again to go on"
-    )
+    said = refusal(train.main, arguments(data, out, resume="auto"))
+    assert f"another process has just trained in {out}: run the same command again" in said
     assert open(out / "log.csv").read() == open(os.path.join(plain, "log.csv")).read()

@@ -1,10 +1,7 @@
 """What an earlier version wrote is read, continued and scored as before.
 
-pytest tests/test_frozen.py
-
 tests/frozen/data and tests/frozen/run were written at revision ad6b56c: 12 steps, of which the checkpoint of
-step 8 was kept; log.csv is the whole run's.
-"""
+step 8 was kept; log.csv is the whole run's."""
 
 import json
 import os

@@ -1,7 +1,4 @@
-"""`make gpu` on machines without a GPU: every step at toy size, with no more installed than it asks for.
-
-pytest tests/test_gpu.py        (-m slow for the steps: minutes)
-"""
+"""`make gpu` on machines without a GPU: every step at toy size, with no more installed than it asks for."""
 
 import csv
 import os
@@ -10,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.tiny import ROOT, arguments
+from tests.tiny import ROOT
 
 LACKING = ("datasets", "pyarrow", "requests", "pandas", "zstandard")
 # xl and large are the same as gpt2 at toy size
@@ -23,12 +20,6 @@ def run(tmp_path, *argv):
     (tmp_path / "sitecustomize.py").write_text(code)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_training_imports_nothing_that_only_preparation_needs(data, tmp_path):
-    done = run(tmp_path, "train.py", *arguments(data, tmp_path / "out", max_iters=1))
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

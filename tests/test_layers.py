@@ -1,8 +1,4 @@
-"""Who may import whom, from left to right: base, data and weights, model.py, models, training, experiments,
-commands; without cycles.
-
-pytest tests/test_layers.py
-"""
+"""Who may import whom: the layers of CONTRIBUTING.md, without cycles."""
 
 import ast
 import graphlib

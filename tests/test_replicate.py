@@ -1,9 +1,8 @@
-"""The comparison: a small one from end to end, its report, what it refuses. pytest tests/test_replicate.py"""
+"""The comparison: a small one from end to end, its report, what it refuses."""
 
 import csv
 import dataclasses
 import glob
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,6 @@ import torch
 import transformers
 
 import replicate
-import train
 from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData
@@ -30,14 +28,8 @@ from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from tests import other_models
-from tests.experiments.comparison import common_of, write_config
+from tests.experiments.comparison import common_of, in_process, write_config
 from tests.tiny import ROOT, refusal, rows, write_data
-
-
-def in_process(request, command, stdout, stderr):
-    """StopRequest.call for train.py, without the process."""
-    train.main(command[2:])
-    return 0
 
 
 def read_results(folder):
@@ -86,19 +78,6 @@ def no_figures(monkeypatch):
     """A report trains nothing, and its figures take a while."""
     monkeypatch.setattr(StopRequest, "call", None)
     monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
-
-
-def test_report_from_what_results_holds(finished, no_figures, tmp_path):
-    """In a fresh clone: no run folders, no data, no checkpoints; the same table, and what is missing."""
-    _, folder = finished
-    shutil.copytree(folder / "results", tmp_path / "results")
-    for name in ("results.csv", "table.md"):
-        os.remove(tmp_path / "results" / name)
-    (tmp_path / "c.py").write_text((folder / "c.py").read_text())
-    nowhere = [f"--{key}={tmp_path}/nowhere" for key in ("dataset", "out_dir")]
-    replicate.main([str(tmp_path / "c.py"), "--report", f"--results={tmp_path}/results", *nowhere])
-    for name in ("results.csv", "table.md", "logs/seed_1/stacking/stage_2/log.csv"):
-        assert (tmp_path / "results" / name).read_bytes() == (folder / "results" / name).read_bytes()
 
 
 def test_report_takes_in_what_another_folder_has(finished, no_figures, tmp_path, capsys):
@@ -226,24 +205,6 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert "arms × seeds" in text and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--arms=all:0"], "there is nothing to do"),
-        (["--layers=1", "--rounds_from=2"], "rounds_from 2 at most layers"),
-        (["--reference=x"], "set one of reference_config"),
-        (["--stop_at_val_loss=2"], "stop_at_val_loss is decided by the arms"),
-        (["--n_embd=32"], "n_embd is the reference's"),
-        (["--batch_tokens=60"], "not a multiple of block_size"),
-        (["--k_start=2"], "unknown argument '--k_start=2'"),
-        (["--arms=inheritune@:1"], "inheritune@: '' is no setting"),
-    ],
-)
-def test_refusals(tmp_path, flags, message):
-    said = refusal(replicate.main, [write_config(tmp_path), *flags])
-    assert message in said and not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
-
-
 def test_all_losses_are_measured_on_the_same_tokens(tmp_path):
     path = write_config(tmp_path)
     text = (tmp_path / "c.py").read_text().replace("eval_tokens = 200\n", "")
@@ -253,35 +214,20 @@ def test_all_losses_are_measured_on_the_same_tokens(tmp_path):
     assert "reference.py validates on 100 tokens, the others on" in refusal(replicate.main, [path])
 
 
-def test_train_points_to_replicate(tmp_path):
-    assert "but one of grow.py or replicate.py" in refusal(train.main, [write_config(tmp_path)])
-
-
 @pytest.mark.slow
 def test_smoke_of_every_arm_killed_and_continued(tmp_path):
-    """Acceptance: all arms run in processes of their own, are killed together, go on, and a deleted one comes
-    back."""
+    """All arms run in processes of their own, are killed together, and go on."""
     data = write_data(tmp_path / "data", train=60_000, val=9000)
     command = [sys.executable, "replicate.py", "config/replicate_smoke.py", f"--dataset={data}"]
     command += [f"--out_dir={tmp_path / 'out'}", f"--results={tmp_path / 'results'}", "--max_iters=20"]
     environment = os.environ | {"PYTHONPATH": ROOT}
 
-    def finished_rows():
-        return len(list((tmp_path / "out").rglob("row.json")))
-
-    for count in (1, 6):  # with references and with small models under way
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        while finished_rows() < count and process.poll() is None:
-            time.sleep(0.2)
-        time.sleep(3)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    while len(list((tmp_path / "out").rglob("row.json"))) < 6 and process.poll() is None:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     found = read_results(tmp_path / "results")
     assert {arm for arm, _ in found} == set(ARMS) and len(found) == len(ARMS) + 3
     assert found["rounds", 1]["val_loss"] == found["inheritune", 1]["val_loss"]
-    for arm in ("reference", "stacking", "kd"):
-        shutil.rmtree(tmp_path / "out/seed_1" / arm)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    assert read_results(tmp_path / "results") == found
-    json.loads((tmp_path / "out/seed_1/kd/row.json").read_text())

@@ -1,4 +1,4 @@
-"""What people ran into: each test is named by what somebody did. pytest tests/test_reports.py"""
+"""What people ran into: each test is named by what somebody did."""
 
 import importlib
 import json
@@ -29,7 +29,9 @@ from tests.assets import english
 from tests.data.test_tokenizer import save
 from tests.tiny import (
     ROOT,
+    SHAPE,
     arguments,
+    change_json,
     column,
     gpt2,
     refusal,
@@ -38,7 +40,7 @@ from tests.tiny import (
     write_data,
 )
 
-SHAPELESS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))  # the model to start from has them
+SHAPELESS = dict.fromkeys(SHAPE)  # the model to start from has them
 
 
 # Settings
@@ -49,10 +51,8 @@ def test_a_person_brings_nanogpts_config(tmp_path, name):
     """The line says what to write instead, and in a file where."""
     (tmp_path / "theirs.py").write_text(f"n_layer = 2\n{name} = 5\n")
     said = refusal(train.main, [str(tmp_path / "theirs.py")])
-    assert said == f"train.py: {tmp_path}/theirs.py:2: {name} is not a setting but nanoGPT's: {NANOGPT[name]}"
-    assert name not in TrainSettings.__dataclass_fields__
-    for flag in (f"--{name}=5", f"--{name.replace('_', '-')}"):
-        assert refusal(train.main, [flag]) == f"train.py: {flag.split('=')[0]} is nanoGPT's: {NANOGPT[name]}"
+    assert f"theirs.py:2: {name} is not a setting but nanoGPT's: {NANOGPT[name]}" in said
+    assert f"is nanoGPT's: {NANOGPT[name]}" in refusal(train.main, [f"--{name.replace('_', '-')}"])
 
 
 def test_a_person_writes_a_path_with_a_tilde(monkeypatch, tmp_path):
@@ -67,12 +67,6 @@ def test_a_person_writes_a_path_with_a_tilde(monkeypatch, tmp_path):
     assert (args.ckpt, args.out) == (f"{tmp_path}/ref", f"{tmp_path}/small")
 
 
-@pytest.mark.parametrize("flag", sample.NANOGPT)
-def test_a_person_samples_with_nanogpts_flags(flag):
-    said = refusal(sample.main, ["--ckpt=x", f"--{flag}=y"])
-    assert said == f"sample.py: --{flag} is nanoGPT's: {sample.NANOGPT[flag]}"
-
-
 # Checkpoints
 
 
@@ -81,19 +75,15 @@ def test_a_person_fine_tunes_a_bias_free_model_in_transformers(tmp_path):
     write_checkpoint(tmp_path / "ours", bias=False)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     idx = torch.randint(257, (2, 8))
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01)
     theirs(idx, labels=idx).loss.backward()
-    optimizer.step()
+    torch.optim.AdamW(theirs.parameters(), lr=0.01).step()
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match="says bias: false; write bias: true"):
         GPT.from_pretrained(str(tmp_path / "theirs"))
-    config = json.loads((tmp_path / "theirs/config.json").read_text())
-    (tmp_path / "theirs/config.json").write_text(json.dumps(config | {"bias": True}))
+    change_json(tmp_path / "theirs/config.json", bias=True)
     back = GPT.from_pretrained(str(tmp_path / "theirs")).eval()
     assert back.config.bias
     torch.testing.assert_close(back(idx), theirs(idx).logits, rtol=0, atol=1e-5)
-    inherit.main(["--ckpt", str(tmp_path / "theirs"), "--layers=2", "--out", str(tmp_path / "small")])
-    assert GPT.from_pretrained(str(tmp_path / "small")).config.bias
     data = write_data(tmp_path / "data")
     train.main(arguments(data, tmp_path / "run", init_from=tmp_path / "theirs", max_iters=1, **SHAPELESS))
 
@@ -113,31 +103,12 @@ def test_a_person_uses_a_model_whose_vocabulary_others_padded_or_enlarged(tmp_pa
     inherit.main(["--ckpt", folder, "--layers", "auto", "--data", data, "--out", str(tmp_path / "small")])
 
 
-def test_a_person_uses_a_model_with_too_few_rows(tmp_path):
-    folder, data = str(tmp_path / "theirs"), write_data(tmp_path / "data")
-    gpt2(tiny_model(vocab_size=200)).save_pretrained(folder)
-    for main, argv in (
-        (train.main, arguments(data, tmp_path / "run", init_from=folder, **SHAPELESS)),
-        (score.main, ["--ckpt", folder, "--data", data]),
-        (analyze.main, ["--ckpt", folder, "--data", data, "--out", tmp_path / "analysis"]),
-        (inherit.main, ["--ckpt", folder, "--data", data, "--layers", "auto", "--out", tmp_path / "small"]),
-    ):
-        assert f"{data} has 257 ids, {folder} only 200" in refusal(main, argv)
-
-
-def test_a_person_brings_a_gpt2_without_a_tokenizer(tmp_path):
-    gpt2(tiny_model(n_layer=1, vocab_size=50257)).save_pretrained(tmp_path / "a")
-    assert GPTConfig.from_folder(str(tmp_path / "a")).tokenizer == ""
-    said = refusal(sample.main, ["--ckpt", tmp_path / "a", "--device", "cpu"])
-    assert "does not say what tokenizer it was trained with" in said
-
-
 def test_a_person_inherits_from_a_model_with_files_of_all_kinds(tmp_path):
     """All but weights come along, and the special ids stay as they were."""
     source, small = tmp_path / "source", tmp_path / "small"
     write_checkpoint(source, n_layer=3)
-    config, ids = json.loads((source / "config.json").read_text()), {"bos_token_id": 5, "eos_token_id": 7}
-    (source / "config.json").write_text(json.dumps(config | ids))
+    ids = {"bos_token_id": 5, "eos_token_id": 7}
+    change_json(source / "config.json", **ids)
     kept = ["vocab.txt", "spiece.model", "chat_template.jinja", "generation_config.json", "tokenizer.json"]
     left = ["pytorch_model.bin", "optimizer.pt", "model.safetensors.index.json.bak.h5", "SHA256SUMS"]
     for name in [*kept, *left, ".gitattributes", "README.md"]:
@@ -177,10 +148,7 @@ class Wandb:
 def test_a_person_sends_the_log_to_wandb_without_a_key(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb("No API key configured.\nSee our documentation\n"))
     said = refusal(train.main, arguments(write_data(tmp_path / "data"), tmp_path / "out", log_to="wandb"))
-    assert said == (
-        "train.py: --log_to=wandb: W&B says: No API key configured.; run `wandb login`, set "
-        "WANDB_MODE=offline, or leave it out"
-    )
+    assert "W&B says: No API key configured.; run `wandb login`, set WANDB_MODE=offline" in said
 
 
 def test_a_person_resumes_a_run_that_wandb_shows(tmp_path, monkeypatch):
@@ -195,11 +163,8 @@ def test_a_person_resumes_a_run_that_wandb_shows(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
-def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, kind, monkeypatch):
-    """With the real packages; W&B in offline mode."""
-    pytest.importorskip(kind)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_a_persons_resumed_run_has_each_step_once_in_tensorboard(tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     data, out, step = write_data(tmp_path / "data"), tmp_path / "out", train.train_step
 
     def killed(run):
@@ -209,21 +174,13 @@ def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, kind, monkeypatch
 
     monkeypatch.setattr(train, "train_step", killed)
     with pytest.raises(RuntimeError):
-        train.main(arguments(data, out, log_to=kind))
+        train.main(arguments(data, out, log_to="tensorboard"))
     monkeypatch.setattr(train, "train_step", step)
-    train.main(arguments(data, out, log_to=kind, resume="must"))
-    if kind == "wandb":
-        runs = os.listdir(out / "wandb")
-        ids = {name.rsplit("-", 1)[1] for name in runs if name.startswith("offline-run-")}
-        assert ids == {(out / "wandb_id").read_text()}
-    else:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(out / "tensorboard"))
-        events.Reload()
-        assert [e.step for e in events.Scalars("loss")] == list(range(1, 13))
-        shown = [e.value for e in events.Scalars("loss")]
-        assert shown == pytest.approx(column(out, "loss"), rel=1e-6)
+    train.main(arguments(data, out, log_to="tensorboard", resume="must"))
+    events = reader.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 13))
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(column(out, "loss"), rel=1e-6)
 
 
 # Machines
@@ -246,15 +203,12 @@ def test_a_person_makes_a_mistake_in_a_shell_inside_a_job(script, monkeypatch):
         assert "--help lists all" in refusal(main, ["--no_such_flag"])
 
 
-@pytest.mark.parametrize("script", ["train", "score"])
-def test_a_person_has_half_of_torchruns_environment(tmp_path, script, monkeypatch):
-    write_checkpoint(tmp_path / "ref")
+def test_a_person_has_half_of_torchruns_environment(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data")
-    argv = {"train": arguments(data, tmp_path / "out"), "score": [f"--ckpt={tmp_path}/ref", f"--data={data}"]}
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    said = refusal(importlib.import_module(script).main, argv[script])
-    assert "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT not set" in said
+    said = refusal(train.main, arguments(data, tmp_path / "out"))
+    assert "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set" in said
 
 
 def test_a_person_starts_on_windows():
@@ -275,14 +229,6 @@ for name in {SCRIPTS}:
 # Sampling
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory):
-    """A checkpoint folder to sample from."""
-    folder = tmp_path_factory.mktemp("sampled") / "ckpt"
-    write_checkpoint(folder)
-    return str(folder)
-
-
 def test_a_person_spells_out_end_of_text_in_a_prompt():
     tokenizer = load_tokenizer("bytes")
     prompt = "a<|endoftext|>b<|endoftext|>"
@@ -292,8 +238,7 @@ def test_a_person_spells_out_end_of_text_in_a_prompt():
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}])
 def test_a_person_samples_from_a_run_that_has_diverged(options):
-    """(Its checkpoint is refused when it is loaded; the same weights may overflow in half precision only
-    then.)"""
+    """(Its checkpoint is refused; but weights that are loaded may overflow in half precision.)"""
     model = tiny_model()
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight[3, 5] = float("nan")
@@ -302,11 +247,12 @@ def test_a_person_samples_from_a_run_that_has_diverged(options):
         next(steps)
 
 
-def test_a_person_asks_for_a_tiny_temperature(sampled, capsys):
+def test_a_person_asks_for_a_tiny_temperature(tmp_path, capsys):
+    write_checkpoint(tmp_path / "ckpt")
     said = []
     for temperature in ("0", "1e-40", "1e-7"):
         flags = ["--prompt", "ab", "--temperature", temperature, "--max_new_tokens", "9"]
-        sample.main(["--ckpt", sampled, *flags])
+        sample.main(["--ckpt", str(tmp_path / "ckpt"), *flags])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2]
 

@@ -1,4 +1,4 @@
-"""Sampling from the command line. pytest tests/test_sample.py"""
+"""Sampling from the command line."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import sample
 from inheritune.data.tokenizer import TextStream, bytes_tokenizer, load_tokenizer
 from inheritune.models.open_model import load_model
 from model import GPT
-from tests.data.test_tokenizer import bpe, llama_like
+from tests.data.test_tokenizer import llama_like, train_tokenizer
 from tests.other_models import build
 from tests.tiny import tiny_model, write_checkpoint, write_model
 
@@ -56,13 +56,12 @@ def test_streams_token_by_token_and_whole_characters(model_folder):
 def test_special_tokens_of_a_chat_are_read_and_written(tmp_path, capsys):
     """A fine-tuned GPT-2 with added special tokens: in the prompt they are their ids, and it can answer by
     them, as with transformers."""
-    tokenizer, trainer, _ = bpe(300)
-    tokenizer.train_from_iterator(["a few words"] * 9, trainer)
+    tokenizer = train_tokenizer("bpe", ["a few words"] * 9)
     tokenizer.add_special_tokens(["<|user|>", "<|bot|>"])
     user, bot = map(tokenizer.token_to_id, ("<|user|>", "<|bot|>"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    model, folder = tiny_model(n_vocab=bot + 1, tokenizer="tokenizer.json", eot=0), tmp_path / "chat"
+    model, folder = tiny_model(n_vocab=bot + 1, tokenizer="tokenizer.json", eot=1), tmp_path / "chat"
     with torch.no_grad():  # its answer is always the same
         model.lm_head.weight[bot] *= 10
         model.transformer.ln_f.weight.zero_()
@@ -73,7 +72,7 @@ def test_special_tokens_of_a_chat_are_read_and_written(tmp_path, capsys):
     assert sample.encode_prompt("<|user|>a", ours) == [user, *tokenizer.encode("a").ids]
     sample.main(["--ckpt", str(folder), "--prompt=<|user|>a", "--max_new_tokens=2", "--temperature=0"])
     assert capsys.readouterr().out == "<|user|>a<|bot|><|bot|>\n"
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, bot]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, bot]}))
     sample.main(["--ckpt", str(folder), "--prompt=<|user|>a", "--max_new_tokens=2", "--temperature=0"])
     assert capsys.readouterr().out == "<|user|>a\n", "a chat's turn ends by another token than a text"
 

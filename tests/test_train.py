@@ -1,10 +1,6 @@
-"""Training: against an independent loop, over several processes, killed and continued, and from other models.
-
-pytest tests/test_train.py
-"""
+"""Training: against an independent loop, killed and continued, and from other models."""
 
 import itertools
-import json
 import math
 import os
 import shutil
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from safetensors.torch import load_file
 
 import inherit
 import train
@@ -83,20 +80,6 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch_tokens, wo
         split_batch(batch_tokens, 8, 4, world)
 
 
-def test_only_the_blocks_matrices_decay():
-    model = GPT(tiny_config())
-    decayed, rest = make_optimizer(model, TrainSettings(weight_decay=0.3), CPU).param_groups
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    names = {p: n for n, p in model.named_parameters()}
-    by_hand = {
-        f"transformer.h.{i}.{m}.weight"
-        for i in range(3)
-        for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    }
-    assert {names[p] for p in decayed["params"]} == by_hand
-    assert len(decayed["params"]) + len(rest["params"]) == len(names), "each once"
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_rates_fall_from_block_to_block(data, tmp_path, optimizer):
     """... down to the embeddings; a factor of 0 trains the last block and norm alone."""
@@ -148,29 +131,22 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
 
 
 def test_losses_are_those_of_an_independent_loop(plain, data):
-    """transformers' model, torch's plain AdamW, the data's windows: six steps with clipping, decay and
-    schedule."""
+    """transformers' model, torch's AdamW, the data's windows: six steps with clipping and schedule."""
     seed_all(1337)
     c = read_json(f"{plain}/step_00000012/config.json")
     start = GPT(tiny_config(n_layer=2, bias=False, vocab_size=c["vocab_size"]))
     model = gpt2(start)
     trained = {n for n, _ in start.named_parameters()}
-    named = [
-        (n, p) for n, p in model.named_parameters() if n in trained
-    ]  # transformers' zero biases stay zero
+    # transformers' zero biases stay zero
+    named = [(n, p) for n, p in model.named_parameters() if n in trained]
     matrices = [p for n, p in named if p.dim() == 2 and ".h." in n]
     others = [p for n, p in named if not (p.dim() == 2 and ".h." in n)]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     )
     windows = TrainData(data, 8, 1337)
-    for step, row in enumerate(rows(plain)[1:7]):
-        lr = [
-            0.0025,
-            0.005,
-            0.0075,
-            *(0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * i / 9)) for i in range(9)),
-        ][step]
+    decay = [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * i / 9)) for i in range(3)]
+    for step, (row, lr) in enumerate(zip(rows(plain)[1:7], [0.0025, 0.005, 0.0075, *decay], strict=True)):
         for group in optimizer.param_groups:
             group.update(lr=lr, betas=(0.9, 0.95))
         x, y = to_device(windows.batch(step * 8, 8), CPU)
@@ -189,12 +165,8 @@ def test_losses_are_those_of_an_independent_loop(plain, data):
 
 def test_a_run_makes_exactly_max_iters_updates_and_saves_the_last(plain):
     assert checkpoint.list_steps(plain) == ["step_00000008", "step_00000012"]
-    from safetensors.torch import load_file
-
-    steps = {
-        v.item() for k, v in load_file(f"{plain}/latest/optimizer.safetensors").items() if k.endswith("/step")
-    }
-    assert steps == {12}
+    moments = load_file(f"{plain}/latest/optimizer.safetensors")
+    assert {v.item() for k, v in moments.items() if k.endswith("/step")} == {12}
     state = read_json(f"{plain}/latest/state.json")
     assert (state["step"], state["tokens"], state["settings"]["learning_rate"]) == (12, 12 * 64, 0.01)
     assert {"git", "hardware", "best_val_loss"} <= state.keys()
@@ -212,9 +184,8 @@ def test_the_loss_of_a_checkpoint_is_the_loss_of_its_file(plain, data):
         (logged,) = [r["val_loss"] for r in rows(plain) if r["step"] == step]
         assert loss == pytest.approx(logged, abs=1e-6)
     best = read_json(f"{plain}/latest/state.json")["best_val_loss"]
-    assert best == pytest.approx(column(plain, "val_loss")[-2], abs=1e-8), (
-        "as it stood before the last validation"
-    )
+    before_the_last = column(plain, "val_loss")[-2]
+    assert best == pytest.approx(before_the_last, abs=1e-8)
     assert os.readlink(f"{plain}/best") == "step_00000012"
 
 
@@ -226,9 +197,7 @@ def test_accumulation_changes_neither_losses_nor_gradient_norms(plain, data, tmp
 
 def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path):
     train.main(arguments(data, tmp_path / "a", eval_interval=1, save_interval=4, eval_tokens=80, dropout=0.1))
-    train.main(
-        arguments(data, tmp_path / "b", eval_interval=12, save_interval=4, log_interval=1, dropout=0.1)
-    )
+    train.main(arguments(data, tmp_path / "b", eval_interval=12, save_interval=4, dropout=0.1))
     for name in ("loss", "grad_norm"):
         assert column(tmp_path / "a", name) == column(tmp_path / "b", name)
     assert column(tmp_path / "a", "loss") != column(plain, "loss"), "dropout does something"
@@ -256,15 +225,6 @@ def test_times_are_those_that_passed(data, tmp_path):
         if after["step"] > 1:  # the first step of a process is left out
             assert after["tokens_per_s"] == pytest.approx(64 / (after["train_s"] - before["train_s"]))
         assert (before["val_s"] < after["val_s"]) == (after["step"] % 4 == 0)
-
-
-def test_a_line_says_how_far_it_is(plain, data, tmp_path, capsys):
-    train.main(arguments(data, tmp_path / "a"))
-    lines, row = capsys.readouterr().out.splitlines(), rows(plain)[4]
-    numbers = f"loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.2f}"
-    assert lines[5].startswith(f"step 4/12 | {numbers} | val {row['val_loss']:.4f} | 256 tokens | ")
-    assert lines[0].startswith("2 blocks, 11,472 parameters, cpu, float32 (this CPU has no matrix units); a")
-    assert lines[-1] == f"done: {tmp_path}/a, step 12, val {rows(plain)[12]['val_loss']:.4f}"
 
 
 def test_speed_is_that_since_the_last_line_and_time_left_counts_validations(data, tmp_path, capsys):
@@ -295,8 +255,6 @@ def test_stop_at_val_loss_stops_saves_and_is_the_best(plain, data, tmp_path):
     train.main(arguments(data, tmp_path / "a", stop_at_val_loss=target + 1e-6, save_interval=5))
     assert rows(tmp_path / "a")[-1]["step"] == 8
     assert os.readlink(tmp_path / "a/latest") == os.readlink(tmp_path / "a/best") == "step_00000008"
-    loss = GPT.from_pretrained(str(tmp_path / "a")).config  # and it opens
-    assert loss.n_layer == 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -329,6 +287,8 @@ def test_a_run_goes_on_with_the_tokens_that_it_began_with(tmp_path):
     """... if its folder says what it holds, and the checkpoint what it was trained on."""
     data, out = write_data(tmp_path / "data"), tmp_path / "a"
     train.main(arguments(data, out, max_iters=4, lr_decay_iters=12))
+    shutil.move(data, tmp_path / "moved")
+    train.main(arguments(tmp_path / "moved", out, max_iters=4, lr_decay_iters=12, resume="must"))
     write_data(tmp_path / "data", high=50)  # of the same name and size
     again = arguments(data, out, resume="must")
     said = refusal(train.main, again)
@@ -465,22 +425,6 @@ def test_a_run_from_before_a_setting_existed_had_its_default(plain, data, tmp_pa
     assert contents(out) == contents(plain)
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"learning_rate": 0.02}, "learning_rate was 0.01, is 0.02"),
-        ({"n_layer": 3}, "n_layer was 2, is 3"),
-        ({"max_iters": 13}, "max_iters was 12, is 13"),
-        ({"dropout": 0.1, "data_end": 0.5}, "data_end was 1.0, is 0.5; dropout was 0.0, is 0.1"),
-    ],
-)
-def test_a_run_is_not_continued_with_other_settings(plain, data, change, named):
-    before = contents(plain)
-    message = refusal(train.main, arguments(data, plain, resume="auto", **change))
-    assert named in message and "\n" not in message
-    assert contents(plain) == before
-
-
 def test_harmless_settings_may_change(plain, data, tmp_path):
     out = cut(plain, tmp_path / "moved", 8)
     changes = {"eval_interval": 3, "save_interval": 6, "log_interval": 2, "keep_last": 5, "batch_size": 2}
@@ -517,10 +461,9 @@ def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path)
     assert ids.items() <= read_json(tmp_path / "a/latest/config.json").items()
     made = GPTConfig.from_folder(str(tmp_path / "a/latest"))
     assert (made.n_layer, made.bias, made.vocab_size) == (2, False, 320)
-    origin = json.loads((tmp_path / "a/latest/lineage.json").read_text())
-    assert [b["block"] for b in origin["blocks"]] == [0, 1] and origin["sources"]["reference"][
-        "name"
-    ].endswith("/ref")
+    lineage = read_json(tmp_path / "a/latest/lineage.json")
+    assert [b["block"] for b in lineage["blocks"]] == [0, 1]
+    assert lineage["sources"]["reference"]["name"].endswith("/ref")
 
 
 def test_a_smaller_block_size_keeps_the_first_positions(data, tmp_path):

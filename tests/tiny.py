@@ -61,8 +61,7 @@ def tiny_config(**changes):
 
 
 def tiny_model(seed=0, **changes):
-    """A GPT in eval mode whose every parameter is random: also LayerNorms and biases, to tell which is
-    which."""
+    """A GPT in eval mode whose every parameter is random, LayerNorms and biases too, to tell them apart."""
     torch.manual_seed(seed)
     model = GPT(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -86,6 +85,21 @@ def write_model(folder, model, state=None, tokenizer_from=None):
     gpt2_format.write_model(str(folder), state or hf_state(model), config, files)
 
 
+def write_files(folder, files):
+    """The folder, with these files: {path in it: text or bytes}."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def change_json(path, **changes):
+    """Change a file's values; a value of None takes its key out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
 def hf_state(model):
     """The model's parameters as a state dict in Hugging Face's layout."""
     return gpt2_format.arrange(dict(model.named_parameters()), dataclasses.asdict(model.config))
@@ -93,22 +107,9 @@ def hf_state(model):
 
 def arguments(data, out, **changes):
     """A command line for train.py: twelve steps, evaluated and saved every fourth."""
-    settings = {
-        "dataset": data,
-        "out_dir": out,
-        **SHAPE,
-        "batch_tokens": 64,
-        "batch_size": 4,
-        "max_iters": 12,
-        "eval_interval": 4,
-        "eval_tokens": 200,
-        "log_interval": 1,
-        "warmup_iters": 3,
-        "learning_rate": 0.01,
-        "min_lr": 0.001,
-        "device": "cpu",
-        "threads": 1,
-    }
+    settings = {"dataset": data, "out_dir": out, **SHAPE, "batch_tokens": 64, "batch_size": 4}
+    settings |= {"max_iters": 12, "eval_interval": 4, "eval_tokens": 200, "log_interval": 1}
+    settings |= {"warmup_iters": 3, "learning_rate": 0.01, "min_lr": 0.001, "device": "cpu", "threads": 1}
     return [f"--{k}={v}" for k, v in (settings | changes).items() if v is not None]
 
 
@@ -122,9 +123,8 @@ def refusal(main, argv):
 
 def rows(out):
     """log.csv as a list of {column: float or None}."""
-    return [
-        {k: float(v) if v else None for k, v in r.items()} for r in read_rows(os.path.join(out, "log.csv"))
-    ]
+    found = read_rows(os.path.join(out, "log.csv"))
+    return [{k: float(v) if v else None for k, v in row.items()} for row in found]
 
 
 def column(out, name):
@@ -133,8 +133,7 @@ def column(out, name):
 
 
 def contents(out):
-    """{path: bytes} of all that must not depend on how often a run was interrupted, and where its links
-    point."""
+    """{path: bytes} of all that must not depend on interruptions, and {link: where it points}."""
     found = {"log.csv": open(os.path.join(out, "log.csv"), "rb").read()}
     for step in checkpoint.list_steps(out):
         for name in ("model.safetensors", "optimizer.safetensors", "config.json", "lineage.json"):
@@ -174,19 +173,10 @@ def gpt2(model):
     """transformers' GPT2LMHeadModel with this model's weights, zero biases where it has none."""
     import transformers
 
-    c = model.config
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
-        attn_implementation="eager",
-    )
+    alike = ("vocab_size", "n_embd", "n_layer", "n_head", "scale_attn_by_inverse_layer_idx")
+    sizes = {key: getattr(model.config, key) for key in alike} | {"n_positions": model.config.block_size}
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    config = transformers.GPT2Config(**sizes, **dropout, attn_implementation="eager")
     reference = transformers.GPT2LMHeadModel(config).eval()
     missing, unexpected = reference.load_state_dict(hf_state(model), strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
@@ -198,14 +188,9 @@ class Forks:
     SIGKILLs and real ranks, without five seconds of start each."""
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": ROOT},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        env, pipe = os.environ | {"PYTHONPATH": ROOT}, subprocess.PIPE
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True)
 
     def train(self, argv, **options):
         """(exit status as subprocess gives it, moments passed or None) of a run of train.py with this command
@@ -233,7 +218,6 @@ class Forks:
 
 
 def serve():
-    """The other side of Forks."""
     # optimizers and model cards import these: seconds that every child would spend
     import huggingface_hub.repocard  # noqa: F401
     import torch._dynamo  # noqa: F401
@@ -330,8 +314,7 @@ def take_away(what):
 
 
 def count_moments(train, die, number):
-    """Let every call that changes the disk, and every training step, count; at that numbered `die` comes a
-    signal."""
+    """Count each call that changes the disk and each training step; at number `die` comes a signal."""
     moments = [0]
 
     def counted(call):

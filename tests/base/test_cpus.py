@@ -1,4 +1,4 @@
-"""As many threads as the process may run. pytest tests/base/test_cpus.py"""
+"""As many threads as the process may run."""
 
 import builtins
 import io

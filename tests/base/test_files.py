@@ -1,7 +1,4 @@
-"""Files are replaced whole or not at all; a folder is locked for one process.
-
-pytest tests/base/test_files.py
-"""
+"""Files are replaced whole or not at all; a folder is locked for one process."""
 
 import errno
 import fcntl

@@ -1,9 +1,5 @@
-"""The order of the data and the files it comes from.
+"""The order of the data and the files it comes from."""
 
-pytest tests/data/test_reader.py
-"""
-
-import hashlib
 import json
 import math
 import os
@@ -16,15 +12,7 @@ from hypothesis import strategies as st
 
 from inheritune.base.errors import UserError
 from inheritune.data import reader as data_module
-from inheritune.data.reader import (
-    ROUNDS,
-    Tokens,
-    TrainData,
-    ValData,
-    check_tokenizer,
-    feistel,
-    order,
-)
+from inheritune.data.reader import ROUNDS, Tokens, TrainData, ValData, check_tokenizer, feistel, order
 from inheritune.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from tests.data.test_tokenizer import save
 from tests.tiny import TOKENIZER, tiny_config, write_data
@@ -33,12 +21,6 @@ keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS).map
     lambda k: np.array(k, dtype=np.uint64)
 )
 edges = st.sampled_from([n for b in range(1, 13) for n in (2**b - 1, 2**b, 2**b + 1)] + [1, 2, 3])
-
-
-@given(edges | st.integers(1, 5000), keys)
-@settings(max_examples=80, deadline=None)
-def test_feistel_is_a_permutation_of_any_length(n, key):
-    assert (np.sort(feistel(np.arange(n), n, key)) == np.arange(n)).all()
 
 
 @given(st.sampled_from([10**12, 2**40, 2**40 + 1, 2**62]), keys, st.integers(0, 2**32))
@@ -62,8 +44,8 @@ def test_feistel_mixes_well():
     assert steps[0] == 0 and steps[1:].min() > 0.6 * 1000 / 9
 
 
-@given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@given(edges | st.integers(1, 5000), st.integers(0, 2**63 - 1), st.integers(1, 4))
+@settings(max_examples=80, deadline=None)
 def test_every_epoch_holds_each_window_once(n, seed, epochs):
     windows = order(np.arange(n * epochs), n, seed).reshape(epochs, n)
     assert (np.sort(windows, axis=1) == np.arange(n)).all()
@@ -72,36 +54,12 @@ def test_every_epoch_holds_each_window_once(n, seed, epochs):
 
 
 def test_the_order_is_what_it_always_was():
-    """Against the same permutation in plain whole numbers, and against numbers written down: a checkpoint of
-    an older version must go on with the batches that it would have had."""
-
-    def mixed(x):
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        return x ^ x >> 31
-
-    def window(sample, n, seed):
-        digest = hashlib.sha256(f"{seed} {sample // n}".encode()).digest()
-        bits = max(1, ((n - 1).bit_length() + 1) // 2)
-        x = sample % n
-        while True:
-            left, right = x >> bits, x % 2**bits
-            for k in range(4):
-                key = int.from_bytes(digest[8 * k : 8 * k + 8], "little")
-                left, right = right, left ^ mixed(right ^ key) % 2**bits
-            x = left << bits | right
-            if x < n:
-                return x
-
-    for samples, n, seed in (
-        (range(3000), 1000, 1337),
-        (range(50), 10**12, 7),
-        (range(9), 1, 0),
-        (range(40), 17, 2),
-    ):
-        assert order(samples, n, seed).tolist() == [window(s, n, seed) for s in samples]
+    """A checkpoint of an older version must go on with the batches that it would have had."""
     assert order(range(8), 1000, 1337).tolist() == [102, 507, 453, 605, 514, 24, 188, 682]
     assert order(range(998, 1004), 1000, 1337).tolist() == [3, 593, 213, 905, 840, 744]
+    assert order(range(3), 10**12, 7).tolist() == [323387883808, 341249204222, 351981874168]
+    assert order(range(15, 21), 17, 2).tolist() == [8, 10, 8, 12, 10, 7]
+    assert order(range(3), 1, 0).tolist() == [0, 0, 0]
 
 
 def stream(folder, split="train", dtype="<u2"):
@@ -214,23 +172,6 @@ def test_windows_begin_with_the_token_that_texts_begin_with(tmp_path):
     assert windows[:, 1:].tolist() == [stream[1:9].tolist(), stream[25:33].tolist()]
 
 
-def test_uint32_bins(tmp_path):
-    tokenizer = {"name": "o200k_base", "n_vocab": 200_019, "eot": 199_999}
-    write_data(tmp_path / "d", tokenizer=tokenizer, dtype="uint32")
-    ids = np.arange(3000) + 190_000
-    ids.astype("<u4").tofile(tmp_path / "d/train.bin")
-    assert (Tokens(tmp_path / "d", "train").read(0, 3000) == ids).all()
-
-
-@pytest.mark.parametrize("change", [-2, -1, 2, 1000])
-def test_a_bin_whose_size_contradicts_its_meta_is_refused(tmp_path, change):
-    write_data(tmp_path / "d", train=100)
-    path = tmp_path / "d/train.bin"
-    path.write_bytes((path.read_bytes() + bytes(1000))[: 200 + change])
-    with pytest.raises(UserError, match=rf"has {200 + change:,} bytes, but meta.json says 100 tokens of 2"):
-        Tokens(tmp_path / "d", "train")
-
-
 def shard(**changes):
     return {"splits": {"train": {"shards": [{"file": "train.bin", "tokens": 100} | changes]}}}
 
@@ -239,24 +180,16 @@ def shard(**changes):
     "meta",
     [
         {},
-        {"dtype": "int64"},
-        {"dtype": ["uint16"]},
         {"dtype": ">u2"},
         {"tokenizer": "gpt2"},
-        {"tokenizer": TOKENIZER | {"n_vocab": "9"}},
         {"tokenizer": TOKENIZER | {"n_vocab": 10**12}},
-        {"tokenizer": TOKENIZER | {"eot": -1}},
         {"tokenizer": TOKENIZER | {"eot": 257}},
         {"tokenizer": TOKENIZER | {"name": 3}},
-        {"splits": []},
-        {"splits": {"train": []}},
         {"splits": {"train": {"shards": {"file": "train.bin"}}}},
         {"splits": {"train": {"shards": ["train.bin"]}}},
         {"splits": {"val": {"shards": []}}},
-        shard(file="../train.bin"),
         shard(file="/etc/passwd"),
         shard(file="gone.bin"),
-        shard(tokens=-1),
         shard(tokens="9"),
         shard(tokens=10**30),
     ],

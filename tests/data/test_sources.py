@@ -1,7 +1,4 @@
-"""Text as people have it: what is read of it, what is refused, and what is said to be left out.
-
-pytest tests/data/test_sources.py
-"""
+"""Text as people have it: what is read of it, what is refused, and what is said to be left out."""
 
 import csv
 import gzip
@@ -17,14 +14,12 @@ import pytest
 import zstandard
 
 import prepare
-import prepare_fineweb
-import prepare_owt
 from inheritune.base.errors import UserError
 from inheritune.data import text_files
 from inheritune.data.reader import Tokens
 from inheritune.data.sources import open_files, read_hub
 from inheritune.data.tokenizer import load_tokenizer
-from tests.tiny import refusal
+from tests.tiny import refusal, write_files
 
 TWO = ['one, "two"\nthree é', "four"]
 
@@ -50,15 +45,6 @@ def table(folder, name, texts=TWO):
     pack = {"gz": gzip.compress, "st": zstandard.compress}.get(name[-2:].lower(), bytes)
     (folder / name).write_bytes(pack(content))
     return folder / name
-
-
-def write(folder, files):
-    """The folder, with these files: {path in it: text or bytes}."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
 
 
 def opened(*paths, column=None, split_on="", val=()):
@@ -143,7 +129,7 @@ def test_rows_that_hold_null_are_left_out_and_counted(tmp_path, capsys):
 )
 def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, said):
     with pytest.raises(UserError) as e:
-        documents(write(tmp_path, {name: content}) / name)
+        documents(write_files(tmp_path, {name: content}) / name)
     assert said in str(e.value) and "\n" not in str(e.value)
 
 
@@ -187,13 +173,6 @@ def test_compression_and_parquet_under_any_name(tmp_path):
     assert texts(tmp_path / "b.txt") == TWO
 
 
-@pytest.mark.parametrize("name", ["a.pdf", "a.docx.gz", "a.parquet.gz", "a.xml"])
-def test_what_is_not_read_is_refused(tmp_path, name):
-    (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
-    with pytest.raises(UserError, match=rf"{name}: only .txt, .* rename it to .txt"):
-        documents(tmp_path / name)
-
-
 def test_a_pointer_of_git_lfs_says_git_lfs_pull(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name in ("a.txt", "b.parquet", "c.jsonl.gz"):
@@ -227,11 +206,11 @@ def test_a_compressed_text(tmp_path, monkeypatch, pack):
 
 def test_byte_order_marks_and_cr_lf(tmp_path):
     bom = b"\xef\xbb\xbf"
-    write(tmp_path, {"a.txt": bom + b"one", "b.txt": bom + b"two" + bom})
+    write_files(tmp_path, {"a.txt": bom + b"one", "b.txt": bom + b"two" + bom})
     assert texts(tmp_path / "a.txt", tmp_path / "b.txt") == ["one", "two\ufeff"]
-    write(tmp_path, {"a.jsonl": b'{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n\r\n'})
+    write_files(tmp_path, {"a.jsonl": b'{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n\r\n'})
     assert texts(tmp_path / "a.jsonl") == ["one", "two\r\n"]
-    write(tmp_path, {"a.csv": b'text\r\none\r\n"two\r\n"\r\n'})
+    write_files(tmp_path, {"a.csv": b'text\r\none\r\n"two\r\n"\r\n'})
     assert texts(tmp_path / "a.csv") == ["one", "two\r\n"]
 
 
@@ -244,6 +223,8 @@ def test_split_on_parts_wherever_the_pieces_of_a_file_end(tmp_path, monkeypatch,
     assert opened(tmp_path / "a.txt", split_on="<|endoftext|>").documents() == len(parts)
     (tmp_path / "b.txt").write_bytes("\r\n\r\n".join(parts).encode())
     assert texts(tmp_path / "b.txt", split_on="\n\n") == parts
+    (tmp_path / "b.txt").write_text("one\n\n\n\ntwo\n\n")
+    assert texts(tmp_path / "b.txt", split_on="\n\n") == ["one", "two"], "nothing is no document"
 
 
 def test_the_end_of_text_spelled_out_is_ordinary_text_and_said(tmp_path, capsys):
@@ -264,27 +245,6 @@ def test_a_split_on_that_never_occurs(tmp_path):
         documents(tmp_path / "a.txt", split_on="\\n\\n")
 
 
-def test_an_option_without_effect_is_an_error(tmp_path):
-    write(tmp_path, {"a.txt": "text", "b.jsonl": '{"text": "one"}\n', "c.txt": "val"})
-    for options, said in (
-        ({"column": "body"}, "--text_column says where a table keeps the text"),
-        ({"split_on": "x"}, "--split_on separates the documents of text files"),
-    ):
-        with pytest.raises(UserError, match=said):
-            opened(tmp_path / ("b.jsonl" if "split_on" in options else "a.txt"), **options)
-    for argv, said in (
-        (["--split_on=x"], "--split_on is for files"),
-        (["--text_column=x"], "--text_column is for files"),
-        (["--val_files", tmp_path / "c.txt"], "--val_files is for files"),
-        (["--val_fraction=0.1"], "--val_fraction is for files"),
-        (
-            [tmp_path / "a.txt", "--out=o", "--val_fraction=0.2", "--val_files", tmp_path / "c.txt"],
-            "has no effect",
-        ),
-    ):
-        assert said in refusal(prepare.main, argv)
-
-
 def test_a_line_a_document_is_read_fast(tmp_path):
     """Not quadratic: the time of four times the text is not much over four times the time."""
     line, spent = "一行中文文本。" * 4 + "\n", []
@@ -301,7 +261,7 @@ def test_a_line_a_document_is_read_fast(tmp_path):
 
 def test_a_folder_of_text_and_of_other_files(tmp_path, capsys):
     names = ("b.pdf", "c.PDF", "d", ".hidden.pdf", "LICENSE.txt")
-    write(tmp_path / "in", dict.fromkeys(names, "x") | {"README.md": "a note"})
+    write_files(tmp_path / "in", dict.fromkeys(names, "x") | {"README.md": "a note"})
     os.mkfifo(tmp_path / "in/pipe.txt")
     assert texts(tmp_path / "in") == ["x", "a note"]  # of text files all are text
     left = "in: 4 files left out (2 .pdf, 1 no regular file, 1 without a suffix)"
@@ -313,7 +273,7 @@ def test_a_folder_of_text_and_of_other_files(tmp_path, capsys):
 
 
 def test_a_failure_to_list_a_folder_is_not_passed_over(tmp_path, monkeypatch):
-    write(tmp_path / "in", {"a.txt": "text", "sub/b.txt": "text"})
+    write_files(tmp_path / "in", {"a.txt": "text", "sub/b.txt": "text"})
     scandir = os.scandir
 
     def denied(path):
@@ -331,39 +291,20 @@ def test_a_data_set_in_the_hubs_layout(tmp_path, capsys):
         path = tmp_path / f"in/data/{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table({"text": [split]}), path)
-    write(tmp_path / "in", {"README.md": "# card", "dataset_infos.json": "{}", "index.json": "{}"})
+    write_files(tmp_path / "in", {"README.md": "# card", "dataset_infos.json": "{}", "index.json": "{}"})
     assert documents(tmp_path / "in") == [("train", "train"), ("val", "validation")]
     said = capsys.readouterr().err
     assert "2 metadata" in said and "1 of no split" in said and "1 of the split test" in said
     assert prepared(tmp_path / "out", tmp_path / "in") == {"train": "train|", "val": "validation|"}
-    argv = [tmp_path / "in", "--out", tmp_path / "o", "--tokenizer=bytes"]
-    assert "has no effect where validation text is given" in refusal(
-        prepare.main, [*argv, "--val_fraction=0.2"]
-    )
-    said = refusal(prepare.main, [*argv, "--val_files", tmp_path / "in/data/test-00000-of-00001.parquet"])
-    assert "holds validation text of its own" in said
-    for script in (prepare_owt, prepare_fineweb):
-        said = refusal(script.main, ["--data_files", *argv])
-        assert "holds validation text of its own" in said
 
 
-def test_tinystories_layout_follows_its_card(tmp_path):
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
-    card += "  - split: validation\n    path: data/validation-*\n---\n"
-    files = {"TinyStories-train.txt": "as text", "TinyStories-valid.txt": "as text", "README.md": card}
-    write(tmp_path, files)
-    for split in ("train", "validation"):
-        path = tmp_path / f"data/{split}-00000-of-00001.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table({"text": [split]}), path)
-    assert documents(tmp_path) == [("train", "train"), ("val", "validation")]
-
-
-def test_a_card_alone_says_which_files_are_for_validation(tmp_path):
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n"
-    card += "  - split: validation\n    path: b.jsonl\n---\n"
-    rows = {f"{name}.jsonl": json.dumps({"text": name}) for name in "ab"}
-    write(tmp_path, rows | {"README.md": card})
+@pytest.mark.parametrize("others", [{}, {"TinyStories-train.txt": "text", "TinyStories-valid.txt": "text"}])
+def test_a_card_says_which_files_are_for_training_and_validation(tmp_path, others):
+    """... also where others are named so, as TinyStories has them."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/a*\n"
+    card += "  - split: validation\n    path: data/b*\n---\n"
+    rows = {f"data/{name}.jsonl": json.dumps({"text": name}) for name in "ab"}
+    write_files(tmp_path, rows | others | {"README.md": card})
     assert documents(tmp_path) == [("train", "a"), ("val", "b")]
 
 
@@ -382,11 +323,6 @@ def test_forms_of_tables_that_other_tools_write(tmp_path):
         texts(tmp_path / "c.parquet")
 
 
-def test_nothing_between_two_separators_is_no_document(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n\n\ntwo\n\n")
-    assert texts(tmp_path / "a.txt", split_on="\n\n") == ["one", "two"]
-
-
 def test_what_save_to_disk_wrote(tmp_path):
     data = datasets.Dataset.from_dict({"text": TWO})
     data.save_to_disk(tmp_path / "one")
@@ -396,10 +332,10 @@ def test_what_save_to_disk_wrote(tmp_path):
 
 
 def test_names_that_say_validation_are_refused_until_the_user_says_what_they_are(tmp_path):
-    write(tmp_path, {"a.txt": "one", "notes_test.txt": "two"})
+    write_files(tmp_path, {"a.txt": "one", "notes_test.txt": "two"})
     with pytest.raises(UserError, match=r"notes_test\.txt says test; name the training files yourself"):
         documents(tmp_path)
-    write(tmp_path / "in", {"a.txt": "one", "test/b.txt": "two"})
+    write_files(tmp_path / "in", {"a.txt": "one", "test/b.txt": "two"})
     with pytest.raises(UserError, match=r"test/b\.txt says test; name the training files yourself"):
         documents(tmp_path / "in")
     assert texts(tmp_path / "a.txt", tmp_path / "notes_test.txt") == ["one", "two"]
@@ -410,7 +346,7 @@ def test_names_that_say_validation_are_refused_until_the_user_says_what_they_are
 def test_many_small_files_take_linear_time(tmp_path):
     spent = []
     for n in (500, 2000):
-        write(tmp_path / str(n), {f"{i}.txt": "text" for i in range(n)})
+        write_files(tmp_path / str(n), {f"{i}.txt": "text" for i in range(n)})
         began = time.process_time()
         assert len(texts(tmp_path / str(n))) == n
         spent.append(time.process_time() - began)
@@ -421,9 +357,8 @@ def test_many_small_files_take_linear_time(tmp_path):
 
 
 def test_validation_is_a_share_of_tokens_however_unequal_the_documents(tmp_path):
-    write(
-        tmp_path, {"a.txt": "short words " * 333, "b.txt": "long words " * 20_000, "readme.md": "a note here"}
-    )
+    files = {"a.txt": "short words " * 333, "b.txt": "long words " * 20_000, "readme.md": "a note here"}
+    write_files(tmp_path, files)
     for names in (["a.txt", "b.txt"], ["b.txt", "a.txt"], ["b.txt", "readme.md"]):
         found = prepared(tmp_path / "-".join(names), *(tmp_path / name for name in names))
         assert 0.08 < len(found["val"]) / sum(map(len, found.values())) < 0.12

@@ -1,30 +1,28 @@
 """A small comparison for replicate.py and what the tests of the arms ask of it."""
 
 import replicate
+import train
 from inheritune.training.command_line import parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from tests.tiny import write_data
 
-REFERENCE = """
-n_layer = 4
-n_head = 2
-n_embd = 16
-block_size = 8
+TRAINING = """
 batch_tokens = 64
 batch_size = 8
-max_iters = 12
-eval_interval = 4
 learning_rate = 1e-2
 min_lr = 1e-3
 warmup_iters = 3
 """
-SMALL = """
-batch_tokens = 64
-batch_size = 8
+REFERENCE = f"""{TRAINING}
+n_layer = 4
+n_head = 2
+n_embd = 16
+block_size = 8
+max_iters = 12
+eval_interval = 4
+"""
+SMALL = f"""{TRAINING}
 eval_tokens = 200
-learning_rate = 1e-2
-min_lr = 1e-3
-warmup_iters = 3
 threads = 1
 device = "cpu"
 """
@@ -37,6 +35,12 @@ max_iters = 6
 eval_interval = 3
 jobs = 1
 """
+
+
+def in_process(request, command, stdout=None, stderr=None):
+    """StopRequest.call for train.py, without the process."""
+    train.main(command[2:])
+    return 0
 
 
 def write_config(folder, **changes):

@@ -1,4 +1,4 @@
-"""The arms: what each trains from what, what it costs, what it is. pytest tests/experiments/test_arms.py"""
+"""The arms: what each trains from what, what it costs, what it is."""
 
 import csv
 import os

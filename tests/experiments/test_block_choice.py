@@ -1,7 +1,4 @@
-"""Which blocks to keep, against transformers' own hidden states and losses.
-
-pytest tests/experiments/test_block_choice.py
-"""
+"""Which blocks to keep, against transformers' own hidden states and losses."""
 
 import dataclasses
 import itertools
@@ -80,9 +77,8 @@ def test_greedy_removes_what_costs_least(pair):
 def test_the_choice_is_made_on_training_data_and_has_a_cost(tmp_path, monkeypatch):
     other_models.build("llama").save_pretrained(tmp_path / "ckpt")
     data, seen = write_data(tmp_path / "data"), []
-    monkeypatch.setattr(
-        attention_metrics, "open_with_windows", lambda *a: seen.append(a) or (load_model(a[0]), IDX, TARGETS)
-    )
+    opened = lambda *a: seen.append(a) or (load_model(a[0]), IDX, TARGETS)  # noqa: E731
+    monkeypatch.setattr(attention_metrics, "open_with_windows", opened)
     assert len(choose_kept("greedy", str(tmp_path / "ckpt"), data, 2)) == 2
     assert seen == [(str(tmp_path / "ckpt"), data, "train", block_choice.CHOICE_WINDOWS)]
     config = open_config(str(tmp_path / "ckpt"))

@@ -1,4 +1,4 @@
-"""What the figures are made of, and that they are made. pytest tests/experiments/test_plots.py"""
+"""What the figures are made of, and that they are made."""
 
 from inheritune.experiments import plots
 from inheritune.experiments.arms import find_arm

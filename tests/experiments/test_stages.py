@@ -1,4 +1,4 @@
-"""Runs of train.py: their failures, curves and clocks. pytest tests/experiments/test_stages.py"""
+"""Runs of train.py: their failures, curves and clocks."""
 
 import dataclasses
 import shutil
@@ -19,11 +19,9 @@ from tests.tiny import tiny_config, write_checkpoint, write_data
 
 def test_first_reach_counts_earlier_stages(tmp_path):
     def stage(name, n_layer, losses):
-        run = tmp_path / name
+        run, lines = tmp_path / name, [f"{5 * i},{x}\n" for i, x in enumerate(losses)]
         run.mkdir()
-        (run / "log.csv").write_text(
-            "step,val_loss\n" + "".join(f"{5 * i},{x}\n" for i, x in enumerate(losses))
-        )
+        (run / "log.csv").write_text("step,val_loss\n" + "".join(lines))
         return Stage(str(run), GPTConfig(n_layer=n_layer), {"max_iters": 10, "batch_tokens": 1})
 
     a, b = stage("a", 1, [9, 8, 7]), stage("b", 2, [7, "", 5])
@@ -111,9 +109,7 @@ def test_measured_models_are_gone_before_memory_is_given_back(tmp_path, monkeypa
 def test_a_reference_is_measured_compiled_where_training_is(tmp_path, monkeypatch):
     folder, data = str(tmp_path / "ckpt"), write_data(tmp_path / "data")
     config, compiled = write_checkpoint(folder).config, []
-    monkeypatch.setattr(
-        measurements.torch, "compile", lambda model, **options: compiled.append(model) or model
-    )
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
     for setting in (None, False, True):
         settings = TrainSettings(dataset=data, eval_tokens=100, device="cpu", compile=setting)
         measurements.validation_loss(settings, config, folder)

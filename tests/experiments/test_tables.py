@@ -1,4 +1,4 @@
-"""Means, errors, differences, verdicts. pytest tests/experiments/test_tables.py"""
+"""Means, errors, differences, verdicts."""
 
 import numpy as np
 import pytest
@@ -28,14 +28,10 @@ def test_the_verdict_says_which_way_it_fell():
 def rows_of(arm, losses, **more):
     """Rows of an arm, a seed for each loss."""
     base = {"arm": arm, "n_layer": 2, "params": 10, "steps": 8, "flops": 1.0, "layer_steps": 16}
-    base |= {
-        "wall_s": 1.0,
-        "flops_with_reference": 2.0,
-        "layer_steps_with_reference": 32,
-        "settings_hash": "0",
-    }
+    base |= {"wall_s": 1.0, "flops_with_reference": 2.0, "layer_steps_with_reference": 32}
     base |= dict.fromkeys(("reached_step", "reached_flops", "reached_layer_steps"))
-    base |= {"lazy_before": 0, "lazy_after": 1, "ranks_before": [3.0, 2.0], "ranks_after": [2.0, 1.0]} | more
+    base |= {"lazy_before": 0, "lazy_after": 1, "ranks_before": [3.0, 2.0], "ranks_after": [2.0, 1.0]}
+    base |= {"settings_hash": "", **more}
     return [base | {"seed": s, "val_loss": x, "curve_loss": x} for s, x in enumerate(losses)]
 
 
@@ -81,9 +77,6 @@ def test_the_table_groups_variants_and_explains_few_seeds():
     text = tables.comparison_table(by_arm(ROWS), {"unseen": "seen is 1"})
     labels = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("|")][2:]
     ends = labels.index("| first and last half of k")
-    assert labels[ends + 1 : ends + 3] == [
-        "| – first and last half of k, 4 steps",
-        "| – first and last half of k, Muon",
-    ]
+    assert labels[ends + 1 : ends + 3] == [f"| – first and last half of k, {x}" for x in ("4 steps", "Muon")]
     assert "With two seeds" in text and "Left out: unseen (seen is 1)." in text
     assert "| 2.1333 ± 0.1202 |" in text  # three seeds are not marked

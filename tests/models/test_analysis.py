@@ -1,6 +1,5 @@
-"""The analysis of models of transformers, against numpy on their own attentions. pytest tests/models"""
+"""The analysis of models of transformers, against numpy on their own attentions."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -14,15 +13,11 @@ from torch.nn import functional as F
 import analyze
 import inherit
 from inheritune.base.errors import UserError
-from inheritune.experiments.attention_metrics import (
-    attention_maps,
-    measure_layers,
-    skip_losses,
-)
+from inheritune.experiments.attention_metrics import attention_maps, measure_layers, skip_losses
 from inheritune.models.open_model import load_model
-from tests.experiments.test_attention_metrics import mass, no_column_0, rank, row_entropy
+from tests.experiments.test_attention_metrics import assert_agrees
 from tests.other_models import build, without
-from tests.tiny import ROOT, refusal, write_checkpoint, write_data
+from tests.tiny import ROOT, write_checkpoint, write_data
 
 IDX = torch.randint(0, 257, (5, 20), generator=torch.Generator().manual_seed(1))
 TARGETS = IDX.roll(-1, 1)
@@ -34,7 +29,6 @@ def data(tmp_path_factory):
 
 
 def saved(model, folder):
-    """Our model of the folder into which a model of transformers is saved."""
     model.save_pretrained(folder)
     return load_model(str(folder))
 
@@ -43,29 +37,12 @@ def saved(model, folder):
 def test_agrees_with_numpy_on_transformers_attention(kind, tmp_path):
     theirs = build(kind)
     ours = saved(theirs, tmp_path)
-    heads, influence, norms = measure_layers(ours, IDX, (0.9, 0.8))
     with torch.no_grad():
         out = theirs(IDX, output_attentions=True, output_hidden_states=True)
     assert len(out.attentions) == 4 and out.attentions[0].shape == (5, 4, 20, 20)  # 4 heads, of 2 groups
     if kind == "mistral":
         assert not out.attentions[0][:, :, 10, :2].any()  # the window slides
-    measured = {
-        "rank_0.9": rank,
-        "rank_0.8": lambda A: rank(A, 0.8),
-        "rank_without_first": lambda A: rank(no_column_0(A)),
-        "mass": mass,
-        "entropy": row_entropy,
-        "sink": lambda A: A[:, 0].mean(),
-    }
-    assert heads.keys() - {"rest"} == measured.keys()
-    for name, f in measured.items():
-        for layer, A in enumerate(out.attentions):  # (B, nh, T, T)
-            expected = [np.mean([f(a) for a in A[:, h].numpy()]) for h in range(4)]
-            assert heads[name][layer].tolist() == pytest.approx(expected, abs=1e-4)
-    hidden = out.hidden_states[:-1]  # the last one has passed the final norm
-    assert norms[:-1].tolist() == pytest.approx([x.norm(dim=-1).mean().item() for x in hidden], rel=1e-4)
-    turned = [1 - F.cosine_similarity(a, b, dim=-1).mean().item() for a, b in itertools.pairwise(hidden)]
-    assert influence[:-1].tolist() == pytest.approx(turned, abs=1e-4)
+    assert_agrees(measure_layers(ours, IDX, (0.9, 0.8)), out)
     maps = attention_maps(ours, IDX[2], [(1, 3)])
     assert np.allclose(maps[1, 3], out.attentions[1][2, 3].numpy(), atol=1e-5)
 
@@ -115,29 +92,6 @@ def test_blocks_that_do_not_pass_hidden_states_on_are_refused(tmp_path):
     ours.blocks[1].register_forward_pre_hook(lambda block, args: (args[0] + 1, *args[1:]))
     with pytest.raises(UserError, match="the blocks of a llama do not pass hidden states on to one another"):
         next(ours.attention_steps(IDX))
-
-
-def test_refusals(data, tmp_path):
-    build("llama").save_pretrained(tmp_path / "llama")
-
-    def says(*flags, data=data):
-        command = ["--ckpt", tmp_path / "llama", "--data", data, "--out", tmp_path / "out", *flags]
-        return refusal(analyze.main, command)
-
-    assert "--length 99 is more than the 64 tokens" in says("--length", "99")
-    other = write_data(tmp_path / "data", tokenizer={"name": "gpt2", "n_vocab": 50257, "eot": 50256})
-    assert "data has 50257 ids" in says(data=other)
-
-    config = tmp_path / "llama/config.json"
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps(content | {"num_hidden_layers": 5}))
-    assert "model.layers.4.self_attn.q_proj.weight is missing" in says()
-    config.write_text(json.dumps(content | {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Evil"}}))
-    (tmp_path / "llama/evil.py").write_text("raise SystemExit('ran')")
-    assert "has no model_type 'mine'; code in a folder is never run" in says() and "\n" not in says()
-    (tmp_path / "llama/model.safetensors").unlink()
-    config.write_text(json.dumps(content))
-    assert "has no model.safetensors" in says()
 
 
 def test_gpt2_needs_no_transformers(data, tmp_path):

@@ -1,75 +1,49 @@
-"""Blocks of any model: the same modules in a new order, or a refusal that says why. pytest tests/models"""
-
-import json
+"""Blocks of any model: the same modules in a new order, or a refusal that says why."""
 
 import pytest
 import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import write_json
-from inheritune.models.initialisations import assemble
-from inheritune.models.open_model import model_class, open_config, open_weights
+from inheritune.models.open_model import open_config
 from inheritune.weights.checkpoint import new_lineage
-from tests.other_models import build, without
+from tests.other_models import build, cut, without
+from tests.tiny import change_json
 
 IDX = torch.randint(3, 257, (1, 20), generator=torch.Generator().manual_seed(5))
 
 
-def cut(folder, blocks):
-    """(config, model) of the model in a folder with these blocks."""
-    config = open_config(folder)
-    weights, new = open_weights(folder, config), config.with_blocks(blocks)
-    model = model_class(new).empty(new)
-    model.fill(assemble(weights, [(weights, i) for i in blocks], config), folder)
-    return new, model
-
-
 def save(kind, folder, **changes):
-    """A tiny model, saved in a folder."""
     model = build(kind, **changes)
     model.save_pretrained(folder)
     return model
 
 
-def edit(folder, remove=(), **changes):
-    """Change a folder's config.json."""
-    content = json.loads((folder / "config.json").read_text()) | changes
-    content = {key: value for key, value in content.items() if key not in remove}
-    (folder / "config.json").write_text(json.dumps(content))
-
-
 def assert_cut(model, folder, blocks):
     """The logits are those of the model whose other blocks do nothing. Returns the new config.json."""
-    config, ours = cut(str(folder), blocks)
+    ours = cut(str(folder), blocks)
     with torch.no_grad():
         assert torch.allclose(ours(IDX), without(model, blocks, IDX), rtol=1e-4, atol=1e-4)
-    return config.content()
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "qwen2_moe", "smollm3", "bloom"])
-def test_a_cut_has_the_blocks_of_the_source(kind, tmp_path):
-    """Of more kinds, and in more ways: test_sweep.py."""
-    assert_cut(save(kind, tmp_path), tmp_path, [2, 3])
+    return ours.config.content()
 
 
 def test_lists_that_an_old_config_leaves_out_are_written(tmp_path):
     """Gemma 2 on the hub has no layer_types: every second layer is local by its place, which cuts change."""
     model = save("gemma2", tmp_path)
     types = model.config.layer_types
-    edit(tmp_path, remove=["layer_types"])
+    change_json(tmp_path / "config.json", layer_types=None)
     assert assert_cut(model, tmp_path, [1, 3])["layer_types"] == [types[1], types[3]]
 
 
 def test_numbers_follow(tmp_path):
     model = save("deepseek_v3", tmp_path, first_k_dense_replace=2)
-    edit(tmp_path, remove=["mlp_layer_types"])
+    change_json(tmp_path / "config.json", mlp_layer_types=None)
     assert_cut(model, tmp_path, [1, 2])
 
 
 def test_nested_lists_are_cut(tmp_path):
-    assert assert_cut(save("gpt_neo", tmp_path), tmp_path, [1, 3])["attention_types"] == [
-        [["local", "local"], 1]
-    ]
+    content = assert_cut(save("gpt_neo", tmp_path), tmp_path, [1, 3])
+    assert content["attention_types"] == [[["local", "local"], 1]]
 
 
 def test_a_list_that_is_as_long_as_the_model_is_deep_stays(tmp_path):
@@ -79,7 +53,7 @@ def test_a_list_that_is_as_long_as_the_model_is_deep_stays(tmp_path):
 
 def test_the_depth_under_two_names(tmp_path):
     model = save("mamba", tmp_path)
-    edit(tmp_path, n_layer=4)
+    change_json(tmp_path / "config.json", n_layer=4)
     content = assert_cut(model, tmp_path, [0, 2])
     assert content["n_layer"] == content["num_hidden_layers"] == 2
 
@@ -94,7 +68,7 @@ def test_the_depth_under_two_names(tmp_path):
 def test_config_json_says_one_thing(kind, key, changes, tmp_path):
     """A number from which other readers compute the lists goes when it gives other ones."""
     model = save(kind, tmp_path, **changes)
-    edit(tmp_path, **changes)
+    change_json(tmp_path / "config.json", **changes)
     assert key in assert_cut(model, tmp_path, [0, 1])  # as before: every second block
     assert key not in assert_cut(model, tmp_path, [1, 2, 3])
     warning = open_config(str(tmp_path)).with_blocks([1, 2, 3]).warning

@@ -1,4 +1,4 @@
-"""The models of transformers under our interface, against transformers itself. pytest tests/models"""
+"""The models of transformers under our interface, against transformers itself."""
 
 import dataclasses
 import json

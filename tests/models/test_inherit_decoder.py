@@ -1,9 +1,7 @@
-"""inherit.py on models that are no GPT-2. pytest tests/models"""
+"""inherit.py on models that are no GPT-2."""
 
 import copy
 import json
-import os
-import re
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import transformers
 import inherit
 from inheritune.models.open_model import open_config
 from tests.other_models import build
-from tests.tiny import refusal
+from tests.tiny import change_json, refusal
 
 IDX = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -71,39 +69,17 @@ def test_logits_are_those_with_the_other_layers_deleted(kind, flags, blocks, tmp
     assert lineage["blocks"] == [{"from": "reference", "block": b} for b in blocks]
 
 
-def test_shards_and_other_files(tmp_path):
-    """Many files of weights become one; tokenizer, template and what else lies there are copied."""
+def test_shards_become_one_file_of_the_same_dtype_and_no_code_is_named(tmp_path):
     source = tmp_path / "llama"
     model = build("llama").to(torch.bfloat16)
     model.model.norm.float()  # as routers keep some tensors
     model.config.auto_map = {"AutoConfig": "configuration.Mine"}  # code that is not copied
     model.save_pretrained(source, max_shard_size="20KB")
-    assert len([n for n in os.listdir(source) if n.endswith(".safetensors")]) > 3
-    others = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "LICENSE": b"free"}
-    for name, content in others.items():
-        (source / name).write_bytes(content)
-    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    assert len(list(source.glob("*.safetensors"))) > 3
     inherit.main(["--layers", "3", "--ckpt", str(source), "--out", str(tmp_path / "out")])
-    names = {"config.json", "generation_config.json", "lineage.json", "model.safetensors", *others}
-    assert set(os.listdir(tmp_path / "out")) - {"README.md"} == names
-    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in others.items())
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert opened(tmp_path / "out").dtype == torch.bfloat16
     assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
-
-
-def test_refusals(tmp_path):
-    build("llama").save_pretrained(tmp_path / "llama")
-    ckpt = ["--ckpt", tmp_path / "llama", "--out", tmp_path / "out"]
-    for flags in (["--parts", "attn"], ["--released_slice"], ["--layernorms", "false"]):
-        message = refusal(inherit.main, [*ckpt, "--layers", "2", *flags])
-        assert f"only whole blocks can be taken of this model: leave out {flags[0]}" in message
-    assert "leave out --recipe half_width" in refusal(inherit.main, [*ckpt, "--recipe", "half_width"])
-    assert "is more than the 4 blocks" in refusal(inherit.main, [*ckpt, "--layers", "5"])
-    path = tmp_path / "llama/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
-    message = refusal(inherit.main, [*ckpt, "--layers", "2"])
-    assert re.search(r"model.layers.3.\S+ is not a llama tensor.*\(and 6 more\)", message)
-    assert not (tmp_path / "out").exists()
 
 
 def test_random_init_has_the_architecture_and_none_of_the_weights(tmp_path):
@@ -125,10 +101,8 @@ def test_growing_onto(tmp_path):
     for name, model in (("reference", reference), ("small", small)):
         model.save_pretrained(tmp_path / name)
     onto = ["--ckpt", tmp_path / "reference", "--layers", "3", "--out", tmp_path / "grown", "--onto"]
-    path = tmp_path / "reference/config.json"  # it leaves out a default, which transformers writes
-    content = json.loads(path.read_text())
-    del content["attention_dropout"]
-    path.write_text(json.dumps(content))
+    # a config.json may leave out a default, which transformers writes
+    change_json(tmp_path / "reference/config.json", attention_dropout=None)
     inherit.main([*map(str, onto), str(tmp_path / "small")])
     grown = opened(tmp_path / "grown")
     config = open_config(str(tmp_path / "reference")).with_blocks([0, 1, 2])

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from inheritune.base.errors import UserError
 from inheritune.experiments.attention_metrics import measure_layers
-from inheritune.models.initialisations import assemble
-from inheritune.models.open_model import load_model, model_class, open_config, open_weights
-from tests.other_models import TYPES, build, without
+from inheritune.models.open_model import load_model
+from tests.other_models import TYPES, build, cut, without
 
 CUTS = {
     "first half": lambda n: [*range(n // 2)],
@@ -35,10 +34,7 @@ def close(a, b) -> bool:
 def check_cut(theirs, folder: str, blocks: list[int]) -> str:
     """EXACT if the cut model's logits are those of the source's blocks, why it is refused, or WRONG."""
     try:
-        config = open_config(folder)
-        weights, new = open_weights(folder, config), config.with_blocks(blocks)
-        model = model_class(new).empty(new)
-        model.fill(assemble(weights, [(weights, i) for i in blocks], config), folder)
+        model = cut(folder, blocks)
     except UserError as e:
         return str(e).replace(folder, "F")
     with torch.no_grad():
@@ -95,7 +91,6 @@ def test_cut_and_analysis_are_right_or_refused(kind):
 
 
 def main():
-    """Print the table."""
     torch.set_num_threads(1)
     found = {kind: results for kind in TYPES if (results := check_type(kind)) is not None}
     columns = [*CUTS, "analysis"]

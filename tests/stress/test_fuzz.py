@@ -1,16 +1,14 @@
-"""Random inputs for the parsers that are ours: config files, command lines, meta.json, state.json, the
-config.json of a checkpoint, tokenizer.json. Each is taken or refused in one line.
-
-pytest tests/stress/test_fuzz.py              (100,000 of them: with -m slow)
-"""
+"""Random inputs for each parser of ours: taken or refused in one line."""
 
 import dataclasses
 import json
 import warnings
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import TrainData, ValData
@@ -18,6 +16,7 @@ from inheritune.data.tokenizer import bytes_tokenizer, load_tokenizer
 from inheritune.training.command_line import parse, read_config_file
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
+from inheritune.weights.tensors import read_tensors
 from model import GPTConfig
 
 odd = [0, -1, 1, 2**31, 2**63, 2**64, 10**400, float("nan"), float("inf")]
@@ -74,6 +73,8 @@ META["splits"] = {"train": {"shards": [{"file": "train.bin", "tokens": 1000, "sh
 META["splits"]["val"] = {"shards": [{"file": "val.bin", "tokens": 100}]}
 STATE = {"step": 4, "best_step": 4, "best_val_loss": 1.5, "bad_steps": 0, "bad_in_a_row": 0, "tokens": 64}
 STATE |= {"row": {"loss": "1.5", "lr": "nan"}, "scaler": {}, "settings": {"seed": 1, "n_layer": 2}}
+TENSORS = save({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)})
+HEADER_END = 8 + int.from_bytes(TENSORS[:8], "little")
 CONFIG = gpt2_format.config_json(dataclasses.asdict(GPTConfig(n_layer=2)))
 
 
@@ -96,6 +97,11 @@ PARSERS = {
     "meta.json": (mutated(dumped(META)), "meta.json", open_data),
     "state.json": (mutated(dumped(STATE)), "state.json", checkpoint.read_state),
     "config.json": (mutated(dumped(CONFIG)), "config.json", GPTConfig.from_folder),
+    "model.safetensors": (
+        mutated(TENSORS[8:HEADER_END]).map(lambda h: len(h).to_bytes(8, "little") + h + TENSORS[HEADER_END:]),
+        "model.safetensors",
+        lambda folder: [t[:] for t in read_tensors(f"{folder}/model.safetensors").values()],
+    ),
     "tokenizer.json": (
         mutated(bytes_tokenizer()),
         "tokenizer.json",
@@ -127,5 +133,6 @@ def test_each_case_is_taken_or_refused_in_one_line(tmp_path, name, count, capsys
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # a tensor keeps its file open
         one()
     assert refusals

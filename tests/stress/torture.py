@@ -10,10 +10,8 @@ ways.
 """
 
 import argparse
+import collections
 import contextlib
-import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import platform
@@ -31,7 +29,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=
 
 import torch  # noqa: E402
 
-from inheritune.base.files import replacing, sha256  # noqa: E402
+from inheritune.base.files import read_json, replacing, sha256  # noqa: E402
 from inheritune.weights import checkpoint  # noqa: E402
 from tests.test_grow import write_recipe  # noqa: E402
 from tests.test_prepare_kill import command as prepare_command  # noqa: E402
@@ -52,16 +50,7 @@ def run_print(out):
     return found + [sha256(os.path.join(last, f"{name}.safetensors")) for name in ("model", "optimizer")]
 
 
-def tree_print(folder):
-    """One hash over the names and bytes of all files below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(os.path.join(d, n) for d, _, names in os.walk(folder) for n in names):
-        digest.update(f"{os.path.relpath(path, folder)} {sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def descendants(pid):
-    """The ids of a process's children and theirs."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as f:
             children = [int(c) for c in f.read().split()]
@@ -95,16 +84,12 @@ class Train:
 
     def at_moments(self, number, out):
         """A signal just before a call that changes the disk, or a training step; up to six in one run."""
-        return sum(
-            self.run(out, die=self.rng.randint(1, MOMENTS // 2), number=number) != 0
-            for _ in range(self.rng.randint(1, 6))
-        )
+        times, most = range(self.rng.randint(1, 6)), MOMENTS // 2
+        return sum(self.run(out, die=self.rng.randint(1, most), number=number) != 0 for _ in times)
 
     def at_any_time(self, number, out):
-        return sum(
-            self.run(out, seconds=self.rng.uniform(0.001, self.seconds), number=number) != 0
-            for _ in range(self.rng.randint(1, 6))
-        )
+        times, most = range(self.rng.randint(1, 6)), self.seconds
+        return sum(self.run(out, seconds=self.rng.uniform(0.001, most), number=number) != 0 for _ in times)
 
     def asked(self, number, out):
         return self.at_moments(number, out) + self.at_any_time(number, out)
@@ -146,8 +131,7 @@ class Train:
 
 
 class Processes:
-    """A command line, run as a user would; one round takes as long as it takes, and a few seconds for every
-    fault."""
+    """A command line, run as a user would; a round takes as long as it takes, and seconds for every fault."""
 
     def __init__(self, place, rng):
         self.place, self.rng = place, rng
@@ -198,8 +182,6 @@ class Processes:
 
 
 class TwoRanks(Processes):
-    """train.py on two gloo ranks under torchrun."""
-
     def __init__(self, place, rng):
         self.data = write_data(os.path.join(place, "data"))
         super().__init__(place, rng)
@@ -228,8 +210,6 @@ class TwoRanks(Processes):
 
 
 class Grow(Processes):
-    """grow.py: a reference, two rounds and two controls, each a train.py."""
-
     def command(self, out):
         recipe = os.path.dirname(out) + "/recipe.py"
         if not os.path.exists(recipe):
@@ -238,14 +218,11 @@ class Grow(Processes):
 
     def print_of(self, out):
         out = os.path.join(os.path.dirname(out), "out")
-        with open(os.path.join(out, "results.json")) as f:
-            arms = json.load(f)["runs"]
+        arms = read_json(os.path.join(out, "results.json"))["runs"]
         return [arms, [run_print(os.path.join(out, a["folder"])) for a in arms]]
 
 
 class Replicate(Processes):
-    """replicate.py: a reference and four arms."""
-
     def command(self, out):
         config = os.path.dirname(out) + "/c.py"
         if not os.path.exists(config):
@@ -258,8 +235,6 @@ class Replicate(Processes):
 
 
 class Prepare(Processes):
-    """prepare.py with two threads."""
-
     def __init__(self, place, rng):
         self.inputs = pathlib.Path(place) / "inputs"
         write_inputs(self.inputs)
@@ -269,7 +244,7 @@ class Prepare(Processes):
         return prepare_command(self.inputs, out, 2)
 
     def print_of(self, out):
-        return tree_print(out)
+        return {str(p.relative_to(out)): sha256(p) for p in pathlib.Path(out).rglob("*") if p.is_file()}
 
 
 KINDS = (  # what is done to whom: the name of a method, and what it takes besides the run folder
@@ -302,57 +277,43 @@ KINDS = (  # what is done to whom: the name of a method, and what it takes besid
 )
 
 
-@dataclasses.dataclass
-class Tally:
-    """What was done to one kind of run so far."""
-
-    rounds: int = 0
-    faults: int = 0
-    mismatches: int = 0
-    seconds: float = 0.0
-
-
 def one_round(victim, method, more, tally):
-    """Break one run and let it end; say so where the end is not that of an undisturbed one, and keep it
-    then."""
+    """Break one run and let it end; where the end is not that of an undisturbed one, say so and keep it."""
     began, out = time.perf_counter(), victim.new()
     faults = int(getattr(victim, method)(*more, out))
     found = victim.finish(out)
-    tally.rounds, tally.faults = tally.rounds + 1, tally.faults + faults
     if found == victim.undisturbed:
         shutil.rmtree(os.path.dirname(out))
     else:
-        tally.mismatches += 1
         what = f"{type(victim).__name__} {method} {more} {out}"
         print(f"MISMATCH: {what}\n  {found}\n  {victim.undisturbed}", flush=True)
-    tally.seconds += time.perf_counter() - began
+    seconds, wrong = time.perf_counter() - began, found != victim.undisturbed
+    tally.update(rounds=1, faults=faults, mismatches=wrong, seconds=seconds)
 
 
 def torture(seconds, seed, place, kinds=KINDS):
-    """{title: Tally} of about `seconds` of it; whatever had least time so far has its turn."""
+    """{title: Counter of rounds, faults, mismatches, seconds}; what had least time so far has its turn."""
     rng = random.Random(seed)
-    tallies, victims = {kind[0]: Tally() for kind in kinds}, {}
+    tallies, victims = {kind[0]: collections.Counter() for kind in kinds}, {}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        title, kind, method, *more = min(kinds, key=lambda k: tallies[k[0]].seconds)
+        title, kind, method, *more = min(kinds, key=lambda k: tallies[k[0]]["seconds"])
         if kind not in victims:
             folder = os.path.join(place, kind.__name__)
             os.makedirs(folder)
             victims[kind] = kind(folder, rng)
         one_round(victims[kind], method, more, tallies[title])
-        done = sum(t.faults for t in tallies.values())
+        rounds, done = tallies[title]["rounds"], sum(t["faults"] for t in tallies.values())
         left = max(0, end - time.perf_counter())
-        print(
-            f"{title}: round {tallies[title].rounds} | {done} faults in all | {left:.0f} s left", flush=True
-        )
+        print(f"{title}: round {rounds} | {done} faults in all | {left:.0f} s left", flush=True)
     return tallies
 
 
 def table(tallies, command, seconds):
-    """The tally as Markdown."""
     lines = ["| what | rounds | faults | mismatches |", "|---|--:|--:|--:|"]
-    lines += [f"| {title} | {t.rounds} | {t.faults} | {t.mismatches} |" for title, t in tallies.items()]
-    faults, bad = (sum(getattr(t, name) for t in tallies.values()) for name in ("faults", "mismatches"))
+    names = ("rounds", "faults", "mismatches")
+    lines += [f"| {title} | {' | '.join(str(t[name]) for name in names)} |" for title, t in tallies.items()]
+    faults, bad = (sum(t[name] for t in tallies.values()) for name in names[1:])
     revision = checkpoint.environment()["git"]
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, revision {revision}"
@@ -369,7 +330,6 @@ times for the rest. Nothing here cuts the power: what the kernel has accepted is
 
 
 def main():
-    """Command line: break, compare, print and write the tally; exit status 1 when anything differed."""
     parser = argparse.ArgumentParser(description="Break runs on purpose, and count what that costs.")
     parser.add_argument("--seconds", type=float, default=900, help="how long, about")
     parser.add_argument("--seed", type=int, default=1, help="of what is broken when")
@@ -383,7 +343,7 @@ def main():
     if args.out:
         with replacing(args.out, "w") as f:
             f.write(text)
-    if any(t.mismatches for t in tallies.values()):
+    if any(t["mismatches"] for t in tallies.values()):
         sys.exit(f"the runs that differ are in {place}")
     shutil.rmtree(place)
 

@@ -1,7 +1,4 @@
-"""What the compiler is given: whole static graphs, few of them, none anew after the first step.
-
-pytest tests/training/test_compile.py        (-m slow for inductor, shards and one block)
-"""
+"""What the compiler is given: whole static graphs, few of them, none anew after the first step."""
 
 import collections
 import functools
@@ -54,9 +51,8 @@ def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, kind
     assert counts == [3] * 4, "nothing is compiled after step 1"
     train.main(arguments(data, tmp_path / "plain", **options))
     for name in ("loss", "val_loss", "grad_norm"):
-        np.testing.assert_allclose(
-            column(tmp_path / "compiled", name), column(tmp_path / "plain", name), rtol=1e-5
-        )
+        found, expected = (column(tmp_path / run, name) for run in ("compiled", "plain"))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,4 @@
-"""The machine a run is on.
-
-pytest tests/training/test_device.py
-"""
+"""The machine a run is on."""
 
 import os
 

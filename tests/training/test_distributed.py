@@ -1,7 +1,4 @@
-"""Two ranks: one run, what one of them meets alone, and what all of them must agree on.
-
-pytest tests/training/test_distributed.py
-"""
+"""Two ranks: one run, what one of them meets alone, and what all of them must agree on."""
 
 import subprocess
 import sys
@@ -19,7 +16,6 @@ LIKE = {"batch_size": 2, "keep_last": 9}
 
 @pytest.fixture(scope="module")
 def whole(forks, data, tmp_path_factory):
-    """The run folder of twelve steps on two ranks."""
     out = str(tmp_path_factory.mktemp("two") / "out")
     assert forks.train(arguments(data, out, **LIKE), world=2)[0] == 0, forks.printed
     return out
@@ -35,15 +31,8 @@ def test_two_ranks_are_one_run(whole, data, tmp_path):
 
 
 def test_torchrun_starts_two_ranks(whole, data, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-    ]
-    done = subprocess.run([*command, *arguments(data, tmp_path / "out", **LIKE)], cwd=ROOT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, "train.py", *arguments(data, tmp_path / "out", **LIKE)], cwd=ROOT)
     assert done.returncode == 0 and contents(tmp_path / "out") == contents(whole)
 
 

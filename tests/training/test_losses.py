@@ -1,7 +1,4 @@
-"""The loss over fixed tokens: who computes what, and when it stops; the padded head.
-
-pytest tests/training/test_losses.py
-"""
+"""The loss over fixed tokens: who computes what, and when it stops; the padded head."""
 
 import copy
 
@@ -17,8 +14,6 @@ CPU = torch.device("cpu")
 
 
 class Groups:
-    """Four groups of two tokens."""
-
     n_groups = 4
 
     def batch(self, g):

@@ -1,4 +1,4 @@
-"""The learning rate of every step. pytest tests/training/test_schedule.py"""
+"""The learning rate of every step."""
 
 import typing
 

@@ -1,7 +1,4 @@
-"""Settings: where a value comes from, what is refused, and that a config file is never executed.
-
-pytest tests/training/test_settings.py
-"""
+"""Settings: where a value comes from, what is refused, and that a config file is never executed."""
 
 import dataclasses
 
@@ -19,7 +16,6 @@ def read(*argv):
 
 @pytest.fixture
 def config(tmp_path):
-    """Write a config file and return its path."""
 
     def write(text):
         (tmp_path / "config.py").write_text(text)
@@ -83,17 +79,14 @@ def test_config_files_hold_literals_and_arithmetic(config, text, key, value):
     "line",
     [
         "seed = open('{mark}', 'w') and 1",
-        "open('{mark}', 'w')",
         "import os; os.mkdir('{mark}')",
         "seed = __import__('os').mkdir('{mark}')",
-        "if True: seed = 1",
         "seed, batch_size = 1, 2",
         "out_dir = f'{{1 + 1}}'",
         "seed = batch_size",
         "out_dir = 'a' * 10",
         "seed = 2 ** 10",
         "seed = 1 / 0",
-        "seed = 1j",
         "seed = ",
     ],
 )
@@ -103,13 +96,6 @@ def test_a_config_is_never_executed(config, tmp_path, line):
     message = refused(config("n_layer = 2\n" + line.format(mark=mark) + "\n"))
     assert f"{tmp_path}/config.py:2:" in message and "\n" not in message
     assert not mark.exists()
-
-
-def test_a_typo_names_the_nearest_key(config):
-    assert "(did you mean learning_rate?)" in refused(config("lerning_rate = 5.0"))
-    assert "config.py:1: lerning_rate is not a setting" in refused(config("lerning_rate = 5.0"))
-    assert "(did you mean --learning_rate?)" in refused("--lerning_rate=5.0")
-    assert "did you mean" not in refused("--qqqq=1")
 
 
 def test_all_problems_of_a_file_and_a_command_line_come_together(config):
@@ -129,26 +115,17 @@ def test_all_problems_of_a_file_and_a_command_line_come_together(config):
     "argv, message",
     [
         (["--n_layer=2.5"], "must be a whole number"),
-        (["--n_layer=0"], "must be between 1 and 1000"),
         (["--n_layer=" + "9" * 400], "must be a whole number"),
         (["--n_layer"], "expected one argument"),
-        (["--learning_rate=nan"], "must be a number"),
         (["--learning_rate=1e999"], "must be a number"),
-        (["--dropout=1"], "between 0.0 and 0.999"),
         (["--resume=maybe"], "must be one of never, auto, must"),
         (["a.py", "b.py"], "unknown argument 'b.py'"),
         (["--learn=1"], "unknown argument '--learn=1'"),  # abbreviations are not guessed
     ],
 )
 def test_wrong_values_are_named(argv, message):
+    """More of them are in bad_input.txt."""
     assert message in refused(*argv)
-
-
-@pytest.mark.parametrize(
-    "text", ["n_layer = 1" + "0" * 400, "learning_rate = 1e300 * 1e300", "n_layer = 3.0"]
-)
-def test_unusable_numbers_in_a_file_are_named(config, text):
-    assert "config.py:1: " in refused(config(text))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\0", b"((((" * 5000, b"seed = " + b"-" * 20000 + b"1"])

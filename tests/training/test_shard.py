@@ -1,8 +1,4 @@
-"""A model in shards (--shard) trains like one that is whole: against DDP and one process, and continued as
-any of them.
-
-pytest tests/training/test_shard.py        (-m slow for 4 ranks, half precision, signals, compile)
-"""
+"""A model in shards (--shard) trains like one that is whole, and is continued as one."""
 
 import pytest
 
@@ -24,7 +20,6 @@ def one(data, tmp_path_factory):
 
 @pytest.fixture
 def on_ranks(forks, data, tmp_path):
-    """Train on several ranks; returns the run folder."""
 
     def run(world, name, code="", status=0, **changes):
         argv = arguments(data, tmp_path / name, **LIKE | changes)
@@ -129,9 +124,7 @@ def test_shards_asked_to_end_or_at_their_goal_save_and_go_on(on_ranks):
     on_ranks(2, "asked", code, status=143, **more)
     found = contents(on_ranks(2, "asked", **more))
     assert {key: found.get(key) for key in whole} == whole
-    goal = column(on_ranks(2, "whole", **more), "val_loss")[2] + 1e-6
-    shards, ddp = (
-        on_ranks(2, f"{s}", **more | {"stop_at_val_loss": goal, "shard": s}) for s in (True, False)
-    )
+    more["stop_at_val_loss"] = column(on_ranks(2, "whole", **more), "val_loss")[2] + 1e-6
+    shards, ddp = (on_ranks(2, f"{shard}", **more | {"shard": shard}) for shard in (True, False))
     assert checkpoint.list_steps(shards)[-1] == "step_00000008"
     alike(shards, ddp)

@@ -1,11 +1,6 @@
-"""The Hugging Face layout: what is read, what is refused by name, and that transformers opens what is
-written.
-
-pytest tests/weights/test_gpt2_format.py
-"""
+"""The Hugging Face layout: what is read, what is refused, and that transformers opens what is written."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -21,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from inheritune.base.errors import UserError
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
-from tests.tiny import gpt2, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
+from tests.tiny import change_json, gpt2, same_weights, tiny_config, tiny_model, write_checkpoint, write_model
 
 
 @pytest.fixture
@@ -37,14 +32,6 @@ def assert_opens_equal(folder, reference):
     idx = torch.randint(101, (2, 8))
     torch.testing.assert_close(model(idx), reference(idx).logits, rtol=0, atol=1e-5)
     return model
-
-
-def edit_config(folder, **changes):
-    path = os.path.join(folder, "config.json")
-    with open(path) as f:
-        config = json.load(f)
-    with open(path, "w") as f:
-        json.dump({k: v for k, v in (config | changes).items() if v != "absent"}, f)
 
 
 def edit_tensors(folder, change):
@@ -70,12 +57,8 @@ def without_wte(tensors):
     return {k: v for k, v in tensors.items() if "wte" not in k}
 
 
-def head_alone(tensors):
-    """As safetensors.torch.save_model may write a tied model."""
-    return without_wte(with_head(tensors))
-
-
-FORMS = (dict, as_on_the_hub, head_alone, lambda t: as_on_the_hub(with_head(t)))
+# the third is what safetensors.torch.save_model may write of a tied model
+FORMS = (dict, as_on_the_hub, lambda t: without_wte(with_head(t)), lambda t: as_on_the_hub(with_head(t)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -121,7 +104,7 @@ REFUSED = [
     ({"add_cross_attention": True}, "add_cross_attention=True"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
     ({"n_layer": "3"}, "n_layer is '3'"),
-    ({"n_embd": "absent"}, "n_embd is None"),
+    ({"n_embd": None}, "n_embd is None"),
     ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
     ({"n_vocab": 102}, "n_vocab 102 is not between 1 and vocab_size 101"),
     ({"bias": "no"}, "bias must be true or false"),
@@ -129,8 +112,10 @@ REFUSED = [
     ({"n_layer": 4}, "transformer.h.3.ln_1.weight is missing"),
     ({"n_positions": 9}, r"wpe.weight is \(8, 16\), config.json says \(9, 16\)"),
     (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs"),
+    (lambda t: {n: torch.tensor(1.0) for n in ("lm_head.weight", "wte.weight")}, "lm_head.weight differs"),
     (without_wte, "transformer.wte.weight is missing"),
     (lambda t: t | {"transformer.ln_f.bias": torch.zeros(5)}, r"ln_f.bias is \(5,\)"),
+    (lambda t: t | {"transformer.wpe.weight": torch.zeros(8, 16).to(torch.float8_e4m3fn)}, "is of type F8"),
     (lambda t: t | {"ln_f.bias": torch.zeros(16)}, "holds transformer.ln_f.bias twice"),
     (lambda t: {"transformer.wte.weight": torch.zeros(1)}, r"is missing; .* \(and \d+ more\)"),
 ]
@@ -138,7 +123,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("change, named", REFUSED)
 def test_what_is_not_implemented_is_refused_by_name(saved, change, named):
-    edit_config(saved[0], **change) if isinstance(change, dict) else edit_tensors(saved[0], change)
+    if isinstance(change, dict):
+        change_json(saved[0] / "config.json", **change)
+    else:
+        edit_tensors(saved[0], change)
     with pytest.raises(UserError, match=named):
         GPT.from_pretrained(str(saved[0]))
 
@@ -146,7 +134,7 @@ def test_what_is_not_implemented_is_refused_by_name(saved, change, named):
 @pytest.mark.parametrize("said, eot", [(7, 7), ([7, 9], 7), (50256, -1), (None, -1), ([], -1)])
 def test_the_id_that_ends_a_text(saved, said, eot):
     """-1 is never drawn; transformers' files say it by null."""
-    edit_config(saved[0], eos_token_id=said)
+    change_json(saved[0] / "config.json", eos_token_id=said)
     config = gpt2_format.read_config(str(saved[0]))
     assert config["eot"] == eot
     assert gpt2_format.config_json(config)["eos_token_id"] == (None if eot < 0 else eot)

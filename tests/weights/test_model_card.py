@@ -1,4 +1,4 @@
-"""Model cards. pytest tests/weights/test_model_card.py"""
+"""Model cards."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: read exactly, executed never. pytest tests/weights/test_nanogpt.py"""
+"""nanoGPT's ckpt.pt: read exactly, executed never."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from inheritune.base.errors import UserError
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
-from tests.data.test_tokenizer import bpe
+from tests.data.test_tokenizer import train_tokenizer
 from tests.tiny import refusal, same_weights, tiny_model
 from tools import convert_nanogpt
 
@@ -39,7 +39,6 @@ def write_ckpt(path, module, prefix="", masks=True, **changes):
 
 
 def convert(path, out, *flags):
-    """The checkpoint folder that convert_nanogpt.py makes of a file."""
     convert_nanogpt.main([str(path), str(out), *flags])
     return str(out)
 
@@ -67,8 +66,7 @@ def test_a_scripts_own_config_is_read(tmp_path, monkeypatch):
 
 
 def test_a_tokenizers_own_files_are_kept(tmp_path):
-    tokenizer, trainer, _ = bpe(300)
-    tokenizer.train_from_iterator(["a few words of some language"] * 9, trainer)
+    tokenizer = train_tokenizer("bpe", ["a few words of some language"] * 9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.id_to_token(0)}))
     path = write_ckpt(tmp_path / "ckpt.pt", tiny_model())
