@@ -108,7 +108,8 @@ def make_checkpoint(
         write_card(temporary, os.path.basename(os.path.normpath(out)), source)
     values = sum(math.prod(tensor.shape) for tensor in state.values())
     warning = f"\n{new.warning}" if new.warning else ""
-    return f"{out}: {new.n_layer} of {config.n_layer} blocks, {values:,} values{warning}"
+    of = "random" if recipe.recipe == "random" else f"of {config.n_layer}"
+    return f"{out}: {new.n_layer} {of} blocks, {values:,} values{warning}"
 
 
 def initialise(
