@@ -14,20 +14,9 @@ from safetensors.torch import save_file
 import inherit
 import train
 from inheritune.data.tokenizer import bytes_tokenizer
-from tests import other_models
+from tests import other_models, tiny
 from tests.experiments.comparison import write_config
-from tests.tiny import (
-    SHAPE,
-    TOKENIZER,
-    arguments,
-    change_json,
-    hf_state,
-    refusal,
-    tiny_model,
-    write_checkpoint,
-    write_data,
-    write_files,
-)
+from tests.tiny import arguments, change_json, hf_state, refusal, write_checkpoint, write_data, write_files
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +33,7 @@ DATA = {  # folder: how write_data makes it
     "one-token": {"val": 1},
     "short-val": {"val": 5},
     "short-train": {"train": 8},
-    "other-tokenizer": {"tokenizer": TOKENIZER | {"name": "gpt2"}},
+    "other-tokenizer": {"tokenizer": tiny.TOKENIZER | {"name": "gpt2"}},
 }
 MODELS = {  # folder: how write_checkpoint makes it
     **{name: {} for name in ("ref", "cut-ckpt", "llama", "run/step_00000004", "stateless/step_00000004")},
@@ -89,7 +78,7 @@ def make_place(here):
         write_checkpoint(here / name, **changes)
     for name in ("whole-llama", "cut-llama", "remote-code"):
         other_models.build("llama").save_pretrained(here / name)
-    state = hf_state(tiny_model())
+    state = hf_state(tiny.tiny_model())
     for name, tensors in (
         ("untied", {"lm_head.weight": torch.zeros(320, 16)}),
         ("extra-tensor", {"transformer.h.0.attn.c_attn.lora": torch.zeros(2)}),
@@ -113,7 +102,7 @@ def make_place(here):
     os.unlink(here / "sharded/model.safetensors")
     write_files(here, FILES)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), here / "body.parquet")
-    for name, without in (("base.py", ()), ("inherited.py", SHAPE)):
+    for name, without in (("base.py", ()), ("inherited.py", tiny.SHAPE)):
         flags = [flag[2:].split("=") for flag in arguments("data", "new-out")]
         lines = [f"{k} = {v if v[0].isdigit() else repr(v)}\n" for k, v in flags if k not in without]
         (here / name).write_text("".join(lines))

@@ -19,8 +19,7 @@ import prepare
 import prepare_fineweb
 import prepare_owt
 from inheritune.base.files import read_json, sha256
-from inheritune.data import standard_library, text_files, writer
-from inheritune.data.sources import open_files
+from inheritune.data import standard_library, writer
 from inheritune.data.standard_library import python_documentation, python_sources
 from inheritune.data.tokenizer import load_tokenizer
 from tests.assets import english, gpt2
@@ -246,22 +245,6 @@ def test_a_finished_folder_keeps_what_a_person_puts_there(tmp_path):
     mine.write_text("text"), left.write_text("text")
     prepare.main(command)
     assert mine.exists() and not left.exists()
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.zst"])
-def test_documents_are_counted_and_the_share_read_grows_to_one(tmp_path, texts, monkeypatch, name):
-    monkeypatch.setattr(text_files, "PIECE", 5000)
-    write_tables(tmp_path, texts)
-    (tmp_path / "a.txt").write_text("é" * 400_000)  # without a blank at which it could be cut
-    (tmp_path / "b.txt").write_text("")
-    source = open_files([str(tmp_path / name), str(tmp_path / "b.txt")], [], None, "", "out")
-    n, pieces = source.documents(), list(source.pieces)
-    assert sum(piece.end for piece in pieces) == n == (2 if name == "a.txt" else 301)
-    assert [p.continues for p in pieces[1:]] == [not p.end for p in pieces[:-1]]
-    if name == "a.txt":
-        assert "".join(text for piece in pieces for text in piece.texts) == "é" * 400_000
-    shares = [piece.progress for piece in pieces]
-    assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 @pytest.mark.slow

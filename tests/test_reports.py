@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import transformers
 
@@ -25,22 +24,12 @@ from inheritune.training.command_line import NANOGPT, parse
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import GPT, GPTConfig
+from tests import tiny
 from tests.assets import english
 from tests.data.test_tokenizer import save
-from tests.tiny import (
-    ROOT,
-    SHAPE,
-    arguments,
-    change_json,
-    column,
-    gpt2,
-    refusal,
-    tiny_model,
-    write_checkpoint,
-    write_data,
-)
+from tests.tiny import ROOT, arguments, change_json, refusal, tiny_model, write_checkpoint, write_data
 
-SHAPELESS = dict.fromkeys(SHAPE)  # the model to start from has them
+SHAPELESS = dict.fromkeys(tiny.SHAPE)  # the model to start from has them
 
 
 # Settings
@@ -92,13 +81,14 @@ def test_a_person_uses_a_model_whose_vocabulary_others_padded_or_enlarged(tmp_pa
     """As nanoGPT pads to 50,304 and resize_token_embeddings adds rows: all scripts go by train.py's rule."""
     folder, out = str(tmp_path / "theirs"), str(tmp_path / "run")
     data = write_data(tmp_path / "data", val=600)
-    gpt2(tiny_model(n_layer=4, block_size=16, vocab_size=264)).save_pretrained(folder)
+    tiny.gpt2(tiny_model(n_layer=4, block_size=16, vocab_size=264)).save_pretrained(folder)
     assert GPTConfig.from_folder(folder).tokenizer == ""
     train.main(arguments(data, out, init_from=folder, max_iters=1, eval_tokens=600, **SHAPELESS))
     common = ["--ckpt", folder, "--data", data, "--device", "cpu", "--out"]
     score.main([*common, str(tmp_path / "score.json")])
     loss = json.loads((tmp_path / "score.json").read_text())["loss"]["loss"]
-    assert loss == pytest.approx(column(out, "val_loss")[0], rel=0.05)  # the latter on whole windows only
+    on_whole_windows = tiny.column(out, "val_loss")[0]
+    assert loss == pytest.approx(on_whole_windows, rel=0.05)
     analyze.main([*common, str(tmp_path / "analysis"), "--sequences", "5"])
     inherit.main(["--ckpt", folder, "--layers", "auto", "--data", data, "--out", str(tmp_path / "small")])
 
@@ -180,7 +170,7 @@ def test_a_persons_resumed_run_has_each_step_once_in_tensorboard(tmp_path, monke
     events = reader.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(1, 13))
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx(column(out, "loss"), rel=1e-6)
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(tiny.column(out, "loss"), rel=1e-6)
 
 
 # Machines
@@ -266,9 +256,6 @@ def test_a_person_trains_on_nanogpts_characters(tmp_path, capsys):
     Tokens(data, "val")
     said = capsys.readouterr().err
     assert said.count("the highest in val is 59: was another vocabulary used?") == 1
-    (tmp_path / "shakespeare_char/meta.pkl").write_bytes(b"\x80\x04")
-    said = refusal(train.main, arguments(data, tmp_path / "out"))
-    assert "meta.pkl" in said and "python prepare.py input.txt --tokenizer bytes" in said
     write_data(tmp_path / "gpt2", meta=False, high=50257)
     np.arange(40_000, 50_257, dtype="<u2").tofile(tmp_path / "gpt2/val.bin")
     Tokens(str(tmp_path / "gpt2"), "val")
@@ -282,23 +269,11 @@ def test_a_persons_config_begins_with_a_byte_order_mark(tmp_path):
     GPTConfig.from_folder(str(tmp_path / "ckpt"))
 
 
-def test_a_persons_cached_gpt2_is_another(tmp_path, monkeypatch):
-    """Of other sizes, as an assertion of tiktoken's says."""
-
-    def differs(name):
-        raise AssertionError
-
-    monkeypatch.setattr(tiktoken, "get_encoding", differs)
-    (tmp_path / "a.txt").write_text("text")
-    argv = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer=gpt2"]
-    assert "tiktoken could not fetch the gpt2 vocabulary (AssertionError)" in refusal(prepare.main, argv)
-
-
 def test_a_person_goes_on_with_a_model_of_another_vocabulary(tmp_path, capsys):
     """A model with a tokenizer of its own: prepared for, cut down, trained, scored and sampled."""
     source, data, out = tmp_path / "source", str(tmp_path / "data"), tmp_path / "run"
     tokenizer = load_tokenizer(save(source, "word_piece"))
-    gpt2(tiny_model(vocab_size=1000)).save_pretrained(source)
+    tiny.gpt2(tiny_model(vocab_size=1000)).save_pretrained(source)
     text = "".join(english())[:60_000]
     (tmp_path / "a.txt").write_text(text)
     prepare.main([str(tmp_path / "a.txt"), "--tokenizer", str(source), "--out", data])

@@ -27,21 +27,8 @@ from inheritune.training.planning import split_batch
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint, gpt2_format
 from model import GPT, GPTConfig
-from tests.tiny import (
-    DRAW_LOSSES,
-    SHAPE,
-    arguments,
-    column,
-    contents,
-    cut,
-    gpt2,
-    refusal,
-    rows,
-    same_weights,
-    tiny_config,
-    write_checkpoint,
-    write_data,
-)
+from tests import tiny
+from tests.tiny import arguments, column, contents, cut, refusal, rows, same_weights, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -104,7 +91,7 @@ def test_rates_fall_from_block_to_block(data, tmp_path, optimizer):
 def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
     """Three steps of each of torch's two optimizers on its own part."""
     settings = TrainSettings(optimizer="muon", learning_rate=0.02, weight_decay=0.3)
-    ours, theirs = GPT(tiny_config(bias=False)), GPT(tiny_config(bias=False))
+    ours, theirs = GPT(tiny.tiny_config(bias=False)), GPT(tiny.tiny_config(bias=False))
     theirs.load_state_dict(ours.state_dict())
     optimizer = make_optimizer(ours, settings, CPU)
     matrices = [p for n, p in theirs.named_parameters() if p.dim() == 2 and ".h." in n]
@@ -134,8 +121,8 @@ def test_losses_are_those_of_an_independent_loop(plain, data):
     """transformers' model, torch's AdamW, the data's windows: six steps with clipping and schedule."""
     seed_all(1337)
     c = read_json(f"{plain}/step_00000012/config.json")
-    start = GPT(tiny_config(n_layer=2, bias=False, vocab_size=c["vocab_size"]))
-    model = gpt2(start)
+    start = GPT(tiny.tiny_config(n_layer=2, bias=False, vocab_size=c["vocab_size"]))
+    model = tiny.gpt2(start)
     trained = {n for n, _ in start.named_parameters()}
     # transformers' zero biases stay zero
     named = [(n, p) for n, p in model.named_parameters() if n in trained]
@@ -208,7 +195,7 @@ def test_validating_more_often_changes_nothing_in_training(plain, data, tmp_path
 
 def test_a_run_draws_its_losses(plain, tmp_path):
     shutil.copy(f"{plain}/log.csv", tmp_path)
-    DRAW_LOSSES(str(tmp_path))
+    tiny.DRAW_LOSSES(str(tmp_path))
     assert plt.imread(tmp_path / "loss.png").std() > 0
 
 
@@ -285,11 +272,11 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, monkeypatch, capsy
 
 def test_a_run_goes_on_with_the_tokens_that_it_began_with(tmp_path):
     """... if its folder says what it holds, and the checkpoint what it was trained on."""
-    data, out = write_data(tmp_path / "data"), tmp_path / "a"
+    data, out = tiny.write_data(tmp_path / "data"), tmp_path / "a"
     train.main(arguments(data, out, max_iters=4, lr_decay_iters=12))
     shutil.move(data, tmp_path / "moved")
     train.main(arguments(tmp_path / "moved", out, max_iters=4, lr_decay_iters=12, resume="must"))
-    write_data(tmp_path / "data", high=50)  # of the same name and size
+    tiny.write_data(tmp_path / "data", high=50)  # of the same name and size
     again = arguments(data, out, resume="must")
     said = refusal(train.main, again)
     assert f"data holds other tokens than {out} was trained on" in said
@@ -445,7 +432,7 @@ def test_a_run_that_had_not_saved_yet_starts_afresh(plain, data, tmp_path, monke
 
 
 def without_shape(data, out, **changes):
-    return arguments(data, out, **dict.fromkeys(SHAPE) | changes)
+    return arguments(data, out, **dict.fromkeys(tiny.SHAPE) | changes)
 
 
 def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path):
@@ -468,7 +455,7 @@ def test_init_from_with_inherit_layers_is_inherit_then_init_from(data, tmp_path)
 
 def test_a_smaller_block_size_keeps_the_first_positions(data, tmp_path):
     model = write_checkpoint(tmp_path / "ref")
-    shape = dict.fromkeys(SHAPE) | {"block_size": 4}
+    shape = dict.fromkeys(tiny.SHAPE) | {"block_size": 4}
     run = make_run(data, tmp_path / "a", init_from=tmp_path / "ref", **shape)
     assert run.model.module.config.block_size == 4
     assert torch.equal(run.model.module.transformer.wpe.weight, model.transformer.wpe.weight[:4])

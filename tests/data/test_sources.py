@@ -196,12 +196,14 @@ def test_a_long_window_of_zstd_has_the_true_cure(tmp_path):
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
 def test_a_compressed_text(tmp_path, monkeypatch, pack):
     monkeypatch.setattr(text_files, "PIECE", 1000)
-    text = "Zwölf Boxkämpfer jagen Viktor.\n" * 500
+    text = "Zwölf Boxkämpfer jagen Viktor.\n" * 500 + "é" * 5000  # without a blank at which it could be cut
     name = tmp_path / {bytes: "a.TXT", gzip.compress: "a.txt.gz"}.get(pack, "a.md.zst")
     name.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
     pieces = list(opened(name).pieces)
     assert "".join(text for piece in pieces for text in piece.texts) == text and len(pieces) > 10
-    assert [p.progress for p in pieces] == sorted(p.progress for p in pieces)
+    assert opened(name).documents() == sum(piece.end for piece in pieces) == 1
+    shares = [piece.progress for piece in pieces]
+    assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 def test_byte_order_marks_and_cr_lf(tmp_path):

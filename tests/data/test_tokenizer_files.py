@@ -38,6 +38,7 @@ def pair(name):
 def test_ids_equal_ours_on_any_text(name, text):
     ours, theirs = pair(name)
     ids = ours.encode(text)
+    assert ours.decode_bytes(ids) == text.encode()
     assert theirs.encode(text) == theirs(text)["input_ids"] == ids
     assert theirs.decode(ids) == text
 

@@ -1,6 +1,5 @@
 """The analysis against numpy and transformers."""
 
-import copy
 import itertools
 
 import numpy as np
@@ -130,17 +129,6 @@ def test_a_layer_is_lazy_however_many_windows_there_are(monkeypatch):
     monkeypatch.setattr(attention_metrics, "measures", lambda A, *_: {"rank_0.9": torch.ones(A.shape[:-2])})
     heads, *_ = attention_metrics.measure_layers(tiny_model(), torch.randint(0, 257, (100, 8)))
     assert (heads["rank_0.9"] == 1).all()
-
-
-def test_skip_losses_are_those_of_models_without_the_block():
-    model = tiny_model(n_layer=3)
-    idx, targets = torch.randint(0, 257, (2, 9, 8), generator=torch.Generator().manual_seed(3)).unbind(0)
-    loss, losses = attention_metrics.skip_losses(model, idx, targets)
-    assert loss == pytest.approx(model(idx, targets).item(), rel=1e-5)
-    for i in range(3):
-        shorter = copy.deepcopy(model)
-        del shorter.transformer.h[i]
-        assert losses[i] == pytest.approx(shorter(idx, targets).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from inheritune.experiments import attention_metrics, block_choice
 from inheritune.experiments.block_choice import RULES, choice_flops, choose_kept
 from inheritune.models.open_model import load_model, open_config
+from model import GPT
 from tests import other_models
 from tests.tiny import write_data
 
@@ -19,12 +20,14 @@ TARGETS = IDX.roll(-1, 1)
 
 @pytest.fixture(params=["llama", "gpt2"], scope="module")
 def pair(request, tmp_path_factory):
-    """(transformers' model of 4 blocks, ours)."""
+    """(transformers' model, ours)."""
     folder = tmp_path_factory.mktemp("choice") / request.param
-    changes = {"vocab_size": 257, "n_positions": 64, "n_layer": 5, "n_embd": 32, "n_head": 4}
+    changes = {"depth": 5, "activation_function": "gelu_new", "n_inner": None}  # what model.py implements
     theirs = other_models.build(request.param, **(changes if request.param == "gpt2" else {}))
     theirs.save_pretrained(folder)
-    return theirs, load_model(str(folder))
+    ours = load_model(str(folder))
+    assert (type(ours) is GPT) == (request.param == "gpt2")
+    return theirs, ours
 
 
 def stream(theirs):

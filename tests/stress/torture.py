@@ -254,12 +254,7 @@ KINDS = (  # what is done to whom: the name of a method, and what it takes besid
     ("train.py: SIGINT", Train, "asked", signal.SIGINT),
     ("train.py: SIGHUP (as from a closed terminal)", Train, "asked", signal.SIGHUP),
     ("train.py: SIGUSR1 (as from Slurm)", Train, "asked", signal.SIGUSR1),
-    (
-        "train.py: old checkpoints cannot be deleted (simulated), SIGTERM",
-        Train,
-        "lacking",
-        "deleting folders",
-    ),
+    ("train.py: nothing can be deleted (simulated), SIGTERM", Train, "lacking", "deleting folders"),
     ("train.py: fsync of folders fails (simulated), SIGTERM", Train, "lacking", "fsync of folders"),
     ("train.py: links cannot be made (simulated), SIGTERM", Train, "lacking", "links"),
     ("train.py: no file may grow further (as on a full disk)", Train, "full_disk"),

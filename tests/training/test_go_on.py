@@ -86,11 +86,6 @@ def test_a_run_without_a_loss_scaler_goes_on_with_one(plain, monkeypatch):
     assert build_run.restore(folder, None, None, scaler)[0].step > 0 and scaler.state_dict() == before
 
 
-def test_only_rates_can_be_changed(plain, data):
-    said = refusal(train.main, arguments(data, plain, resume="auto", change=True, seed=1, max_iters=20))
-    assert "(seed was 1337, is 1): restore them" in said
-
-
 # max_hours, stop_after_worse
 
 
