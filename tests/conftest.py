@@ -4,13 +4,8 @@ wait for; and what several files of tests train on, kill and compare with."""
 import os
 import signal
 
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    HF_HUB_OFFLINE="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    CUDA_VISIBLE_DEVICES="",
-    WANDB_MODE="offline",
-)
+os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have begun us with SIGINT ignored
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # the tests themselves are one process
     os.environ.pop(name, None)

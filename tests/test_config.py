@@ -30,7 +30,7 @@ def test_dry_run(name, capsys, monkeypatch):
     keys = read_config_file(path).keys()
     if "arms" in keys:
         script, words = replicate, ("inheritune", "FLOPs")
-        reference = parse_all(name, ReplicateSettings).reference
+        reference = parse((TrainSettings, ReplicateSettings), [path], "")[1].reference
         if not os.path.isdir(reference or "config"):  # runs/ makes it
             assert f"no folder {reference!r} here" in refusal(replicate.main, [path, "--dry_run"])
             return
@@ -50,9 +50,3 @@ def test_a_config_holds_what_differs_from_the_defaults(name):
     defaults = dataclasses.asdict(TrainSettings())
     values = read_config_file(os.path.join(ROOT, "config", name))
     assert not [key for key, (value, _) in values.items() if key in defaults and value == defaults[key]]
-
-
-def parse_all(name, wanted):
-    classes = (TrainSettings, GrowSettings, ReplicateSettings)
-    found = parse(classes, [os.path.join(ROOT, "config", name)], "")
-    return found[classes.index(wanted)]

@@ -10,11 +10,8 @@ import pytest
 
 from tests.tiny import ROOT
 
-DOCS = [
-    path
-    for pattern in ("*.md", "docs/*.md", "runs/*.sh", "config/*.py")
-    for path in sorted(pathlib.Path(ROOT).glob(pattern))
-]
+PATTERNS = ("*.md", "docs/*.md", "runs/*.sh", "config/*.py")
+DOCS = [path for pattern in PATTERNS for path in sorted(pathlib.Path(ROOT).glob(pattern))]
 COMMAND = re.compile(r"(?:python|\"\$python\"|torchrun[^\n]*?) ((?:\w+/)?\w+\.py)([^\n#`;|]*)")
 
 

@@ -3,7 +3,6 @@
 tests/frozen/data and tests/frozen/run were written at revision ad6b56c: 12 steps, of which the checkpoint of
 step 8 was kept; log.csv is the whole run's."""
 
-import json
 import os
 import shutil
 
@@ -12,6 +11,7 @@ import pytest
 
 import score
 import train
+from inheritune.base.files import read_json
 from tests.tiny import ROOT, rows
 
 FROZEN = os.path.join(ROOT, "tests", "frozen")
@@ -28,10 +28,7 @@ def test_a_run_of_an_earlier_version_goes_on_to_the_same_numbers(tmp_path, monke
     train.main([f"--{key}={value}" for key, value in FLAGS.items()])
     found = rows("run")
     assert [list(row) for row in found] == [list(row) for row in expected]
-    numbers = [[v or 0.0 for v in row.values()] for row in found]
-    assert np.array(numbers) == pytest.approx(
-        np.array([[v or 0.0 for v in row.values()] for row in expected]), rel=1e-5
-    )
+    numbers, wanted = (np.array([[v or 0.0 for v in row.values()] for row in x]) for x in (found, expected))
+    assert numbers == pytest.approx(wanted, rel=1e-5)
     score.main(["--ckpt", "run/latest", "--data", "data", "--device", "cpu", "--out", "score.json"])
-    with open("score.json") as f:
-        assert json.load(f)["loss"]["loss"] == pytest.approx(4.1071, abs=1e-4)
+    assert read_json("score.json")["loss"]["loss"] == pytest.approx(4.1071, abs=1e-4)

@@ -23,13 +23,6 @@ def run(tmp_path, *argv):
 
 
 @pytest.mark.slow
-def test_without_a_gpu_it_says_so_in_a_line(tmp_path):
-    done = run(tmp_path, "bench/gpu.py")
-    assert done.returncode and not done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1 and "no CUDA GPU" in done.stderr
-
-
-@pytest.mark.slow
 def test_every_step_does_what_it_should_at_toy_size(tmp_path):
     out = str(tmp_path / "out")
     done = run(tmp_path, "bench/gpu.py", f"--toy={out}", *STEPS.split())

@@ -55,23 +55,16 @@ def put(name, content):
 
 
 def fifo(path):
-    if path.exists():
-        os.unlink(path)
-    os.mkfifo(path)
-
-
-def loop(path):
     os.unlink(path)
-    os.symlink(path.name, path)
+    os.mkfifo(path)
 
 
 CHECKPOINTS = {
     "no weights": lambda f: os.unlink(f / WEIGHTS),
     "a pipe": lambda f: fifo(f / WEIGHTS),
-    "a loop of links": lambda f: loop(f / WEIGHTS),
+    "a loop of links": lambda f: (os.unlink(f / WEIGHTS), os.symlink(WEIGHTS, f / WEIGHTS)),
     "cut header": lambda f: os.truncate(f / WEIGHTS, 500),
     "a byte too few": lambda f: os.truncate(f / WEIGHTS, os.path.getsize(f / WEIGHTS) - 1),
-    "a byte too many": lambda f: os.truncate(f / WEIGHTS, os.path.getsize(f / WEIGHTS) + 1),
     "sparse": lambda f: os.truncate(f / WEIGHTS, 10**12),
     "header of 2^63": put(WEIGHTS, (2**63).to_bytes(8, "little") + b"{}"),
     "header deep": head(lambda t: b"[" * 100_000),
@@ -81,12 +74,10 @@ CHECKPOINTS = {
     "duplicate": head(lambda t: t.replace(b"transformer.wpe.weight", b"transformer.wte.weight")),
     "config gone": lambda f: os.unlink(f / CONFIG),
     "config huge": lambda f: os.truncate(f / CONFIG, 10**11),
-    "config a list": put(CONFIG, b"[1]"),
     "config deep": put(CONFIG, b'{"a":' * 100_000),
     "config binary": put(CONFIG, bytes(range(256))),
     "config endless number": put(CONFIG, b'{"n_layer": 1' + b"0" * 100_000 + b"}"),
     "layers huge": config(n_layer=10**9),
-    "layers true": config(n_layer=True),
     "tokenizer a list": config(tokenizer=["bytes"]),
     "code": config(model_type="mine", auto_map={"AutoModel": "evil.Evil"}),
 }
@@ -124,13 +115,10 @@ def test_names_in_an_index_stay_in_the_folder(tmp_path):
 
 STATES = {
     "step text": {"step": "4"},
-    "step true": {"step": True},
     "no settings": {"settings": 0},
-    "row a list": {"row": [1]},
     "row no numbers": {"row": {"loss": "high"}},
     "row too large": {"row": {"loss": 10**400}},
     "best half": {"best_step": 3, "best_val_loss": "low"},
-    "bad steps": {"bad_steps": 1.5},
 }
 
 

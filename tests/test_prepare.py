@@ -23,8 +23,7 @@ from inheritune.data import standard_library, writer
 from inheritune.data.standard_library import python_documentation, python_sources
 from inheritune.data.tokenizer import load_tokenizer
 from tests.assets import english, gpt2
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.tiny import ROOT
 
 
 @pytest.fixture(scope="module")

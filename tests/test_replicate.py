@@ -197,14 +197,6 @@ def test_parts_of_blocks_are_left_out_where_inherit_refuses_them(tmp_path):
     assert refused == set(PARTS_OF_GPT2)
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
-    path = write_config(tmp_path, layers=3)
-    replicate.main([path, "--dry_run"])
-    text = capsys.readouterr().out
-    assert "3 blocks x 16 for 12 steps" in text and "left out: 3 blocks are not twice" in text
-    assert "arms × seeds" in text and not (tmp_path / "out").exists()
-
-
 def test_all_losses_are_measured_on_the_same_tokens(tmp_path):
     path = write_config(tmp_path)
     text = (tmp_path / "c.py").read_text().replace("eval_tokens = 200\n", "")

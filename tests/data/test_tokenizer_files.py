@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer files: what transformers makes of them is what tokenizer.py does, on any text."""
 
 import functools
-import json
 import os
+import pathlib
 import tempfile
 
 import pytest
@@ -14,7 +14,7 @@ from inheritune.data import tokenizer as tokenizer_module
 from inheritune.data.tokenizer import load_tokenizer, tokenizer_files
 from tests.assets import gpt2
 from tests.data.test_tokenizer import TEXTS
-from tests.tiny import tiny_config, tiny_model, write_model
+from tests.tiny import tiny_config, tiny_model, write_files, write_model
 
 NAMES = ("bytes", "gpt2")
 
@@ -24,11 +24,8 @@ def pair(name):
     """(our tokenizer, transformers' AutoTokenizer on a folder with the files and a GPT-2 config.json)."""
     ours = load_tokenizer(gpt2() if name == "gpt2" else name)
     with tempfile.TemporaryDirectory() as folder:
-        for file, content in tokenizer_files(tiny_config(tokenizer=name, block_size=1024)).items():
-            with open(os.path.join(folder, file), "wb") as f:
-                f.write(content)
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump({"model_type": "gpt2"}, f)
+        files = tokenizer_files(tiny_config(tokenizer=name, block_size=1024))
+        write_files(pathlib.Path(folder), files | {"config.json": '{"model_type": "gpt2"}'})
         return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 

@@ -38,14 +38,9 @@ def row_entropy(A):
     return float(-(A * np.log(np.where(A > 0, A, 1))).sum(-1).mean())
 
 
-MEASURED = {  # of one matrix, by numpy
-    "rank_0.9": rank,
-    "rank_0.8": lambda A: rank(A, 0.8),
-    "rank_without_first": lambda A: rank(no_column_0(A)),
-    "mass": mass,
-    "entropy": row_entropy,
-    "sink": lambda A: A[:, 0].mean(),
-}
+# of one matrix, by numpy
+MEASURED = {"rank_0.9": rank, "rank_0.8": lambda A: rank(A, 0.8), "mass": mass, "entropy": row_entropy}
+MEASURED |= {"rank_without_first": lambda A: rank(no_column_0(A)), "sink": lambda A: A[:, 0].mean()}
 
 
 def assert_agrees(found, out):

@@ -21,7 +21,5 @@ def test_the_best_recipe_is_shown_beside_the_usual_ones():
     arms = by_arm([*rows, *rows_of("kd", [1.9, 2.0])])
     panels = plots.compute_panels(arms, {arm: [([0.0], [1.0])] for arm in arms})
     muon = ["reference@optimizer=muon", "random@optimizer=muon@learning_rate=4e-3", "ends@optimizer=muon"]
-    assert {optimizer: [arm.name for arm in shown] for optimizer, shown in panels.items()} == {
-        None: ["reference", "random", "ends", "kd_inherit"],
-        "muon": muon,
-    }
+    shown = {optimizer: [arm.name for arm in panel] for optimizer, panel in panels.items()}
+    assert shown == {None: ["reference", "random", "ends", "kd_inherit"], "muon": muon}

@@ -59,12 +59,10 @@ WORDS = (
     "n_layer learning_rate out_dir bias None True lambda: import if = # 1 0x e9 1_0 . - + * // % ( ) [ ' ;"
 )
 pieces = st.sampled_from([*WORDS.split(), '"', "\\", " ", "\n", "\t", "\0", "é", "{", "f'{1}'"])
-configs = st.lists(pieces | st.text(max_size=4), max_size=30).map(
-    lambda p: "".join(p).encode(errors="replace")
-)
-flags = st.sampled_from(
-    ["--n_layer", "--dropout", "--resume", "--bias", "--stop-at-val-loss", "--kd_alpha", "--", "-", "--x"]
-)
+lines = st.lists(pieces | st.text(max_size=4), max_size=30).map("".join)
+configs = lines.map(lambda text: text.encode(errors="replace"))
+FLAGS = "--n_layer --dropout --resume --bias --stop-at-val-loss --kd_alpha -- - --x"
+flags = st.sampled_from(FLAGS.split())
 pairs = st.builds("{}={}".format, flags, st.text(max_size=8) | numbers.map(str))
 argv = st.lists(st.one_of(pairs, flags, st.text(max_size=8)), max_size=6)
 

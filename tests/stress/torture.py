@@ -211,9 +211,7 @@ class TwoRanks(Processes):
 
 class Grow(Processes):
     def command(self, out):
-        recipe = os.path.dirname(out) + "/recipe.py"
-        if not os.path.exists(recipe):
-            write_recipe(pathlib.Path(out).parent, k_start=2)
+        recipe, _ = write_recipe(pathlib.Path(out).parent, k_start=2)  # the same each time
         return [sys.executable, os.path.join(ROOT, "grow.py"), recipe]
 
     def print_of(self, out):
@@ -224,9 +222,7 @@ class Grow(Processes):
 
 class Replicate(Processes):
     def command(self, out):
-        config = os.path.dirname(out) + "/c.py"
-        if not os.path.exists(config):
-            write_config(pathlib.Path(out).parent, arms="inheritune:1 random:1 stacking:1 kd:1")
+        config = write_config(pathlib.Path(out).parent, arms="inheritune:1 random:1 stacking:1 kd:1")
         return [sys.executable, os.path.join(ROOT, "replicate.py"), config]
 
     def print_of(self, out):

@@ -52,12 +52,6 @@ def test_ranks_without_work_repeat_the_last_group_which_counts_once():
     assert sum(nats) == 2 * (0 + 1 + 2 + 3)
 
 
-def test_it_ends_between_groups_when_asked():
-    model = Model()
-    assert total_nats(model, Groups(), Ranks(), CPU, torch.float32, stop=lambda: len(model.seen) == 2) is None
-    assert model.seen == [0, 1] and not model.training
-
-
 class Products(TorchDispatchMode):
     """Notes the shapes of what matrix products return."""
 

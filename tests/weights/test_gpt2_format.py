@@ -99,9 +99,7 @@ def test_sharded_files(saved, tmp_path):
 REFUSED = [
     ({"model_type": "llama"}, "model_type is 'llama'"),
     ({"activation_function": "relu"}, "activation_function='relu'"),
-    ({"n_inner": 40}, "n_inner=40"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-    ({"add_cross_attention": True}, "add_cross_attention=True"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
     ({"n_layer": "3"}, "n_layer is '3'"),
     ({"n_embd": None}, "n_embd is None"),
@@ -166,16 +164,6 @@ def test_every_tensor_and_field_survives_a_round_trip_bit_for_bit(tmp_path, chan
     write_model(tmp_path / "b", again)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-
-
-def test_loading_leaves_nothing_mapped(tmp_path):
-    """A file that is overwritten in place after loading must not change the model."""
-    model = write_checkpoint(tmp_path / "a")
-    loaded = GPT.from_pretrained(str(tmp_path / "a"))
-    path = tmp_path / "a/model.safetensors"
-    with open(path, "r+b") as f:
-        f.write(b"\xff" * os.path.getsize(path))
-    assert same_weights(model, loaded)
 
 
 def test_shapes_are_those_of_the_model_in_its_order():

@@ -25,16 +25,9 @@ def test_inherit_says_base_model_and_licence(tmp_path):
     (source / "LICENSE").write_text("ours")
     inherit.main(["--ckpt", str(source), "--blocks", "0-1,2", "--out", str(tmp_path / "small")])
     made = card(tmp_path / "small")
-    assert made.data.to_dict() == {
-        "base_model": "some-org/gpt2-tiny",
-        "language": "en",
-        "library_name": "transformers",
-        "license": "other",
-        "license_link": "LICENSE",
-        "license_name": "ours",
-        "pipeline_tag": "text-generation",
-        "tags": ["inheritune"],
-    }
+    theirs = {"license": "other", "license_link": "LICENSE", "license_name": "ours", "language": "en"}
+    ours = {"base_model": "some-org/gpt2-tiny", "library_name": "transformers", "tags": ["inheritune"]}
+    assert made.data.to_dict() == theirs | ours | {"pipeline_tag": "text-generation"}
     assert "# small" in made.text and "from `some-org/gpt2-tiny`" in made.text
     assert "have not been trained since" in made.text and "Theirs" not in made.text
     assert (tmp_path / "small/LICENSE").read_text() == "ours"
@@ -77,11 +70,9 @@ def test_training_says_data_tokens_and_losses_with_the_reference_beside(data, pl
     [
         ("# a title alone", None),
         ("\ufeff---\nlicense: mit\n---\n", "mit"),
-        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
         ("---\n\tlicense:\tmit\n---\n", "mit"),
         ("---\nlicense: [\n---\n", "other"),
         ("---\nlicense: [mit, apache-2.0]\n---\n", "other"),
-        ("---\n- a\n---\n", "other"),
         ("---\ninheritune: 3\n---\n", "other"),
     ],
 )
