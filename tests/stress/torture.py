@@ -278,7 +278,7 @@ def one_round(victim, method, more, tally):
     else:
         what = f"{type(victim).__name__} {method} {more} {out}"
         print(f"MISMATCH: {what}\n  {found}\n  {victim.undisturbed}", flush=True)
-    seconds, wrong = time.perf_counter() - began, found != victim.undisturbed
+    seconds, wrong = time.perf_counter() - began, int(found != victim.undisturbed)
     tally.update(rounds=1, faults=faults, mismatches=wrong, seconds=seconds)
 
 
