@@ -43,7 +43,7 @@ def make_parser() -> Parser:
     add("--skip_sequences", type=int, default=20, help="windows for the loss without a block; 0: none")
     add("--seed", type=int, default=metrics.SEED, help="of the windows")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=machine.DTYPES, help="of the loss without a block")
+    add("--dtype", default="auto", choices=machine.DTYPE_CHOICES, help="of the loss without a block")
     add("--out", required=True, help="folder for analysis.json, rank.png and maps.png")
     return parser
 

@@ -98,7 +98,7 @@ def run_row(arm: str, run: str, out_dir: str) -> dict:
         "n_layer": config.n_layer,
         "params": config.num_params,
         "tokens": tokens,  # that it was trained on; None when unknown
-        "flops": flops,  # of its own training; of the reference, of all its training
+        "flops": flops,  # of its own training; None when unknown
         "val_loss": (loss_curve(run)[1] or [None])[-1],  # nats/token, after the last step
         "folder": os.path.relpath(run, out_dir),
     }
@@ -118,7 +118,7 @@ def train_rounds(c: Common, growth: str, reference: str, target: float) -> list[
             stage = c.inherited(run, ckpt=reference, layers=k, onto=onto)
         else:  # train.py takes the first k blocks itself
             flags = c.flags | {"init_from": reference, "inherit_layers": k}
-            stage = Stage(os.path.join(c.folder, run), c.config.with_blocks(range(k)), flags)
+            stage = Stage(os.path.join(c.folder, run), c.config.with_blocks(list(range(k))), flags)
         run_to_end(stage)
         rows.append(run_row("inheritune", stage.run, c.folder))
         loss = rows[-1]["val_loss"]
@@ -130,7 +130,7 @@ def train_rounds(c: Common, growth: str, reference: str, target: float) -> list[
 
 def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
     """Train the final small model's architecture from random initialisation, and return a row for each run:
-    one for as many steps as trained its weights, one for the compute of the whole pipeline, if that is known.
+    one with as many steps as its weights had, one with the compute of the whole pipeline, if that is known.
 
     rows: the reference's, and one for each round.
     """

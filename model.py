@@ -97,7 +97,7 @@ class GPTConfig:
         return gpt2_format.config_json(asdict(self)) | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
     def full_content(self) -> dict:
-        """`content`, which leaves nothing out."""
+        """`content` leaves nothing out."""
         return self.content()
 
     def arrange(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -428,7 +428,7 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
             before = ordered.cumsum(dim=-1) - ordered  # mass of likelier ids; 0 for the first, so it stays
             probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
         # Drawn on the CPU, which gives the same ids for the same probabilities and, unlike Apple GPUs, has
-        # float64: fp32 sums over 50,000 ids are too coarse. (torch.multinomial would draw one for each id.)
+        # float64: fp32 sums over 50,000 ids are too coarse. (torch.multinomial draws a number per id.)
         cdf = probs.cpu().double().cumsum(dim=-1)  # (B, V); ends at what top_p left of 1
         u = torch.rand(len(probs), 1, generator=generator).double() * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True)[:, 0]  # right: never an id of probability 0

@@ -45,7 +45,9 @@ def main(argv=None):
     if args.sources:
         if not args.out:
             raise UserError("say where to write with --out, for example --out data/mine")
-        source = open_files(args.sources, args.val_files, args.text_column, args.split_on, args.out)
+        source = open_files(
+            args.sources, args.val_files, not args.val_files, args.text_column, args.split_on, args.out
+        )
     else:
         for name in ("val_files", "val_fraction", "text_column", "split_on"):
             if getattr(args, name):

@@ -33,7 +33,7 @@ def main(argv=None):
         raise UserError(f"--max_tokens must exceed {shard}: the first shard is for validation")
     tokenizer = load_tokenizer(args.tokenizer)
     if args.data_files:
-        source = open_files(args.data_files, None, None, "", args.out)
+        source = open_files(args.data_files, [], False, None, "", args.out)
     else:
         sample = "sample-10BT" if args.dataset == parser.get_default("dataset") else None
         source = open_hub(args.dataset, True, name=args.name or sample)

@@ -64,7 +64,7 @@ def main(argv=None):
     check_hub_flags(parser, args)
     tokenizer = load_tokenizer(args.tokenizer)
     files = args.data_files
-    source = open_files(files, None, None, "", args.out) if files else load(args.dataset)
+    source = open_files(files, [], False, None, "", args.out) if files else load(args.dataset)
     held_out = validation_documents(source.documents())
     source = source._replace(pieces=hold_out(source.pieces, held_out))
     write_tokens(args.out, "prepare_owt.py", source, tokenizer, args.num_proc)

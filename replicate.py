@@ -25,7 +25,7 @@ from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.data.reader import identity
 from inheritune.experiments import stages
-from inheritune.experiments.arms import FIXED, Arm, find_arm, impossible, parse_arms, settings_hash
+from inheritune.experiments.arms import ARM_DECIDES, Arm, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.measurements import cost_of_training, history, make_row
 from inheritune.experiments.plots import plot_results
 from inheritune.experiments.stages import Common
@@ -57,8 +57,8 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: f
 
     explicit: the keys of settings that the user has set
     """
-    of_arms = explicit & set(FIXED) - {"out_dir", "dry_run", "dataset"}
-    problems = [f"{key} is decided by the arms: leave it out" for key in FIXED if key in of_arms]
+    of_arms = explicit & set(ARM_DECIDES) - {"out_dir", "dry_run", "dataset"}
+    problems = [f"{key} is decided by the arms: leave it out" for key in ARM_DECIDES if key in of_arms]
     of_reference = explicit & set(ARCHITECTURE) - of_arms - ({"block_size"} if rep.reference else set())
     problems += [f"{key} is the reference's: leave it out" for key in ARCHITECTURE if key in of_reference]
     if bool(rep.reference) == bool(rep.reference_config):
@@ -159,7 +159,7 @@ def finished_row(
     if not c.reference_stage:
         known["reference"] = checkpoint.fingerprint(c.reference)["files"]
     for key, what in (("data", "data"), ("val_tokens", "final_tokens"), ("reference", "reference")):
-        if row.get(key, known.get(key)) != known.get(key):
+        if key in row and row[key] != known.get(key):  # rows of earlier versions lack some
             raise UserError(f"{folder} was made with another {what}: restore it, or use another out_dir")
     return row
 
@@ -183,7 +183,7 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
         target = None if arm.name == "reference" else rows[find_arm("reference"), seed]["curve_loss"]
         row = train_arm(settings, rep, commons[seed], arm, seed, target, request)
         rows[arm, seed] = row
-        with stages.ALONE:
+        with stages.ONE_AT_A_TIME:
             keep_logs(settings, rep)  # now, for a report while others are training
             done.append(flops[arm, seed])
             per_flop = (time.perf_counter() - began) / (sum(done) or math.inf)

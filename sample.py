@@ -15,7 +15,7 @@ from inheritune.base.files import read_optional
 from inheritune.base.tokenizer_identity import has_tokenizer
 from inheritune.data.tokenizer import TextStream, Tokenizer, load_tokenizer
 from inheritune.models.open_model import Config, load_model, open_config
-from inheritune.training.device import DTYPES, pick, pick_dtype
+from inheritune.training.device import DTYPE_CHOICES, pick, pick_dtype
 from inheritune.weights import checkpoint
 
 # nanoGPT's flags
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
     dtype_help = (
         "of the weights; auto: 16 bits on CUDA and on CPUs with AMX (there faster for one sample only)"
     )
-    add("--dtype", default="auto", choices=DTYPES, help=dtype_help)
+    add("--dtype", default="auto", choices=DTYPE_CHOICES, help=dtype_help)
     add("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json, where the checkpoint does not say")
     return parser
 
@@ -89,7 +89,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a prompt. Special tokens spelled out in it are their ids.
 
     A beginning-of-text comes first where the tokenizer has one, as Llama's does, unless the prompt spells it
-    out. Where nothing else stands, the ids are a lone end-of-text: every document of the corpus follows one.
+    out. Without any id, the prompt is a lone end-of-text: documents of the corpus begin after one.
     """
     first, *others = prompt.split(tokenizer.decode([tokenizer.eot]))
     ids, bos = tokenizer.encode(first), tokenizer.bos_ids

@@ -158,7 +158,7 @@ def make_parser() -> Parser:
     add("--limit", type=int, help="only this many examples of each task, to try things out")
     add("--batch_size", type=int, default=8, help="windows or requests per forward pass")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=machine.DTYPES)
+    add("--dtype", default="auto", choices=machine.DTYPE_CHOICES)
     add("--out", help="write the results to this JSON file")
     return parser
 

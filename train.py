@@ -203,7 +203,7 @@ def keep_best(run, val_loss):
         return False
     worse = state.since_best + 1 >= (run.settings.stop_after_worse or math.inf)
     if worse:
-        save_checkpoint(run)  # this validation not counted: a resumed run repeats it
+        save_checkpoint(run)  # not counted yet: a resumed run validates again
     state.since_best += 1
     return worse
 

@@ -151,7 +151,7 @@ def first_line(e: BaseException) -> str:
 
 
 def noting(problems: list[str], work: Callable, *arguments):
-    """What work(*arguments) returns; after a UserError None, and its text is added to `problems`."""
+    """Return work(*arguments). A UserError is added to `problems`, and None is returned."""
     try:
         return work(*arguments)
     except UserError as e:

@@ -136,7 +136,7 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
 
 
 def is_locked_by_us(folder: str | os.PathLike) -> bool:
-    """Whether no other process has written itself into the lock of a folder that this one has locked."""
+    """False if another process has since written its name into the lock of a folder of ours."""
     with contextlib.suppress(OSError), open(os.path.join(folder, LOCK), encoding="utf-8") as f:
         return f.read().startswith(f"{whoami()},")
     return True

@@ -22,10 +22,12 @@ def ended_after(hours: float | None) -> Iterator[None]:
         print(f"max_hours: {hours:g} hours are over", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    timer = threading.Timer((hours or 0) * 3600, end)
+    if hours is None:
+        yield
+        return
+    timer = threading.Timer(hours * 3600, end)
     timer.daemon = True
-    if hours is not None:
-        timer.start()
+    timer.start()
     try:
         yield
     finally:

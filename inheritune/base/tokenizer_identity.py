@@ -17,7 +17,7 @@ from inheritune.base.errors import UserError, first_line
 from inheritune.base.files import read_optional
 
 TOKENIZER_FILE = "tokenizer.json"  # also what meta.json and config.json call a tokenizer in this file
-CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 OLDER_FILES = ("vocab.json", "merges.txt")  # the form in which GPT-2 was released
 GPT2_SHA256 = "82d484ef560b28771489fef813b6815e19c204e503103af020aa2467f0d62ce5"  # by vocabulary_sha256
 PROBE = "Hello  world's na\u00efve nai\u0308ve\n\n 123,"
@@ -74,7 +74,7 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_file(file)
         vocab_and_merges = (os.path.join(path, name) for name in OLDER_FILES)
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*vocab_and_merges))
-    prefix = bool((read_optional(path, CONFIG_FILE) or {}).get("add_prefix_space"))
+    prefix = bool((read_optional(path, TOKENIZER_CONFIG) or {}).get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     add_tokens(tokenizer, path)
@@ -86,7 +86,7 @@ def has_gpt2_files(folder: str) -> bool:
     have the same names, but its tokenizer cuts a text in another way."""
     if not has_tokenizer(folder):
         return False
-    kind = (read_optional(folder, CONFIG_FILE) or {}).get("tokenizer_class")
+    kind = (read_optional(folder, TOKENIZER_CONFIG) or {}).get("tokenizer_class")
     return kind in (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 
 
@@ -98,7 +98,8 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, folder: str) -> None:
         special += token if isinstance(token, list) else [token]
     special = [token.get("content") if isinstance(token, dict) else token for token in special]
     added = read_optional(folder, "added_tokens.json") or {}
-    for token, number in sorted(added.items(), key=lambda item: str(item[1]).zfill(9)):
+    by_number = sorted(added.items(), key=lambda item: str(item[1]).zfill(9))  # in a broken file, of any type
+    for token, number in by_number:
         tokenizer.add_tokens([tokenizers.AddedToken(token, special=token in special)])
         if tokenizer.token_to_id(token) != number:
             what = f"{token} cannot get the id {number}"
@@ -121,7 +122,7 @@ def package_errors(path: str) -> Iterator[None]:
 def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int | None:
     """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json. None
     where neither names a token of this tokenizer."""
-    token = (read_optional(folder, CONFIG_FILE) or {}).get("eos_token")
+    token = (read_optional(folder, TOKENIZER_CONFIG) or {}).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     eot = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if eot is None:

@@ -265,18 +265,18 @@ def warn_of_vocabulary(folder: str, highest: int) -> None:
 def check_tokenizer(data: str, model_folder: str, config) -> None:
     """Raise UserError unless the data folder's tokenizer is that of the model in `model_folder`. The model's
     `config` may have a larger vocab_size than the tokenizer has ids: padded, or enlarged by others."""
-    theirs = read_meta(data)["tokenizer"]
-    ours = {"name": config.tokenizer, "n_vocab": config.n_vocab}
+    of_data = read_meta(data)["tokenizer"]
+    of_model = {"name": config.tokenizer, "n_vocab": config.n_vocab}
     if config.tokenizer == TOKENIZER_FILE:
-        ours = load_tokenizer(TOKENIZER_FILE, model_folder).describe()  # {name, n_vocab, eot, sha256}
+        of_model = load_tokenizer(TOKENIZER_FILE, model_folder).describe()  # {name, n_vocab, eot, sha256}
     # of a model that names no tokenizer, only the number of ids is compared
-    name = ours["name"] or theirs["name"]
-    if theirs["name"] != name:
-        what = f"{data} was tokenised with {theirs['name']!r} ({theirs['n_vocab']} ids)"
-        trained = f"{model_folder} was trained with {name!r} ({ours['n_vocab']} ids)"
+    name = of_model["name"] or of_data["name"]
+    if of_data["name"] != name:
+        what = f"{data} was tokenised with {of_data['name']!r} ({of_data['n_vocab']} ids)"
+        trained = f"{model_folder} was trained with {name!r} ({of_model['n_vocab']} ids)"
         raise UserError(f"{what}, but {trained}: prepare the data with that one")
-    if theirs["n_vocab"] > config.vocab_size:
-        raise UserError(f"{data} has {theirs['n_vocab']} ids, {model_folder} only {config.vocab_size}")
-    if ours["name"] and theirs.get("sha256") != ours.get("sha256"):
+    if of_data["n_vocab"] > config.vocab_size:
+        raise UserError(f"{data} has {of_data['n_vocab']} ids, {model_folder} only {config.vocab_size}")
+    if of_model["name"] and of_data.get("sha256") != of_model.get("sha256"):
         what = f"another {TOKENIZER_FILE} than the one in {model_folder}"
         raise UserError(f"{data} was tokenised with {what}")

@@ -50,23 +50,23 @@ class Source(NamedTuple):
 
 
 def open_files(
-    paths: list[str], val_paths: list[str] | None, column: str | None, split_on: str, out: str
+    paths: list[str], val_paths: list[str], own_val: bool, column: str | None, split_on: str, out: str
 ) -> Source:
     """Files and folders as a Source.
 
-    val_paths: validation files. []: take a folder's own validation split. Otherwise (None or files): refuse a
-        folder that has one.
+    val_paths: validation files
+    own_val: whether to take a folder's own validation split; if not, a folder that has one is refused
     column: where tables keep the text; None: "text"
     split_on: what separates the documents of a text file; "": nothing
     out: the folder that will be written, which may not lie in one that is read
     """
     files = []
-    for split, path in [*(("train", path) for path in paths), *(("val", path) for path in val_paths or [])]:
+    for split, path in [*(("train", path) for path in paths), *(("val", path) for path in val_paths)]:
         real = os.path.realpath(path)
         if os.path.isdir(path) and os.path.commonpath([real, os.path.realpath(out)]) == real:
             raise UserError(f"--out {out} lies in {path}, which is read: choose a folder outside of it")
         found = find_files(path, split)
-        if "val" in found and split == "train" and val_paths != []:
+        if "val" in found and split == "train" and not own_val:
             why = "holds validation text of its own, which has no use here: name its training files"
             raise UserError(f"{path} {why}")
         files += [(split, examine(name)) for split, names in found.items() for name in names]
@@ -77,7 +77,7 @@ def open_files(
     # the files are identified by size and sampled content, not by path
     listing = json.dumps([(split, file.size, file.sample) for split, file in files])
     column = column or "text"
-    arguments = {"sources": [*paths, *(val_paths or [])], "text_column": column, "split_on": split_on}
+    arguments = {"sources": [*paths, *val_paths], "text_column": column, "split_on": split_on}
     arguments |= {"files": len(files), "bytes": sum(file.size for _, file in files)}
     arguments["content_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
 
@@ -161,7 +161,9 @@ def files_under(folder: str, skip: tuple = ()) -> Iterator[str]:
 
     def is_new(path):
         real = os.path.realpath(path)
-        return not (real in seen or seen.add(real))
+        new = real not in seen
+        seen.add(real)
+        return new
 
     def fail(error):
         raise error
@@ -227,7 +229,7 @@ def hub_parser(description: str, out: str, dataset: str) -> Parser:
 
 
 def check_hub_flags(parser: Parser, args) -> None:
-    """Raise UserError for flags of a hub dataset beside --data_files, which they do not touch."""
+    """Raise UserError for flags of a hub dataset that have no effect with --data_files."""
     for name in ("dataset", "name"):
         if args.data_files and getattr(args, name, None) != parser.get_default(name):
             raise UserError(f"--{name} has no effect with --data_files: leave it out")

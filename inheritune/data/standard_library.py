@@ -1,7 +1,7 @@
 """The text that every Python carries, the corpus of the demo. It needs no network, and is the same for all
 installations of one Python version.
 
-Each module gives two documents, its documentation and its source. A hash of the module's name puts both into
+A document is a help topic, or a module's docstrings or source. A hash of the module's name puts both into
 training or both into validation.
 """
 

@@ -22,8 +22,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from inheritune.base.errors import UserError, nearest
 from inheritune.base.files import read_files, read_optional
 from inheritune.base.tokenizer_identity import (
-    CONFIG_FILE,
     OLDER_FILES,
+    TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     find_end_of_text,
     has_tokenizer,
@@ -230,7 +230,7 @@ class HuggingFace(Tokenizer):
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.eot = find_end_of_text(folder, self.tokenizer)
         if self.eot is None:
-            cure = f'put {{"eos_token": "the token"}} into {CONFIG_FILE} beside the tokenizer'
+            cure = f'put {{"eos_token": "the token"}} into {TOKENIZER_CONFIG} beside the tokenizer'
             raise UserError(f"{folder or '.'} does not say which token ends a text: {cure}")
         self.end_of_text = self.tokenizer.id_to_token(self.eot)
         # the ids that stand before any text (BOS)
@@ -243,9 +243,9 @@ class HuggingFace(Tokenizer):
             return
         digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
         self.name, self.sha256, self.n_vocab = TOKENIZER_FILE, digest, self.n_ids
-        config = read_optional(folder, CONFIG_FILE) or {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config = read_optional(folder, TOKENIZER_CONFIG) or {"tokenizer_class": "PreTrainedTokenizerFast"}
         config["eos_token"] = self.end_of_text
-        self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), CONFIG_FILE: as_json(config)}
+        self.files = {TOKENIZER_FILE: self.tokenizer.to_str().encode(), TOKENIZER_CONFIG: as_json(config)}
 
     def encode_batch(self, texts, continues=()):
         # one thread: the caller has its own (the package would take one a core)
@@ -261,7 +261,7 @@ class HuggingFace(Tokenizer):
 
     def encode_rest(self, text: str) -> list[int]:
         """The ids of the rest of a text. Llama's tokenizers put a blank before any text, so the rest comes
-        after an "a", which stands in for what was before it and whose id is left out."""
+        after an "a", and the id of the "a" is left out."""
         encoding = self.tokenizer.encode("a" + text, add_special_tokens=False)
         if any(start < 1 < end for start, end in encoding.offsets):  # a token of the "a" and more
             return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -297,7 +297,7 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
     Files in `folder` (of the data or of a model) are taken as they are. If it has none, the files of `bytes`
     and `gpt2` are made. Other tiktoken names have none; nor has `gpt2` when it cannot be fetched.
     """
-    found = read_files(folder, (TOKENIZER_FILE, CONFIG_FILE, *OLDER_FILES)) if folder else {}
+    found = read_files(folder, (TOKENIZER_FILE, TOKENIZER_CONFIG, *OLDER_FILES)) if folder else {}
     if TOKENIZER_FILE in found or "vocab.json" in found or config.tokenizer not in ("bytes", "gpt2"):
         return found
     made = {TOKENIZER_FILE: bytes_tokenizer()} if config.tokenizer == "bytes" else gpt2_files()
@@ -308,7 +308,7 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
         "split_special_tokens": True,  # special tokens in a text are ordinary text there, too
         "clean_up_tokenization_spaces": False,
     }
-    return found | made | {CONFIG_FILE: as_json(settings)} if made else found
+    return found | made | {TOKENIZER_CONFIG: as_json(settings)} if made else found
 
 
 @functools.cache

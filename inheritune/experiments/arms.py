@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from inheritune.base.errors import UserError, nearest
-from inheritune.experiments.stages import DECIDED, Common, Stage
+from inheritune.experiments.stages import STAGE_DECIDES, Common, Stage
 from inheritune.training.command_line import parse
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
@@ -25,8 +25,8 @@ LABELS = {"max_iters": "{:,} steps", "batch_tokens": "{:,} tokens a step", "lear
 LABELS |= {"optimizer": "{}", "teacher": "distillation"}
 TEACHER = "reference"  # the only teacher of a comparison: ends@teacher=reference
 # settings that the arms decide; all train on the same data, to the end
-FIXED = (*DECIDED, "teacher", "seed", "dataset", "data_start", "data_end")
-FIXED += ("stop_at_val_loss", "stop_after_worse")
+ARM_DECIDES = (*STAGE_DECIDES, "teacher", "seed", "dataset", "data_start", "data_end")
+ARM_DECIDES += ("stop_at_val_loss", "stop_after_worse")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ArmEntry:
     longer_than: str = ""  # this arm is that one, trained for more steps
 
 
-# How stages are made. folder: the arm's; run: the run folder of an arm with one stage, FOLDER/run.
+# How stages are made. folder: the arm's name; run: NAME/run, where the arm has one stage.
 
 
 def trained_reference(c, folder):
@@ -196,7 +196,7 @@ def find_arm(name: str) -> Arm:
     settings, changed = parse((TrainSettings,), [f"--{change}" for change in changes], "")
     if settings.teacher not in ("", TEACHER) or (settings.teacher and base == "reference"):
         raise UserError(f"arms: {name}: teacher must be teacher={TEACHER}, and the reference has none")
-    if fixed := sorted(changed & set(FIXED) - {"teacher"}):
+    if fixed := sorted(changed & set(ARM_DECIDES) - {"teacher"}):
         raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
     keys = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
     return Arm(name, base, {key: getattr(settings, key) for key in keys})

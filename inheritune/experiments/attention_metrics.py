@@ -2,7 +2,7 @@
 
 An attention matrix A (T, T) holds in row i what position i attends to: non-negative, each row sums to 1, zero
 above the diagonal. Functions of A take a batch of matrices (…, T, T) and return one number for each, (…), in
-float64 on the CPU (Apple GPUs have no float64); products, eigenvalues and entropies use A's device and dtype.
+float64 on the CPU (Apple GPUs have no float64). `spectrum` alone returns T numbers, in A's dtype.
 
 Some models have no such matrices: those with state-space layers, or with unequal numbers of heads. Then all
 that concerns heads is None; block outputs and losses are still measured.
@@ -27,7 +27,7 @@ from inheritune.training.device import autocast
 SEQUENCES, LENGTH, SEED = 100, 100, 1337  # the paper's windows; the seed is ours
 NEAR = 1.5  # a head of at most this mean rank counts as near rank 1; the paper uses the word without a number
 ELEMENTS = 1 << 22  # of attention matrices in memory at once, at least one window's: tens of MB at length 100
-LOGITS = 1 << 26  # of a forward pass for the loss without a block
+LOGITS = 1 << 26  # logits of one forward pass in skip_losses
 REST = 1e-3  # rounding may take this much from a row's sum of 1; a learned sink takes more
 TOLERANCE = 1e-6  # relative: a share this close below its threshold has reached it
 
@@ -87,7 +87,7 @@ def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequence
     if not heads:
         return found
 
-    # what is said of heads, and what heads say of their layer
+    # measures of the heads, and of a layer by its heads
     max_ranks = {tau: heads[f"rank_{tau:g}"].amax(-1).tolist() for tau in taus}
     near = (heads[f"rank_{taus[0]:g}"] <= NEAR).double()  # (n_layer, n_head)
     layers |= {
@@ -192,7 +192,7 @@ def replaced(blocks, forward: Callable) -> Iterator[None]:
 def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:
     """(blocks, reason): which k blocks to inherit (default: half), by the block influence of each.
 
-    The paper announces such a choice without making it, and starts from half of the blocks. This is the half
+    The paper speaks of such a choice, but takes half of the blocks in any case. Here it is the half
     of highest influence, the measure that best predicts the loss without a block (results/smollm2; ShortGPT,
     arXiv 2403.03853, removes blocks by it). The rank of their attention predicts nothing there.
     """
@@ -271,4 +271,4 @@ def count_to(values: Tensor, share: float) -> Tensor:
     values = values.cpu().double().clamp(min=0).sort(dim=-1, descending=True).values
     total = values.sum(-1, keepdim=True)
     short = values.cumsum(-1) < (share - TOLERANCE) * total  # (…, n): not there yet
-    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).cpu().double()
+    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).double()

@@ -9,7 +9,7 @@ import torch
 from inheritune.data.reader import ValData, identity
 from inheritune.experiments.arms import Arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, measure_layers
-from inheritune.experiments.stages import ALONE, Common, Stage
+from inheritune.experiments.stages import ONE_AT_A_TIME, Common, Stage
 from inheritune.models.open_model import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
@@ -17,7 +17,6 @@ from inheritune.training.logs import read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-from inheritune.weights.checkpoint import fingerprint
 
 
 def loss_curve(run: str) -> tuple[list[float], list[float]]:
@@ -109,7 +108,7 @@ def make_row(
     flops, layer_steps = c.reference_flops, c.reference_layer_steps  # of a reference that was given
     if stages:
         flops, layer_steps = sum(s.flops for s in stages), sum(s.layer_steps for s in stages)
-    with ALONE:
+    with ONE_AT_A_TIME:
         measured, config = measure_arm(settings, rep, c, stages)
 
     def with_reference(own, references):
@@ -132,7 +131,7 @@ def make_row(
         "settings_hash": settings_hash(c, arm),
         "data": identity(settings.dataset),
         "val_tokens": rep.final_tokens or settings.eval_tokens,
-        "reference": None if c.reference_stage else fingerprint(c.reference)["files"],
+        "reference": None if c.reference_stage else checkpoint.fingerprint(c.reference)["files"],
         "n_layer": config.n_layer,
         "flops_with_reference": with_reference(flops, c.reference_flops),
         "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),

@@ -115,7 +115,7 @@ def plot_points(axes, points) -> None:
 
 
 def plot_comparison(path: str, arms: dict, curves: dict, title: str) -> None:
-    """Plot every arm's validation loss over its own training FLOPs (left), and the final losses (right)."""
+    """Plot loss over FLOPs of arms without changed settings (left), and all final losses (right)."""
     height = max(5.5, 0.9 + 0.17 * len(arms))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(1.2, 1))
 

@@ -21,11 +21,12 @@ from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-ALONE = threading.Lock()  # torch's generator and threads belong to the process: one measurement at a time
+# for measurements, because torch's generator and threads belong to the process
+ONE_AT_A_TIME = threading.Lock()
 # settings that the reference shares with the experiment
 SHARED = ("dataset", "eval_tokens", "also_validate", "seed", "device", "dtype", "compile", "threads")
 # settings that each stage sets itself
-DECIDED = ("out_dir", "init_from", "inherit_layers", "resume", "change", "dry_run", "n_layer")
+STAGE_DECIDES = ("out_dir", "init_from", "inherit_layers", "resume", "change", "dry_run", "n_layer")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Common:
     reference_stage: Stage | None  # trains the reference; None: it was given
     reference_flops: float | None = None  # of training the reference; None: unknown
     reference_layer_steps: int | None = None
-    rounds: tuple[int, ...] = ()  # depths of the arms that grow; the last one is k
+    rounds: tuple[int, ...] = ()  # depths of the models that grow, in order
     kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
     seen: float = 1.0  # all arms but `unseen` train on this first part of the stream
 
@@ -119,8 +120,8 @@ class Common:
 
 
 def small_flags(settings: TrainSettings, explicit: frozenset) -> dict:
-    """The flags of every small model: what the user has set (`explicit`), without what each stage decides."""
-    chosen = explicit - set(DECIDED) | {"max_iters", "batch_tokens", "seed"}
+    """The flags of every small model: the user's (`explicit`), but STAGE_DECIDES, and three that all need."""
+    chosen = explicit - set(STAGE_DECIDES) | {"max_iters", "batch_tokens", "seed"}
     return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
 
 
@@ -132,7 +133,7 @@ def shared_config(
     Raises UserError with `problems`, and with all in the settings that does not fit the reference.
     """
     named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
-    raise_all(problems + planning.inherited_problems(named, explicit - set(DECIDED), config))
+    raise_all(problems + planning.inherited_problems(named, explicit - set(STAGE_DECIDES), config))
     return dataclasses.replace(config, block_size=settings.block_size) if "block_size" in explicit else config
 
 
@@ -200,7 +201,7 @@ def make_start(stage: Stage) -> None:
             why = "was made with other options or from another model"
             raise UserError(f"{stage.start_folder} {why}: delete it and {stage.run}, or use another out_dir")
         return
-    with ALONE:
+    with ONE_AT_A_TIME:
         if rule := options.pop("choose", None):
             options["blocks"] = choose_kept(rule, source, stage.flags["dataset"], options.pop("layers"))
         make_checkpoint(source, stage.start_folder, notes={"made_for": made_for}, **options)

@@ -29,7 +29,7 @@ NOTES = (
     "those, the lowest loss.",
     "FLOPs and layer-steps (steps × blocks) count all runs of an arm; FLOPs count a teacher's passes, too. "
     "The columns 'with reference' add the reference's own training where an arm starts or learns from it.",
-    "An arm 'reaches the reference' at its first validation at or below the last loss on the curve of the "
+    "An arm 'reaches the reference' at its first validation at or below the last loss logged for the "
     "first row, whatever the optimizer. Earlier runs of the arm are counted.",
 )
 

@@ -4,7 +4,7 @@ Example: blocks [0, 2] of a Qwen2 make
     {"num_hidden_layers": 3, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
   → {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
 
-No key is trusted by its name. The depth is changed, lists with an entry for each block are cut, and the
+No key but DEPTHS is trusted. The depth is changed, lists with an entry for each block are cut, and the
 skeletons of both models are compared: block j of the result must be what block blocks[j] of the source is,
 module by module, and all else must be the same. Where they differ, other values are tried for numbers and
 lists that may depend on the place of a block (`first_k_dense_replace`, `mlp_only_layers`). Where nothing
@@ -52,7 +52,7 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
         raise UserError(f"its blocks share results ({shared[0]}): only the first ones can be taken")
 
     reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
-    # last try: ignore lists that each block copies whole (GPT-Neo)
+    # last try: lists that blocks hold whole may differ (GPT-Neo)
     for change, lists_may_differ in [*itertools.product(changes, [False]), ({}, True)]:
         wanted = lists | change
         new = add_computed(content | depth, wanted)
@@ -99,14 +99,15 @@ def alternatives(own: dict, lists: dict, n: int, blocks: list[int]) -> Iterator[
         elif type(value) is int and 0 < value <= n:
             # a number of first blocks (try how many stay), or a period (1: every block, n + 1: none)
             count = sum(i < value for i in blocks)
-            options += [{key: other} for other in {count: 0, 1: 0, len(blocks) + 1: 0} if other != value]
+            others = dict.fromkeys((count, 1, len(blocks) + 1))
+            options += [{key: other} for other in others if other != value]
     yield {}
     yield from options
     yield from (a | b for a, b in itertools.combinations(options, 2) if not a.keys() & b.keys())
 
 
 def add_computed(content: dict, wanted: dict) -> dict:
-    """`content`, with a key of `wanted` set if it has the key or if its computed default would differ."""
+    """Set those keys of `wanted` in `content` that it has, or whose computed default would differ."""
     new = content | {key: value for key, value in wanted.items() if key in content}
     try:
         found = transformers_config(json.dumps(new)).to_dict()
@@ -142,9 +143,9 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
 
     numbers = [key for key, value in new.items() if type(value) is int and key not in DEPTHS]
     for key in filter(decides_a_list, numbers):
-        other = new | {key: sum(i < new[key] for i in blocks)}
-        if computed(other) != lists:
-            del other[key]
+        adapted = new | {key: sum(i < new[key] for i in blocks)}
+        without = {k: v for k, v in new.items() if k != key}
+        other = adapted if computed(adapted) == lists else without
         if difference(source, json.dumps(other), blocks) is None:
             new = other
     if computed(new) == lists:

@@ -296,7 +296,7 @@ class Decoder(nn.Module):
         matrices = list(getattr(result, "attentions", None) or ())
         wanted = (B, self.config.n_head, T, T)
         if len(matrices) != n or any(A is None or A.shape != wanted or A.triu(1).any() for A in matrices):
-            matrices = [None] * n  # the model is causal, so these are no attention matrices
+            matrices = [None] * n  # not all of them are causal attention matrices
         yield None, inputs[0]
         yield from zip(matrices, outputs, strict=True)
 

@@ -122,20 +122,20 @@ def initialise(
     check_fits(recipe, config)
     if recipe.recipe == "random":
         new = config.with_blocks(list(range(k)))
-        return random_state(new, recipe.seed), new, []
+        return random_weights(new, recipe.seed), new, []
     blocks = blocks or choose_blocks(recipe.recipe, config.n_layer, k)
     state, new = inherit(state, config, blocks)
     if recipe.recipe == "half_width":
         state, new = halve(state, new)
     taken = {name for name in state if is_taken(name, config.block_prefix, recipe)}
     if len(taken) < len(state):
-        random = random_state(new, recipe.seed)
+        random = random_weights(new, recipe.seed)
         state = {name: tensor if name in taken else random[name] for name, tensor in state.items()}
     return state, new, blocks
 
 
 def check_fits(recipe: Recipe, config: Config) -> None:
-    """Raise UserError for what takes parts of blocks, where the model's blocks have none that we know."""
+    """Raise UserError if a recipe takes parts of blocks and the model has none that we know."""
     flags = {
         "--recipe half_width": recipe.recipe == "half_width",
         "--parts": recipe.parts != "all",
@@ -155,7 +155,7 @@ def is_taken(name: str, prefix: str, recipe: Recipe) -> bool:
     return inside.startswith(PARTS[recipe.parts]) and (recipe.layernorms or not inside.startswith("ln_"))
 
 
-def random_state(config: Config, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(config: Config, seed: int) -> dict[str, torch.Tensor]:
     """The state dict (fp32) of a new model, the same for the same seed. torch's generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -106,7 +106,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_form(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The form in which a folder stores a state dict of transformers' names: each expert apart, say."""
+    """Convert a state dict from transformers' names to a folder's, where each expert is apart."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, state)

@@ -20,7 +20,7 @@ A configuration is a frozen dataclass:
     full_content()              config.json's content, with defaults for the keys that it leaves out
     arrange(parameters)         {parameter name: tensor} → the state dict of a folder, fp32 on the CPU
 
-A model is an nn.Module whose named_parameters() carry the names of its folder's tensors:
+A model is an nn.Module; `arrange` and `fill` map its parameters to its folder's tensors:
     config blocks head          blocks: an nn.ModuleList; head: the linear layer that gives the logits
     forward(idx, targets=None)  logits (B, T, vocab_size), or the mean fp32 loss over targets (B, T)
     hidden(idx)                 what enters the head, (B, T, C)

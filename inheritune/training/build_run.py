@@ -92,7 +92,7 @@ class Run:
     batches: Iterator[torch.Tensor]  # this rank's windows, step after step
     steps_per_epoch: float
     state: State
-    ended_at: int | None  # where the run had ended, and so was validated, before it was made longer
+    ended_at: int | None  # where a finished run goes on: validated again, as its row is rewritten
     recorder: Recorder
     saver: Saver
     request: StopRequest = field(default_factory=StopRequest)  # stop signals received by this process
@@ -122,7 +122,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
     folder = plan.resume_from
     if not folder and settings.init_from != "scratch":
         folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
-    module, *beside = ranks.agree(lambda: load_weights(plan, folder))
+    module, lineage, files, special_ids = ranks.agree(lambda: load_weights(plan, folder))
     module.checkpoint_activations = settings.checkpoint_activations
     pad_head(module, device, compiled)
     model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
@@ -158,7 +158,7 @@ def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.d
         state=state,
         ended_at=ended_at,
         recorder=recorder,
-        saver=Saver(*beside, step=state.step if plan.resume_from else None),
+        saver=Saver(lineage, files, special_ids, step=state.step if plan.resume_from else None),
     )
 
 

@@ -40,7 +40,7 @@ def training_memory(
     half: whether autocast computes in 16 bits
     shards: over how many ranks the model is sharded
     ranks: over how many ranks DDP trains it
-    muon: whether Muon trains the blocks: one moment a parameter, not two (norms counted alike)
+    muon: whether Muon trains the blocks: one moment a parameter, not two (for norms, too)
     """
     n_params, act = config.num_params, 2 if half else 4
     rows = micro_batch * config.block_size
@@ -55,24 +55,24 @@ def training_memory(
     moments = (8 * n_params - (4 * config.n_layer * config.block_params if muon else 0)) / shards
     gradients = 4 * n_params / shards
 
-    def moment(gradients, activations, logits=0):
+    def memory_at(gradients, activations, logits=0):
         names = "weights", "moments", "gradients", "activations", "logits"
         return dict(zip(names, (weights, moments, gradients, activations, logits), strict=True))
 
     # When the loss is taken: activations and logits, and gradients if there was a backward pass before. The
-    # head's gradient comes later; in a sharded model it has 16 bits and coexists with the logits.
+    # head's gradient comes later; in a sharded model it is there together with the logits.
     kept, recomputed = activation_bytes(config.n_layer, half, checkpoint_activations, half and shards > 1)
     tokens = rows * config.n_embd
     earlier = gradients if accumulation > 1 or ranks > 1 else 0  # DDP keeps them in its buckets
     of_head = (act if shards > 1 else 4) * embedding
     logits = logits_memory(rows, config, half, compiled, teacher is not None)
-    loss = moment(earlier + (of_head if shards > 1 else 0), tokens * kept, logits)
+    loss = memory_at(earlier + (of_head if shards > 1 else 0), tokens * kept, logits)
     # In the last block's backward pass: what it recomputes, and the head's gradient.
-    block = moment(earlier + of_head, tokens * (kept + recomputed))
-    # At the end: all gradients, and of the tied embedding those of head and look-up; with an earlier gradient
+    block = memory_at(earlier + of_head, tokens * (kept + recomputed))
+    # At the end: all gradients, and two more of the tied embedding (head, look-up); with accumulation
     # also the sum.
     parts = (3 if accumulation > 1 else 2) * of_head
-    end = moment(gradients + parts, 0)
+    end = memory_at(gradients + parts, 0)
     terms = max(loss, block, end, key=lambda terms: sum(terms.values()))
     return terms | {"teacher": teacher_memory(teacher, half)} if teacher else terms
 

@@ -9,7 +9,7 @@ import torch
 
 from inheritune.base.errors import UserError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # the values of --dtype: see pick_dtype
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")  # the values of --dtype: see pick_dtype
 
 # Peaks of dense matrix products in bf16 (V100, T4: fp16) with sums in fp32, in TFLOP/s; and memory in GB. The
 # numbers are from the makers' data sheets. find_card says which one a device is.

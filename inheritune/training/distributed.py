@@ -190,7 +190,7 @@ class DistributedModel:
     def validating(self) -> Iterator[torch.nn.Module]:
         """A context that gives validation its forward, and returns to training afterwards.
 
-        After a forward pass FSDP keeps embeddings and head gathered, for a backward pass. None comes here, so
+        After a forward pass FSDP keeps embeddings and head gathered, for a backward pass. Here is none, so
         they are sharded again.
         """
         yield self.local_forward
@@ -226,7 +226,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distribute(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor of a mapped file, as the optimizer may keep it for `parameter`: sharded like it, or a copy
+    """Make a mapped file's tensor one that the optimizer can keep: sharded like `parameter`, or a copy
     on the CPU. (On a GPU the optimizer makes a copy itself.)"""
     if not hasattr(parameter, "full_tensor"):
         return tensor if parameter.is_cuda else tensor.clone()

@@ -39,8 +39,9 @@ def total_nats(
             loss = model(idx, targets)
         losses.append(loss)
         sizes.append(targets.numel())
-    own = nats[ranks.rank :: ranks.world]  # drops the last group where it was run twice
-    own += (torch.stack(losses).cpu().double() * torch.tensor(sizes))[: len(own)]
+    summed = torch.stack(losses).cpu().double() * torch.tensor(sizes)
+    n_own = len(range(ranks.rank, data.n_groups, ranks.world))
+    nats[ranks.rank :: ranks.world] = summed[:n_own]  # a group that was run twice counts once
     return ranks.sum(nats, device).sum().item()
 
 

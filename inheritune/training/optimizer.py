@@ -106,8 +106,9 @@ def snapshot(
             into[name].copy_(tensor, non_blocking=tensor.is_cuda)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # needs a GPU
-    copies = into or {}
-    return tuple({name: copies[name] for name in part if name in copies} for part in (parameters, state))
+    if into is None:
+        return {}, {}
+    return {name: into[name] for name in parameters}, {name: into[name] for name in state}
 
 
 def host_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

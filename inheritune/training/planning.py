@@ -38,7 +38,7 @@ class Plan:
     config: Config | None = None  # of the model that will be trained
     teacher: Config | None = None
     resume_from: str | None = None  # the checkpoint folder that this run continues
-    damaged: dict[str, str] = field(default_factory=dict)  # newer ones, and why they cannot be continued
+    damaged: dict[str, str] = field(default_factory=dict)  # newer checkpoints: {folder: what is wrong}
     data_id: str | None = None  # a hash of the data's tokens
     train_tokens: int | None = None  # in this run's part of the corpus; None when the data is not prepared
     n_vocab: int = 0  # ids of the data's tokenizer

@@ -162,7 +162,7 @@ class ReplicateSettings:
     report: bool = setting(False, "train nothing: table and figures from what results and out_dir hold")
 
 
-# Where and how a run is made, not what comes out of it, up to rounding: no part of an arm's identity
+# These change a result by rounding at most, if at all. So they are no part of an arm's identity
 # (arms.settings_hash).
 MACHINE = frozenset(
     {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "device"}

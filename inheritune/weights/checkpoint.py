@@ -7,7 +7,7 @@ hardware) and `lineage.json` (which block came from which checkpoint). A run fol
 `step_00001000/ …`, the links `latest` and `best`, `log.csv` and `timing.csv`.
 
 A folder called `step_…` is complete: it is filled under a temporary name, everything in it is fsynced, and
-then it is renamed. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
+then it is renamed. Tensors are safetensors, our own files JSON; nothing is ever unpickled.
 """
 
 import contextlib
@@ -210,10 +210,13 @@ def read_state(folder: str) -> dict:
     state = {"since_best": 0, "changes": []} | read_json(path)  # earlier versions lack these
     best = state.get("best_step"), state.get("best_val_loss")
     try:
-        usable = all(type(state[key]) is int and state[key] >= 0 for key in STATE_COUNTS)
-        usable = usable and (best == (None, None) or (type(best[0]), type(best[1])) == (int, float))
-        usable = usable and isinstance(state["settings"], dict) and isinstance(state["changes"], list)
-        usable = usable and all(isinstance(text, str) for text in state["changes"])
+        usable = (
+            all(type(state[key]) is int and state[key] >= 0 for key in STATE_COUNTS)
+            and (best == (None, None) or (type(best[0]), type(best[1])) == (int, float))
+            and isinstance(state["settings"], dict)
+            and isinstance(state["changes"], list)
+            and all(isinstance(text, str) for text in state["changes"])
+        )
         state["row"] = {key: float(value) for key, value in state["row"].items()}
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         usable = False

@@ -1,6 +1,6 @@
 """The model card (README.md) of a checkpoint folder: what it was made from, on which data, how good it is.
 
-`hf upload NAME FOLDER` then publishes it. The metadata is the hub's. Our facts are under its key
+`hf upload NAME FOLDER` then publishes it. It has the hub's metadata, and our facts under the key
 `inheritune`. The card of a model made from this one shows them as the reference's.
 """
 
@@ -65,7 +65,7 @@ def read_card(folder: str | None) -> dict:
         return {}
     try:
         with open(path, encoding="utf-8-sig") as f:
-            data = ModelCard(f.read().expandtabs()).data.to_dict()
+            data = ModelCard(f.read().expandtabs()).data.to_dict()  # YAML forbids tabs
         if not isinstance(data.get("license", ""), str) or not isinstance(data.get("inheritune", {}), dict):
             raise ValueError
         return data

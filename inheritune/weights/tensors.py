@@ -93,10 +93,10 @@ def read_tensors(path: str) -> dict[str, LazyTensor]:
         raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
     entries.pop("__metadata__", None)
     entries = {name: entry for name, entry in entries.items() if not MASKS.search(name)}
-    return {name: stored_tensor(file, name, entry, 8 + length) for name, entry in entries.items()}
+    return {name: lazy_tensor(file, name, entry, 8 + length) for name, entry in entries.items()}
 
 
-def stored_tensor(file, name: str, entry: dict, start: int) -> LazyTensor:
+def lazy_tensor(file, name: str, entry: dict, start: int) -> LazyTensor:
     """The tensor that a header's `entry` describes, in an open file whose tensors begin at byte `start`."""
     # tensors of other types are refused only when they are read: nobody may want them
     shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"], torch.float32)

@@ -48,7 +48,7 @@ def table(folder, name, texts=TWO):
 
 
 def opened(*paths, column=None, split_on="", val=()):
-    return open_files([str(p) for p in paths], [str(p) for p in val], column, split_on, "out")
+    return open_files([str(p) for p in paths], [str(p) for p in val], not val, column, split_on, "out")
 
 
 def documents(*paths, **options):

@@ -248,7 +248,7 @@ def test_a_long_text_in_pieces_has_transformers_ids_of_the_whole(tmp_path, monke
     text = "".join(english()[:5])[:30_000] + "a b\nc  d\n\n e 1 2" * 50
     text += "日本語のテキスト。\n" * 500 if kind == "llama" else ""  # (each letter is a token)
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(open_files([str(tmp_path / "a.txt")], [], None, "", "out").pieces)
+    pieces = list(open_files([str(tmp_path / "a.txt")], [], True, None, "", "out").pieces)
     ours = load_tokenizer("gpt2" if kind == "gpt2" else folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids, _ = ours.encode_batch([piece.texts[0] for piece in pieces], [piece.continues for piece in pieces])

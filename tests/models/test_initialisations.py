@@ -149,7 +149,7 @@ def test_parts(reference, parts, layernorms):
     """What is not taken is random init: ones in LayerNorms, zero biases, small matrices."""
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, parts=parts, layernorms=layernorms, seed=3)
-    other = initialisations.random_state(small, 3)
+    other = initialisations.random_weights(small, 3)
     pairs = {"attn": ["attn.", "ln_1."], "mlp": ["mlp.", "ln_2."]}
     taken = pairs.get(parts, [*pairs["attn"], *pairs["mlp"]])
     taken = taken if layernorms else [name for name in taken if "ln_" not in name]
@@ -164,6 +164,6 @@ def test_parts(reference, parts, layernorms):
 def test_released_slice_leaves_positions_and_final_norm_random(reference):
     state, config = reference
     new, small, _ = initialise(state, config, "first", 3, released_slice=True, seed=3)
-    other = initialisations.random_state(small, 3)
+    other = initialisations.random_weights(small, 3)
     taken = initialise(state, config, "first", 3)[0]
     assert same_weights(new, taken | {name: other[name] for name in OUTSIDE[1:]})
