@@ -56,7 +56,7 @@ mutants: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python bench/step.py small
 	$(BIN)/python bench/step.py gpt2
-	for name in sampling preparation inheriting loading saving memory; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in sampling inheriting loading saving memory preparation; do $(BIN)/python bench/$$name.py || exit 1; done
 	@echo; $(BIN)/python bench/harness.py
 
 # A Python that is named is taken as it is: it has the torch that knows the card.

@@ -99,14 +99,15 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         stage = stage and dataclasses.replace(stage, config=config)
     elif stage:
         config, flops, layer_steps = stage.config, stage.flops, stage.layer_steps
-        if stage.settings.init_from != "scratch" or stage.teacher:
-            flops = layer_steps = None  # what it starts or learns from was trained, too
     else:
         if os.path.isdir(name) or not settings.dry_run:  # a dry run downloads no weights
             name = checkpoint.find(name, prefer="latest")
         config = planning.find_source(name)[1]
         flops, layer_steps = cost_of_training(name, config)
         config = stages.shared_config(name, config, settings, explicit, [])
+
+    if stage and (stage.settings.init_from != "scratch" or stage.teacher):
+        flops = layer_steps = None  # what it starts or learns from was trained, too
 
     # the small models
     k = rep.layers or config.n_layer // 2

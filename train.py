@@ -242,16 +242,6 @@ def draw_losses(out_dir):
     plot_run(out_dir)
 
 
-@contextlib.contextmanager
-def memory_errors(device):
-    """Within this context a GPU without memory left is a UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        cure = "lower --batch_size (the batch stays the same), or add --checkpoint_activations=full"
-        raise UserError(f"{device} has no memory left: {cure}") from None
-
-
 @one_line(ranks=True)
 def main(argv=None):
     """Command line: plan the run, and carry it out unless it is a dry run."""
@@ -268,7 +258,6 @@ def main(argv=None):
         stack.enter_context(ended_after(hours))
         stack.enter_context(ranks.joined(settings.device))
         device = ranks.agree(lambda: pick(settings.device, ranks.local))
-        stack.enter_context(memory_errors(device))
         plan = ranks.once(lambda: make_plan(settings, explicit, ranks.world))  # rank 0 decides what to resume
         run = stack.enter_context(contextlib.closing(build_run(settings, plan, ranks, device)))
         if ranks.is_first:

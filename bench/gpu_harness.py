@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -126,15 +127,19 @@ def run_step(script, name, p, limit):
     began, output = time.perf_counter(), p.path(f"{name}.txt")
     # SIGTERM to all its processes, as torchrun can end its ranks then, and SIGKILL if that does not help
     argv = ["timeout", "--kill-after=10", f"{limit:.0f}", sys.executable, script]
-    with open(output, "w") as log:
-        argv += ["--step", name, json.dumps(dataclasses.asdict(p))]
-        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=log, text=True)
+    argv += ["--step", name, json.dumps(dataclasses.asdict(p))]
+    pipe = subprocess.PIPE
+    with open(output, "w") as log, subprocess.Popen(argv, stdout=pipe, stderr=log, text=True) as process:
+        try:
+            printed, _ = process.communicate()
+        finally:  # after Ctrl-C no step stays on the GPU: `timeout` passes the signal on
+            process.terminate()
     spent = time.perf_counter() - began
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in printed.splitlines()]
     rows.append(row("the step took", spent, "s"))
-    if done.returncode:
+    if process.returncode:
         with open(output) as f:
-            said = (f.read().strip() or f"status {done.returncode}").splitlines()[-40:]
+            said = (f.read().strip() or f"status {process.returncode}").splitlines()[-40:]
         print(*said, sep="\n", file=sys.stderr)
         why = f"not done after {limit:.0f} s" if spent > limit else said[-1].replace("|", "/")
         rows[-1]["verdict"] = f"failed: {why}"
@@ -146,8 +151,9 @@ def machine():
     code = "import torch; c = torch.cuda; p = c.is_available() and c.get_device_properties(0); "
     code += "print(torch.__version__, p and p.name or 'none', p and p.total_memory or 0, sep='|')"
     version, card, memory = command("-c", code).strip().split("|")  # a CUDA context of our own takes memory
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {"card": card, "torch": version, "commit": git.stdout.strip()}, int(memory) / 1e9
+    argv = [shutil.which("git") or "false", "describe", "--always", "--dirty"]  # without git: ""
+    commit = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"card": card, "torch": version, "commit": commit}, int(memory) / 1e9
 
 
 def make_data(p):
@@ -168,12 +174,8 @@ def write_report(path, rows, facts):
     rows = [r for r in rows if all(r[key] == value for key, value in facts.items())]
     missed = [r for r in rows if r["verdict"] not in ("", "reached")]
     about = ", ".join(f"{key} {value}" for key, value in facts.items())
-    lines = [
-        f"# One GPU: {facts['card']}",
-        "",
-        f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.",
-        "",
-    ]
+    lines = [f"# One GPU: {facts['card']}", ""]
+    lines += [f"`make gpu`, {rows[-1]['date']}: {about}; {rows[0]['cpu']}.", ""]
     lines += [f"{len(missed)} of {len(rows)} rows are not as they should be.", ""]
     lines += ["| measured | value | bar | |", "|---|--:|--:|---|"]
     lines += [f"| {r['name']} | {r['value']} {r['unit']} | {r['bar']} | {r['verdict']} |" for r in rows]

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && python=.venv/bin/python
 
+[ -f data/python/meta.json ] || "$python" prepare.py
 for depth in ${*:-4 12}; do
   "$python" train.py config/replicate_mini_reference.py --n_layer="$depth" --seed=1 --device=cpu --threads=1 \
     --out_dir="out/depth/$depth/reference" --resume=auto

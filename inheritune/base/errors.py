@@ -61,7 +61,9 @@ def one_line(main: Callable | None = None, *, ranks: bool = False) -> Callable:
                 result = main(argv)
                 sys.stdout.flush()
                 return result
-            except (UserError, OSError) as e:
+            except Exception as e:
+                if not (isinstance(e, (UserError, OSError)) or is_out_of_memory(e)):
+                    raise
                 message = f"{name}: {error_line(e)}"
             except (KeyboardInterrupt, Stopped) as e:
                 stopped = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
@@ -134,10 +136,19 @@ def rank_info() -> tuple[int, int, int]:
     raise UserError(f"the environment says RANK={rank} of WORLD_SIZE={world}: unset both, or use torchrun")
 
 
-def error_line(e: UserError | OSError) -> str:
-    """What failed and how to go on. An OSError also names its file."""
+def is_out_of_memory(e: Exception) -> bool:
+    """Whether a GPU had no memory left. (Commands that do not need torch do not import it.)"""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(e, torch.OutOfMemoryError)
+
+
+def error_line(e: Exception) -> str:
+    """What failed and how to go on, of a UserError, an OSError (which names its file) or a full GPU."""
     if isinstance(e, UserError):
         return str(e)
+    if is_out_of_memory(e):
+        cure = "a lower --batch_size changes no result; train.py also has --checkpoint_activations=full"
+        return f"the GPU has no memory left: {cure}"
     where = f" ({e.filename})" if e.filename else ""
     if isinstance(e, FileExistsError) and os.path.islink(e.filename) and not os.path.exists(e.filename):
         return f"{e.filename} is a link to {os.readlink(e.filename)}, which is gone: make that folder first"

@@ -11,6 +11,7 @@ import torch
 
 from inheritune.base.errors import UserError, noting, raise_all
 from inheritune.base.signals import StopRequest
+from inheritune.data.reader import identity
 from inheritune.experiments.block_choice import choice_flops, choose_kept
 from inheritune.models.initialisations import make_checkpoint
 from inheritune.models.open_model import Config
@@ -194,6 +195,8 @@ def make_start(stage: Stage) -> None:
     options = dict(stage.start_options)
     source = checkpoint.find(options.pop("ckpt"))
     made_for = options | {"source": checkpoint.fingerprint(source)["files"]}
+    if "choose" in options:
+        made_for["data"] = identity(stage.flags["dataset"])
     if "onto" in options:
         made_for["onto"] = checkpoint.fingerprint(options["onto"])["files"]
     if os.path.exists(stage.start_folder):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inheritune.base.errors import Stopped, UserError, error_line
+from inheritune.base.errors import Stopped, UserError, error_line, is_out_of_memory
 from inheritune.models.open_model import Model
 
 BUCKETS = 12  # gradient buckets of DDP in a large model, roughly; each is a graph of a compiled model
@@ -55,7 +55,7 @@ class Ranks:
         except (Exception, KeyboardInterrupt) as e:
             if isinstance(e, KeyboardInterrupt):
                 said = "interrupted twice, ended at once"
-            elif isinstance(e, (UserError, OSError)):
+            elif isinstance(e, (UserError, OSError)) or is_out_of_memory(e):
                 said = error_line(e)
             else:
                 said = "".join(traceback.format_exception(e)).rstrip()
@@ -66,9 +66,10 @@ class Ranks:
 
     def join(self, device):
         """Make the process group."""
-        lacking = [
-            name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-        ]
+        on_gpu = torch.cuda.is_available() and str(device).split(":")[0] in ("auto", "cuda")
+        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+        needed += ["LOCAL_RANK"] if on_gpu and torch.cuda.device_count() > 1 else []  # which GPU is ours
+        lacking = [name for name in needed if name not in os.environ]
         if lacking:
             raise UserError(
                 f"WORLD_SIZE is {self.world}, but {', '.join(lacking)} not set: use torchrun, or unset it"
@@ -85,7 +86,6 @@ class Ranks:
         store, rank, world = next(dist.rendezvous("env://"))
         if shared:
             store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
-        on_gpu = torch.cuda.is_available() and str(device).split(":")[0] in ("auto", "cuda")
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
         self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 

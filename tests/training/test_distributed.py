@@ -54,7 +54,7 @@ def test_rank_0_decides_which_checkpoint_is_resumed(forks, whole, data, tmp_path
         ("UserError('its disk is gone')", "tiny.py: rank 1: its disk is gone\n"),
         (
             "torch.OutOfMemoryError('CUDA out of memory')",
-            "tiny.py: rank 1: cpu has no memory left: lower --batch_size (the batch stays the same)",
+            "tiny.py: rank 1: the GPU has no memory left: a lower --batch_size",
         ),
         ("OSError(5, 'Input/output error', 'x.bin')", "tiny.py: rank 1: Input/output error (x.bin)"),
         ("KeyboardInterrupt", "tiny.py: rank 1: interrupted twice, ended at once\n"),
@@ -120,8 +120,7 @@ def test_ddp_keeps_its_gradients_in_its_buckets(forks, data, tmp_path):
 def test_restarts_that_could_not_work_are_refused_at_the_start(monkeypatch):
     """The torchruns of two machines count restarts each for itself: under names made of that their ranks
     would wait for each other."""
-    place = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
     for name, value in (place | {"GROUP_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
