@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, first_line
 from inheritune.models.open_model import Model
 from inheritune.training.distributed import distribute, gather
 from inheritune.training.settings import TrainSettings
@@ -142,7 +142,7 @@ def load_optimizer(folder: str, model: Model, optimizer: torch.optim.Optimizer) 
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(
-            f"{path} is missing or damaged ({e}); delete the folder to go on from the one before"
+            f"{path} is missing or damaged ({first_line(e)}); delete the folder to go on from the one before"
         ) from None
 
     names, packed = {p: name for name, p in model.named_parameters()}, {}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from inheritune.base.errors import UserError
+from inheritune.base.errors import UserError, first_line
 
 CHUNK = 2**22  # bytes of rows at a time: they stay in the processor's cache while they are read and checked
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -90,7 +90,7 @@ def read_tensors(path: str) -> dict[str, LazyTensor]:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is damaged ({e}); restore or fetch it again") from None
+        raise UserError(f"{path} is damaged ({first_line(e)}); restore or fetch it again") from None
     entries.pop("__metadata__", None)
     entries = {name: entry for name, entry in entries.items() if not MASKS.search(name)}
     return {name: lazy_tensor(file, name, entry, 8 + length) for name, entry in entries.items()}
