@@ -29,7 +29,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@touch $@
 
 demo: $(VENV)/installed
-	PATH=$(CURDIR)/$(BIN):$$PATH bash runs/demo.sh
+	PYTHON=$(BIN)/python bash runs/demo.sh
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

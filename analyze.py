@@ -4,8 +4,8 @@
 
 For every layer and head: rank, mass, entropy and sink of its attention matrices, averaged over random windows
 of the validation split. A layer is lazy when every head has rank 1 on every window (MaxRank = 1). For every
-layer: its block influence, the norm of its output, and the loss without the block. A
-model without attention matrices gets only these.
+layer: its block influence, the norm of its output, and the loss without the block. A model without attention
+matrices gets only these.
 """
 
 import argparse

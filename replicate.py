@@ -23,10 +23,9 @@ from inheritune.base.cpus import usable_cpus
 from inheritune.base.errors import UserError, one_line, raise_all
 from inheritune.base.files import read_json, write_json
 from inheritune.base.signals import StopRequest, ended_after
-from inheritune.data.reader import identity
 from inheritune.experiments import stages
 from inheritune.experiments.arms import ARM_DECIDES, Arm, find_arm, impossible, parse_arms, settings_hash
-from inheritune.experiments.measurements import cost_of_training, history, make_row
+from inheritune.experiments.measurements import cost_of_training, history, make_row, measured_on
 from inheritune.experiments.plots import plot_results
 from inheritune.experiments.stages import Common
 from inheritune.experiments.tables import write_tables
@@ -156,11 +155,9 @@ def finished_row(
     row, folder = read_json(path), os.path.dirname(path)
     if row["settings_hash"] != settings_hash(c, arm):
         raise UserError(f"{path} was made with other settings: restore them, or use another out_dir")
-    known = {"data": identity(settings.dataset), "val_tokens": rep.final_tokens or settings.eval_tokens}
-    if not c.reference_stage:
-        known["reference"] = checkpoint.fingerprint(c.reference)["files"]
-    for key, what in (("data", "data"), ("val_tokens", "final_tokens"), ("reference", "reference")):
-        if key in row and row[key] != known.get(key):  # rows of earlier versions lack some
+    for key, value in measured_on(settings, rep, c).items():
+        if key in row and row[key] != value:  # rows of earlier versions lack some
+            what = {"val_tokens": "final_tokens"}.get(key, key)
             raise UserError(f"{folder} was made with another {what}: restore it, or use another out_dir")
     return row
 

@@ -3,8 +3,8 @@
 #   bash runs/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-[ -x .venv/bin/python ] && python=.venv/bin/python
+[ -x .venv/bin/python ] && own=.venv/bin/python
+python=${PYTHON:-${own:-python3}}
 
 # Data: the documentation and the source files that every CPython carries, as bytes, into data/python/{train,val}.bin.
 "$python" prepare.py

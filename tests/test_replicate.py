@@ -153,7 +153,7 @@ def test_arms_made_with_other_settings_or_tokens_are_refused(finished, monkeypat
     assert "was made with other settings" in refusal(replicate.main, [path, "--kd_alpha=0.1"])
     # a folder of the same name and size, prepared from other text
     assert "was made with another final_tokens" in refusal(replicate.main, [path, "--final_tokens=16"])
-    monkeypatch.setattr(replicate, "identity", lambda folder: "another")
+    monkeypatch.setattr(measurements, "identity", lambda folder: "another")
     assert "was made with another data" in refusal(replicate.main, [path])
 
 

@@ -62,7 +62,7 @@ def one_line(main: Callable | None = None, *, ranks: bool = False) -> Callable:
                 sys.stdout.flush()
                 return result
             except Exception as e:
-                if not (isinstance(e, (UserError, OSError)) or is_out_of_memory(e)):
+                if not is_one_line(e):
                     raise
                 message = f"{name}: {error_line(e)}"
             except (KeyboardInterrupt, Stopped) as e:
@@ -136,17 +136,17 @@ def rank_info() -> tuple[int, int, int]:
     raise UserError(f"the environment says RANK={rank} of WORLD_SIZE={world}: unset both, or use torchrun")
 
 
-def is_out_of_memory(e: Exception) -> bool:
-    """Whether a GPU had no memory left. (Commands that do not need torch do not import it.)"""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(e, torch.OutOfMemoryError)
+def is_one_line(e: BaseException) -> bool:
+    """Whether `error_line` says all of an error; a bug keeps its traceback."""
+    torch = sys.modules.get("torch")  # commands that do not need it do not import it
+    return isinstance(e, (UserError, OSError, *([torch.OutOfMemoryError] if torch else [])))
 
 
 def error_line(e: Exception) -> str:
     """What failed and how to go on, of a UserError, an OSError (which names its file) or a full GPU."""
     if isinstance(e, UserError):
         return str(e)
-    if is_out_of_memory(e):
+    if not isinstance(e, OSError):
         cure = "a lower --batch_size changes no result; train.py also has --checkpoint_activations=full"
         return f"the GPU has no memory left: {cure}"
     where = f" ({e.filename})" if e.filename else ""

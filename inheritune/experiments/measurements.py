@@ -97,6 +97,16 @@ def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]
     return heads and heads["rank_0.9"].amax(-1).tolist()
 
 
+def measured_on(settings: TrainSettings, rep: ReplicateSettings, c: Common) -> dict:
+    """What a row must share with those that it is compared with, by its keys there: the data, how many tokens
+    of it the final loss is taken on, and the files of a reference that was given."""
+    return {
+        "data": identity(settings.dataset),
+        "val_tokens": rep.final_tokens or settings.eval_tokens,
+        "reference": None if c.reference_stage else checkpoint.fingerprint(c.reference)["files"],
+    }
+
+
 def make_row(
     settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int, target: float | None
 ) -> dict:
@@ -129,9 +139,7 @@ def make_row(
         "wall_s": round(sum(wall_seconds(s.run) for s in stages), 1) if stages else None,
         "params": config.num_params,
         "settings_hash": settings_hash(c, arm),
-        "data": identity(settings.dataset),
-        "val_tokens": rep.final_tokens or settings.eval_tokens,
-        "reference": None if c.reference_stage else checkpoint.fingerprint(c.reference)["files"],
+        **measured_on(settings, rep, c),
         "n_layer": config.n_layer,
         "flops_with_reference": with_reference(flops, c.reference_flops),
         "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inheritune.base.errors import Stopped, UserError, error_line, is_out_of_memory
+from inheritune.base.errors import Stopped, UserError, error_line, is_one_line
 from inheritune.models.open_model import Model
 
 BUCKETS = 12  # gradient buckets of DDP in a large model, roughly; each is a graph of a compiled model
@@ -55,7 +55,7 @@ class Ranks:
         except (Exception, KeyboardInterrupt) as e:
             if isinstance(e, KeyboardInterrupt):
                 said = "interrupted twice, ended at once"
-            elif isinstance(e, (UserError, OSError)) or is_out_of_memory(e):
+            elif is_one_line(e):
                 said = error_line(e)
             else:
                 said = "".join(traceback.format_exception(e)).rstrip()
