@@ -209,6 +209,11 @@ def shard_blocks(module, ranks, device, dtype, compiled):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if compiled:
+        # One graph serves all blocks, unless scale_attn_by_inverse_layer_idx gives each another constant.
+        # Then each has graphs of its own, for training and for validation; torch would stop after eight.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(module.blocks))
     mesh = init_device_mesh(device.type, (ranks.world,))
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
     for block in module.blocks:

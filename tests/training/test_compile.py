@@ -56,9 +56,11 @@ def test_the_compiled_step_is_one_static_graph(data, tmp_path, monkeypatch, kind
 
 
 @pytest.mark.slow
-def test_one_graph_serves_all_blocks_of_a_sharded_model(forks, data, tmp_path):
-    """The compiler's limit is eight graphs of the same code."""
-    code = """
+@pytest.mark.parametrize(("scaled", "graphs"), [(False, 3), (True, 3 * 12)], ids=["alike", "scaled"])
+def test_a_sharded_model_is_compiled_block_by_block(forks, data, tmp_path, scaled, graphs):
+    """Blocks that are alike share their graphs: two validation groups, the step. torch itself stops after
+    eight graphs of the same code."""
+    code = f"""
     import functools, torch
     from tests.training.test_compile import symbols
     graphs = []
@@ -67,10 +69,11 @@ def test_one_graph_serves_all_blocks_of_a_sharded_model(forks, data, tmp_path):
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=backend)
     def checked(run):
         step(run)
-        assert graphs == [0, 0, 0], graphs
+        assert graphs == [0] * {graphs}, graphs
     train.train_step = checked
     """
     argv = arguments(data, tmp_path / "a", **STEPS, n_layer=12, shard=True, compile=True)
+    argv += ["--scale_attn_by_inverse_layer_idx=True"] * scaled
     assert forks.train(argv, world=2, code=code)[0] == 0, forks.printed
 
 
