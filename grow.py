@@ -130,7 +130,7 @@ def train_rounds(c: Common, growth: str, reference: str, target: float) -> list[
 
 def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
     """Train the final small model's architecture from random initialisation, and return a row for each run:
-    one with as many steps as its weights had, one with the compute of the whole pipeline, if that is known.
+    one with the steps that its weights took, one with the compute of the whole pipeline, if that is known.
 
     rows: the reference's, and one for each round.
     """

@@ -41,7 +41,7 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms; the paper trains without
     scale_attn_by_inverse_layer_idx: bool = False  # divide attention logits by layer + 1, the first being 0
     n_vocab: int = 50257  # ids that the tokenizer can decode; sampling draws from these alone
-    tokenizer: str = "gpt2"  # the name that load_tokenizer (inheritune/data/tokenizer.py) opens
+    tokenizer: str = "gpt2"  # load_tokenizer (inheritune/data/tokenizer.py) opens it; "": none is named
     eot: int = 50256  # the end-of-text id, at which sampling stops
 
     @classmethod

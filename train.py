@@ -55,7 +55,7 @@ def fit(run: Run) -> float:
         run.recorder.report(state.step, state.row, val_losses)
         val_loss = val_losses.get("val_loss")
         reached = None not in (s.stop_at_val_loss, val_loss) and val_loss <= s.stop_at_val_loss
-        # an untrained model is saved, and can be the best one, only if it ends the run
+        # step 0 is saved, and can be the best, only if the run ends there
         is_candidate = val_loss is not None and (state.step > 0 or reached)
         worse = is_candidate and keep_best(run, val_loss)
         if last or reached or worse:
@@ -209,7 +209,7 @@ def keep_best(run, val_loss):
 
 
 def stop(run):
-    """Save this step and raise Stopped."""
+    """Save this step and raise Stopped, or the AgreedError of a checkpoint that could not be written."""
     save_checkpoint(run)
     wait_for_checkpoint(run)
     s, step = run.settings, run.state.step

@@ -91,11 +91,8 @@ def signals_handled(numbers: Sequence[int], handler: Callable):
 
 
 class Output:
-    """A text stream to which printing never fails.
-
-    A character that the terminal cannot encode becomes an escape (\\x.. or \\u....). When the reader
-    (`train.py | head`) or the terminal has gone, the rest goes nowhere, and the run goes on.
-    """
+    """A text stream that lives on when its reader (`train.py | head`) or the terminal has gone: the rest goes
+    nowhere. A character that the terminal cannot encode becomes an escape (\\x.. or \\u....)."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115  (None: `train.py >&-`)
@@ -137,7 +134,7 @@ def rank_info() -> tuple[int, int, int]:
 
 
 def is_one_line(e: BaseException) -> bool:
-    """Whether `error_line` says all of an error; a bug keeps its traceback."""
+    """Whether one line is enough for this error; a bug keeps its traceback."""
     torch = sys.modules.get("torch")  # commands that do not need it do not import it
     return isinstance(e, (UserError, OSError, *([torch.OutOfMemoryError] if torch else [])))
 
@@ -147,7 +144,7 @@ def error_line(e: Exception) -> str:
     if isinstance(e, UserError):
         return str(e)
     if not isinstance(e, OSError):
-        cure = "a lower --batch_size changes no result; train.py also has --checkpoint_activations=full"
+        cure = "a lower --batch_size takes the same steps; train.py also has --checkpoint_activations=full"
         return f"the GPU has no memory left: {cure}"
     where = f" ({e.filename})" if e.filename else ""
     if isinstance(e, FileExistsError) and os.path.islink(e.filename) and not os.path.exists(e.filename):

@@ -201,7 +201,9 @@ def hub_splits(folder: str, names: list[str]) -> dict[str, list[str]]:
         if word := HELD_OUT.search(name):
             cure = "name the training files yourself, and what is for validation with --val_files"
             raise UserError(f"{folder}: {name} says {word[0]}; {cure}")
-    return found
+    if found and "train" not in found:
+        raise UserError(f"{folder} names files for {', '.join(found)}, none for train: name them yourself")
+    return found or {"train": list(map(os.path.abspath, names))}
 
 
 def read_pieces(files: list[tuple[str, File]], column: str, split_on: str) -> Iterator[Piece]:

@@ -37,7 +37,7 @@ BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
 POINTER = b"version https://git-lfs"  # how the pointer begins that Git LFS leaves in place of a large file
 PIECE = 1 << 17  # characters of a text file held at a time
 MAX_LINE = 1 << 26  # bytes of a first line that is tried as JSON
-# of a broken file; KeyError: two columns share a name
+# from broken files (KeyError: two columns of one name)
 READ_ERRORS = (OSError, ValueError, KeyError, RecursionError, csv.Error, pyarrow.ArrowException)
 csv.field_size_limit(sys.maxsize)
 
@@ -51,6 +51,8 @@ class File(NamedTuple):
 
 
 class Piece(NamedTuple):
+    """["a", "b…"] with end=False, then ["…b", "d"] with continues=True: 4 texts, which are 3 documents."""
+
     texts: list[str]  # documents; the first may be the rest of one, and the last may go on in the next piece
     continues: bool = False  # does the first text continue a document of the piece before?
     end: bool = True  # does the last text end its document? (all others do)
@@ -264,7 +266,7 @@ def arrow_rows(raw: pyarrow.OSFile, file: File, column: str) -> Iterator[tuple]:
         # One group at a time: asked for all at once, Arrow keeps the buffers of each until the last is read.
         options = {"columns": [column], "use_threads": False}
         batches = (batch for g in groups for batch in table.iter_batches(256, row_groups=[g], **options))
-    elif raw.read(6) == b"ARROW1":  # a file of Arrow's (Feather), where `datasets` writes streams
+    elif raw.read(6) == b"ARROW1":  # Arrow's file format (Feather); `datasets` writes streams
         raw.seek(0)
         table = pyarrow.ipc.open_file(raw)
         names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))

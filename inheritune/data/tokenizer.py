@@ -239,7 +239,7 @@ class HuggingFace(Tokenizer):
         self.bos_ids = whole[: next(places, 0)]
         self.n_ids = 1 + max(self.known_ids(folder))
         if is_gpt2(self.tokenizer, self.eot):
-            self.name, self.n_vocab = "gpt2", 50257  # texts never give added special tokens
+            self.name, self.n_vocab = "gpt2", 50257  # no text gets the ids of added special tokens
             return
         digest = vocabulary_sha256(self.tokenizer, self.end_of_text)
         self.name, self.sha256, self.n_vocab = TOKENIZER_FILE, digest, self.n_ids

@@ -2,7 +2,7 @@
 
 A data folder holds little-endian uint16 ids (uint32 where ids exceed 65,535) in train.bin and val.bin or in
 numbered shards, and a meta.json that describes them. It is made in parts of about 100 million tokens. After
-each, progress.json says which there are and how many pieces of text they took. A new run reads these pieces
+each, progress.json lists the parts and how many pieces of text they took. A new run reads these pieces
 without tokenising them, and goes on, so the result is the same to the last bit. In the end the parts are the
 shards, or are joined. meta.json is written last: a folder without it is unfinished.
 """
@@ -122,10 +122,7 @@ def in_order(work: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
 
 def tokenise(tokenizer: Tokenizer, dtype: np.dtype, batch: list[Piece]) -> dict[str, tuple]:
     """{split: (ids, {tokens, documents, bytes of text, times that end-of-text is spelled out})} of a batch.
-    An end-of-text id follows each document.
-
-    Two pieces, ["a", "b…"] with end=False and ["…b", "d"] with continues=True, are 4 texts and 3 documents.
-    """
+    An end-of-text id follows each document."""
     found = {}
     for split in {piece.split for piece in batch}:
         texts, continues, ends = [], [], []

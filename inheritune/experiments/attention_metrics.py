@@ -160,7 +160,7 @@ def skip_losses(
             with recorded(model.blocks) as calls:
                 sums[n] += model(part, y).cpu().double() * y.numel()
             for place, i in enumerate(blocks):
-                # blocks 0 … i return what enters block i: the blocks before it need not run again
+                # blocks 0 … i all return what was recorded before block i, so none of them runs
                 result = like_output(*calls[i])
                 with replaced(model.blocks[: i + 1], lambda *_, result=result, **__: result):
                     sums[place] += model(part, y).cpu().double() * y.numel()

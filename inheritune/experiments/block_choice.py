@@ -75,8 +75,8 @@ def choose_kept(rule: str, folder: str, data: str, k: int) -> list[int]:
 
 
 def choice_flops(rule: str, config: Config, k: int) -> float:
-    """FLOPs of choosing by a rule: of a forward pass over the windows. `greedy` makes, for each block that it
-    removes, one pass over all m blocks left, and passes over the last m - 1, m - 2, …, 0."""
+    """FLOPs of choosing by a rule: a forward pass over the windows. To remove one of m blocks, `greedy` makes
+    m + 1 passes: one over all of them, the others over the last m - 1, m - 2, …, 0."""
     config = dataclasses.replace(config, block_size=min(metrics.LENGTH, config.block_size))
     n = config.n_layer
     depths = [n]  # of the passes: blocks that run

@@ -98,8 +98,8 @@ def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float]
 
 
 def measured_on(settings: TrainSettings, rep: ReplicateSettings, c: Common) -> dict:
-    """What a row must share with those that it is compared with, by its keys there: the data, how many tokens
-    of it the final loss is taken on, and the files of a reference that was given."""
+    """The entries that must be equal in rows that are compared: the data, the number of tokens of the final
+    loss, and the files of a reference that was given."""
     return {
         "data": identity(settings.dataset),
         "val_tokens": rep.final_tokens or settings.eval_tokens,

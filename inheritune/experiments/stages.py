@@ -37,8 +37,8 @@ class Stage:
     run: str  # run folder
     config: Config  # of the model it trains
     flags: dict  # for train.py, without out_dir and resume; max_iters and batch_tokens are always there
-    # how its start_folder is made: arguments of make_checkpoint, `ckpt` (its source), and `choose`, a rule of
-    # block_choice.py. {}: none is made
+    # {"ckpt": "out/reference", "layers": 4} → start_folder is made of the reference's first 4 blocks.
+    # Other keys are arguments of make_checkpoint, or `choose`, a rule of block_choice.py. {}: none is made
     start_options: dict = field(default_factory=dict)
     config_files: tuple[str, ...] = ()  # of train.py, at most one
     teacher: Config | None = None
@@ -121,7 +121,7 @@ class Common:
 
 
 def small_flags(settings: TrainSettings, explicit: frozenset) -> dict:
-    """The flags of every small model: the user's (`explicit`), but STAGE_DECIDES, and three that all need."""
+    """The flags of every small model: what the user set (`explicit`) except STAGE_DECIDES, and three more."""
     chosen = explicit - set(STAGE_DECIDES) | {"max_iters", "batch_tokens", "seed"}
     return {key: value for key, value in dataclasses.asdict(settings).items() if key in chosen}
 
@@ -131,7 +131,7 @@ def shared_config(
 ) -> Config:
     """The config of the reference `name`, with the context that the user has set, which all stages share.
 
-    Raises UserError with `problems`, and with all in the settings that does not fit the reference.
+    Raises UserError with `problems` and with every setting that does not fit the reference.
     """
     named = dataclasses.replace(settings, init_from=name, inherit_layers=None)
     raise_all(problems + planning.inherited_problems(named, explicit - set(STAGE_DECIDES), config))

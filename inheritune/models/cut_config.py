@@ -52,7 +52,7 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
         raise UserError(f"its blocks share results ({shared[0]}): only the first ones can be taken")
 
     reason, changes = None, [*itertools.islice(alternatives(own, lists, n, blocks), TRIES)]
-    # last try: lists that blocks hold whole may differ (GPT-Neo)
+    # last try: leave lists that each block holds whole out of the comparison (GPT-Neo)
     for change, lists_may_differ in [*itertools.product(changes, [False]), ({}, True)]:
         wanted = lists | change
         new = add_computed(content | depth, wanted)

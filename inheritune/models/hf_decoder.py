@@ -172,7 +172,7 @@ class Decoder(nn.Module):
             for name in module._buffers.keys() - module._non_persistent_buffers_set:
                 buffer = module._buffers.pop(name)
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-        # a tuple hides both from nn.Module: as children they would give parameters other names, or two
+        # nn.Module does not look into a tuple: as children both would rename parameters, or list them twice
         self._held = theirs, find_blocks(theirs)[1]
         self._modules, self._parameters, self._buffers = theirs._modules, theirs._parameters, theirs._buffers
         self._activations, self.plain_head = "none", False

@@ -92,7 +92,9 @@ class Run:
     batches: Iterator[torch.Tensor]  # this rank's windows, step after step
     steps_per_epoch: float
     state: State
-    ended_at: int | None  # where a finished run goes on: validated again, as its row is rewritten
+    ended_at: (
+        int | None
+    )  # the last step of a finished run that goes on: its row is written again, with a validation
     recorder: Recorder
     saver: Saver
     request: StopRequest = field(default_factory=StopRequest)  # stop signals received by this process
@@ -193,8 +195,8 @@ def load_weights(plan, folder):
 
 
 def restore(folder, module, optimizer, scaler):
-    """(the State in a checkpoint folder, its step if the run ended there), or (a new State, None) without a
-    folder. Fills optimizer and scaler from it."""
+    """(the State in a checkpoint folder, its step if that was the run's max_iters), or (a new State, None)
+    without a folder. Fills optimizer and scaler from it."""
     if folder is None:
         return State(), None
     load_optimizer(folder, module, optimizer)

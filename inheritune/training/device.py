@@ -41,7 +41,7 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
     """The torch.device for the setting `device`. Raises UserError when it is not there.
 
     Call it before the first tensor is made: on Linux it tells torch to put large CPU tensors on huge pages,
-    which makes training steps there some 5 % shorter.
+    which makes training steps shorter.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if name == "auto":

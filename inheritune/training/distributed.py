@@ -231,8 +231,8 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distribute(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Make a mapped file's tensor one that the optimizer can keep: sharded like `parameter`, or a copy
-    on the CPU. (On a GPU the optimizer makes a copy itself.)"""
+    """A tensor of a checkpoint's file as the optimizer keeps it: sharded like `parameter`, or a copy.
+    (On a GPU the optimizer makes a copy itself.)"""
     if not hasattr(parameter, "full_tensor"):
         return tensor if parameter.is_cuda else tensor.clone()
     from torch.distributed.tensor import distribute_tensor

@@ -162,8 +162,8 @@ class ReplicateSettings:
     report: bool = setting(False, "train nothing: table and figures from what results and out_dir hold")
 
 
-# These change a result by rounding at most, if at all. So they are no part of an arm's identity
-# (arms.settings_hash).
+# These change a result by rounding at most, if at all (batch_size: also which activations are dropped out).
+# So they are no part of an arm's identity (arms.settings_hash).
 MACHINE = frozenset(
     {"out_dir", "batch_size", "log_interval", "log_to", "save_interval", "keep_last", "resume", "device"}
     | {"compile", "checkpoint_activations", "shard", "threads", "dry_run"}
@@ -171,7 +171,7 @@ MACHINE = frozenset(
 )
 
 # What may change when a run is resumed: it changes neither the mathematics nor what a row of the log means.
-# max_iters may change while past rates stay (planning.same_run_problems), dataset while the tokens do.
+# max_iters may change if past rates stay the same (planning.same_run_problems), dataset if its tokens do.
 HARMLESS = MACHINE | {"stop_at_val_loss", "stop_after_worse", "max_iters", "eval_interval", "dataset"}
 
 # What decides the learning rate of each step. May change for future steps; for steps already made only with

@@ -1,10 +1,10 @@
 """Checkpoints and run folders: found by name, written whole, pruned; and the lineage that says where a
 checkpoint's blocks came from.
 
-A checkpoint is a folder that holds the model in Hugging Face's layout (gpt2_format.py). For training it also
-holds `optimizer.safetensors`, `state.json` (step, tokens, best loss, settings, versions, git revision,
-hardware) and `lineage.json` (which block came from which checkpoint). A run folder holds the checkpoints
-`step_00001000/ …`, the links `latest` and `best`, `log.csv` and `timing.csv`.
+A checkpoint is a folder that holds the model in Hugging Face's layout (for GPT-2: gpt2_format.py). For
+training it also holds `optimizer.safetensors`, `state.json` (step, tokens, best loss, settings, versions,
+git revision, hardware) and `lineage.json` (which block came from which checkpoint). A run folder holds the
+checkpoints `step_00001000/ …`, the links `latest` and `best`, `log.csv` and `timing.csv`.
 
 A folder called `step_…` is complete: it is filled under a temporary name, everything in it is fsynced, and
 then it is renamed. Tensors are safetensors, our own files JSON; nothing is ever unpickled.
@@ -273,7 +273,7 @@ def new_lineage(
         warning = warning or source["lineage"].get("warning")
     return {  # frozen: checkpoint layout
         "blocks": [{"from": source, "block": b} for source, b in zip(names, blocks, strict=True)],
-        "embeddings_and_ln_f": "onto" if onto else "reference",
+        "embeddings_and_ln_f": "onto" if onto else "reference",  # but see released_slice
         **notes,
         **({"warning": warning} if warning else {}),
         "sources": sources,

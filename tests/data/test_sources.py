@@ -310,6 +310,16 @@ def test_a_card_says_which_files_are_for_training_and_validation(tmp_path, other
     assert documents(tmp_path) == [("train", "a"), ("val", "b")]
 
 
+def test_a_card_without_training_files_is_refused_and_a_broken_one_says_nothing(tmp_path):
+    files = {f"data/{name}.jsonl": json.dumps({"text": name}) for name in "ab"}
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: extra\n    path: data/*\n---\n"
+    write_files(tmp_path, files | {"README.md": card})
+    with pytest.raises(UserError, match="names files for extra, none for train"):
+        documents(tmp_path)
+    (tmp_path / "README.md").write_text("---\ndata_files: 3\n---\n")
+    assert documents(tmp_path) == [("train", "a"), ("train", "b")]
+
+
 def test_forms_of_tables_that_other_tools_write(tmp_path):
     """Arrow's files beside its streams, pzstd's frames, and two columns of one name, which are an error."""
     rows = pyarrow.table({"text": TWO})
