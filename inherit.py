@@ -15,6 +15,7 @@ import dataclasses
 import re
 
 from inheritune.base.errors import Parser, UserError, one_line
+from inheritune.base.files import refuse_existing
 from inheritune.experiments.attention_metrics import choose_for
 from inheritune.models.initialisations import PARTS, RECIPES, Recipe, make_checkpoint
 from inheritune.weights import checkpoint
@@ -101,6 +102,7 @@ def main(argv=None):
     blocks = parse_blocks(args.blocks) if args.blocks else None
     layers, notes = None, {}
     if args.layers == "auto":
+        refuse_existing(args.out)  # before the choice, which takes a while
         blocks, reason = choose_for(folder, args.data)
         print(f"blocks {', '.join(map(str, blocks))}: {reason}", flush=True)
         notes = {"layers_auto": reason}

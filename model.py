@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from inheritune.base.errors import UserError
 from inheritune.weights import gpt2_format
 from inheritune.weights.checkpoint import find
+from inheritune.weights.tensors import copy_rows
 
 LOSS_ROWS = 512  # rows of logits that are in memory at once in the chunked fp32 loss
 CHUNKED_LOSS = hasattr(nn, "LinearCrossEntropyOptions")  # False (torch before 2.13): all rows at once
@@ -249,14 +250,23 @@ class GPT(nn.Module):
         model.lm_head.weight = model.transformer.wte.weight  # to_empty has untied them
         return model
 
+    @torch.no_grad()
     def fill(self, state: Mapping, source: str) -> None:
-        """Copy a state dict in Hugging Face's layout into the parameters. Errors name `source`.
+        """Copy a state dict in Hugging Face's layout, of any float dtype, into the parameters. Of a model
+        with more positions the first ones are taken.
 
-        Of a model with more positions the first ones are taken.
+        Raises UserError, naming `source`, if a bias is not zero but the model has none. This happens when
+        transformers has trained on: its config.json keeps `bias: false`.
         """
-        wpe = "transformer.wpe.weight"
-        state = {**state, wpe: state[wpe][: self.config.block_size]}
-        gpt2_format.fill(dict(self.named_parameters()), state, source)
+        parameters = dict(self.named_parameters())
+        for name, tensor in state.items():
+            if name in parameters:
+                p = parameters[name]
+                rows = tensor[: len(p)] if name == "transformer.wpe.weight" else tensor
+                copy_rows(p.t() if name.endswith(gpt2_format.INPUT_FIRST) else p, rows)
+            elif tensor[:].any():
+                cure = "write bias: true there"
+                raise UserError(f"{source}: {name} is not zero, but config.json says bias: false; {cure}")
 
     @property
     def blocks(self) -> nn.ModuleList:

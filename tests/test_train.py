@@ -249,7 +249,7 @@ def test_half_precision_trains_and_keeps_fp32_masters(plain, data, tmp_path, dty
     train.main(arguments(data, tmp_path / "a", dtype=dtype))
     np.testing.assert_allclose(column(tmp_path / "a", "loss"), column(plain, "loss"), atol=0.05)
     assert column(tmp_path / "a", "loss") != column(plain, "loss"), "it is not simply float32"
-    weights = gpt2_format.read_weights(checkpoint.find(str(tmp_path / "a")))
+    weights = gpt2_format.read_model(checkpoint.find(str(tmp_path / "a")))[0]
     assert {weights[n].dtype for n in weights} == {torch.float32}
 
 

@@ -48,8 +48,7 @@ def read_ckpt(path: str) -> tuple[dict, dict]:
     config |= {"n_vocab": config["vocab_size"], "tokenizer": "", "eot": gpt2_format.NO_EOT}
     gpt2_format.check_architecture(path, gpt2_format.config_json(config))
     tensors = canonical(path, state, config)
-    gpt2_format.check_weights(tensors, gpt2_format.shapes(config), path)
-    return tensors, config
+    return gpt2_format.choose_tensors(tensors.items(), gpt2_format.shapes(config), path), config
 
 
 class GPTConfigOfScript:
@@ -94,7 +93,6 @@ def canonical(path: str, state: dict, config: dict) -> dict[str, torch.Tensor]:
             raise UserError(f"{path}: {name:.80} is not a tensor of floating-point numbers")
         turned = name.endswith(gpt2_format.INPUT_FIRST) and tensor.dim() == 2
         tensors[name] = check_finite(tensor.t() if turned else tensor, name, path).detach().contiguous()
-    gpt2_format.tie_head(tensors, path)
     return tensors
 
 

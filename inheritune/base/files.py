@@ -57,6 +57,11 @@ def is_running(pid: int) -> bool:
     return True
 
 
+def refuse_existing(path: str) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; choose another --out, or delete it first")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[str]:
     """Yields a temporary folder beside `path`, to be filled with files that are fsynced. At the end it is
@@ -64,8 +69,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[str]:
     refused."""
     path = os.fspath(path).rstrip("/")
     parent, name = os.path.dirname(path) or ".", os.path.basename(path)
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists already; choose another --out, or delete it first")
+    refuse_existing(path)
     os.makedirs(parent, exist_ok=True)
     prefix = os.path.join(parent, f".{name}.")
     for left in glob.glob(glob.escape(prefix) + "*.tmp"):

@@ -113,7 +113,8 @@ def analyse(model, idx: Tensor, targets: Tensor, taus, eta: float, skip_sequence
 def measure_layers(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None = None):
     """(heads, influence, norms) of a model on windows idx (N, T).
 
-    heads      {measure: float64 (n_layer, n_head), the mean over windows} (see `measures`), or None
+    heads      {measure: float64 (n_layer, n_head), the mean over windows} (see `measures`), or None; for
+               taus=() it is None, and no time is spent on singular values
     influence  (n_layer,): mean over tokens of 1 − cosine of a block's input and output
     norms      (n_layer + 1,): mean length of block 0's input and of each block's output
     A title shows a progress bar. Memory does not grow with N.
@@ -127,7 +128,8 @@ def measure_layers(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None =
             _, x = next(steps)  # (B, T, C)
             norms[0] += x.norm(dim=-1).cpu().double().sum()
             for i, (A, after) in enumerate(steps):
-                for name, values in (measures(A, taus, eta) if A is not None else {}).items():  # (B, nh)
+                found = measures(A, taus, eta) if taus and A is not None else {}
+                for name, values in found.items():  # (B, nh)
                     sums = heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())
                     sums[i] += values.sum(0)
                 before, x = x, after
@@ -207,7 +209,7 @@ def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[l
 def choose_for(folder: str, data: str) -> tuple[list[int], str]:
     """`choose_by_influence` for a checkpoint folder, on the paper's 100 windows of val. Raises UserError."""
     model, idx, _ = open_with_windows(folder, data)
-    _, influence, _ = measure_layers(model, idx)
+    _, influence, _ = measure_layers(model, idx, taus=())
     return choose_by_influence(influence.tolist())
 
 

@@ -22,7 +22,7 @@ LAST_KEPT = 2  # blocks at the end that `consecutive` does not remove
 
 def most_influence(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
     """The k blocks of the highest block influence."""
-    _, influence, _ = metrics.measure_layers(model, idx)
+    _, influence, _ = metrics.measure_layers(model, idx, taus=())
     return metrics.choose_by_influence(influence.tolist(), k)[0]
 
 

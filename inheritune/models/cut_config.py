@@ -136,10 +136,10 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
 
     if not lists or computed(new) in (lists, None):
         return new, ""
-    source, alone = json.dumps(content), computed(new)
+    source = json.dumps(content)
 
-    def decides_a_list(key):
-        return any(computed(new | {key: new[key] + d}) not in (alone, None) for d in (1, -1))
+    def decides_a_list(key):  # of `new` as it is by then
+        return any(computed(new | {key: new[key] + d}) not in (computed(new), None) for d in (1, -1))
 
     numbers = [key for key, value in new.items() if type(value) is int and key not in DEPTHS]
     for key in filter(decides_a_list, numbers):
@@ -200,10 +200,8 @@ def facts(block: nn.Module) -> dict[tuple, object]:
     found, internal = {}, vars(nn.Module())
     for name, module in block.named_modules():
         found[name, "type"] = type(module).__qualname__
-        for key, value in vars(module).items():
-            if key not in internal:
-                found[name, key] = plain(value)
-        for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        own = {key: value for key, value in vars(module).items() if key not in internal}
+        for key, value in (own | module._parameters | module._buffers).items():
             found[name, key] = plain(value)
     return found
 

@@ -34,12 +34,13 @@ from inheritune.models.meta_model import (
     transformers_config,
     using_transformers,
 )
-from inheritune.weights.gpt2_format import CONFIG, check_weights, read_tokenizer_fields, stored_tensors
-from inheritune.weights.tensors import LazyTensor, copy_rows, row_chunks
+from inheritune.weights.gpt2_format import CONFIG, choose_tensors, read_tokenizer_fields, stored_tensors
+from inheritune.weights.tensors import LazyTensor, copy_rows
 from model import continue_ids, cross_entropy
 
 BLOCK_SIZE = 1024  # block_size of a run, unless the model has room for fewer or the user sets it
 OUR_KEYS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
+ATTENTION = ("_attn_implementation", "attn_implementation")  # a key that asks for a package of its author's
 AHEAD = "num_nextn_predict_layers"  # blocks that predict a second token, which is not implemented
 OLD_BUFFERS = r"rotary_emb[.]inv_freq$", r"(^|[.])position_ids$"  # computed now, but still in older folders
 NO_LIMIT = 2**30  # positions of a model whose configuration names no limit
@@ -79,7 +80,7 @@ class DecoderConfig:
         path = os.path.join(folder, CONFIG)
         content = read_json(path)
         content |= {AHEAD: 0} if content.get(AHEAD) else {}
-        source = json.dumps({key: value for key, value in content.items() if key not in OUR_KEYS})
+        source = json.dumps({key: value for key, value in content.items() if key not in OUR_KEYS + ATTENTION})
         try:
             c = skeleton(source).config
         except UserError as e:
@@ -172,8 +173,9 @@ class Decoder(nn.Module):
             for name in module._buffers.keys() - module._non_persistent_buffers_set:
                 buffer = module._buffers.pop(name)
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-        # nn.Module does not look into a tuple: as children both would rename parameters, or list them twice
-        self._held = theirs, find_blocks(theirs)[1]
+        # transformers' model, which shares all modules and parameters, and its blocks; set past nn.Module,
+        # because as children both would rename parameters, or list them twice
+        vars(self).update(theirs=theirs, blocks=find_blocks(theirs)[1])
         self._modules, self._parameters, self._buffers = theirs._modules, theirs._parameters, theirs._buffers
         self._activations, self.plain_head = "none", False
         self.loss = cross_entropy  # a sharded model has a compiled one in its place
@@ -198,15 +200,6 @@ class Decoder(nn.Module):
             for name, tensor in own.items():
                 copy_rows(tensor, state[name])
         self.plain_head = probe(self.theirs, self.config.vocab_size)
-
-    @property
-    def theirs(self) -> nn.Module:
-        """transformers' model, which shares all modules and parameters."""
-        return self._held[0]
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self._held[1]
 
     @property
     def head(self) -> nn.Module:
@@ -239,12 +232,10 @@ class Decoder(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) of ids idx (B, T); with targets (B, T), the mean loss, an fp32 scalar."""
-        if targets is None:
-            return self.theirs(input_ids=idx, use_cache=False).logits
-        if self.plain_head:
+        if targets is not None and self.plain_head:
             return self.loss(self.hidden(idx), self.head, targets)
         logits = self.theirs(input_ids=idx, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.inference_mode()
     def generate(
@@ -258,22 +249,10 @@ class Decoder(nn.Module):
         def read(idx, cache):
             known = {name: cache} if name else {}
             out = self.theirs(input_ids=idx, use_cache=bool(name), **known, **flags)
-            return out.logits[:, -1], getattr(out, name) if name else None
+            return out.logits[:, -1], getattr(out, name, None) if name else None
 
         options = temperature, top_k, top_p, generator
         yield from continue_ids(read, idx, max_new_tokens, self.config, *options)
-
-    def run_recorded(self, idx: Tensor, eager: bool) -> tuple:
-        """(what transformers' model returns for ids idx, each block's (input, output)). Only eager attention
-        returns its matrices."""
-        usual = self.theirs.config._attn_implementation
-        try:
-            if eager:
-                self.theirs.set_attn_implementation("eager")
-            with recorded(self.blocks) as calls:
-                return self.theirs(input_ids=idx, use_cache=False, output_attentions=eager), calls
-        finally:
-            self.theirs.set_attn_implementation(usual)
 
     def attention_steps(self, idx: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield (None, what enters block 0 (B, T, C)), then for each block (its attention matrices
@@ -282,10 +261,15 @@ class Decoder(nn.Module):
         The matrices are None unless every block has one for each of n_head heads. Raises UserError when the
         output of a block is not what enters the next one.
         """
-        result, calls = self.run_recorded(idx, eager=True)
-        # blocks such as Falcon's cannot switch to eager attention and go wrong: run them as they were built
-        if not torch.allclose(result.logits[:1], self(idx[:1]), 1e-3, 1e-3):
-            result, calls = self.run_recorded(idx, eager=False)
+        usual, expected = self.theirs.config._attn_implementation, self(idx[:1])
+        # only eager attention returns its matrices; blocks such as Falcon's cannot switch to it and go wrong
+        for kind in dict.fromkeys(("eager", usual)):
+            self.theirs.set_attn_implementation(kind)
+            with recorded(self.blocks) as calls:
+                result = self.theirs(input_ids=idx, use_cache=False, output_attentions=kind == "eager")
+            if torch.allclose(result.logits[:1], expected, 1e-3, 1e-3):
+                break
+        self.theirs.set_attn_implementation(usual)
         (B, T), n = idx.shape, self.config.n_layer
         inputs = [x for x, _ in calls]
         outputs = [output[0] if isinstance(output, (tuple, list)) else output for _, output in calls]
@@ -337,19 +321,8 @@ def read_decoder(folder: str, config: DecoderConfig) -> dict[str, LazyTensor]:
         number = config.n_layer + i
         ignored.append(f"^{re.escape(config.block_prefix)}{number}[.]")
         print(f"{folder}: block {number} predicts a second token and is left out", file=sys.stderr)
-    tensors = {}
-    for name, tensor in stored_tensors(folder):
-        longer = f"{model.base_model_prefix}.{name}"
-        name = longer if name not in wanted and longer in wanted else name
-        if name in wanted or not any(re.search(pattern, name) for pattern in ignored):
-            tensors[name] = tensor
-    for copy, kept in model.all_tied_weights_keys.items():
-        if copy in tensors and kept in tensors and copy not in wanted:
-            a, b = tensors.pop(copy), tensors[kept]
-            if a.shape != b.shape or not all(map(torch.equal, row_chunks(a), row_chunks(b))):
-                raise UserError(f"{folder}: {copy} differs from {kept}, to which config.json ties it")
-    check_weights(tensors, wanted, folder, model.config.model_type)
-    return tensors
+    kind, prefix, tied = model.config.model_type, model.base_model_prefix, model.all_tied_weights_keys
+    return choose_tensors(stored_tensors(folder), wanted, folder, kind, prefix, tied, ignored)
 
 
 @torch.no_grad()

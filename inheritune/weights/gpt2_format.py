@@ -12,19 +12,20 @@ In this file a configuration is a dict with the fields of model.GPTConfig. A sta
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json, sync_folder, write_json
 from inheritune.base.tokenizer_identity import tokenizer_name
-from inheritune.weights.tensors import LazyTensor, copy_rows, n_bytes, read_tensors, row_chunks, write_tensors
+from inheritune.weights.tensors import LazyTensor, n_bytes, read_tensors, row_chunks, write_tensors
 
 # frozen: checkpoint layout
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # matrices that are stored as (in, out) and that torch's linear layers hold as (out, in)
 INPUT_FIRST = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TIED = {"lm_head.weight": "transformer.wte.weight"}
 LIMITS = {"n_layer": 1000, "n_head": 2**16, "n_embd": 2**20, "n_positions": 2**26, "vocab_size": 2**26}
 # {pattern of files: how the error "FOLDER has no model.safetensors, …" goes on}
 OTHER_FORMATS = {
@@ -49,9 +50,8 @@ class OtherArchitecture(UserError):
 
 def read_model(folder: str) -> tuple[dict[str, LazyTensor], dict]:
     """(state dict, configuration) of a checkpoint folder. Raises UserError unless they fit each other."""
-    config, weights = read_config(folder), read_weights(folder)
-    check_weights(weights, shapes(config), folder)
-    return weights, config
+    config = read_config(folder)
+    return choose_tensors(stored_tensors(folder), shapes(config), folder), config
 
 
 def read_config(folder: str) -> dict:
@@ -148,34 +148,6 @@ def config_json(config: dict) -> dict:
     }
 
 
-def read_weights(folder: str) -> dict[str, LazyTensor]:
-    """The state dict of a checkpoint folder, in the stored dtype. Only the files' headers are read here.
-
-    Names may lack the prefix `transformer.`. Causal masks and a second copy of the tied head are left out.
-    """
-    tensors = {}
-    for key, tensor in stored_tensors(folder):
-        name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-        if name in tensors:
-            raise UserError(f"{folder} holds {name} twice")
-        tensors[name] = tensor
-    tie_head(tensors, folder)
-    return tensors
-
-
-def tie_head(tensors: dict, source: str) -> None:
-    """Drop lm_head.weight, which must equal wte.weight (they are tied). If only the head is stored, it
-    becomes wte.weight. Raises UserError, naming `source`, when the two differ."""
-    head = tensors.pop("lm_head.weight", None)
-    wte = tensors.get("transformer.wte.weight", head)
-    if head is not None:
-        same = head.shape == wte.shape and len(wte.shape) == 2
-        if not same or not all(map(torch.equal, row_chunks(head), row_chunks(wte))):
-            what = "lm_head.weight differs from wte.weight; untied heads are not implemented"
-            raise UserError(f"{source}: {what}")
-        tensors["transformer.wte.weight"] = wte
-
-
 def stored_tensors(folder: str) -> Iterator[tuple[str, LazyTensor]]:
     """Yield (name, tensor) of everything in a folder's safetensors files, by the names that stand there."""
     files, index = [WEIGHTS], os.path.join(folder, INDEX)
@@ -215,32 +187,43 @@ def shapes(config: dict) -> dict[str, tuple]:
     return {f"transformer.{name}": shape for name, shape in every.items()}
 
 
-def check_weights(weights: Mapping, wanted: dict[str, tuple], source: str, kind: str = "GPT-2") -> None:
-    """Raise UserError, naming `source`, unless these are the wanted tensors, {name: shape}, of
-    a model of this kind."""
-    wrong = [f"{n} is missing" for n in wanted if n not in weights]
-    wrong += [f"{n} is not a {kind} tensor" for n in weights if n not in wanted]
-    found = {n: tuple(t.shape) for n, t in weights.items() if n in wanted}
+def choose_tensors(
+    stored: Iterable[tuple[str, torch.Tensor | LazyTensor]],
+    wanted: dict[str, tuple],
+    source: str,
+    kind: str = "GPT-2",
+    prefix: str = "transformer",
+    tied: Mapping = TIED,
+    ignored: Sequence[str] = (),
+) -> dict:
+    """The state dict of a model, of what its folder stores. Raises UserError, naming `source`, unless all
+    tensors of `wanted`, {name: shape}, are there, and no others.
+
+    prefix: of the names in the base model; one that lacks it gets it.
+    tied: {copy: original}: a copy is left out, or becomes the original where only the copy is stored.
+    ignored: patterns of the names that are left out.
+    """
+    tensors = {}
+    for name, tensor in stored:
+        name = name if name in wanted or f"{prefix}.{name}" not in wanted else f"{prefix}.{name}"
+        if name in tensors:
+            raise UserError(f"{source} holds {name} twice")
+        if name in wanted or not any(re.search(pattern, name) for pattern in ignored):
+            tensors[name] = tensor
+    for copy, kept in tied.items():
+        if copy in tensors and copy not in wanted:
+            a = tensors.pop(copy)
+            b = tensors.setdefault(kept, a)
+            if a.shape != b.shape or not all(map(torch.equal, row_chunks(a), row_chunks(b))):
+                raise UserError(f"{source}: {copy} differs from {kept}, though the two are tied")
+    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
+    wrong += [f"{n} is not a {kind} tensor" for n in tensors if n not in wanted]
+    found = {n: tuple(t.shape) for n, t in tensors.items() if n in wanted}
     wrong += [f"{n} is {s}, config.json says {wanted[n]}" for n, s in found.items() if s != wanted[n]]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{source}: {'; '.join(wrong[:3])}{more}")
-
-
-def fill(parameters: dict[str, torch.Tensor], state: Mapping, source: str) -> None:
-    """Copy a state dict of any float dtype into the parameters of a model.
-
-    Raises UserError, naming `source`, if a bias is not zero but the model has none. This happens when
-    transformers has trained on: its config.json keeps `bias: false`.
-    """
-    with torch.no_grad():
-        for name in state:
-            if name in parameters:
-                p = parameters[name]
-                copy_rows(p.t() if name.endswith(INPUT_FIRST) else p, state[name])
-            elif state[name][:].any():
-                cure = "write bias: true there"
-                raise UserError(f"{source}: {name} is not zero, but config.json says bias: false; {cure}")
+    return tensors
 
 
 def arrange(parameters: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
@@ -262,21 +245,16 @@ def write_model(folder: str, state: Mapping, config: dict, files: dict[str, byte
     config: the content of config.json.
     files: {name: bytes} of other files; a name may lie in a subfolder.
     """
-    shards, size = [{}], 0  # size: of the last shard
-    for name, tensor in state.items():
-        if shards[-1] and size + n_bytes(tensor) > MAX_FILE:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += n_bytes(tensor)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    names = names if shards[1:] else [WEIGHTS]
-    for file, shard in zip(names, shards, strict=True):
-        write_tensors(os.path.join(folder, file), shard)
-    if shards[1:]:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = {"total_size": sum(map(n_bytes, state.values()))}
-        write_json(os.path.join(folder, INDEX), {"metadata": total, "weight_map": weight_map})
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        state, get_storage_size=n_bytes, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_FILE
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(os.path.join(folder, file), {name: state[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(os.path.join(folder, INDEX), index)
     write_json(os.path.join(folder, CONFIG), config)
     for name, content in files.items():
         path = os.path.join(folder, name)

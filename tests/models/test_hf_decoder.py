@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch.nn import functional as F
 
 from inheritune.models.hf_decoder import Decoder
@@ -13,7 +13,7 @@ from inheritune.models.open_model import load_model, open_config, open_weights
 from inheritune.weights.gpt2_format import NO_EOT
 from model import GPT
 from tests.other_models import KINDS, build
-from tests.tiny import write_checkpoint
+from tests.tiny import change_json, write_checkpoint
 
 IDX = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(1))
 TARGETS = IDX.roll(-1, 1)
@@ -94,6 +94,22 @@ def test_buffers_that_older_folders_hold_are_left_out(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | older, file)
     assert len(load_model(str(tmp_path)).blocks) == 4
+
+
+def test_a_tied_head_may_be_all_that_is_stored(tmp_path):
+    """safetensors' save_model leaves out one name of a shared tensor, here that of the embeddings."""
+    model = build("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path / "model.safetensors")
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(load_model(str(tmp_path))(IDX), model(IDX).logits)
+
+
+def test_a_config_that_asks_for_a_package_of_its_authors(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", _attn_implementation="flash_attention_2")
+    torch.testing.assert_close(load_model(str(tmp_path))(IDX), model(IDX).logits)
 
 
 def test_a_gpt2_is_opened_as_one(tmp_path):

@@ -81,7 +81,7 @@ def test_a_nan_in_the_last_row_is_found_and_nothing_is_left(tmp_path, monkeypatc
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
     write_checkpoint(tmp_path / "ref")
-    weights = gpt2_format.read_weights(str(tmp_path / "ref"))
+    weights = gpt2_format.read_model(str(tmp_path / "ref"))[0]
     os.truncate(tmp_path / "ref/model.safetensors", 5000)
     with pytest.raises(UserError, match=r"ref/model.safetensors ends within transformer.wte.weight"):
         weights["transformer.wte.weight"][:]
