@@ -39,7 +39,7 @@ def assert_cut(model, folder, blocks):
         # a list that happens to be as long as the model is deep
         ("mamba2", {"depth": 2}, {}, [1], {"num_hidden_layers": 1, "time_step_limit": [0.0, math.inf]}),
         # numbers that decide no list stay
-        ("deepseek_v32", {}, {}, [3], {"max_position_embeddings": 64}),
+        ("deepseek_v32", {"depth": 6}, {}, [3, 4, 5], {"max_position_embeddings": 64}),
         ("mamba", {}, {"n_layer": 4}, [0, 2], {"n_layer": 2, "num_hidden_layers": 2}),
     ],
 )
