@@ -11,7 +11,7 @@ of each document instead. Killed anywhere, it goes on when started again.
 import sys
 
 from inheritune.base.errors import UserError, one_line
-from inheritune.data.sources import check_hub_flags, hub_parser, open_files, open_hub
+from inheritune.data.sources import hub_parser, open_corpus
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
 
@@ -25,18 +25,16 @@ def main(argv=None):
     parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a shard, about")
     parser.add_argument("--max_tokens", type=int, default=0, help="stop after about so many; 0: at the end")
     args = parser.parse_args(argv)
-    check_hub_flags(parser, args)
+    if args.data_files and args.name:
+        raise UserError("--name has no effect with --data_files: leave it out")
     if args.shard_tokens < 1:
         raise UserError(f"--shard_tokens {args.shard_tokens} must be at least 1")
     if args.max_tokens and args.max_tokens <= args.shard_tokens:
         shard = f"--shard_tokens {args.shard_tokens}"
         raise UserError(f"--max_tokens must exceed {shard}: the first shard is for validation")
     tokenizer = load_tokenizer(args.tokenizer)
-    if args.data_files:
-        source = open_files(args.data_files, [], False, None, "", args.out)
-    else:
-        sample = "sample-10BT" if args.dataset == parser.get_default("dataset") else None
-        source = open_hub(args.dataset, True, name=args.name or sample)
+    sample = "sample-10BT" if args.dataset == parser.get_default("dataset") else None
+    source = open_corpus(args, True, name=args.name or sample)
     sizes = {"shard_tokens": args.shard_tokens, "max_tokens": args.max_tokens or sys.maxsize}
     source.arguments.update(sizes)
     write_tokens(args.out, "prepare_fineweb.py", source, tokenizer, args.num_proc, **sizes)

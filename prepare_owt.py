@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from inheritune.base.errors import UserError, one_line
-from inheritune.data.sources import Source, check_hub_flags, hub_parser, open_files, open_hub
+from inheritune.data.sources import Source, hub_parser, open_corpus
 from inheritune.data.text_files import Piece
 from inheritune.data.tokenizer import load_tokenizer
 from inheritune.data.writer import write_tokens
@@ -27,16 +27,16 @@ PARQUET = "7577b918bd30b25df0b88bb718dc8a6c80cb619b"  # where this dataset is pa
 VAL_FRACTION, SEED = 0.0005, 2357  # nanoGPT's
 
 
-def load(dataset: str) -> Source:
-    """The hub dataset. Where it still holds a loading script, which the datasets library no longer runs, the
-    revision in which the hub itself converted it to parquet."""
+def load(args) -> Source:
+    """The files, or the hub dataset. Where it still holds a loading script, which the datasets library no
+    longer runs, the revision in which the hub itself converted it to parquet."""
     try:
-        return open_hub(dataset, False)
+        return open_corpus(args, False)
     except UserError as e:
-        if "scripts are no longer supported" not in str(e) or dataset != DATASET:
+        if "scripts are no longer supported" not in str(e) or args.dataset != DATASET:
             raise
-    print(f"{dataset} holds a loading script; taking revision {PARQUET}")
-    return open_hub(dataset, False, revision=PARQUET)
+    print(f"{DATASET} holds a loading script; taking revision {PARQUET}")
+    return open_corpus(args, False, revision=PARQUET)
 
 
 def validation_documents(n: int) -> np.ndarray:
@@ -59,12 +59,9 @@ def hold_out(pieces: Iterator[Piece], held_out: np.ndarray) -> Iterator[Piece]:
 @one_line
 def main(argv=None):
     """Command line: OpenWebText, from the hub or from local files, into a data folder."""
-    parser = hub_parser(__doc__, "data/openwebtext", DATASET)
-    args = parser.parse_args(argv)
-    check_hub_flags(parser, args)
+    args = hub_parser(__doc__, "data/openwebtext", DATASET).parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
-    files = args.data_files
-    source = open_files(files, [], False, None, "", args.out) if files else load(args.dataset)
+    source = load(args)
     held_out = validation_documents(source.documents())
     source = source._replace(pieces=hold_out(source.pieces, held_out))
     write_tokens(args.out, "prepare_owt.py", source, tokenizer, args.num_proc)

@@ -1,5 +1,6 @@
 """The three prepare scripts: the tokens they write, and what they say when something is wrong."""
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -135,14 +136,15 @@ def test_hub_path_equals_files(tmp_path, texts, monkeypatch):
 def test_loading_script_falls_back_to_the_parquet_revision(monkeypatch):
     asked = []
 
-    def open_hub(dataset, streaming, revision=None):
+    def open_corpus(args, streaming, revision=None):
         asked.append(revision)
         if not revision:
             raise prepare_owt.UserError("Dataset scripts are no longer supported, but found openwebtext.py")
         return "rows"
 
-    monkeypatch.setattr(prepare_owt, "open_hub", open_hub)
-    assert prepare_owt.load(prepare_owt.DATASET) == "rows"
+    monkeypatch.setattr(prepare_owt, "open_corpus", open_corpus)
+    args = argparse.Namespace(dataset=prepare_owt.DATASET)
+    assert prepare_owt.load(args) == "rows"
     assert asked == [None, prepare_owt.PARQUET]
 
 

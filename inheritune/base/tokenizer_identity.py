@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from inheritune.base.errors import UserError, first_line
 from inheritune.base.files import read_optional
@@ -74,11 +74,24 @@ def open_tokenizer(path: str) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_file(file)
         vocab_and_merges = (os.path.join(path, name) for name in OLDER_FILES)
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*vocab_and_merges))
-    prefix = bool((read_optional(path, TOKENIZER_CONFIG) or {}).get("add_prefix_space"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    config = read_optional(path, TOKENIZER_CONFIG) or {}
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")))
     tokenizer.decoder = decoders.ByteLevel()
     add_tokens(tokenizer, path)
+    bos = special_token(config, "bos_token")
+    if config.get("add_bos_token") and (number := find_id(tokenizer, bos)) is not None:  # OPT's texts
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, number)])
     return tokenizer
+
+
+def special_token(config: dict, key: str):
+    """A token in tokenizer_config.json, by itself or as `{"content": "</s>", …}`."""
+    token = config.get(key)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def find_id(tokenizer: tokenizers.Tokenizer, token) -> int | None:
+    return tokenizer.token_to_id(token) if isinstance(token, str) else None
 
 
 def has_gpt2_files(folder: str) -> bool:
@@ -122,9 +135,7 @@ def package_errors(path: str) -> Iterator[None]:
 def find_end_of_text(folder: str, tokenizer: tokenizers.Tokenizer) -> int | None:
     """The id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json. None
     where neither names a token of this tokenizer."""
-    token = (read_optional(folder, TOKENIZER_CONFIG) or {}).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    eot = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    eot = find_id(tokenizer, special_token(read_optional(folder, TOKENIZER_CONFIG) or {}, "eos_token"))
     if eot is None:
         eot = (read_optional(folder, "config.json") or {}).get("eos_token_id")
         eot = eot[0] if isinstance(eot, list) and eot else eot

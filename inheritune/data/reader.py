@@ -87,10 +87,6 @@ class TrainData:
         self.first = int(len(self.tokens) * start)
         last = int(len(self.tokens) * end)
         self.n_windows = (last - self.first - 1) // block_size
-        if self.n_windows < 1:
-            what = f"tokens {self.first:,} to {last:,} of train hold no window"
-            cure = "use a smaller block_size or more data"
-            raise UserError(f"{folder}: {what} of block_size + 1 = {block_size + 1}: {cure}")
 
     def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> torch.Tensor:
         """Windows (count/world, block_size + 1) int32: rank 1 of 4 gets samples 1, 5, 9, … of `count`."""
@@ -202,25 +198,21 @@ def read_meta(folder: str) -> dict:
         return {"tokenizer": GPT2, "dtype": None}
     meta = read_json(path)
     try:
-        tokenizer, splits = meta["tokenizer"], meta.get("splits", {})
+        tokenizer = meta["tokenizer"]
+        shards = [shard for split in meta.get("splits", {}).values() for shard in split["shards"]]
         usable = (
             meta["dtype"] in ("uint16", "uint32")
             and isinstance(tokenizer["name"], str)
             and all(type(tokenizer[key]) is int for key in {"n_vocab", "eot", "bos"} & {*tokenizer})
             and 0 <= tokenizer["eot"] < tokenizer["n_vocab"] <= MAX_VOCAB
             and 0 <= tokenizer.get("bos", 0) < tokenizer["n_vocab"]
-            and all(is_usable(shard) for split in splits.values() for shard in split["shards"])
+            and all(os.path.basename(s["file"]) == s["file"] and type(s["tokens"]) is int for s in shards)
         )
     except (KeyError, TypeError, AttributeError):
         usable = False
     if not usable:
         raise UserError(f"{path} lacks a usable dtype, tokenizer or list of shards; prepare the data again")
     return meta
-
-
-def is_usable(shard: dict) -> bool:
-    """Whether an entry of meta.json names a file in the same folder, and how many tokens it holds."""
-    return os.path.basename(shard["file"]) == shard["file"] and type(shard["tokens"]) is int
 
 
 def identity(folder: str) -> str:

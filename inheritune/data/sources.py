@@ -23,11 +23,10 @@ from inheritune.data.text_files import (
     check_column,
     examine,
     holds,
-    is_text,
     named_kind,
+    only_texts,
     read_table,
     read_text,
-    say_left_out,
 )
 
 # Words in a path that mark text as validation or test, as in the hub's rules.
@@ -222,32 +221,30 @@ def hub_parser(description: str, out: str, dataset: str) -> Parser:
     """The flags of the commands that read a hub dataset; `out` and `dataset` are defaults."""
     parser = Parser(description=description)
     parser.add_argument("--out", default=out, help="folder to write")
-    parser.add_argument("--dataset", default=dataset, help="hub dataset, or a folder in the hub's layout")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--dataset", default=dataset, help="hub dataset, or a folder in the hub's layout")
     help = "read these instead: tables, text files or folders of them, as prepare.py does"
-    parser.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
+    one.add_argument("--data_files", nargs="+", default=[], metavar="PATH", help=help)
     parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZERS)
     parser.add_argument("--num_proc", type=int, default=usable_cpus(), help="threads that tokenise")
     return parser
 
 
-def check_hub_flags(parser: Parser, args) -> None:
-    """Raise UserError for flags of a hub dataset that have no effect with --data_files."""
-    for name in ("dataset", "name"):
-        if args.data_files and getattr(args, name, None) != parser.get_default(name):
-            raise UserError(f"--{name} has no effect with --data_files: leave it out")
-
-
-def open_hub(dataset: str, streaming: bool, **options) -> Source:
-    """The column `text` of the `train` split of a hub dataset, or of a folder in the hub's layout.
+def open_corpus(args, streaming: bool, **options) -> Source:
+    """What the flags of `hub_parser` name: --data_files, or the column `text` of the `train` split of a hub
+    dataset (or of a folder in the hub's layout).
 
     options: revision and name, for `datasets.load_dataset`
 
     Raises UserError, after the hub library's own 20 seconds of trying again, when the hub cannot be reached,
     and when it refuses or there is no such column.
     """
+    if args.data_files:
+        return open_files(args.data_files, [], False, None, "", args.out)
     import datasets
     from huggingface_hub.utils import logging
 
+    dataset = args.dataset
     logging.set_verbosity_error()  # it would report every attempt
     print(f"asking the Hugging Face hub for {dataset} ...", file=sys.stderr)
     try:
@@ -263,14 +260,10 @@ def open_hub(dataset: str, streaming: bool, **options) -> Source:
 
 def read_hub(rows, n: int | None) -> Iterator[Piece]:
     """Yield a piece for each of the `n` rows of a hub dataset; n is None for a streamed one."""
-    nulls = 0
+    values = ((f"row {number}", row["text"]) for number, row in enumerate(rows, 1))
     try:
-        for number, row in enumerate(rows, 1):
-            if is_text(row["text"], "text", f"row {number} of the dataset"):
-                yield Piece([row["text"]], progress=n and number / n)
-            else:
-                nulls += 1
-        say_left_out(nulls, "the dataset")
+        for number, (_, text) in enumerate(only_texts(values, "text", "the dataset"), 1):
+            yield Piece([text], progress=n and number / n)
     except UserError:
         raise
     except Exception as e:

@@ -1,5 +1,5 @@
 """The text that every Python carries, the corpus of the demo. It needs no network, and is the same for all
-installations of one Python version.
+installations of one Python version, but for one file of 2 kB that names the installation's folder.
 
 A document is a help topic, or a module's docstrings or source. A hash of the module's name puts both into
 training or both into validation.
