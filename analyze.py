@@ -32,13 +32,8 @@ def make_parser() -> Parser:
     add("--split", default="val", help="the split of --data")
     add("--sequences", type=int, default=metrics.SEQUENCES, help="random windows")
     add("--length", type=int, help="tokens in each (default: 100, or the model's context if shorter)")
-    add(
-        "--tau",
-        type=share,
-        nargs="+",
-        default=[0.9],
-        help="shares of the squared singular values; the first defines lazy",
-    )
+    shares = "shares of the squared singular values; the first defines lazy"
+    add("--tau", type=share, nargs="+", default=[0.9], help=shares)
     add("--eta", type=share, default=0.9, help="share of the squares, for AvgMass")
     add("--skip_sequences", type=int, default=20, help="windows for the loss without a block; 0: none")
     add("--seed", type=int, default=metrics.SEED, help="of the windows")

@@ -9,13 +9,13 @@ curves are copied to results/NAME/logs, and the report needs nothing else.
 """
 
 import dataclasses
-import glob
 import math
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 import torch
 
@@ -26,7 +26,7 @@ from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments import stages
 from inheritune.experiments.arms import ARM_DECIDES, Arm, find_arm, impossible, parse_arms, settings_hash
 from inheritune.experiments.measurements import cost_of_training, history, make_row, measured_on
-from inheritune.experiments.plots import plot_results
+from inheritune.experiments.plots import plot_comparison, plot_compute
 from inheritune.experiments.stages import Common
 from inheritune.experiments.tables import write_tables
 from inheritune.models.open_model import Config, open_config
@@ -37,22 +37,14 @@ from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
 from model import ARCHITECTURE
 
-
-@dataclass
-class Comparison:
-    """What is compared."""
-
-    commons: dict[int, Common]  # of each seed
-    seeds: dict[Arm, int]  # how many seeds each arm gets
-    left_out: dict[str, str]  # names of arms that cannot be made, and why
-
-    def pairs(self) -> list[tuple[Arm, int]]:
-        """[(arm, seed)] of all that was asked for."""
-        return [(arm, seed) for arm, count in self.seeds.items() for seed in list(self.commons)[:count]]
+Pairs = list[tuple[Arm, Common]]  # each arm of each seed, with what all arms of that seed share
 
 
-def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset) -> Comparison:
-    """Check everything that can be checked before training. Raises UserError with every problem found.
+def plan_comparison(
+    settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset
+) -> tuple[Pairs, dict[str, str]]:
+    """(what is to be made, {arm that cannot be made: why}). Raises UserError with every problem that can be
+    found before training.
 
     explicit: the keys of settings that the user has set
     """
@@ -68,13 +60,12 @@ def plan_comparison(settings: TrainSettings, rep: ReplicateSettings, explicit: f
         raise UserError("arms: there is nothing to do")
 
     numbers = range(rep.first_seed, rep.first_seed + max(seeds.values()))
-    commons = {seed: plan_seed(settings, rep, explicit, seed) for seed in numbers}
-    c = commons[rep.first_seed]
-    reasons = impossible(c)
+    commons = [plan_seed(settings, rep, explicit, seed) for seed in numbers]
+    reasons = impossible(commons[0])
     left_out = {arm.name: reasons[arm.base] for arm in seeds if arm.base in reasons}
-    seeds = {arm: count for arm, count in seeds.items() if arm.base not in reasons}
-    raise_all(stages.run_problems([stage for arm in seeds for stage in arm.stages(c)]))
-    return Comparison(commons, seeds, left_out)
+    pairs = [(arm, c) for arm, count in seeds.items() if arm.base not in reasons for c in commons[:count]]
+    raise_all(stages.run_problems([stage for arm, c in dict(pairs).items() for stage in arm.stages(c)]))
+    return pairs, left_out
 
 
 def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset, seed: int) -> Common:
@@ -82,7 +73,6 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     folder = os.path.join(settings.out_dir, f"seed_{seed}")
     data = {"dataset": settings.dataset, "seed": seed} | ({"data_end": rep.seen} if rep.seen < 1 else {})
     flags = stages.small_flags(settings, explicit) | data
-    kd = {key: flags.pop(key) for key in ("kd_alpha", "kd_temperature") if key in flags}
 
     # the reference: trained here or given; in a report its row and its config.json say what it was
     name, stage = rep.reference, None
@@ -94,19 +84,19 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
             theirs = f"{rep.reference_config} validates on {stage.settings.eval_tokens:,} tokens"
             raise UserError(f"{theirs}, the others on {settings.eval_tokens:,}: set eval_tokens")
     if rep.report and (kept := kept_reference(rep)):
-        config, flops, layer_steps = kept
+        config, cost = kept
         stage = stage and dataclasses.replace(stage, config=config)
     elif stage:
-        config, flops, layer_steps = stage.config, stage.flops, stage.layer_steps
+        config, cost = stage.config, (stage.flops, stage.layer_steps)
     else:
         if os.path.isdir(name) or not settings.dry_run:  # a dry run downloads no weights
             name = checkpoint.find(name, prefer="latest")
         config = planning.find_source(name)[1]
-        flops, layer_steps = cost_of_training(name, config)
+        cost = cost_of_training(name, config)
         config = stages.shared_config(name, config, settings, explicit, [])
 
     if stage and (stage.settings.init_from != "scratch" or stage.teacher):
-        flops = layer_steps = None  # what it starts or learns from was trained, too
+        cost = None, None  # what it starts or learns from was trained, too
 
     # the small models
     k = rep.layers or config.n_layer // 2
@@ -121,40 +111,32 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         config=config,
         reference=name,
         reference_stage=stage,
-        reference_flops=flops,
-        reference_layer_steps=layer_steps,
+        reference_cost=cost,
         rounds=(*range(first, k, rep.rounds_step), k),
-        kd=kd,
-        seen=rep.seen,
     )
 
 
-def kept_reference(rep: ReplicateSettings) -> tuple[Config, float | None, int | None] | None:
-    """(config, FLOPs of its training, layer-steps) of a reference in results/NAME/logs, or None. With it a
+def kept_reference(rep: ReplicateSettings) -> tuple[Config, tuple] | None:
+    """(config, FLOPs and layer-steps of its training) of a reference in results/NAME/logs, or None. With it a
     report needs neither data nor checkpoints."""
-    for folder in sorted(glob.glob(os.path.join(glob.escape(logs_of(rep)), "seed_*", "reference"))):
-        if os.path.exists(os.path.join(folder, "config.json")):
-            row = read_json(os.path.join(folder, "row.json"))
-            return open_config(folder), row["flops"], row["layer_steps"]
+    for config in sorted(Path(logs_of(rep)).glob("seed_*/reference/config.json")):
+        row = read_json(config.with_name("row.json"))
+        return open_config(str(config.parent)), (row["flops"], row["layer_steps"])
     return None
 
 
-def row_path(out_dir: str, arm: Arm, seed: int) -> str:
-    """The path of an arm's row.json, which is there once the arm is done."""
-    return os.path.join(out_dir, f"seed_{seed}", arm.name, "row.json")
-
-
-def finished_row(
-    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int
-) -> dict | None:
+def finished_row(settings: TrainSettings, rep: ReplicateSettings, arm: Arm, c: Common) -> dict | None:
     """The row of an arm that is done and whose runs are still there, else None. Raises UserError when it was
     made with other settings or data."""
-    path = row_path(settings.out_dir, arm, seed)
+    path = c.row_path(arm.name)
+    kept = os.path.join(logs_of(rep), os.path.relpath(path, settings.out_dir))  # of the same table
+    for made in (path, kept):
+        if os.path.exists(made) and read_json(made)["settings_hash"] != settings_hash(c, arm):
+            cure = "restore them, or use another out_dir and another results"
+            raise UserError(f"{made} was made with other settings: {cure}")
     if not os.path.exists(path) or not all(os.path.exists(s.run) for s in arm.stages(c)):
         return None
     row, folder = read_json(path), os.path.dirname(path)
-    if row["settings_hash"] != settings_hash(c, arm):
-        raise UserError(f"{path} was made with other settings: restore them, or use another out_dir")
     for key, value in measured_on(settings, rep, c).items():
         if key in row and row[key] != value:  # rows of earlier versions lack some
             what = {"val_tokens": "final_tokens"}.get(key, key)
@@ -162,31 +144,29 @@ def finished_row(
     return row
 
 
-def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Comparison) -> None:
+def train_all(settings: TrainSettings, rep: ReplicateSettings, pairs: Pairs) -> None:
     """Train and measure every arm that is not done, `jobs` side by side.
 
     Raises the first UserError once the arms already running have ended; the others do not begin.
     """
-    pairs, commons = comparison.pairs(), comparison.commons
-    rows = {(arm, seed): finished_row(settings, rep, commons[seed], arm, seed) for arm, seed in pairs}
+    rows = {pair: finished_row(settings, rep, *pair) for pair in pairs}
     missing = [pair for pair in pairs if rows[pair] is None]
-    flops = {(arm, seed): sum(s.flops for s in arm.stages(commons[seed])) for arm, seed in missing}
+    flops = {(arm, c): sum(s.flops for s in arm.stages(c)) for arm, c in missing}
     on_cpu = machine.pick(settings.device).type == "cpu"
     jobs = rep.jobs or (max(1, usable_cpus() // settings.threads) if on_cpu and settings.threads else 1)
     done, began = [], time.perf_counter()
     ready = f"{len(pairs) - len(missing)} of them done, {jobs} side by side"
     print(f"{len(pairs)} arms × seeds, {ready}", flush=True)
 
-    def work(arm, seed, request):
-        target = None if arm.name == "reference" else rows[find_arm("reference"), seed]["curve_loss"]
-        row = train_arm(settings, rep, commons[seed], arm, seed, target, request)
-        rows[arm, seed] = row
+    def work(arm, c, request):
+        target = None if arm.name == "reference" else rows[find_arm("reference"), c]["curve_loss"]
+        row = rows[arm, c] = train_arm(settings, rep, arm, c, target, request)
         with stages.ONE_AT_A_TIME:
             keep_logs(settings, rep)  # now, for a report while others are training
-            done.append(flops[arm, seed])
+            done.append(flops[arm, c])
             per_flop = (time.perf_counter() - began) / (sum(done) or math.inf)
             eta = planning.duration(per_flop * (sum(flops.values()) - sum(done)))
-            progress = f"[{len(done)}/{len(missing)}] seed {seed} {arm.name}"
+            progress = f"[{len(done)}/{len(missing)}] seed {c.flags['seed']} {arm.name}"
             print(f"{progress}: val {row['val_loss']:.4f} | eta {eta}", flush=True)
 
     # the references first: the other arms start from them, or are compared with them
@@ -195,18 +175,18 @@ def train_all(settings: TrainSettings, rep: ReplicateSettings, comparison: Compa
         with StopRequest() as request, ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(work, *pair, request) for pair in phase]
             try:
-                for future in futures:
+                for future in as_completed(futures):
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def train_arm(settings, rep, c: Common, arm: Arm, seed: int, target: float | None, request) -> dict:
+def train_arm(settings, rep, arm: Arm, c: Common, target: float | None, request) -> dict:
     """Run an arm's stages and write its row.json, which is returned."""
     for stage in arm.stages(c):
         stages.run_stage(stage, request, quiet=True)
-    row, path = make_row(settings, rep, c, arm, seed, target), row_path(settings.out_dir, arm, seed)
+    row, path = make_row(settings, rep, c, arm, target), c.row_path(arm.name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if arm.name == "reference":  # the report needs it
         write_json(os.path.join(os.path.dirname(path), "config.json"), c.config.content())
@@ -223,50 +203,46 @@ def logs_of(rep: ReplicateSettings) -> str:
 
 def keep_logs(settings: TrainSettings, rep: ReplicateSettings) -> None:
     """Copy the row.json, config.json and log.csv of every arm that is done to results/NAME/logs."""
-    for row in glob.glob("seed_*/*/row.json", root_dir=settings.out_dir):
-        arm = glob.escape(os.path.dirname(row))
-        others = glob.glob(f"{arm}/config.json", root_dir=settings.out_dir)
-        for name in [row, *others, *glob.glob(f"{arm}/*/log.csv", root_dir=settings.out_dir)]:
-            target = os.path.join(logs_of(rep), name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(os.path.join(settings.out_dir, name), target)
+    for row in Path(settings.out_dir).glob("seed_*/*/row.json"):
+        for source in (row, *row.parent.glob("config.json"), *row.parent.glob("*/log.csv")):
+            target = Path(logs_of(rep), source.relative_to(settings.out_dir))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
 
-def write_report(settings: TrainSettings, rep: ReplicateSettings, explicit: frozenset) -> str:
+def write_report(settings: TrainSettings, rep: ReplicateSettings, pairs: Pairs, left_out: dict) -> str:
     """Write table and figures from results/NAME/logs alone; returns the table and where all is.
 
     Arms that are not there yet are left out. Raises UserError when there is no reference.
     """
-    logs = dataclasses.replace(settings, out_dir=logs_of(rep))
-    comparison = plan_comparison(logs, dataclasses.replace(rep, report=True), explicit)
     arms, curves = {}, {}
-    for arm, seed in comparison.pairs():
-        if os.path.exists(path := row_path(logs.out_dir, arm, seed)):
+    for arm, c in pairs:
+        c = dataclasses.replace(c, folder=os.path.join(logs_of(rep), os.path.basename(c.folder)))
+        if os.path.exists(path := c.row_path(arm.name)):
             arms.setdefault(arm, []).append(read_json(path))
-            found = [(flops, loss) for _, flops, _, loss in history(arm.stages(comparison.commons[seed]))]
+            found = [(flops, loss) for _, flops, _, loss in history(arm.stages(c))]
             curves.setdefault(arm, []).extend([tuple(zip(*found, strict=True))] if found else [])
     if find_arm("reference") not in arms:
         cure = "run the same command without --report first"
-        raise UserError(f"{logs.out_dir} has no row of a reference: {cure}")
-    table = write_tables(rep.results, arms, comparison.left_out)
-    figures = plot_results(rep.results, arms, curves, settings.optimizer)
-    missing = len(comparison.pairs()) - sum(map(len, arms.values()))
+        raise UserError(f"{logs_of(rep)} has no row of a reference: {cure}")
+    table = write_tables(rep.results, arms, left_out)
+    title = os.path.basename(os.path.normpath(rep.results))
+    plot_comparison(os.path.join(rep.results, "curves.png"), arms, curves, title)
+    plot_compute(os.path.join(rep.results, "compute.png"), arms, curves, title, settings.optimizer)
+    missing = len(pairs) - sum(map(len, arms.values()))
     note = f"{missing} arms × seeds are not there yet\n" if missing else ""
-    return f"{table}\n{note}written: {rep.results}/results.csv, table.md, {', '.join(figures)}"
+    return f"{table}\n{note}written: {rep.results}/results.csv, table.md, curves.png, compute.png"
 
 
-def describe_comparison(comparison: Comparison) -> str:
+def describe_comparison(pairs: Pairs, left_out: dict[str, str]) -> str:
     """The text of --dry_run: every arm, its stages, and what they cost."""
-    lines, total = [], 0.0
-    c = next(iter(comparison.commons.values()))
-    for arm, count in comparison.seeds.items():
-        runs = arm.stages(c)
-        lines.append(
-            f"{arm.name:18} {count} seed(s): {' then '.join(map(stages.stage_text, runs)) or 'given'}"
-        )
-        total += count * sum(stage.flops for stage in runs)
-    lines += [f"{name:18} left out: {why}" for name, why in comparison.left_out.items()]
-    return "\n".join([*lines, f"{len(comparison.pairs())} arms × seeds, {total:.3g} FLOPs in all"])
+    lines, counts = [], Counter(arm for arm, _ in pairs)
+    for arm, c in dict(pairs).items():
+        runs = " then ".join(map(stages.stage_text, arm.stages(c))) or "given"
+        lines.append(f"{arm.name:18} {counts[arm]} seed(s): {runs}")
+    lines += [f"{name:18} left out: {why}" for name, why in left_out.items()]
+    total = sum(stage.flops for arm, c in pairs for stage in arm.stages(c))
+    return "\n".join([*lines, f"{len(pairs)} arms × seeds, {total:.3g} FLOPs in all"])
 
 
 @one_line
@@ -277,19 +253,19 @@ def main(argv=None):
     rep.results = rep.results or os.path.join(settings.out_dir, "results")
     if rep.report:
         keep_logs(settings, rep)  # also of a comparison that is still under way
-    comparison = plan_comparison(settings, rep, explicit)
+    pairs, left_out = plan_comparison(settings, rep, explicit)
     if settings.dry_run:
-        print(describe_comparison(comparison))
+        print(describe_comparison(pairs, left_out))
         return
     if not rep.report:
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        for name, why in comparison.left_out.items():
+        for name, why in left_out.items():
             print(f"{name} is left out: {why}")
         with ended_after(settings.max_hours):
-            train_all(settings, rep, comparison)
+            train_all(settings, rep, pairs)
         keep_logs(settings, rep)
-    print("\n" + write_report(settings, rep, explicit))
+    print("\n" + write_report(settings, rep, pairs, left_out))
 
 
 if __name__ == "__main__":

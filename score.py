@@ -15,36 +15,15 @@ import math
 import os
 import sys
 
-from torch import Tensor
-
 from inheritune.base.errors import Parser, UserError, nearest, one_line, rank_info
 from inheritune.base.files import write_json
-from inheritune.data.reader import Tokens, check_tokenizer, read_meta
+from inheritune.data.reader import ValData, check_tokenizer, read_meta
 from inheritune.data.tokenizer import has_tokenizer
 from inheritune.models.open_model import Config, load_model, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import Ranks
-from inheritune.training.losses import total_nats
+from inheritune.training.losses import mean_loss
 from inheritune.weights import checkpoint
-
-
-class SplitWindows:
-    """A split as windows that do not overlap, in groups of `group`, for losses.total_nats. The shorter last
-    window is a group of its own. Raises UserError when there is nothing to predict."""
-
-    def __init__(self, tokens: Tokens, block_size: int, group: int):
-        if len(tokens) < 2:
-            raise UserError(f"{tokens.folder}: {tokens.split} has {len(tokens)} tokens; a loss needs two")
-        self.tokens, self.block_size, self.group = tokens, block_size, group
-        self.n_windows, self.rest = divmod(len(tokens) - 1, block_size)
-        self.n_groups = -(-self.n_windows // group) + (self.rest > 0)
-
-    def batch(self, g: int) -> Tensor:
-        """Windows of group g: (≤ group, block_size + 1) int32, or (1, rest + 1) for the last one."""
-        numbers = range(g * self.group, min((g + 1) * self.group, self.n_windows))
-        if numbers:
-            return self.tokens.windows(numbers, self.block_size)
-        return self.tokens.windows([0], self.rest, first=self.n_windows * self.block_size)
 
 
 def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict:
@@ -60,15 +39,13 @@ def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict
         check_tokenizer(args.data, folder, config)
         if block_size > config.limit:
             raise UserError(f"--block_size {block_size}: {folder} reads at most {config.limit} tokens")
-        return SplitWindows(Tokens(args.data, args.split), block_size, args.batch_size)
+        return ValData(args.data, block_size, None, args.batch_size, args.split)
 
     windows = ranks.agree(open_split)
     model = ranks.agree(lambda: load_model(folder)).to(device)
     dtype = machine.pick_dtype(args.dtype, device)
-    nats = total_nats(model, windows, ranks, device, dtype, title=f"loss on {args.data}")
+    loss = mean_loss(model, windows, ranks, device, dtype, title=f"loss on {args.data}")
     n_bytes = read_meta(args.data).get("splits", {}).get(args.split, {}).get("bytes")
-    scored = len(windows.tokens) - 1
-    loss = nats / scored
     if not math.isfinite(loss):
         why = "the model's weights, or its activations in this dtype, are not finite"
         raise UserError(f"the loss is {loss}: {why}")
@@ -78,8 +55,8 @@ def score_split(args, folder: str, config: Config, ranks: Ranks, device) -> dict
         "block_size": block_size,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # exp overflows a float above 709
-        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
-        "tokens_scored": scored,
+        "bits_per_byte": loss * windows.n_targets / math.log(2) / n_bytes if n_bytes else None,
+        "tokens_scored": windows.n_targets,
         "bytes": n_bytes,
     }
 
@@ -110,6 +87,8 @@ def open_tasks(args, world: int):
         raise UserError(f"--include_path: no folder {args.include_path!r}")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         raise UserError(f"--out {args.out}: there is no such folder")
+    if args.out and os.path.isdir(args.out):
+        raise UserError(f"--out {args.out} is a folder; name a file in it")
     if not names:
         return [], None
     if world > 1:

@@ -1,6 +1,6 @@
 # SmolLM2-135M-Instruct, cut to half of its 30 blocks and trained on 204,800 tokens of English prose: which
-# blocks to keep, and what training makes of them; controls: random initialisation, and the whole model. Half
-# an hour an arm on two cores, with two arms side by side an hour each.        bash runs/smollm2_cut.sh
+# blocks to keep, and what training makes of them; controls: random initialisation, and the whole model. An
+# hour an arm on one core.        bash runs/smollm2_cut.sh
 reference = "data/smollm2"
 arms = (
     # which 15 blocks
@@ -33,6 +33,7 @@ log_interval = 5
 keep_last = 1
 device = "cpu"
 dtype = "float32"
+threads = 1  # two arms side by side on two cores
 
 learning_rate = 5e-4
 min_lr = 5e-5

@@ -18,7 +18,7 @@ import replicate
 from inheritune.base.errors import UserError
 from inheritune.base.signals import StopRequest
 from inheritune.data.reader import ValData
-from inheritune.experiments import measurements
+from inheritune.experiments import measurements, plots
 from inheritune.experiments.arms import ARMS, PARTS_OF_GPT2, find_arm
 from inheritune.models.initialisations import Recipe, check_fits
 from inheritune.models.open_model import open_config
@@ -77,7 +77,7 @@ def test_small_comparison(finished):
 def no_figures(monkeypatch):
     """A report trains nothing, and its figures take a while."""
     monkeypatch.setattr(StopRequest, "call", None)
-    monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: plots.plt.close(figure))
 
 
 def test_report_takes_in_what_another_folder_has(finished, no_figures, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_deleted_arm_comes_back_the_same(finished, monkeypatch):
     shutil.rmtree(folder / "out/seed_1/stacking/stage_1")
     monkeypatch.setattr(StopRequest, "call", in_process)
     monkeypatch.setattr(measurements, "SEQUENCES", 5)
-    monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: plots.plt.close(figure))
     times = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("row.json")}
     replicate.main([path])
     assert read_results(folder / "results") == before
@@ -141,7 +141,7 @@ def test_models_before_training_are_those_that_were_trained(finished, monkeypatc
     monkeypatch.setattr(measurements, "max_ranks", lambda settings, load: seen.append(load()) or [1.0])
     settings, rep, _ = parse((TrainSettings, ReplicateSettings), [path], "")
     c = common_of(path)
-    measurements.make_row(settings, rep, c, find_arm("random"), 1, None)
+    measurements.make_row(settings, rep, c, find_arm("random"), None)
     val = ValData(settings.dataset, 8, settings.eval_tokens, settings.batch_size)
     loss = mean_loss(seen[0].eval(), val, Ranks(), torch.device("cpu"), torch.float32)
     assert loss == pytest.approx(rows(f"{c.folder}/random/run")[0]["val_loss"], rel=1e-6)
@@ -166,7 +166,7 @@ def test_any_decoder_as_the_given_reference(tmp_path, monkeypatch):
     left_out = {"random_matched", "unseen", *PARTS_OF_GPT2}
     monkeypatch.setattr(StopRequest, "call", in_process)
     monkeypatch.setattr(measurements, "SEQUENCES", 5)
-    monkeypatch.setattr(replicate, "plot_results", lambda *a: [])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: plots.plt.close(figure))
     replicate.main([path, "--arms=" + " ".join(arms | left_out)])
     found = {arm: row for (arm, _), row in read_results(tmp_path / "results").items()}
     assert set(found) == arms | {"reference"}

@@ -104,22 +104,30 @@ class TrainData:
 
 
 class ValData:
-    """The fixed validation windows: the first `eval_tokens` ids of val, in order, `group` windows at a time.
-    A group does not depend on the number of ranks, and so the loss does not."""
+    """The first `eval_tokens` ids of a split in whole windows, in order, `group` windows at a time. None: all
+    ids; a shorter last window is a group of its own. A group does not depend on the number of ranks, and so
+    the loss does not."""
 
-    def __init__(self, folder: str, block_size: int, eval_tokens: int, group: int):
-        self.tokens = Tokens(folder, "val")
-        self.block_size, self.group = block_size, group
-        self.n_windows = min(len(self.tokens) - 1, eval_tokens) // block_size
-        if self.n_windows < 1:
-            what = f"val has {len(self.tokens):,} tokens, eval_tokens is {eval_tokens:,}"
-            raise UserError(f"{folder}: {what}: both must reach block_size + 1 = {block_size + 1}")
-        self.n_groups = -(-self.n_windows // group)
+    def __init__(self, folder: str, block_size: int, eval_tokens: int | None, group: int, split: str = "val"):
+        self.tokens = Tokens(folder, split)
+        self.block_size, self.group, n = block_size, group, len(self.tokens)
+        self.n_windows, self.rest = divmod(min(n - 1, eval_tokens or n), block_size)
+        if eval_tokens is None and n < 2:
+            raise UserError(f"{folder}: {split} has {n} tokens; a loss needs two")
+        if eval_tokens is not None:
+            self.rest = 0
+            if self.n_windows < 1:
+                what = f"{split} has {n:,} tokens, eval_tokens is {eval_tokens:,}"
+                raise UserError(f"{folder}: {what}: both must reach block_size + 1 = {block_size + 1}")
+        self.n_groups = -(-self.n_windows // group) + (self.rest > 0)
+        self.n_targets = self.n_windows * block_size + self.rest
 
     def batch(self, g: int) -> torch.Tensor:
-        """Windows (≤ group, block_size + 1) int32 of group g."""
+        """Windows (≤ group, block_size + 1) int32 of group g, or (1, rest + 1) of the last one."""
         numbers = range(g * self.group, min((g + 1) * self.group, self.n_windows))
-        return self.tokens.windows(numbers, self.block_size)
+        if numbers:
+            return self.tokens.windows(numbers, self.block_size)
+        return self.tokens.windows([0], self.rest, first=self.n_windows * self.block_size)
 
 
 class OpenFile(io.FileIO):

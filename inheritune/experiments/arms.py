@@ -18,6 +18,7 @@ from inheritune.experiments.stages import STAGE_DECIDES, Common, Stage
 from inheritune.training.command_line import parse
 from inheritune.training.settings import MACHINE, TrainSettings
 from inheritune.weights.checkpoint import fingerprint
+from model import ARCHITECTURE
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # their names in labels
 # how changed settings look in labels; any other: "dropout 0.1"
@@ -56,7 +57,7 @@ def random_2x(c, run):
 def random_matched(c, run):
     """Random initialisation for as many steps as cost what the reference and Inheritune cost together."""
     small = c.random(run)
-    steps = round(c.reference_flops / small.flops_per_step) + small.steps
+    steps = round(c.reference_cost[0] / small.flops_per_step) + small.steps
     return small.with_flags(max_iters=steps, lr_decay_iters=None)
 
 
@@ -87,13 +88,12 @@ def growing(c, folder, onto=False):
 
 def distilled(c, stage):
     """The Stage with the reference as its teacher."""
-    flags = c.kd | stage.flags | {"teacher": c.reference}
-    return dataclasses.replace(stage, flags=flags, teacher=c.config)
+    return dataclasses.replace(stage.with_flags(teacher=c.reference), teacher=c.config)
 
 
 def unseen(c, run):
     """The first k blocks, on the part of the data that the reference has not seen."""
-    return c.inherited(run, layers=c.k).with_flags(data_start=c.seen, data_end=1.0)
+    return c.inherited(run, layers=c.k).with_flags(data_start=c.flags["data_end"], data_end=1.0)
 
 
 # How entries of ARMS are made
@@ -196,7 +196,8 @@ def find_arm(name: str) -> Arm:
     settings, changed = parse((TrainSettings,), [f"--{change}" for change in changes], "")
     if settings.teacher not in ("", TEACHER) or (settings.teacher and base == "reference"):
         raise UserError(f"arms: {name}: teacher must be teacher={TEACHER}, and the reference has none")
-    if fixed := sorted(changed & set(ARM_DECIDES) - {"teacher"}):
+    # what a model is its arm and the reference decide; all are validated on the same tokens
+    if fixed := sorted(changed & {*ARM_DECIDES, *ARCHITECTURE, "eval_tokens"} - {"teacher"}):
         raise UserError(f"arms: {name} sets {', '.join(fixed)}, which the arms decide: leave it out")
     keys = dict.fromkeys(change.partition("=")[0].replace("-", "_") for change in changes)
     return Arm(name, base, {key: getattr(settings, key) for key in keys})
@@ -225,9 +226,9 @@ def impossible(c: Common) -> dict[str, str]:
     reasons = {}
     if c.reference_stage is None:
         reasons["unseen"] = "nobody knows which data the given reference saw"
-    elif c.seen == 1:
+    elif "data_end" not in c.flags:
         reasons["unseen"] = "the reference sees all data: set seen below 1"
-    if c.reference_flops is None:
+    if c.reference_cost[0] is None:
         reasons["random_matched"] = "the reference's training compute is unknown"
     if c.k % 2:
         reasons |= dict.fromkeys(("stacking", "hybrid"), f"{c.k} blocks are not twice a whole number")

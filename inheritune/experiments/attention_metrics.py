@@ -122,20 +122,18 @@ def measure_layers(model, idx: Tensor, taus=(0.9,), eta=0.9, title: str | None =
     c, (N, T), device = model.config, idx.shape, next(model.parameters()).device
     heads, influence, norms = {}, torch.zeros(c.n_layer).double(), torch.zeros(c.n_layer + 1).double()
     model.eval()
-    with tqdm(total=N * c.n_layer, desc=title, unit="map", disable=title is None) as bar:
-        for part in idx.to(device).split(max(1, ELEMENTS // (c.n_layer * max(1, c.n_head) * T * T))):
-            steps = model.attention_steps(part)
-            _, x = next(steps)  # (B, T, C)
-            norms[0] += x.norm(dim=-1).cpu().double().sum()
-            for i, (A, after) in enumerate(steps):
-                found = measures(A, taus, eta) if taus and A is not None else {}
-                for name, values in found.items():  # (B, nh)
-                    sums = heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())
-                    sums[i] += values.sum(0)
-                before, x = x, after
-                influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
-                norms[i + 1] += x.norm(dim=-1).cpu().double().sum()
-                bar.update(len(part))
+    parts = idx.to(device).split(max(1, ELEMENTS // (c.n_layer * max(1, c.n_head) * T * T)))
+    for part in tqdm(parts, desc=title, disable=title is None):
+        steps = model.attention_steps(part)
+        _, x = next(steps)  # (B, T, C)
+        norms[0] += x.norm(dim=-1).cpu().double().sum()
+        for i, (A, after) in enumerate(steps):
+            for name, values in (measures(A, taus, eta) if taus and A is not None else {}).items():  # (B, nh)
+                sums = heads.setdefault(name, torch.zeros(c.n_layer, c.n_head).double())
+                sums[i] += values.sum(0)
+            before, x = x, after
+            influence[i] += (1 - F.cosine_similarity(before, x, dim=-1)).cpu().double().sum()
+            norms[i + 1] += x.norm(dim=-1).cpu().double().sum()
     # divided at the end: the sum of whole ranks is exact, and their mean 1 only if all are
     heads = {name: sums / N for name, sums in heads.items()}
     return heads or None, influence / (N * T), norms / (N * T)
@@ -156,9 +154,9 @@ def skip_losses(
     model.eval()
     sums = torch.zeros(n + 1).double()  # the last one is the complete model
     rows = max(1, LOGITS // (T * model.config.vocab_size))
-    progress = tqdm(total=len(idx) * (n + 1), desc=title, unit="loss", disable=title is None)
-    with autocast(device, dtype), progress as bar:
-        for part, y in zip(idx.to(device).split(rows), targets.to(device).split(rows), strict=True):
+    parts = list(zip(idx.to(device).split(rows), targets.to(device).split(rows), strict=True))
+    with autocast(device, dtype):
+        for part, y in tqdm(parts, desc=title, disable=title is None):
             with recorded(model.blocks) as calls:
                 sums[n] += model(part, y).cpu().double() * y.numel()
             for place, i in enumerate(blocks):
@@ -166,7 +164,6 @@ def skip_losses(
                 result = like_output(*calls[i])
                 with replaced(model.blocks[: i + 1], lambda *_, result=result, **__: result):
                     sums[place] += model(part, y).cpu().double() * y.numel()
-            bar.update(len(part) * (n + 1))
     *skipped, complete = (sums / idx.numel()).tolist()
     return complete, skipped
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from inheritune.data.reader import ValData, identity
+from inheritune.data.reader import ValData, check_tokenizer, identity
 from inheritune.experiments.arms import Arm, settings_hash
 from inheritune.experiments.attention_metrics import LENGTH, SEED, SEQUENCES, draw_windows, measure_layers
 from inheritune.experiments.stages import ONE_AT_A_TIME, Common, Stage
@@ -73,6 +73,7 @@ def validation_loss(settings: TrainSettings, config: Config, folder: str) -> flo
 
     config: its block_size is the windows' length.
     """
+    check_tokenizer(settings.dataset, folder, config)
     device, ranks = machine.pick(settings.device), Ranks()
     torch.set_float32_matmul_precision("high")
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
@@ -88,6 +89,7 @@ def validation_loss(settings: TrainSettings, config: Config, folder: str) -> flo
 def max_ranks(settings: TrainSettings, load: Callable[[], Model]) -> list[float] | None:
     """MaxRank of each layer of the model that `load` makes, on the paper's 100 windows of val, the same for
     every arm and seed; None for a model without attention matrices. Nothing stays on the device."""
+    torch.set_float32_matmul_precision("highest")  # ranks hang on small probabilities; validation allows TF32
     model = load().to(machine.pick(settings.device))
     length = min(LENGTH, model.config.block_size)
     idx, _ = draw_windows(settings.dataset, "val", SEQUENCES, length, SEED)
@@ -108,30 +110,24 @@ def measured_on(settings: TrainSettings, rep: ReplicateSettings, c: Common) -> d
 
 
 def make_row(
-    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, seed: int, target: float | None
+    settings: TrainSettings, rep: ReplicateSettings, c: Common, arm: Arm, target: float | None
 ) -> dict:
     """The content of an arm's row.json: results.csv's columns, and MaxRank by depth before and after.
 
     target: the loss with which the reference's curve ends; None for the reference itself.
     """
     stages = arm.stages(c)
-    flops, layer_steps = c.reference_flops, c.reference_layer_steps  # of a reference that was given
+    flops, layer_steps = c.reference_cost  # of a reference that was given
     if stages:
         flops, layer_steps = sum(s.flops for s in stages), sum(s.layer_steps for s in stages)
     with ONE_AT_A_TIME:
         measured, config = measure_arm(settings, rep, c, stages)
-
-    def with_reference(own, references):
-        if not arm.from_reference:
-            return own
-        return None if references is None else own + references
-
-    def count_lazy(ranks):
-        return None if ranks is None else sum(rank == 1 for rank in ranks)
-
+    before = c.reference_cost if arm.from_reference else (0, 0)
+    known = None not in (flops, *before)
+    lazy = [ranks and ranks.count(1) for ranks in (measured["ranks_before"], measured["ranks_after"])]
     return {
         "arm": arm.name,
-        "seed": seed,
+        "seed": c.flags["seed"],
         **measured,
         "steps": sum(s.steps for s in stages) if stages else None,
         "flops": flops,
@@ -141,11 +137,11 @@ def make_row(
         "settings_hash": settings_hash(c, arm),
         **measured_on(settings, rep, c),
         "n_layer": config.n_layer,
-        "flops_with_reference": with_reference(flops, c.reference_flops),
-        "layer_steps_with_reference": with_reference(layer_steps, c.reference_layer_steps),
+        "flops_with_reference": flops + before[0] if known else None,
+        "layer_steps_with_reference": layer_steps + before[1] if known else None,
         **first_reach(stages, measured["curve_loss"] if target is None else target),
-        "lazy_before": count_lazy(measured["ranks_before"]),
-        "lazy_after": count_lazy(measured["ranks_after"]),
+        "lazy_before": lazy[0],
+        "lazy_after": lazy[1],
         "hardware": checkpoint.environment()["hardware"] | {"threads": torch.get_num_threads()},
     }
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from inheritune.base.files import replacing
 from inheritune.experiments.arms import OPTIMIZERS, find_arm
-from inheritune.experiments.tables import best_variant, mean_and_error, mean_val_loss, most_seeds_first
+from inheritune.experiments.tables import best_variant, mean_and_error, mean_of, most_seeds_first
 from inheritune.training.logs import read_rows
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too
@@ -85,19 +85,6 @@ def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
     save_figure(figure, path)
 
 
-def plot_results(folder: str, arms: dict, curves: dict, optimizer: str) -> list[str]:
-    """Write replicate.py's figures into `folder` and return their names.
-
-    arms: {arm: rows, as in row.json}
-    curves: {arm: [(FLOPs, losses)]}, one for each seed that has one
-    optimizer: of the arms that do not name another
-    """
-    title = os.path.basename(os.path.normpath(folder))
-    plot_comparison(os.path.join(folder, "curves.png"), arms, curves, title)
-    plot_compute(os.path.join(folder, "compute.png"), arms, curves, title, optimizer)
-    return ["curves.png", "compute.png"]
-
-
 def mean_curve(curves):
     """(xs, mean, lowest, highest) of several seeds' curves over the same xs."""
     by_x = list(zip(*(ys for _, ys in curves), strict=False))  # a run may have stopped early
@@ -126,9 +113,10 @@ def plot_comparison(path: str, arms: dict, curves: dict, title: str) -> None:
         if arm.base in COLOURS:
             style = {"color": COLOURS[arm.base], "label": arm.label}
         left.plot(*lines[arm][:2], **style)
-    finals = [curve_level(arms), *(mean[-1] for _, mean, *_ in lines.values())]
-    zoom_loss_axis(left, finals, above=2.2)  # room for the legend
-    left.axhline(curve_level(arms), **LEVEL, label="the reference at its end")
+    reference = arms[find_arm("reference")]
+    level = mean_of(reference, "curve_loss")  # may be measured on fewer tokens than the final losses
+    zoom_loss_axis(left, [level, *(mean[-1] for _, mean, *_ in lines.values())], above=2.2)  # with the legend
+    left.axhline(level, **LEVEL, label="the reference at its end")
     ylabel = f"{LOSS}, mean over seeds"
     finish_axes(left, xlabel="training FLOPs of the arm's own stages", ylabel=ylabel)
 
@@ -139,14 +127,9 @@ def plot_comparison(path: str, arms: dict, curves: dict, title: str) -> None:
         points.append((arm.label, *mean_and_error([r["val_loss"] for r in rows]), colour))
     plot_points(right, sorted(points, key=lambda p: p[1]))
     right.set(xlabel="final validation loss\n(mean and standard error over seeds)")
-    right.axvline(mean_val_loss(arms[find_arm("reference")]), **LEVEL)
+    right.axvline(mean_of(reference), **LEVEL)
     figure.suptitle(title)
     save_figure(figure, path)
-
-
-def curve_level(arms: dict) -> float:
-    """The reference's last loss on its curve, which may be measured on fewer tokens than its final loss."""
-    return statistics.fmean(r["curve_loss"] for r in arms[find_arm("reference")])
 
 
 def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str) -> None:
@@ -155,7 +138,8 @@ def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str
     panels = compute_panels(arms, curves)
     n = len(panels)
     figure, places = plt.subplots(1, n, figsize=(7 * n, 5), squeeze=False, sharey=True)
-    level, finals = curve_level(arms), [curve_level(arms)]
+    level = mean_of(arms[find_arm("reference")], "curve_loss")
+    finals = [level]
     for axes, (name, shown) in zip(places.flat, panels.items(), strict=True):
         for arm in shown:
             xs, mean, low, high = mean_curve(curves[arm])

@@ -84,7 +84,7 @@ class Stage:
         return dataclasses.replace(self, flags=self.flags | flags)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dicts, by identity
 class Common:
     """What stages of one experiment share: the arms of one seed, or the runs of grow.py."""
 
@@ -94,11 +94,13 @@ class Common:
     config: Config  # of the reference
     reference: str  # the reference's checkpoint, which may be yet to train
     reference_stage: Stage | None  # trains the reference; None: it was given
-    reference_flops: float | None = None  # of training the reference; None: unknown
-    reference_layer_steps: int | None = None
+    # FLOPs and layer-steps of training the reference; None: unknown
+    reference_cost: tuple[float | None, int | None] = (None, None)
     rounds: tuple[int, ...] = ()  # depths of the models that grow, in order
-    kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
-    seen: float = 1.0  # all arms but `unseen` train on this first part of the stream
+
+    def row_path(self, arm: str) -> str:
+        """The path of an arm's row.json, which is there once the arm is done."""
+        return os.path.join(self.folder, arm, "row.json")
 
     def random(self, name: str, n_layer: int | None = None) -> Stage:
         """A Stage that trains n_layer blocks (default: k) from random initialisation in the run folder

@@ -67,16 +67,8 @@ def paired(rows: list[dict], others: list[dict]) -> list[float]:
     return [r["val_loss"] - theirs[r["seed"]] for r in rows if r["seed"] in theirs]
 
 
-def mean_val_loss(rows: list[dict]) -> float:
-    return statistics.fmean(r["val_loss"] for r in rows)
-
-
-def base_and_steps(arm: Arm, rows: list[dict]) -> tuple[str, int | None]:
-    """(base, steps) of an arm: random@max_iters=500 → ("random", 500), and random_2x, which is random trained
-    for longer → ("random", 2000). None: it was trained for the experiment's usual steps."""
-    if arm.entry.longer_than:
-        return arm.entry.longer_than, rows[0]["steps"]
-    return arm.base, arm.changes.get("max_iters")
+def mean_of(rows: list[dict], key: str = "val_loss") -> float:
+    return statistics.fmean(r[key] for r in rows)
 
 
 def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | None:
@@ -88,7 +80,9 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | Non
     """
     found = []
     for arm, rows in arms.items():
-        name, asked = base_and_steps(arm, rows)
+        name, asked = arm.base, arm.changes.get("max_iters")  # None: the experiment's usual steps
+        if arm.entry.longer_than:  # random_2x is random, trained for longer
+            name, asked = arm.entry.longer_than, rows[0]["steps"]
         # arm.changes: {"max_iters": 500, "optimizer": "muon"}; no other change than the optimizer may remain
         others = {k: v for k, v in arm.changes.items() if k not in SCHEDULE | {"max_iters"}}
         if name == base and asked == steps and others == ({"optimizer": optimizer} if optimizer else {}):
@@ -98,7 +92,7 @@ def best_variant(arms: dict, base: str, optimizer=None, steps=None) -> Arm | Non
 
 def most_seeds_first(rows: list[dict]) -> tuple:
     """Sort key of an arm's rows: most seeds first, then the lowest mean loss."""
-    return -len(rows), mean_val_loss(rows)
+    return -len(rows), mean_of(rows)
 
 
 def loss_difference(arms: dict, arm: Arm, base: str, usual_steps=False) -> str:

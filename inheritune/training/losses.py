@@ -14,16 +14,15 @@ from model import pad_vocab
 
 
 @torch.no_grad()
-def total_nats(
-    model, data, ranks: Ranks, device: torch.device, dtype: torch.dtype, title=None, stop=None
+def mean_loss(
+    model, data: ValData, ranks: Ranks, device: torch.device, dtype: torch.dtype, stop=None, title=None
 ) -> float | None:
-    """The summed loss (nats) over all targets of `data`, the same number on any number of ranks.
+    """Mean loss (nats/token) over all targets of `data`, the same number on any number of ranks.
 
     model: a GPT, or what wraps one; left in eval mode
-    data: has `n_groups`, and `batch(g)` with the windows of group g (ValData, score.SplitWindows)
     dtype: what autocast computes in
-    title: of a progress bar on rank 0; None shows none
     stop: asked before each group. It must answer alike on all ranks; True ends the work, the result is None.
+    title: of a progress bar on rank 0; None shows none
     """
     model.eval()
     nats = torch.zeros(data.n_groups, dtype=torch.float64)  # of this rank's groups; zero for those of others
@@ -42,15 +41,7 @@ def total_nats(
     summed = torch.stack(losses).cpu().double() * torch.tensor(sizes)
     n_own = len(range(ranks.rank, data.n_groups, ranks.world))
     nats[ranks.rank :: ranks.world] = summed[:n_own]  # a group that was run twice counts once
-    return ranks.sum(nats, device).sum().item()
-
-
-def mean_loss(
-    model, val: ValData, ranks: Ranks, device: torch.device, dtype: torch.dtype, stop=None
-) -> float | None:
-    """Mean loss (nats/token) over the fixed validation tokens of `val`, or None; see `total_nats`."""
-    nats = total_nats(model, val, ranks, device, dtype, stop=stop)
-    return None if nats is None else nats / (val.n_windows * val.block_size)
+    return ranks.sum(nats, device).sum().item() / data.n_targets
 
 
 class Teacher:

@@ -56,4 +56,5 @@ def write_config(folder, **changes):
 def common_of(path, *flags):
     """What the arms of a comparison's first seed share."""
     settings, rep, explicit = parse((TrainSettings, ReplicateSettings), [path, *flags], "")
-    return next(iter(replicate.plan_comparison(settings, rep, explicit).commons.values()))
+    pairs, _ = replicate.plan_comparison(settings, rep, explicit)
+    return pairs[0][1]

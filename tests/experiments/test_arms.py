@@ -47,7 +47,7 @@ def test_what_arms_of_several_stages_start_from(tmp_path):
 def test_costs_count_every_stage_and_the_teacher(tmp_path):
     c = common_of(write_config(tmp_path))
     small, large = c.random("x", 2).config.flops_per_token, c.config.flops_per_token
-    assert c.reference_flops == large * 12 * 64 and c.reference_layer_steps == 48
+    assert c.reference_cost == (large * 12 * 64, 48)
     (matched,), (kd,) = (find_arm(name).stages(c) for name in ("random_matched", "kd"))
     pipeline = large * 12 * 64 + small * 6 * 64
     assert abs(matched.steps * matched.flops_per_step - pipeline) <= matched.flops_per_step / 2

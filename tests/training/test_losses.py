@@ -7,14 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inheritune.training.distributed import Ranks
-from inheritune.training.losses import pad_head, to_device, total_nats
+from inheritune.training.losses import mean_loss, pad_head, to_device
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 
 
 class Groups:
-    n_groups = 4
+    n_groups, n_targets = 4, 1
 
     def batch(self, g):
         return torch.full((1, 3), g)
@@ -45,7 +45,7 @@ def test_ranks_without_work_repeat_the_last_group_which_counts_once():
     for rank in range(3):
         model, questions = Model(), []
         stop = lambda q=questions: q.append(1) and False  # noqa: E731
-        nats.append(total_nats(model, Groups(), rank_of(rank, 3), CPU, torch.float32, stop=stop))
+        nats.append(mean_loss(model, Groups(), rank_of(rank, 3), CPU, torch.float32, stop=stop))
         seen.append(model.seen)
         asked.append(len(questions))
     assert seen == [[0, 3], [1, 3], [2, 3]] and asked == [2, 2, 2]
