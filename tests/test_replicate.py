@@ -118,6 +118,12 @@ def test_committed_tables_are_rebuilt_from_committed_logs(logs, no_figures, tmp_
             assert (tmp_path / "results" / name).read_text() == f.read()
 
 
+def test_rows_made_with_other_settings_stay_out_of_the_table(finished, tmp_path):
+    """... also where they were made in another out_dir."""
+    said = refusal(replicate.main, [finished[0], f"--out_dir={tmp_path}", "--max_iters=7"])
+    assert "logs/seed_1/" in said and "was made with other settings" in said
+
+
 def test_deleted_arm_comes_back_the_same(finished, monkeypatch):
     """Acceptance: a row is reproduced exactly, wall time excepted; what is there is not touched."""
     path, folder = finished
