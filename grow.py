@@ -13,16 +13,16 @@ import os
 import torch
 
 from inheritune.base.errors import UserError, one_line, raise_all
-from inheritune.base.files import read_json, replacing, write_json
+from inheritune.base.files import read_json
 from inheritune.base.signals import StopRequest, ended_after
 from inheritune.experiments import stages
-from inheritune.experiments.measurements import cost_of_training, loss_curve, validation_loss
-from inheritune.experiments.plots import plot_growth
+from inheritune.experiments.growth_report import write_growth_report
+from inheritune.experiments.measurements import cost_of_training, validation_loss
 from inheritune.experiments.stages import Common, Stage
-from inheritune.experiments.tables import growth_label, growth_table, verdict
 from inheritune.models.open_model import open_config
 from inheritune.training import planning
 from inheritune.training.command_line import parse
+from inheritune.training.logs import loss_curve
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights.model_card import write_card
@@ -152,29 +152,6 @@ def train_controls(c: Common, rows: list[dict], growth: str) -> list[dict]:
         return controls
     per_step = c.random("random_matched", n_layer).flops_per_step
     return [*controls, train("random_matched", round(sum(row["flops"] for row in rows) / per_step))]
-
-
-def write_growth_report(out_dir: str, rows: list[dict]) -> str:
-    """Write report.md, loss.png and results.json into out_dir, and return the report's text.
-
-    rows: as of run_row, the reference first.
-    """
-    last = max(i for i, row in enumerate(rows) if row["arm"] == "inheritune")
-    target, ours = rows[0]["val_loss"], rows[last]
-    curves = []
-    for i, row in enumerate(rows):
-        tokens, losses = loss_curve(os.path.join(out_dir, row["folder"]))
-        if tokens:
-            alpha = 0.5 if row["arm"] == "inheritune" and i != last else 1.0  # earlier rounds are paler
-            curves.append((growth_label(row), row["arm"], alpha, tokens, losses))
-    title = "Inheritune against its reference and its controls"
-    plot_growth(os.path.join(out_dir, "loss.png"), curves, target, title)
-    results = {"runs": rows, "matched": ours["val_loss"] <= target, "k": ours["n_layer"]}
-    write_json(os.path.join(out_dir, "results.json"), results)
-    text = f"# Inheritune\n\n{growth_table(rows)}\n\n{verdict(ours, rows[0])}\n"
-    with replacing(os.path.join(out_dir, "report.md"), "w") as f:
-        f.write(text + "\n![validation loss](loss.png)\n")
-    return text + f"\nreport: {out_dir}/report.md   picture: {out_dir}/loss.png   model: {out_dir}/final"
 
 
 def carry_out(settings: TrainSettings, grow: GrowSettings, c: Common) -> None:

@@ -6,6 +6,10 @@
 `build_run` (inheritune/training/build_run.py) builds everything that a run needs, and `fit` is the loop. When
 a checkpoint is due, the state is saved before anything else happens at that step. So a killed run goes on
 from there (--resume=auto) exactly as if it had not been killed.
+
+Four things to know before the loop: `run.saver` writes checkpoints in a thread, and keeps its error until
+`finish`. `ranks.agree(work)` runs work on every rank, and raises one rank's error on all.
+`run.request.signal` is the stop signal that came, or None. A validation that is told to stop has no loss.
 """
 
 import contextlib

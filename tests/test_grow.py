@@ -8,9 +8,10 @@ import pytest
 import grow
 from inheritune.base.files import read_json
 from inheritune.base.signals import StopRequest
-from inheritune.experiments.measurements import loss_curve, validation_loss
+from inheritune.experiments.measurements import validation_loss
 from inheritune.models.open_model import open_config
 from inheritune.training.command_line import parse
+from inheritune.training.logs import loss_curve
 from inheritune.training.settings import GrowSettings, TrainSettings
 from inheritune.weights import checkpoint
 from tests import other_models

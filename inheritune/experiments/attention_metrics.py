@@ -8,8 +8,6 @@ Some models have no such matrices: those with state-space layers, or with unequa
 that concerns heads is None; block outputs and losses are still measured.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from inheritune.base.errors import UserError
 from inheritune.data.reader import Tokens, check_tokenizer
-from inheritune.models.hf_decoder import recorded
+from inheritune.models.blocks import like_output, recorded, replaced
 from inheritune.models.open_model import load_model, open_config
 from inheritune.training.device import autocast
 
@@ -166,26 +164,6 @@ def skip_losses(
                     sums[place] += model(part, y).cpu().double() * y.numel()
     *skipped, complete = (sums / idx.numel()).tolist()
     return complete, skipped
-
-
-def like_output(x: Tensor, output):
-    """x (B, T, C) in the form in which a block has returned `output`: by itself, or first of a tuple."""
-    return type(output)((x, *output[1:])) if isinstance(output, (tuple, list)) else x
-
-
-@contextlib.contextmanager
-def replaced(blocks, forward: Callable) -> Iterator[None]:
-    """Blocks run `forward` instead of their own; they keep their attributes, which some models look at."""
-    before = [vars(block).get("forward") for block in blocks]  # of a context around this one
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block, outer in zip(blocks, before, strict=True):
-            del block.forward
-            if outer:
-                block.forward = outer
 
 
 def choose_by_influence(influence: list[float], k: int | None = None) -> tuple[list[int], str]:

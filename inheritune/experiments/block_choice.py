@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from inheritune.experiments import attention_metrics as metrics
-from inheritune.models.hf_decoder import recorded
+from inheritune.models.blocks import like_output, recorded, replaced
 from inheritune.models.open_model import Config
 
 CHOICE_WINDOWS = 20
@@ -51,11 +51,11 @@ def greedy(model, idx: Tensor, targets: Tensor, k: int) -> list[int]:
 
     def skip(*args, **kwargs):
         """Return a block's input as its output."""
-        return metrics.like_output(args[0] if args else kwargs["hidden_states"], output)
+        return like_output(args[0] if args else kwargs["hidden_states"], output)
 
     for _ in tqdm(range(len(kept) - k), desc="choosing blocks", unit="block"):
         removed = [block for i, block in enumerate(model.blocks) if i not in kept]
-        with metrics.replaced(removed, skip):
+        with replaced(removed, skip):
             _, losses = metrics.skip_losses(model, idx, targets, blocks=kept)
         del kept[losses.index(min(losses))]
     return kept

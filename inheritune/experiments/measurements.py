@@ -13,16 +13,10 @@ from inheritune.experiments.stages import ONE_AT_A_TIME, Common, Stage
 from inheritune.models.open_model import Config, Model, load_model, model_class, open_config
 from inheritune.training import device as machine
 from inheritune.training.distributed import DistributedModel, Ranks, seed_all
-from inheritune.training.logs import read_rows
+from inheritune.training.logs import loss_curve, read_rows
 from inheritune.training.losses import mean_loss
 from inheritune.training.settings import ReplicateSettings, TrainSettings
 from inheritune.weights import checkpoint
-
-
-def loss_curve(run: str) -> tuple[list[float], list[float]]:
-    """(tokens, validation losses in nats/token) of a run folder's log.csv."""
-    rows = [r for r in read_rows(os.path.join(run, "log.csv")) if r["val_loss"]]
-    return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
 
 
 def history(stages: list[Stage]) -> Iterator[tuple[int, float, int, float]]:

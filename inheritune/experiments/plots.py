@@ -1,4 +1,4 @@
-"""The figures of train.py, of grow.py, of a comparison and of an analysis, in one style."""
+"""The figures of train.py, of a comparison and of an analysis, in one style."""
 
 import os
 import statistics
@@ -70,19 +70,6 @@ def plot_run(folder: str) -> None:
         rate.legend(loc="lower left")
     finish_axes(axes, xlabel="step", ylabel="loss (nats/token)", title=os.path.basename(folder))
     save_figure(figure, os.path.join(folder, "loss.png"))
-
-
-def plot_growth(path: str, curves, reference_loss: float, title: str) -> None:
-    """Plot grow.py's runs, [(label, arm, alpha, tokens, losses)]: validation loss over training tokens."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for label, arm, alpha, tokens, losses in curves:
-        style = {"color": COLOURS[arm], "alpha": alpha}
-        axes.plot(tokens, losses, label=f"{label}: {losses[-1]:.3f}", **style)
-        axes.plot(tokens[-1], losses[-1], "o", markersize=4, **style)
-    axes.axhline(reference_loss, **LEVEL, label="the reference at its end")
-    zoom_loss_axis(axes, [losses[-1] for *_, losses in curves] + [reference_loss], 0.3, 2.5)
-    finish_axes(axes, xlabel="training tokens of the run itself", ylabel=LOSS, title=title)
-    save_figure(figure, path)
 
 
 def mean_curve(curves):

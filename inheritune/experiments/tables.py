@@ -1,4 +1,4 @@
-"""Tables and verdicts: results.csv, table.md and report.md. A row is a dict that says how one run ended.
+"""The tables of a comparison: results.csv and table.md. A row is a dict that says how one run ended.
 
 A difference is taken between rows of the same seed, hence of the same data in the same order.
 """
@@ -161,30 +161,3 @@ def write_tables(folder: str, arms: dict[Arm, list[dict]], left_out: dict[str, s
         with replacing(os.path.join(folder, name), "w") as f:
             f.write(content)
     return table
-
-
-def growth_label(row: dict) -> str:
-    """The name of one of grow.py's rows in tables and legends: 'random init, as many steps, 6 blocks'."""
-    names = {"random": "random init, as many steps"}
-    names |= {"random_matched": "random init, compute of the whole pipeline"}
-    return f"{names.get(row['arm'], row['arm'])}, {row['n_layer']} blocks"
-
-
-def growth_table(rows: list[dict]) -> str:
-    """grow.py's rows as a Markdown table; '–' is a number of tokens or FLOPs that is unknown."""
-    columns = ["model", "parameters", "training tokens", "training FLOPs", "validation loss", "perplexity"]
-    lines = []
-    for r in rows:
-        trained = average([r["tokens"]], ",.0f"), average([r["flops"]], ".3g")
-        losses = f"{r['val_loss']:.4f}", f"{math.exp(r['val_loss']):.3f}"
-        lines.append([growth_label(r), f"{r['params']:,}", *trained, *losses])
-    return markdown(columns, lines)
-
-
-def verdict(ours: dict, reference: dict) -> str:
-    """Whether grow.py's small model has matched the reference, as a sentence. ours, reference: their rows."""
-    gap, share = ours["val_loss"] - reference["val_loss"], ours["params"] / reference["params"]
-    small = f"{ours['n_layer']} of its {reference['n_layer']} blocks ({share:.0%} of the parameters)"
-    end = f"{abs(gap):.4f} {'below' if gap <= 0 else 'above'} its loss"
-    matched = "matched." if gap <= 0 else "not matched, at the deepest size tried."
-    return f"Against the reference: {small} end {end}: {matched}"

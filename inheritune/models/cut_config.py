@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from inheritune.base.errors import UserError
+from inheritune.models.blocks import check_blocks
 from inheritune.models.meta_model import (
     find_blocks,
     skeleton,
@@ -61,14 +62,6 @@ def cut_content(content: dict, blocks: list[int]) -> tuple[dict, str]:
             return without_contradiction(content, new, {k: wanted[k] for k in lists}, blocks)
         reason = reason or problem
     raise UserError(f"blocks {', '.join(map(str, blocks))} alone are no {c.model_type}: {reason}")
-
-
-def check_blocks(blocks: list[int], n: int) -> None:
-    """Raise UserError unless these are blocks of a model with n."""
-    missing = [i for i in blocks if not 0 <= i < n]
-    if missing or not blocks:
-        what = f"block {missing[0]}" if missing else "at least one block"
-        raise UserError(f"asked for {what}, but the model has blocks 0 to {n - 1} ({n} layers)")
 
 
 def cut_list(value, n: int, blocks: list[int]) -> list | None:

@@ -6,7 +6,6 @@ everything else: a skeleton, which is the model with its buffers but without its
 and sizes.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import read_json
+from inheritune.models.blocks import recorded
 from inheritune.models.cut_config import cut_content
 from inheritune.models.meta_model import (
     build,
@@ -283,22 +283,6 @@ class Decoder(nn.Module):
             matrices = [None] * n  # not all of them are causal attention matrices
         yield None, inputs[0]
         yield from zip(matrices, outputs, strict=True)
-
-
-@contextlib.contextmanager
-def recorded(blocks) -> Iterator[list[tuple]]:
-    """Yield a list that gains (input (B, T, C), what the block returns) when a block runs."""
-    calls = []
-
-    def record(_block, args, kwargs, output):
-        calls.append((args[0] if args else kwargs["hidden_states"], output))
-
-    handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def recomputed(forward: Callable, *args, **kwargs):

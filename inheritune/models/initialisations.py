@@ -16,7 +16,7 @@ import torch
 from inheritune.base.errors import UserError
 from inheritune.base.files import new_folder, write_json
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.models.cut_config import check_blocks
+from inheritune.models.blocks import check_blocks
 from inheritune.models.open_model import Config, model_class, open_config, open_weights
 from inheritune.weights.checkpoint import LINEAGE, files_beside, new_lineage
 from inheritune.weights.gpt2_format import SPECIAL_IDS, read_special_ids, shapes, write_model

@@ -2,7 +2,8 @@
 
 There are two implementations: GPTConfig and GPT (model.py), and DecoderConfig and Decoder (hf_decoder.py) for
 every other causal model that transformers opens. Outside of this file nobody asks which of the two it is:
-callers use what is listed here.
+callers use what is listed here. Whoever reads for GPT-2 alone can skip hf_decoder.py, meta_model.py and
+cut_config.py.
 
 A configuration is a frozen dataclass:
     n_layer n_head n_embd block_size vocab_size n_vocab tokenizer eot dropout

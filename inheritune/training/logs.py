@@ -142,6 +142,12 @@ def read_rows(path: str) -> list[dict[str, str]]:
     return [row for row in reader if None not in row and None not in row.values()]
 
 
+def loss_curve(run: str) -> tuple[list[float], list[float]]:
+    """(tokens, validation losses in nats/token) of a run folder's log.csv."""
+    rows = [r for r in read_rows(os.path.join(run, "log.csv")) if r["val_loss"]]
+    return [float(r["tokens"]) for r in rows], [float(r["val_loss"]) for r in rows]
+
+
 def open_sink(settings: TrainSettings, step: int) -> Callable[[int, dict[str, float]], Any]:
     """A function write(step, {name: number}) that feeds TensorBoard or W&B, or does nothing (log_to=none).
 

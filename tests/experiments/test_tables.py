@@ -5,6 +5,7 @@ import pytest
 
 from inheritune.experiments import tables
 from inheritune.experiments.arms import find_arm
+from inheritune.experiments.growth_report import verdict
 
 
 def test_statistics_against_numpy():
@@ -20,9 +21,9 @@ def test_statistics_against_numpy():
 
 def test_the_verdict_says_which_way_it_fell():
     ours, reference = ({"n_layer": n, "params": 10 * n, "val_loss": 2.0} for n in (2, 4))
-    said = tables.verdict(ours | {"val_loss": 1.9}, reference)
+    said = verdict(ours | {"val_loss": 1.9}, reference)
     assert "2 of its 4 blocks (50% of the parameters) end 0.1000 below its loss: matched." in said
-    assert "0.1000 above its loss: not matched" in tables.verdict(ours | {"val_loss": 2.1}, reference)
+    assert "0.1000 above its loss: not matched" in verdict(ours | {"val_loss": 2.1}, reference)
 
 
 def rows_of(arm, losses, **more):
