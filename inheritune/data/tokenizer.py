@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 
 from inheritune.base.errors import UserError, nearest
 from inheritune.base.files import read_files, read_optional
@@ -311,11 +311,20 @@ def tokenizer_files(config, folder: str | None = None) -> dict[str, bytes]:
     return found | made | {TOKENIZER_CONFIG: as_json(settings)} if made else found
 
 
+@functools.cache
+def byte_letters() -> list[str]:
+    """The letters that stand for the 256 bytes in GPT-2's files: printable ones, else U+0100 and on."""
+    letters = set(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if chr(byte) in letters else chr(next(others)) for byte in range(256)]
+
+
 def bytes_tokenizer() -> bytes:
-    """tokenizer.json of the tokenizer `bytes`: BPE without letters, which falls back to bytes."""
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.ByteFallback()
+    """tokenizer.json of the tokenizer `bytes`: byte-level BPE that neither merges nor cuts."""
+    vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer.to_str(pretty=True).encode()
 
