@@ -319,6 +319,14 @@ class GPT(nn.Module):
             A, x = block.attn.probabilities(block.ln_1(x)), block(x)
             yield A, x
 
+    def read(self, idx, cache, room):
+        """(logits (B, vocab_size) after ids idx (B, T), a cache that holds idx too). None: a cache for `room`
+        ids is made."""
+        if cache is None:
+            wte = self.transformer.wte.weight
+            cache = KVCache(self.config, idx.size(0), room, wte.device, wte.dtype)
+        return self.lm_head(self.hidden(idx, cache)[:, -1]), cache
+
     @torch.inference_mode()
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
@@ -333,40 +341,24 @@ class GPT(nn.Module):
         is full, the last block_size/2 tokens are read anew, because learned positions forbid sliding the
         cache.
         """
-        wte = self.transformer.wte.weight
-        room = min(self.config.block_size, idx.size(1) + max_new_tokens)
-
-        def read(idx, cache):
-            if cache is None:
-                cache = KVCache(self.config, idx.size(0), room, wte.device, wte.dtype)
-            return self.lm_head(self.hidden(idx, cache)[:, -1]), cache
-
-        options = temperature, top_k, top_p, generator
-        yield from continue_ids(read, idx, max_new_tokens, self.config, *options)
-
-
-def continue_ids(read, idx, max_new_tokens, config, *options) -> Iterator[torch.Tensor]:
-    """The loop of `generate`, for every kind of model. `options` are those of next_token.
-
-    read(idx, cache): gives the logits (B, vocab_size) after ids idx (B, T), and a cache that holds idx
-        too. The first cache is None.
-    """
-    limit, eot = config.limit, config.eot
-    done = torch.zeros(idx.size(0), dtype=torch.bool)
-    idx, cache = idx[:, -limit:], None
-    for _ in range(max_new_tokens):
-        if idx.size(1) > limit:
-            idx, cache = idx[:, -max(1, limit // 2) :], None
-        with sdpa_kernel(SAMPLING_KERNELS):
-            logits, cache = read(idx if cache is None else idx[:, -1:], cache)
-        token = next_token(logits.float()[:, : config.n_vocab], *options)
-        token = torch.where(done, eot, token)
-        done |= token == eot
-        # no need to wait for the device here: next_token has just done so
-        idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
-        yield token
-        if done.all():
-            return
+        limit, eot = self.config.limit, self.config.eot
+        room = min(limit, idx.size(1) + max_new_tokens)
+        done = torch.zeros(idx.size(0), dtype=torch.bool)
+        idx, cache = idx[:, -limit:], None
+        for _ in range(max_new_tokens):
+            if idx.size(1) > limit:
+                idx, cache = idx[:, -max(1, limit // 2) :], None
+            with sdpa_kernel(SAMPLING_KERNELS):
+                logits, cache = self.read(idx if cache is None else idx[:, -1:], cache, room)
+            logits = logits.float()[:, : self.config.n_vocab]
+            token = next_token(logits, temperature, top_k, top_p, generator)
+            token = torch.where(done, eot, token)
+            done |= token == eot
+            # no need to wait for the device here: next_token has just done so
+            idx = torch.cat((idx, token[:, None].to(idx.device, non_blocking=True)), dim=1)
+            yield token
+            if done.all():
+                return
 
 
 def cross_entropy(x, head, targets):

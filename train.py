@@ -3,9 +3,9 @@
     python train.py config/replicate_mini_reference.py --seed=2
     torchrun --nproc_per_node=8 train.py config/inheritune_gpt2_large.py
 
-`build_run` (inheritune/training/build_run.py) builds everything that a run needs, and `fit` is the loop. When
-a checkpoint is due, the state is saved before anything else happens at that step. So a killed run goes on
-from there (--resume=auto) exactly as if it had not been killed.
+`Run` (inheritune/training/build_run.py) holds everything that a run needs, and `fit` is the loop. When a
+checkpoint is due, the state is saved before anything else happens at that step. So a killed run goes on from
+there (--resume=auto) exactly as if it had not been killed.
 
 Four things to know before the loop: `run.saver` writes checkpoints in a thread, and keeps its error until
 `finish`. `ranks.agree(work)` runs work on every rank, and raises one rank's error on all.
@@ -25,7 +25,7 @@ import torch
 from inheritune.base.errors import Stopped, UserError, one_line, rank_info
 from inheritune.base.signals import ended_after
 from inheritune.data.tokenizer import tokenizer_files
-from inheritune.training.build_run import Run, build_run
+from inheritune.training.build_run import Run
 from inheritune.training.command_line import parse
 from inheritune.training.device import autocast, dtype_text, pick
 from inheritune.training.distributed import AgreedError, Ranks, seed_all
@@ -141,13 +141,9 @@ def validate(run: Run) -> dict[str, float]:
 
     Saves and stops if a rank is asked to meanwhile.
     """
-    began, model, device = time.perf_counter(), run.model, run.model.device
-
-    def any_rank_is_asked():
-        return run.ranks.any(run.request.signal is not None)
-
+    began, model, ranks = time.perf_counter(), run.model, run.ranks
     with model.validating() as local_forward:
-        options = run.ranks, device, model.autocast_dtype, any_rank_is_asked
+        options = ranks, model.device, model.autocast_dtype, lambda: ranks.any(run.request.signal is not None)
         losses = {name: mean_loss(local_forward, data, *options) for name, data in run.val.items()}
     run.recorder.validated(time.perf_counter() - began)
     if None in losses.values():
@@ -205,11 +201,10 @@ def keep_best(run, val_loss):
             link, name = os.path.join(run.settings.out_dir, "best"), checkpoint.step_name(state.step)
             run.saver.start(functools.partial(checkpoint.link, link, name))
         return False
-    worse = state.since_best + 1 >= (run.settings.stop_after_worse or math.inf)
-    if worse:
-        save_checkpoint(run)  # not counted yet: a resumed run validates again
+    if state.since_best + 1 >= (run.settings.stop_after_worse or math.inf):
+        return True  # saved before this one is counted: a resumed run validates again
     state.since_best += 1
-    return worse
+    return False
 
 
 def stop(run):
@@ -263,7 +258,7 @@ def main(argv=None):
         stack.enter_context(ranks.joined(settings.device))
         device = ranks.agree(lambda: pick(settings.device, ranks.local))
         plan = ranks.once(lambda: make_plan(settings, explicit, ranks.world))  # rank 0 decides what to resume
-        run = stack.enter_context(contextlib.closing(build_run(settings, plan, ranks, device)))
+        run = stack.enter_context(contextlib.closing(Run(settings, plan, ranks, device)))
         if ranks.is_first:
             c, n_params = plan.config, run.model.module.num_params()
             print(

@@ -91,7 +91,7 @@ def random_model(p, shape):
 def dry_run(p, **settings):
     """GB of training, as `train.py --dry_run` estimates them."""
     said = command("train.py", "--dry_run", f"--dataset={p.path('ids')}", *flags(**settings))
-    return float(re.search(r"about ([\d.]+) GB per GPU", said)[1]) or 0.01  # toys
+    return float(re.search(r"about ([\d.]+) GB on one GPU", said)[1]) or 0.01  # toys
 
 
 def measured(p, kind="default", save=False, **settings):

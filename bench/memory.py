@@ -17,6 +17,8 @@ import harness  # first: it finds the other files
 from step import OURS, Contender, make_data
 
 from inheritune.training.cost import training_memory
+from inheritune.training.planning import Plan
+from inheritune.training.settings import TrainSettings
 from inheritune.weights.gpt2_format import arrange, config_json, write_model
 from model import GPT, GPTConfig
 
@@ -58,8 +60,10 @@ def estimate(sizes, how, ranks, teacher):
     """The same as the formula has it."""
     config = GPTConfig(bias=False, **{k: v for k, v in sizes.items() if not k.startswith("batch")})
     accumulation = sizes["batch_tokens"] // (sizes["batch_size"] * config.block_size * ranks)
-    more = {"checkpoint_activations": how, "ranks": ranks, "teacher": TEACHER if teacher else None}
-    return sum(training_memory(config, sizes["batch_size"], accumulation, half=False, **more).values()) / 1e6
+    batch = {"micro_batch": sizes["batch_size"], "accumulation": accumulation}
+    plan = Plan(ranks, config, TEACHER if teacher else None, **batch)
+    settings = TrainSettings(checkpoint_activations=how, device="cpu", dtype="float32")
+    return sum(training_memory(plan, settings).values()) / 1e6
 
 
 def write_teacher(folder):

@@ -31,7 +31,7 @@ def make_run(folder):
     argv = f"--dataset={folder} --out_dir={folder}/out --device=cpu --block_size=128 --batch_size=1"
     argv += " --batch_tokens=128"
     settings, explicit = parse((TrainSettings,), argv.split(), "bench")
-    run = train.build_run(settings, planning.make_plan(settings, explicit, 1), Ranks(), torch.device("cpu"))
+    run = train.Run(settings, planning.make_plan(settings, explicit, 1), Ranks(), torch.device("cpu"))
     train.train_step(run)
     return run
 

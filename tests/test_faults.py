@@ -276,14 +276,14 @@ def test_a_run_holds_its_folder_while_it_trains_and_a_second_one_is_refused(data
 
 def test_a_plan_that_another_run_has_overtaken_is_refused(plain, data, tmp_path, monkeypatch):
     """Between the look at the folder and the lock on it, another run ended there."""
-    out, setup = tmp_path / "out", train.build_run
+    out, setup = tmp_path / "out", train.Run
     shutil.copytree(plain, out, symlinks=True)
 
     def late(*arguments):
         shutil.copytree(out / "step_00000012", out / "step_00000016")
         return setup(*arguments)
 
-    monkeypatch.setattr(train, "build_run", late)
+    monkeypatch.setattr(train, "Run", late)
     said = refusal(train.main, arguments(data, out, resume="auto"))
     assert f"another process has just trained in {out}: run the same command again" in said
     assert open(out / "log.csv").read() == open(os.path.join(plain, "log.csv")).read()

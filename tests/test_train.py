@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 def make_run(data, out, **changes):
     """A Run at its first step, not yet fitted."""
     settings, explicit = parse((TrainSettings,), arguments(data, out, **changes), "test")
-    return train.build_run(settings, planning.make_plan(settings, explicit, 1), Ranks(), CPU)
+    return train.Run(settings, planning.make_plan(settings, explicit, 1), Ranks(), CPU)
 
 
 # Arithmetic

@@ -11,6 +11,7 @@ import errno
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -136,13 +137,21 @@ def rank_info() -> tuple[int, int, int]:
 def is_one_line(e: BaseException) -> bool:
     """Whether one line is enough for this error; a bug keeps its traceback."""
     torch = sys.modules.get("torch")  # commands that do not need it do not import it
-    return isinstance(e, (UserError, OSError, *([torch.OutOfMemoryError] if torch else [])))
+    kinds = UserError, OSError, *([torch.OutOfMemoryError] if torch else [])
+    return isinstance(e, kinds) or lacks_compiler(e)
+
+
+def lacks_compiler(e: BaseException) -> bool:
+    """Whether torch.compile has found no C or C++ compiler on this machine, as in slim containers."""
+    return type(e).__name__ == "InductorError" and re.search(r"C(\+\+)? compiler", str(e)) is not None
 
 
 def error_line(e: Exception) -> str:
     """What failed and how to go on, of a UserError, an OSError (which names its file) or a full GPU."""
     if isinstance(e, UserError):
         return str(e)
+    if lacks_compiler(e):
+        return "torch.compile finds no C++ compiler here: install one (g++), or add --compile=False"
     if not isinstance(e, OSError):
         cure = "a lower --batch_size takes the same steps; train.py also has --checkpoint_activations=full"
         return f"the GPU has no memory left: {cure}"

@@ -69,7 +69,8 @@ def validation_loss(settings: TrainSettings, config: Config, folder: str) -> flo
     """
     check_tokenizer(settings.dataset, folder, config)
     device, ranks = machine.pick(settings.device), Ranks()
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in training
     val = ValData(settings.dataset, config.block_size, settings.eval_tokens, settings.batch_size)
     dtype, module = machine.pick_dtype(settings.dtype, device), load_model(folder)
     compiled = machine.is_compiled(settings.compile, device)

@@ -36,7 +36,7 @@ from inheritune.models.meta_model import (
 )
 from inheritune.weights.gpt2_format import CONFIG, choose_tensors, read_tokenizer_fields, stored_tensors
 from inheritune.weights.tensors import LazyTensor, copy_rows
-from model import continue_ids, cross_entropy
+from model import GPT, cross_entropy
 
 BLOCK_SIZE = 1024  # block_size of a run, unless the model has room for fewer or the user sets it
 OUR_KEYS = ("n_vocab", "tokenizer", "run_block_size")  # keys that we add to config.json
@@ -237,22 +237,16 @@ class Decoder(nn.Module):
         logits = self.theirs(input_ids=idx, use_cache=False).logits
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    @torch.inference_mode()
-    def generate(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
-    ) -> Iterator[Tensor]:
-        """Continue each row of ids idx (B, T): see GPT.generate."""
+    generate = GPT.generate
+
+    def read(self, idx: Tensor, cache, room: int) -> tuple:
+        """See GPT.read. The cache is transformers', None where the model has none."""
         takes = inspect.signature(self.theirs.forward).parameters
-        flags = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         name = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
-
-        def read(idx, cache):
-            known = {name: cache} if name else {}
-            out = self.theirs(input_ids=idx, use_cache=bool(name), **known, **flags)
-            return out.logits[:, -1], getattr(out, name, None) if name else None
-
-        options = temperature, top_k, top_p, generator
-        yield from continue_ids(read, idx, max_new_tokens, self.config, *options)
+        options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        options |= {name: cache} if name else {}
+        out = self.theirs(input_ids=idx, use_cache=bool(name), **options)
+        return out.logits[:, -1], getattr(out, name, None) if name else None
 
     def attention_steps(self, idx: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield (None, what enters block 0 (B, T, C)), then for each block (its attention matrices

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from inheritune.training.distributed import DistributedModel, Ranks, seed_all
 from inheritune.training.logs import ALSO, Recorder
 from inheritune.training.losses import Teacher, pad_head
 from inheritune.training.optimizer import load_optimizer, make_optimizer
-from inheritune.training.planning import Plan
+from inheritune.training.planning import Plan, find_resumable
 from inheritune.training.settings import TrainSettings
 from inheritune.weights import checkpoint
 from inheritune.weights.gpt2_format import read_special_ids
@@ -77,91 +77,62 @@ class Saver:
             raise error
 
 
-@dataclass
 class Run:
-    """Everything that train.py's loop needs."""
+    """Everything that train.py's loop needs.
 
-    settings: TrainSettings
-    plan: Plan
-    ranks: Ranks
-    model: DistributedModel
-    teacher: Teacher | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    val: dict[str, ValData]  # {column of log.csv: the data whose loss it shows}
-    batches: Iterator[torch.Tensor]  # this rank's windows, step after step
-    steps_per_epoch: float
-    state: State
-    ended_at: (
-        int | None
-    )  # the last step of a finished run that goes on: its row is written again, with a validation
-    recorder: Recorder
-    saver: Saver
-    request: StopRequest = field(default_factory=StopRequest)  # stop signals received by this process
+    It is made on every rank. A UserError or OSError of one rank (in the data, the weights, the checkpoint or
+    the run folder) is the same AgreedError on all. `agree` runs work on all ranks and shares errors;
+    `once_per_node` downloads once for each machine.
+    """
+
+    def __init__(self, settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.device):
+        self.settings, self.plan, self.ranks = settings, plan, ranks
+        self.request = StopRequest()  # stop signals received by this process
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
+        seed_all(settings.seed)  # frozen: alike on all ranks, which start from the same weights
+        dtype, compiled = pick_dtype(settings.dtype, device), is_compiled(settings.compile, device)
+
+        # data, model and teacher; val: {column of log.csv: the data whose loss it shows}
+        train, self.val = ranks.agree(lambda: open_data(settings, plan))
+        folder = plan.resume_from
+        if not folder and settings.init_from != "scratch":
+            folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
+        module, lineage, files, special_ids = ranks.agree(lambda: load_weights(plan, folder))
+        module.checkpoint_activations = settings.checkpoint_activations
+        pad_head(module, device, compiled)
+        self.model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
+        self.teacher = None
+        if settings.teacher:
+            found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
+            theirs = ranks.agree(lambda: load_model(found))
+            pad_head(theirs, device, compiled)
+            options = {"device": device, "dtype": dtype, "compiled": compiled}
+            self.teacher = Teacher(theirs, settings, n_vocab=train.tokens.tokenizer["n_vocab"], **options)
+
+        # what a checkpoint restores, and the run folder
+        self.optimizer = make_optimizer(module, settings, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        restored = ranks.agree(lambda: restore(plan.resume_from, module, self.optimizer, self.scaler))
+        self.state, self.ended_at = restored  # see restore
+        if plan.changed_now:
+            self.state.changes.append(f"step {self.state.step}: {plan.changed_now}")
+        flops = flops_with_teacher(plan.config, plan.teacher)
+        self.recorder = Recorder(settings, flops, device, ranks.world)
+        ranks.agree(lambda: open_run_folder(self) if ranks.is_first else None)
+
+        # this rank's windows, step after step
+        self.batches = train.batches(self.state.step, plan.sequences, ranks.rank, ranks.world)
+        self.steps_per_epoch = train.n_windows / plan.sequences
+        self.saver = Saver(lineage, files, special_ids, self.state.step if plan.resume_from else None)
 
     def close(self) -> None:
         """Release the run folder, after waiting for what is being written there."""
         self.batches.close()
         self.saver.pool.shutdown()
         self.recorder.close()
-
-
-def build_run(settings: TrainSettings, plan: Plan, ranks: Ranks, device: torch.device) -> Run:
-    """Build the Run, on every rank.
-
-    A UserError or OSError of one rank (in the data, the weights, the checkpoint or the run folder) is the
-    same AgreedError on all. `agree` runs work on all ranks and shares errors; `once_per_node` downloads
-    once for each machine.
-    """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect elsewhere
-    seed_all(settings.seed)  # frozen: alike on all ranks, which start from the same weights
-    dtype, compiled = pick_dtype(settings.dtype, device), is_compiled(settings.compile, device)
-
-    # data, model and teacher
-    train, val = ranks.agree(lambda: open_data(settings, plan))
-    folder = plan.resume_from
-    if not folder and settings.init_from != "scratch":
-        folder = ranks.once_per_node(lambda: checkpoint.find(settings.init_from))
-    module, lineage, files, special_ids = ranks.agree(lambda: load_weights(plan, folder))
-    module.checkpoint_activations = settings.checkpoint_activations
-    pad_head(module, device, compiled)
-    model = DistributedModel(module, ranks, device, dtype, compiled, settings.shard)
-    teacher = None
-    if settings.teacher:
-        found = ranks.once_per_node(lambda: checkpoint.find(settings.teacher))
-        theirs = ranks.agree(lambda: load_model(found))
-        pad_head(theirs, device, compiled)
-        teacher = Teacher(
-            theirs, settings, n_vocab=plan.n_vocab, device=device, dtype=dtype, compiled=compiled
-        )
-
-    # what a checkpoint restores, and the run folder
-    optimizer = make_optimizer(module, settings, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state, ended_at = ranks.agree(lambda: restore(plan.resume_from, module, optimizer, scaler))
-    if plan.changed_now:
-        state.changes.append(f"step {state.step}: {plan.changed_now}")
-    recorder = Recorder(settings, flops_with_teacher(plan.config, plan.teacher), device, ranks.world)
-    ranks.agree(lambda: open_run_folder(settings, plan, state, recorder) if ranks.is_first else None)
-
-    return Run(
-        settings=settings,
-        plan=plan,
-        ranks=ranks,
-        model=model,
-        teacher=teacher,
-        optimizer=optimizer,
-        scaler=scaler,
-        val=val,
-        batches=train.batches(state.step, plan.sequences, ranks.rank, ranks.world),
-        steps_per_epoch=train.n_windows / plan.sequences,
-        state=state,
-        ended_at=ended_at,
-        recorder=recorder,
-        saver=Saver(lineage, files, special_ids, step=state.step if plan.resume_from else None),
-    )
 
 
 def open_data(settings, plan):
@@ -212,22 +183,19 @@ def restore(folder, module, optimizer, scaler):
     return State(**{f.name: saved[f.name] for f in dataclasses.fields(State)}), ended
 
 
-def open_run_folder(settings, plan, state, recorder):
+def open_run_folder(run):
     """Lock the run folder, remove what a killed run left in it, and open the recorder at the state's step.
 
     Raises UserError when another run has the folder, or has written there since the plan was made.
     """
-    out = settings.out_dir
+    out, plan, state = run.settings.out_dir, run.plan, run.state
     os.makedirs(out, exist_ok=True)
     lock = lock_folder(out)
     if lock is None:
         cure = "wait for it or stop it, or choose another --out_dir"
         raise UserError(f"another process is training in {out}: {cure}")
     try:
-        steps = checkpoint.list_steps(out)
-        planned = [os.path.basename(folder) for folder in (*plan.damaged, plan.resume_from) if folder]
-        # the newest checkpoints must still be those of the plan: the damaged ones, then the one to resume
-        if steps[::-1][: max(1, len(planned))] != planned:
+        if find_resumable(run.settings) != (plan.resume_from, plan.damaged):
             raise UserError(f"another process has just trained in {out}: run the same command again to go on")
         for folder, why in plan.damaged.items():
             print(f"{folder} is no whole checkpoint and is set aside: {why}")
@@ -236,11 +204,11 @@ def open_run_folder(settings, plan, state, recorder):
         # a killed run leaves temporary files, links that were not moved yet, and rows after the checkpoint
         checkpoint.sweep(out)
         if plan.resume_from:
-            checkpoint.link(os.path.join(out, "latest"), planned[-1])
+            checkpoint.link(os.path.join(out, "latest"), os.path.basename(plan.resume_from))
         best = checkpoint.step_name(state.best_step or 0)
-        if state.best_step is not None and best in steps:
+        if state.best_step is not None and os.path.isdir(os.path.join(out, best)):
             checkpoint.link(os.path.join(out, "best"), best)
-        recorder.open(lock, state.step)
+        run.recorder.open(lock, state.step)
     except BaseException:
         unlock_folder(out, lock)
         raise

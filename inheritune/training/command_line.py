@@ -166,7 +166,7 @@ def evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, str | bool | int | float | None):
         return node.value
     if not isinstance(node, ast.UnaryOp | ast.BinOp) or type(node.op) not in ARITHMETIC:
-        raise ValueError("is not a literal or arithmetic on numbers")
+        raise ValueError("is not a literal, or + - * / // % on numbers")
     numbers = [
         evaluate(n) for n in ([node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right])
     ]

@@ -1,4 +1,4 @@
-"""What training costs, by formula: parameters, FLOPs, memory; and the share of a device's peak reached.
+"""What training costs, by formula: FLOPs and memory.
 
 Nothing here makes weights; bench/memory.py compares the memory with real steps.
 """
@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from inheritune.models.open_model import Config
-from inheritune.training.device import peak_flops
+from inheritune.training.device import is_compiled, pick_dtype
+from inheritune.training.settings import TrainSettings
 from model import CHUNKED_LOSS, LOSS_ROWS
 
 
@@ -19,31 +20,21 @@ def flops_with_teacher(config: Config, teacher: Config | None = None) -> float:
     return config.flops_per_token + replace(teacher, block_size=config.block_size).flops_per_token / 3
 
 
-def training_memory(
-    config: Config,
-    micro_batch: int,
-    accumulation: int,
-    half: bool,
-    shards: int = 1,
-    checkpoint_activations: str = "none",
-    compiled: bool = False,
-    teacher: Config | None = None,
-    ranks: int = 1,
-    muon: bool = False,
-) -> dict[str, float]:
-    """{name: bytes} on one device at the fullest moment of a step. The allocator's overhead is not counted.
+def training_memory(plan, settings: TrainSettings, shards: int = 1) -> dict[str, float]:
+    """{name: bytes} on one device at the fullest moment of a step: of a GPU, unless the settings say CPU. The
+    allocator's overhead is not counted.
 
     Every model is counted as if it were a GPT-2 of its width: MLP of 4 C, as many keys as queries, tied head.
 
-    micro_batch: sequences in a forward pass
-    accumulation: forward passes in a step
-    half: whether autocast computes in 16 bits
-    shards: over how many ranks the model is sharded
-    ranks: over how many ranks DDP trains it
-    muon: whether Muon trains the blocks: one moment a parameter, not two (for norms, too)
+    plan: a planning.Plan, of which model, teacher, batch and number of ranks count
+    shards: over how many ranks the model is sharded; 1: it is trained by DDP
     """
+    s, config, teacher = settings, plan.config, plan.teacher
+    device = torch.device("cpu" if s.device == "cpu" else "cuda")
+    half = s.dtype != "float32" and (device.type == "cuda" or pick_dtype(s.dtype, device) != torch.float32)
+    compiled = is_compiled(s.compile, device)
     n_params, act = config.num_params, 2 if half else 4
-    rows = micro_batch * config.block_size
+    rows = plan.micro_batch * config.block_size
     embedding = config.vocab_size * config.n_embd
 
     # What is always there. Autocast's 16-bit copies of the weights stay for the backward pass. Of a sharded
@@ -52,7 +43,9 @@ def training_memory(
     if shards > 1:
         copies = act * (embedding + 2 * config.block_params)
     weights = 4 * n_params / shards + copies
-    moments = (8 * n_params - (4 * config.n_layer * config.block_params if muon else 0)) / shards
+    # Muon has one moment for a block's parameter, not two (counted for norms, too)
+    muon = 4 * config.n_layer * config.block_params if s.optimizer == "muon" else 0
+    moments = (8 * n_params - muon) / shards
     gradients = 4 * n_params / shards
 
     def memory_at(gradients, activations, logits=0):
@@ -61,9 +54,10 @@ def training_memory(
 
     # When the loss is taken: activations and logits, and gradients if there was a backward pass before. The
     # head's gradient comes later; in a sharded model it is there together with the logits.
-    kept, recomputed = activation_bytes(config.n_layer, half, checkpoint_activations, half and shards > 1)
+    kept, recomputed = activation_bytes(config.n_layer, half, s.checkpoint_activations, half and shards > 1)
     tokens = rows * config.n_embd
-    earlier = gradients if accumulation > 1 or ranks > 1 else 0  # DDP keeps them in its buckets
+    ddp = shards == 1 and plan.world > 1  # which keeps the gradients in its buckets
+    earlier = gradients if plan.accumulation > 1 or ddp else 0
     of_head = (act if shards > 1 else 4) * embedding
     logits = logits_memory(rows, config, half, compiled, teacher is not None)
     loss = memory_at(earlier + (of_head if shards > 1 else 0), tokens * kept, logits)
@@ -71,7 +65,7 @@ def training_memory(
     block = memory_at(earlier + of_head, tokens * (kept + recomputed))
     # At the end: all gradients, and two more of the tied embedding (head, look-up); with accumulation
     # also the sum.
-    parts = (3 if accumulation > 1 else 2) * of_head
+    parts = (3 if plan.accumulation > 1 else 2) * of_head
     end = memory_at(gradients + parts, 0)
     terms = max(loss, block, end, key=lambda terms: sum(terms.values()))
     return terms | {"teacher": teacher_memory(teacher, half)} if teacher else terms
@@ -117,12 +111,3 @@ def teacher_memory(teacher: Config, half: bool) -> int:
     bytes a parameter; the embedding takes 4."""
     embedding = teacher.vocab_size * teacher.n_embd
     return 2 * teacher.num_params + 4 * embedding if half else 4 * teacher.num_params
-
-
-def mfu(tokens_per_s: float, per_token: float, device: torch.device, world: int) -> float | None:
-    """Model FLOPs utilisation: the share of the peak of `world` devices that tokens_per_s reaches.
-
-    per_token: FLOPs of a token. Returns None where the peak is not known.
-    """
-    peak = peak_flops(device)
-    return tokens_per_s * per_token / (peak * world) if peak else None

@@ -13,8 +13,7 @@ import torch
 
 from inheritune.base.errors import UserError
 from inheritune.base.files import replacing, unlock_folder
-from inheritune.training import cost
-from inheritune.training.device import peak_memory_mb
+from inheritune.training.device import peak_flops, peak_memory_mb
 from inheritune.training.settings import TrainSettings
 
 # frozen: log columns and number format. A column may be added: older logs leave it empty.
@@ -38,8 +37,9 @@ class Recorder:
     """
 
     def __init__(self, settings: TrainSettings, flops_per_token: float, device: torch.device, world: int):
-        self.settings, self.device, self.world = settings, device, world
-        self.flops_per_token = flops_per_token
+        self.settings, self.device = settings, device
+        peak = peak_flops(device)  # None where it is not known
+        self.peak = peak and peak * world / flops_per_token  # tokens/s
         self.lock = None
         self.train_s = self.val_s = self.last_val_s = 0.0  # seconds in this process; saving does not count
         self.since = None  # (step, train_s) after the first step, then at the last line
@@ -85,7 +85,7 @@ class Recorder:
         before, began = self.since or (step, 0.0)
         step_s = (self.train_s - began) / (step - before) if step > before else None
         tokens_per_s = s.batch_tokens / step_s if step_s else None  # over all ranks
-        mfu = cost.mfu(tokens_per_s, self.flops_per_token, self.device, self.world) if step_s else None
+        mfu = tokens_per_s / self.peak if step_s and self.peak else None  # model FLOPs utilisation
         if self.since:
             self.since = step, self.train_s
         times = {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_mb": peak_memory_mb(self.device)}

@@ -1,5 +1,7 @@
 """The loss over fixed tokens (validation, grow.py's comparison, score.py), and the loss of distillation."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,12 +56,12 @@ class Teacher:
         for layer in (m for m in model.modules() if isinstance(m, nn.Linear) and dtype != torch.float32):
             for name, p in layer.named_parameters():
                 setattr(layer, name, nn.Parameter(p.to(dtype)))
-        self.model, self.distillation_loss = model.to(device).eval().requires_grad_(False), distillation_loss
+        self.model, self.dtype = model.to(device).eval().requires_grad_(False), dtype
+        options = {"n_vocab": n_vocab, "alpha": settings.kd_alpha, "temperature": settings.kd_temperature}
+        self.loss = functools.partial(distillation_loss, **options)
         if compiled:  # the loss too: as one kernel it holds no fp32 copies of the logits
             self.model = torch.compile(model, dynamic=False)
-            self.distillation_loss = torch.compile(distillation_loss, dynamic=False)
-        self.dtype = dtype
-        self.options = n_vocab, settings.kd_alpha, settings.kd_temperature
+            self.loss = torch.compile(self.loss, dynamic=False)
 
     @torch.no_grad()
     def logits(self, idx: Tensor) -> Tensor:
@@ -67,10 +69,6 @@ class Teacher:
         # an autocast of its own: a sharded student runs without
         with autocast(idx.device, self.dtype):
             return self.model(idx)
-
-    def loss(self, logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, CE, KL) of a student; see `distillation_loss`."""
-        return self.distillation_loss(logits, teacher_logits, targets, *self.options)
 
 
 def distillation_loss(

@@ -66,23 +66,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
         muon = torch.optim.Muon(matrices, lr=options["lr"], adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(others, **options)
         super().__init__(muon.param_groups + adamw.param_groups, {})
-        self.parts = muon, adamw
-        self.share()
-
-    def share(self):
-        """Make the parts work on this optimizer's groups and state."""
-        muon, adamw = self.parts
-        muon.param_groups = [group for group in self.param_groups if group["matrices"]]
-        adamw.param_groups = [group for group in self.param_groups if not group["matrices"]]
-        muon.state = adamw.state = self.state
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.share()  # loading has replaced groups and state
+        self.parts = {True: muon, False: adamw}  # by what their groups have under "matrices"
 
     @torch.no_grad()
     def step(self):
-        for part in self.parts:
+        for matrices, part in self.parts.items():  # each on its groups and the common state, as they are now
+            part.param_groups = [group for group in self.param_groups if group["matrices"] == matrices]
+            part.state = self.state
             part.step()
 
 

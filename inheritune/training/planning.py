@@ -8,13 +8,11 @@ import functools
 import os
 from dataclasses import dataclass, field
 
-import torch
-
 from inheritune.base.errors import UserError, noting, raise_all
 from inheritune.data.reader import Tokens, check_tokenizer, identity, read_meta
 from inheritune.models.open_model import Config, open_config, open_weights
 from inheritune.training.cost import flops_with_teacher, training_memory
-from inheritune.training.device import PEAKS, is_compiled, pick_dtype
+from inheritune.training.device import PEAKS
 from inheritune.training.logs import read_rows
 from inheritune.training.schedule import decay_end, learning_rate
 from inheritune.training.settings import HARMLESS, SCHEDULE, TrainSettings
@@ -41,7 +39,6 @@ class Plan:
     damaged: dict[str, str] = field(default_factory=dict)  # newer checkpoints: {folder: what is wrong}
     data_id: str | None = None  # a hash of the data's tokens
     train_tokens: int | None = None  # in this run's part of the corpus; None when the data is not prepared
-    n_vocab: int = 0  # ids of the data's tokenizer
     sequences: int = 0  # per optimizer step, over all ranks
     micro_batch: int = 0  # sequences per forward pass on one rank
     accumulation: int = 0  # forward passes per step on each rank
@@ -99,7 +96,6 @@ def make_plan(settings: TrainSettings, explicit: frozenset[str], world: int) -> 
     if plan.config:
         problems += recompute_problems(settings, plan.config)
         tokens, block_size = plan.train_tokens, plan.config.block_size
-        plan.n_vocab = (tokenizer or tokenizer_fields(plan.config))["n_vocab"]
         if tokens is not None and tokens <= block_size:
             part = f"this run's part of {settings.dataset} has {tokens:,} tokens"
             problems.append(f"{part}, fewer than block_size + 1")
@@ -347,45 +343,24 @@ def plan_text(plan: Plan, settings: TrainSettings) -> str:
 def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     """Memory on one GPU and in shards, and the time that each kind of GPU takes, line by line."""
     world = plan.world if plan.world > 1 else 8
-    terms = [run_memory(plan, settings, shards) for shards in (1, world)]
-    whole, shared = (sum(t.values()) / 1e9 for t in terms)
-    parts = [", ".join(f"{name} {size / 1e9:.1f}" for name, size in t.items()) for t in terms]
-    if plan.world > 1:  # in its second step DDP rebuilds its buckets; NCCL may still hold the first ones
-        again = 4 * plan.config.num_params / 1e9
-        whole += again
-        parts[0] += f", first buckets (in DDP's second step) {again:.1f}"
-    lines = [
-        f"memory       about {whole:.1f} GB per GPU, counted as a GPT-2's, without the allocator's overhead:",
-        f"               {parts[0]}",
-        f"             about {shared:.1f} GB on each of {world} with shard=True:",
-        f"               {parts[1]}",
-        f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:",
-    ]
+    ways = {"one GPU": (1, 1), f"each of {world}": (world, 1)}  # (ranks of DDP, shards)
+    ways |= {} if settings.optimizer == "muon" else {f"each of {world} with shard=True": (1, world)}
+    lines, needs = ["memory       counted as a GPT-2's, without the allocator's overhead:"], []
+    for where, (ranks, shards) in ways.items():
+        terms = training_memory(dataclasses.replace(plan, world=ranks), settings, shards)
+        if ranks > 1:  # in its second step DDP rebuilds its buckets; NCCL may still hold the first ones
+            terms["first buckets (in DDP's second step)"] = 4 * plan.config.num_params
+        needs.append(sum(terms.values()) / 1e9)
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in terms.items())
+        lines += [f"             about {needs[-1]:.1f} GB on {where}:", f"               {parts}"]
+    lines.append(f"time         at {ASSUMED_MFU:.0%} of the bf16 peak (an assumption), without validation:")
+    alone, many = needs[0], needs[2 if settings.shard else 1]
     for name, (peak, gigabytes) in PEAKS.items():
         seconds, room = flops / (peak * 1e12 * ASSUMED_MFU), 0.9 * gigabytes
-        can_shard = not settings.shard and settings.optimizer != "muon"
-        shard = "shard=True, or " if shared < room and can_shard else ""
-        fits = (shared if settings.shard else whole) < room
-        note = "" if fits else f"   does not fit {gigabytes} GB: {shard}lower batch_size"
-        lines.append(f"  {name:22} {duration(seconds):>12} on 1, {duration(seconds / 8):>12} on 8{note}")
+        times = {1: duration(seconds), 8: duration(seconds / 8)}
+        one, eight = (times[n] if need < room else "too large" for n, need in ((1, alone), (8, many)))
+        lines.append(f"  {name:22} {one:>12} on 1, {eight:>12} on 8")
     return lines
-
-
-def run_memory(plan: Plan, settings: TrainSettings, shards: int) -> dict[str, float]:
-    """cost.training_memory of a planned run; on a GPU unless the settings say otherwise."""
-    s, device = settings, torch.device("cpu" if settings.device == "cpu" else "cuda")
-    return training_memory(
-        plan.config,
-        plan.micro_batch,
-        plan.accumulation,
-        half=s.dtype != "float32" and (device.type == "cuda" or pick_dtype(s.dtype, device) != torch.float32),
-        shards=shards,
-        checkpoint_activations=s.checkpoint_activations,
-        compiled=is_compiled(s.compile, device),
-        teacher=plan.teacher,
-        ranks=plan.world if shards == 1 else 1,
-        muon=s.optimizer == "muon",
-    )
 
 
 def duration(seconds: float) -> str:

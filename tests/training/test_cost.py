@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import train
-from inheritune.training import cost
+from inheritune.training import cost, logs
 from inheritune.training.cost import flops_with_teacher, training_memory
+from inheritune.training.planning import Plan
+from inheritune.training.settings import TrainSettings
 from model import GPT
 from tests.tiny import tiny_config
 
@@ -24,10 +26,18 @@ def test_flops_against_a_hand_count(bias):
 
 
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
-    device = torch.device("cpu")
-    assert cost.mfu(1000.0, 3e6, device, 2) is None
-    monkeypatch.setattr(cost, "peak_flops", lambda device: 1e12)
-    assert cost.mfu(1000.0, 3e6, device, 2) == pytest.approx(1000 * 3e6 / 2e12)
+    monkeypatch.setattr(logs, "peak_flops", lambda device: 1e12)
+    recorder = logs.Recorder(TrainSettings(), 3e6, torch.device("cpu"), 2)
+    assert recorder.peak == pytest.approx(2e12 / 3e6)  # tokens/s
+
+
+def test_a_dry_run_says_on_how_many_gpus_a_model_fits(capsys):
+    """DDP's second step takes 4 bytes a parameter more than one GPU does."""
+    train.main(["config/train_gpt2_xl.py", "--dry_run"])
+    text = capsys.readouterr().out
+    assert re.search(r"A100 40GB .* days on 1, +too large on 8", text)
+    train.main(["config/train_gpt2_xl.py", "--dry_run", "--shard=True"])
+    assert re.search(r"A100 40GB .* days on 1, .* days on 8", capsys.readouterr().out)
 
 
 def test_a_teachers_forward_pass_costs_a_third_in_the_students_context():
@@ -36,8 +46,14 @@ def test_a_teachers_forward_pass_costs_a_third_in_the_students_context():
     assert flops_with_teacher(config, teacher) == pytest.approx(config.flops_per_token + read / 3)
 
 
+def memory(config, micro_batch, accumulation, half, shards=1, teacher=None, ranks=1, **settings):
+    plan = Plan(ranks, config, teacher, micro_batch=micro_batch, accumulation=accumulation)
+    settings = {"dtype": "bfloat16" if half else "float32", "compile": False} | settings
+    return training_memory(plan, TrainSettings(**settings), shards)
+
+
 def total(*arguments, **named):
-    return sum(training_memory(*arguments, **named).values())
+    return sum(memory(*arguments, **named).values())
 
 
 def test_the_estimate_of_memory_counts_what_there_is(monkeypatch):
@@ -63,7 +79,7 @@ def test_the_estimate_of_memory_counts_what_there_is(monkeypatch):
     assert total(c, 5, 2, half=False, shards=4) == 4 * n + gathered + none + logits
     narrow, gathered = 2 * rows * 32 * (2 + 14) * 2, gathered / 2
     for compiled, each in ((False, 12), (True, 2)):
-        found = training_memory(c, 5, 2, half=True, shards=4, compiled=compiled)
+        found = memory(c, 5, 2, half=True, shards=4, compile=compiled)
         assert sum(found.values()) - found["logits"] == 4 * n + gathered + narrow
         assert found["logits"] == rows * 1000 * each
 
@@ -73,16 +89,16 @@ def test_the_estimate_counts_what_is_compiled_the_teacher_and_ranks():
     t = tiny_config(n_layer=5, n_embd=48, vocab_size=1008, block_size=64, bias=False)
     n, m, logits = GPT(c).num_params(), GPT(t).num_params(), 64 * 5 * 1000
     kept, kept16 = (2 * 64 * 5 * 32 * size for size in (64, 8 + 14 * 2))
-    assert total(c, 5, 1, half=False, compiled=True) == 12 * n + kept + 4 * logits, "all logits, no chunks"
-    assert total(c, 5, 1, half=True, compiled=True) == 14 * n + kept16 + 2 * logits
+    assert total(c, 5, 1, half=False, compile=True) == 12 * n + kept + 4 * logits, "all logits, no chunks"
+    assert total(c, 5, 1, half=True, compile=True) == 14 * n + kept16 + 2 * logits
     assert total(c, 5, 1, half=False, ranks=2) == total(c, 5, 2, half=False)
-    moments = training_memory(c, 5, 1, half=False, muon=True)["moments"]
+    moments = memory(c, 5, 1, half=False, optimizer="muon")["moments"]
     assert moments == 4 * (12 * 2 * 32 * 32 + 2 * 2 * 32) + 8 * (1000 + 64 + 1) * 32, "of the blocks one"
     for half, compiled, each in (
         *((False, False, 32), (True, False, 28)),
         *((False, True, 12), (True, True, 8)),
     ):
-        terms = training_memory(c, 5, 1, half=half, compiled=compiled, teacher=t)
+        terms = memory(c, 5, 1, half=half, compile=compiled, teacher=t)
         assert terms["logits"] == each * logits
         assert terms["teacher"] == (2 * m + 4 * 1008 * 48 if half else 4 * m)
 
@@ -106,4 +122,4 @@ def test_a_dry_run_counts_the_teacher(capsys):
 def test_without_torchs_chunked_loss_all_logits_count(monkeypatch):
     c = tiny_config(vocab_size=1000)
     monkeypatch.setattr(cost, "CHUNKED_LOSS", False)
-    assert training_memory(c, 100, 1, half=False)["logits"] == 100 * 8 * 1000 * 12
+    assert memory(c, 100, 1, half=False)["logits"] == 100 * 8 * 1000 * 12

@@ -56,6 +56,10 @@ def test_rank_0_decides_which_checkpoint_is_resumed(forks, whole, data, tmp_path
             "torch.OutOfMemoryError('CUDA out of memory')",
             "tiny.py: rank 1: the GPU has no memory left: a lower --batch_size",
         ),
+        (
+            "torch._inductor.exc.InductorError(RuntimeError('Failed to find C compiler'), None)",
+            "tiny.py: rank 1: torch.compile finds no C++ compiler here",
+        ),
         ("OSError(5, 'Input/output error', 'x.bin')", "tiny.py: rank 1: Input/output error (x.bin)"),
         ("KeyboardInterrupt", "tiny.py: rank 1: interrupted twice, ended at once\n"),
         ("RuntimeError('out of memory')", "tiny.py: rank 1: Traceback (most recent call last)"),
@@ -64,7 +68,7 @@ def test_rank_0_decides_which_checkpoint_is_resumed(forks, whole, data, tmp_path
 def test_what_one_rank_alone_meets_it_prints_with_its_number(forks, data, tmp_path, error, said):
     """... at once, while the other waits for it in a collective."""
     code = f"""
-    import torch
+    import torch._inductor.exc
     from inheritune.base.errors import UserError
     def failing(run):
         if rank == 1 and run.state.step == 3:
