@@ -64,8 +64,7 @@ def graphs(p):
     settings = p.sizes("gpt2") | {"dataset": p.path("ids"), "batch_tokens": 16 * T, "eval_tokens": 18 * T}
     settings |= {"scale_attn_by_inverse_layer_idx": True, "compile": True}
     settings |= {"max_iters": 30, "eval_interval": 15}
-    # with shards the blocks are compiled one by one, each with its own attention scale, and the loss
-    sharded = 3 * settings["n_layer"] + 3  # the step, and validation groups of two sizes
+    sharded = 3 * (settings["n_layer"] + 1)  # blocks (of scales of their own), loss; step, two validations
     kinds = {"one process": ("counted", 4), "DDP": ("alone", 30), "FSDP2": ("alone", sharded)}
     for kind, (patch, most) in kinds.items():
         curve, timing, counts = train(p, f"graphs-{kind}", patch, shard=kind == "FSDP2", **settings)
