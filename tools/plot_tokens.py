@@ -21,7 +21,7 @@ from inheritune.experiments.tables import markdown
 from inheritune.training.logs import read_rows
 
 TEXTS = {"val_loss": "the validation text", "also_val_loss": "the second text"}
-ROOM = 1.5  # nats above the highest last loss that the figure shows
+ROOM = 2.4  # nats above the highest last loss that the figure shows: the legend's place
 
 
 def read_curves(folder: str) -> tuple[dict, dict[str, float]]:

@@ -21,8 +21,9 @@ from inheritune.training.logs import read_rows
 BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A9A9A"
 # arms drawn in colour; the others are grey
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
-COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00"}
+COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00", "whole": "#5D5D5D"}
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
+BASES = ("reference", "whole", "random", "inheritune", "ends")  # what plot_compute always shows
 LOSS = "validation loss (nats/token)"
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
@@ -145,17 +146,16 @@ def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str
 
 
 def compute_panels(arms: dict, curves: dict) -> dict:
-    """{optimizer: arms to show}: the best variants of reference, random init, Inheritune and `ends`, and the
-    best of all arms that start from the reference. A second optimizer gets a panel if it has such an arm."""
+    """{optimizer: arms to show}: the best variants of BASES, and the best small model that starts from the
+    reference. A second optimizer gets a panel if it has such an arm."""
     panels = {}
     for optimizer in dict.fromkeys(arm.changes.get("optimizer") for arm in arms):
-        shown = [
-            best_variant(arms, base, optimizer) for base in ("reference", "random", "inheritune", "ends")
-        ]
+        shown = [best_variant(arms, base, optimizer) for base in BASES]
         recipes = [
             arm
             for arm in arms
             if arm.from_reference
+            and arm.base != "whole"
             and arm.changes.get("optimizer") == optimizer
             and "max_iters" not in arm.changes
             and curves[arm]
