@@ -247,14 +247,22 @@ def test_a_split_on_that_never_occurs(tmp_path):
         documents(tmp_path / "a.txt", split_on="\\n\\n")
 
 
+def least_seconds(n, *arguments, **options):
+    """CPU seconds of reading n texts, the least of three: other work on the machine adds to them."""
+    spent = []
+    for _ in range(3):
+        began = time.process_time()
+        assert len(texts(*arguments, **options)) == n
+        spent.append(time.process_time() - began)
+    return min(spent)
+
+
 def test_a_line_a_document_is_read_fast(tmp_path):
     """Not quadratic: the time of four times the text is not much over four times the time."""
     line, spent = "一行中文文本。" * 4 + "\n", []
     for copies in (20_000, 80_000):
         (tmp_path / "a.txt").write_text(line * copies)
-        began = time.process_time()
-        assert len(texts(tmp_path / "a.txt", split_on="\n")) == copies
-        spent.append(time.process_time() - began)
+        spent.append(least_seconds(copies, tmp_path / "a.txt", split_on="\n"))
     assert spent[1] < 12 * spent[0]
 
 
@@ -359,9 +367,7 @@ def test_many_small_files_take_linear_time(tmp_path):
     spent = []
     for n in (500, 2000):
         write_files(tmp_path / str(n), {f"{i}.txt": "text" for i in range(n)})
-        began = time.process_time()
-        assert len(texts(tmp_path / str(n))) == n
-        spent.append(time.process_time() - began)
+        spent.append(least_seconds(n, tmp_path / str(n)))
     assert spent[1] < 10 * spent[0]
 
 
