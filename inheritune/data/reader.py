@@ -87,6 +87,10 @@ class TrainData:
         self.first = int(len(self.tokens) * start)
         last = int(len(self.tokens) * end)
         self.n_windows = (last - self.first - 1) // block_size
+        if self.n_windows < 1:
+            what = f"tokens {self.first:,} to {last:,} of train hold no window"
+            cure = "use a smaller block_size or more data"
+            raise UserError(f"{folder}: {what} of block_size + 1 = {block_size + 1}: {cure}")
 
     def batch(self, first_sample: int, count: int, rank: int = 0, world: int = 1) -> torch.Tensor:
         """Windows (count/world, block_size + 1) int32: rank 1 of 4 gets samples 1, 5, 9, … of `count`."""
