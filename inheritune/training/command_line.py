@@ -145,7 +145,8 @@ def read_config_file(path: str) -> dict[str, tuple[Any, int]]:
         with open(path, encoding="utf-8-sig") as f:
             tree = ast.parse(f.read(1_000_000))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        where = f"{path}:{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else path
+        where = path if path.isprintable() else repr(path)
+        where += f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
         raise UserError(f"{where}: not a config file, which holds lines like max_iters = 1000") from None
     values = {}
     for node in tree.body:
