@@ -116,7 +116,7 @@ class Run:
         self.optimizer = make_optimizer(module, settings, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         restored = ranks.agree(lambda: restore(plan.resume_from, module, self.optimizer, self.scaler))
-        self.state, self.ended_at = restored  # see restore
+        self.state, self.ended_at = restored  # ended_at: where a finished run goes on; it validates again
         if plan.changed_now:
             self.state.changes.append(f"step {self.state.step}: {plan.changed_now}")
         flops = flops_with_teacher(plan.config, plan.teacher)

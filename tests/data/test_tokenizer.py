@@ -269,13 +269,10 @@ def test_meta_json_names_the_token_that_texts_begin_with(tmp_path):
 @pytest.mark.parametrize("bos", ["!", {"content": "!"}])
 def test_gpt2s_own_files_may_ask_for_a_token_that_texts_begin_with(tmp_path, bos):
     """As OPT's do."""
-    folder = write_gpt2(tmp_path / "a")
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": bos}
-    (tmp_path / "a/tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
-    assert load_tokenizer(folder).describe()["bos"] == 0
-    del config["add_bos_token"]
-    (tmp_path / "a/tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
-    assert "bos" not in load_tokenizer(folder).describe()
+    folder, config = write_gpt2(tmp_path / "a"), {"bos_token": bos, "eos_token": "<|endoftext|>"}
+    for asked, expected in ((True, 0), (False, None)):
+        (tmp_path / "a/tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": asked}))
+        assert load_tokenizer(folder).describe().get("bos") == expected
 
 
 def test_special_tokens_without_a_row_in_the_model_do_not_count(tmp_path):
