@@ -73,6 +73,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
     folder = os.path.join(settings.out_dir, f"seed_{seed}")
     data = {"dataset": settings.dataset, "seed": seed} | ({"data_end": rep.seen} if rep.seen < 1 else {})
     flags = stages.small_flags(settings, explicit) | data
+    kd = {key: flags.pop(key) for key in ("kd_alpha", "kd_temperature") if key in flags}
 
     # the reference: trained here or given; in a report its row and its config.json say what it was
     name, stage = rep.reference, None
@@ -113,6 +114,7 @@ def plan_seed(settings: TrainSettings, rep: ReplicateSettings, explicit: frozens
         reference_stage=stage,
         reference_cost=cost,
         rounds=(*range(first, k, rep.rounds_step), k),
+        kd=kd,
     )
 
 
@@ -132,8 +134,8 @@ def finished_row(settings: TrainSettings, rep: ReplicateSettings, arm: Arm, c: C
     kept = os.path.join(logs_of(rep), os.path.relpath(path, settings.out_dir))  # of the same table
     for made in (path, kept):
         if os.path.exists(made) and read_json(made)["settings_hash"] != settings_hash(c, arm):
-            cure = "restore them, or use another out_dir and another results"
-            raise UserError(f"{made} was made with other settings: {cure}")
+            why = "was made with other settings or from another reference"
+            raise UserError(f"{made} {why}: restore them, or use another out_dir and another results")
     if not os.path.exists(path) or not all(os.path.exists(s.run) for s in arm.stages(c)):
         return None
     row, folder = read_json(path), os.path.dirname(path)

@@ -3,6 +3,7 @@
 # with the same data, steps and seed, and models of half their blocks for half of the steps -> results/depth. An hour and
 # a half on one core; interrupted, it goes on.
 #   bash runs/depth.sh
+# results/depth holds rows from another machine's references, which replicate.py does not mix with yours: move it away first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -147,7 +147,7 @@ def lacks_compiler(e: BaseException) -> bool:
 
 
 def error_line(e: Exception) -> str:
-    """What failed and how to go on, of a UserError, an OSError (which names its file) or a full GPU."""
+    """What failed and how to go on, of an error for which `is_one_line` is true."""
     if isinstance(e, UserError):
         return str(e)
     if lacks_compiler(e):

@@ -23,10 +23,11 @@ from inheritune.data.text_files import (
     check_column,
     examine,
     holds,
+    is_text,
     named_kind,
-    only_texts,
     read_table,
     read_text,
+    say_left_out,
 )
 
 # Words in a path that mark text as validation or test, as in the hub's rules.
@@ -260,10 +261,14 @@ def open_corpus(args, streaming: bool, **options) -> Source:
 
 def read_hub(rows, n: int | None) -> Iterator[Piece]:
     """Yield a piece for each of the `n` rows of a hub dataset; n is None for a streamed one."""
-    values = ((f"row {number}", row["text"]) for number, row in enumerate(rows, 1))
+    nulls = 0
     try:
-        for number, (_, text) in enumerate(only_texts(values, "text", "the dataset"), 1):
-            yield Piece([text], progress=n and number / n)
+        for number, row in enumerate(rows, 1):
+            if is_text(row["text"], "text", f"row {number} of the dataset"):
+                yield Piece([row["text"]], progress=n and number / n)
+            else:
+                nulls += 1
+        say_left_out(nulls, "the dataset")
     except UserError:
         raise
     except Exception as e:

@@ -198,7 +198,7 @@ def read_table(file: File, column: str) -> Iterator[Piece]:
 
     Memory holds one row (.parquet: 256 rows; .arrow: a record batch; a JSON array: everything).
     """
-    where = "its beginning"
+    where, nulls = "its beginning", 0
     try:
         raw, stream = open_bytes(file)
         if file.kind in ARROW:
@@ -206,26 +206,26 @@ def read_table(file: File, column: str) -> Iterator[Piece]:
         else:
             read = csv_rows if file.kind in (".csv", ".tsv") else json_rows
             rows = read(io.BufferedReader(stream, 1 << 20), file, column)
-        for where, text in only_texts(rows, column, file.path):  # noqa: B007  (for the error below)
-            yield Piece([text], progress=raw.tell() / (file.size or 1))
+        for where, value in rows:
+            if is_text(value, column, f"{file.path}, {where}"):
+                yield Piece([value], progress=raw.tell() / (file.size or 1))
+            else:
+                nulls += 1
     except READ_ERRORS as e:
         raise unreadable(file.path, where, e) from None
+    say_left_out(nulls, file.path)
 
 
-def only_texts(rows: Iterable[tuple], column: str, path: str) -> Iterator[tuple]:
-    """Yield the rows (where it stands, value) that are text. Null, which many tables on the hub hold, is left
-    out and counted on stderr. Raises UserError for all else."""
-    nulls = 0
-    for where, value in rows:
-        if isinstance(value, str):
-            yield where, value
-        elif value is None:
-            nulls += 1
-        else:
-            what = f"{column!r} holds a {type(value).__name__}, not text"
-            raise UserError(f"{path}, {where}: {what}; remove the row")
+def is_text(value, column: str, where: str) -> bool:
+    """True for text, False for null, which many tables on the hub hold. Raises UserError for all else."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} holds a {type(value).__name__}, not text; remove the row")
+    return value is not None
+
+
+def say_left_out(nulls: int, where: str) -> None:
     if nulls:
-        print(f"{path}: {nulls:,} rows left out, which hold null in place of text", file=sys.stderr)
+        print(f"{where}: {nulls:,} rows left out, which hold null in place of text", file=sys.stderr)
 
 
 def json_rows(lines: io.BufferedReader, file: File, column: str) -> Iterator[tuple]:

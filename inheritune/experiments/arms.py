@@ -88,7 +88,8 @@ def growing(c, folder, onto=False):
 
 def distilled(c, stage):
     """The Stage with the reference as its teacher."""
-    return dataclasses.replace(stage.with_flags(teacher=c.reference), teacher=c.config)
+    flags = c.kd | stage.flags | {"teacher": c.reference}
+    return dataclasses.replace(stage, flags=flags, teacher=c.config)
 
 
 def unseen(c, run):

@@ -97,6 +97,7 @@ class Common:
     # FLOPs and layer-steps of training the reference; None: unknown
     reference_cost: tuple[float | None, int | None] = (None, None)
     rounds: tuple[int, ...] = ()  # depths of the models that grow, in order
+    kd: dict = field(default_factory=dict)  # kd_alpha and kd_temperature, where the experiment sets them
 
     def row_path(self, arm: str) -> str:
         """The path of an arm's row.json, which is there once the arm is done."""

@@ -347,7 +347,10 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     ways |= {} if settings.optimizer == "muon" else {f"each of {world} with shard=True": (1, world)}
     lines, needs = ["memory       counted as a GPT-2's, without the allocator's overhead:"], []
     for where, (ranks, shards) in ways.items():
-        terms = training_memory(dataclasses.replace(plan, world=ranks), settings, shards)
+        way, sizes = dataclasses.replace(plan, world=ranks), (settings.batch_tokens, plan.config.block_size)
+        if batch := noting([], split_batch, *sizes, settings.batch_size, ranks * shards):
+            _, way.micro_batch, way.accumulation = batch  # else the batch does not divide: as planned
+        terms = training_memory(way, settings, shards)
         if ranks > 1:  # in its second step DDP rebuilds its buckets; NCCL may still hold the first ones
             terms["first buckets (in DDP's second step)"] = 4 * plan.config.num_params
         needs.append(sum(terms.values()) / 1e9)
@@ -357,9 +360,9 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     alone, many = needs[0], needs[2 if settings.shard else 1]
     for name, (peak, gigabytes) in PEAKS.items():
         seconds, room = flops / (peak * 1e12 * ASSUMED_MFU), 0.9 * gigabytes
-        times = {1: duration(seconds), 8: duration(seconds / 8)}
-        one, eight = (times[n] if need < room else "too large" for n, need in ((1, alone), (8, many)))
-        lines.append(f"  {name:22} {one:>12} on 1, {eight:>12} on 8")
+        needed = {1: alone, world: many}
+        times = [duration(seconds / n) if need < room else "too large" for n, need in needed.items()]
+        lines.append(f"  {name:22} {times[0]:>12} on 1, {times[1]:>12} on {world}")
     return lines
 
 

@@ -122,6 +122,9 @@ def test_every_arm_keeps_its_hash(monkeypatch):
         "ends@teacher=reference": "6026e5794c5f",
     }
     assert hashes == {name: settings_hash(c, find_arm(name)) for name in hashes}
+    c, plain = common_of("config/replicate_mini.py", "--kd_alpha=0.3"), common_of("config/replicate_mini.py")
+    assert settings_hash(c, find_arm("random")) == settings_hash(plain, find_arm("random"))
+    assert settings_hash(c, find_arm("kd")) != settings_hash(plain, find_arm("kd"))
     c = common_of("config/replicate_mini.py", "--seen=0.5")
     assert settings_hash(c, find_arm("unseen")) == "dded1bbba15c"
     with open("results/mini/results.csv") as f:

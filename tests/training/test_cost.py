@@ -31,13 +31,19 @@ def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
     assert recorder.peak == pytest.approx(2e12 / 3e6)  # tokens/s
 
 
-def test_a_dry_run_says_on_how_many_gpus_a_model_fits(capsys):
+def test_a_dry_run_says_on_how_many_gpus_a_model_fits(capsys, monkeypatch):
     """DDP's second step takes 4 bytes a parameter more than one GPU does."""
     train.main(["config/train_gpt2_xl.py", "--dry_run"])
     text = capsys.readouterr().out
     assert re.search(r"A100 40GB .* days on 1, +too large on 8", text)
     train.main(["config/train_gpt2_xl.py", "--dry_run", "--shard=True"])
-    assert re.search(r"A100 40GB .* days on 1, .* days on 8", capsys.readouterr().out)
+    alone = capsys.readouterr().out
+    assert re.search(r"A100 40GB .* days on 1, .* days on 8", alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.main(["config/train_gpt2_xl.py", "--dry_run", "--shard=True"])
+    of_two = capsys.readouterr().out
+    assert "too large on 2\n" in of_two and "on 8" not in of_two
+    assert re.search(r"about .* one GPU", of_two)[0] == re.search(r"about .* one GPU", alone)[0]
 
 
 def test_a_teachers_forward_pass_costs_a_third_in_the_students_context():
