@@ -13,7 +13,11 @@ import transformers
 from torch.nn import functional as F
 
 import score
+import train
 from inheritune.base.files import read_json, write_json
+from inheritune.data import reader as data
+from inheritune.training.distributed import Ranks
+from model import GPT
 from tests import other_models
 from tests.tiny import ROOT, TOKENIZER, refusal, write_checkpoint, write_data
 
@@ -86,6 +90,14 @@ def test_loss_of_other_decoders_is_transformers(kind, tmp_path):
     found = scored(str(tmp_path / "ckpt"), folder, tmp_path)
     nats = plain_nats(str(tmp_path / "ckpt"), ids, 64)
     assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+
+
+def test_on_whole_windows_it_is_the_validation_loss(ckpt, tmp_path):
+    """That of train.py, to the last digit: 4 × 64 + 1 tokens, validated in groups of the same size."""
+    folder = write_data(tmp_path / "data", val=257)
+    val = data.ValData(folder, 64, 257, 3)
+    loss = train.mean_loss(GPT.from_pretrained(ckpt), val, Ranks(), torch.device("cpu"), torch.float32)
+    assert scored(ckpt, folder, tmp_path, "--batch_size", "3")["loss"] == loss
 
 
 def test_another_split_and_no_byte_count(ckpt, tmp_path, capsys):

@@ -131,8 +131,9 @@ def without_contradiction(content: dict, new: dict, lists: dict, blocks: list[in
         return new, ""
     source = json.dumps(content)
 
-    def decides_a_list(key):  # of `new` as it is by then
-        return any(computed(new | {key: new[key] + d}) not in (computed(new), None) for d in (1, -1))
+    def decides_a_list(key):
+        now = computed(new)  # which changes while numbers are adapted
+        return any(computed(new | {key: new[key] + d}) not in (now, None) for d in (1, -1))
 
     numbers = [key for key, value in new.items() if type(value) is int and key not in DEPTHS]
     for key in filter(decides_a_list, numbers):

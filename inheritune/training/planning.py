@@ -344,7 +344,8 @@ def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
     """Memory on one GPU and in shards, and the time that each kind of GPU takes, line by line."""
     world = plan.world if plan.world > 1 else 8
     ways = {"one GPU": (1, 1), f"each of {world}": (world, 1)}  # (ranks of DDP, shards)
-    ways |= {} if settings.optimizer == "muon" else {f"each of {world} with shard=True": (1, world)}
+    if settings.optimizer != "muon":  # which needs whole matrices
+        ways[f"each of {world} with shard=True"] = (1, world)
     lines, needs = ["memory       counted as a GPT-2's, without the allocator's overhead:"], []
     for where, (ranks, shards) in ways.items():
         way, sizes = dataclasses.replace(plan, world=ranks), (settings.batch_tokens, plan.config.block_size)
