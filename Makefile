@@ -41,7 +41,7 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile
 	-$(BIN)/python -m coverage combine --quiet 2>/dev/null  # (what a killed process left cannot be read)
 	$(BIN)/python -m coverage report --fail-under=95
 	@echo "not counted:"; grep -rn "# needs \(a GPU\|the hub\|an extra package\)" *.py inheritune

@@ -128,18 +128,17 @@ def run_step(script, name, p, limit):
     # SIGTERM to all its processes, as torchrun can end its ranks then, and SIGKILL if that does not help
     argv = ["timeout", "--kill-after=10", f"{limit:.0f}", sys.executable, script]
     argv += ["--step", name, json.dumps(dataclasses.asdict(p))]
-    pipe = subprocess.PIPE
-    with open(output, "w") as log, subprocess.Popen(argv, stdout=pipe, stderr=log, text=True) as process:
+    with open(output, "w") as f, subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=f, text=True) as child:
         try:
-            printed, _ = process.communicate()
+            printed, _ = child.communicate()
         finally:  # after Ctrl-C no step stays on the GPU: `timeout` passes the signal on
-            process.terminate()
+            child.terminate()
     spent = time.perf_counter() - began
     rows = [json.loads(line) for line in printed.splitlines()]
     rows.append(row("the step took", spent, "s"))
-    if process.returncode:
+    if child.returncode:
         with open(output) as f:
-            said = (f.read().strip() or f"status {process.returncode}").splitlines()[-40:]
+            said = (f.read().strip() or f"status {child.returncode}").splitlines()[-40:]
         print(*said, sep="\n", file=sys.stderr)
         why = f"not done after {limit:.0f} s" if spent > limit else said[-1].replace("|", "/")
         rows[-1]["verdict"] = f"failed: {why}"
