@@ -90,7 +90,7 @@ def test_rates_fall_from_block_to_block(data, tmp_path, optimizer):
 
 def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
     """Three steps of each of torch's two optimizers on its own part."""
-    settings = TrainSettings(optimizer="muon", learning_rate=0.02, weight_decay=0.3)
+    settings = TrainSettings(optimizer="muon", learning_rate=0.02, weight_decay=0.3, dtype="bfloat16")
     ours, theirs = GPT(tiny.tiny_config(bias=False)), GPT(tiny.tiny_config(bias=False))
     theirs.load_state_dict(ours.state_dict())
     optimizer = make_optimizer(ours, settings, CPU)
@@ -112,6 +112,24 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
             o.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_muon_orthogonalises_in_float32_in_a_float32_run():
+    """The first update is the gradient with new singular values, in float64."""
+    settings = TrainSettings(optimizer="muon", learning_rate=0.02, weight_decay=0.3, dtype="float32")
+    model, idx = GPT(tiny.tiny_config(bias=False)), torch.arange(8)[None]
+    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, settings, CPU)
+    model(idx, idx).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and ".h." in name:
+            u, s, v = torch.linalg.svd(p.grad.double(), full_matrices=False)
+            s /= s.norm()
+            for _ in range(5):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            expected = (1 - 0.02 * 0.3) * before[name] - 0.02 * 0.2 * max(p.shape) ** 0.5 * (u * s) @ v
+            torch.testing.assert_close(p.double(), expected, rtol=0, atol=1e-6, msg=name)
 
 
 # One run

@@ -1,5 +1,6 @@
 """The optimizer, each parameter's own learning rate, and how the optimizer's state is saved and loaded."""
 
+import contextlib
 import os
 
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from inheritune.base.errors import UserError, first_line
 from inheritune.models.open_model import Model
+from inheritune.training.device import pick_dtype
 from inheritune.training.distributed import distribute, gather
 from inheritune.training.settings import TrainSettings
 
@@ -25,7 +27,7 @@ def make_optimizer(model: Model, settings: TrainSettings, device: torch.device) 
     options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
     options["fused"] = device.type in ("cpu", "cuda")  # one kernel
     if settings.optimizer == "muon":
-        return MuonAndAdamW(groups, options)
+        return MuonAndAdamW(groups, options, pick_dtype(settings.dtype, device))
     return torch.optim.AdamW(groups, **options)
 
 
@@ -58,22 +60,39 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     torch's Muon takes matrices only. Its update is scaled to the size of AdamW's (`match_rms_adamw`), so both
     share one learning rate.
+
+    dtype: what the run computes in. In a float32 run Muon orthogonalises in float32, too.
     """
 
-    def __init__(self, groups: list[dict], options: dict):
+    def __init__(self, groups: list[dict], options: dict, dtype: torch.dtype):
         matrices = [group for group in groups if group["matrices"]]
         others = [group for group in groups if not group["matrices"]]
         muon = torch.optim.Muon(matrices, lr=options["lr"], adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(others, **options)
         super().__init__(muon.param_groups + adamw.param_groups, {})
         self.parts = {True: muon, False: adamw}  # by what their groups have under "matrices"
+        self.precision = KeepFloat32 if dtype == torch.float32 else contextlib.nullcontext
 
     @torch.no_grad()
     def step(self):
         for matrices, part in self.parts.items():  # each on its groups and the common state, as they are now
             part.param_groups = [group for group in self.param_groups if group["matrices"] == matrices]
             part.state = self.state
-            part.step()
+            with self.precision():
+                part.step()
+
+
+class KeepFloat32(torch.overrides.TorchFunctionMode):
+    """A context in which `tensor.bfloat16()` stays what it was.
+
+    torch's Muon calls it before it orthogonalises a matrix. Most CPUs emulate bfloat16: a product of two
+    128 x 128 matrices takes an AMD Zen 3 1.65 ms in it and 0.06 ms in float32.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.bfloat16:
+            return args[0].clone()  # the caller changes it in place
+        return func(*args, **(kwargs or {}))
 
 
 def snapshot(
