@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The method on a laptop: no GPU, no network, four to fifteen minutes on two cores. `make demo` runs it in its own environment.
+# The method on a laptop: no GPU, no network, some five minutes on two cores. `make demo` runs it in its own environment.
 #   bash runs/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
