@@ -21,7 +21,7 @@ from inheritune.experiments.tables import markdown
 from inheritune.training.logs import read_rows
 
 TEXTS = {"val_loss": "the validation text", "also_val_loss": "the second text"}
-ROOM = 2.4  # nats above the highest last loss that the figure shows: the legend's place
+ROOM = 1.5  # nats above the highest last loss that the figure shows
 
 
 def read_curves(folder: str) -> tuple[dict, dict[str, float]]:
@@ -60,7 +60,8 @@ def label_of(arm: str, seed: int) -> str:
 def plot_curves(path: str, curves: dict, levels: dict[str, float]) -> None:
     """Plot a panel for each text, a line for each arm; the dotted line is the reference's loss."""
     texts = [column for column in TEXTS if any(own[column] for own in curves.values())]
-    figure, places = plt.subplots(1, len(texts), figsize=(6.5 * len(texts), 6), squeeze=False)
+    size = 6.5 * len(texts), 5 + 0.22 * len(curves)
+    figure, places = plt.subplots(1, len(texts), figsize=size, squeeze=False)
     colours = plt.get_cmap("tab20").colors
     for axes, column in zip(places.flat, texts, strict=True):
         shown = [(key, own[column]) for key, own in curves.items() if own[column]]
@@ -74,6 +75,7 @@ def plot_curves(path: str, curves: dict, levels: dict[str, float]) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylim(min(last) - 0.1, max(last) + ROOM)
         finish_axes(axes, xlabel="training tokens", ylabel="loss (nats/token)", title=f"on {TEXTS[column]}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, where it hides no line
     save_figure(figure, path)
 
 
