@@ -202,6 +202,8 @@ def main(shape, folder):
     sizes, bars, gemm = SHAPES[shape], BARS[shape], []
     names = [*OURS, "plain", *(["transformers"] if shape == "small" else [])]
     contenders = {name: Contender(sizes | {"dtype": "float32"}, name, folder) for name in names}
+    if shape == "small":
+        contenders["muon"] = Contender(sizes | {"dtype": "float32", "optimizer": "muon"}, "none", folder)
     if has_matrix_units():
         contenders["bfloat16"] = Contender(sizes | {"dtype": "bfloat16"}, "none", folder)
     time, memory = measure(contenders, prepare=lambda: gemm.append(matrix_peak()))
@@ -230,6 +232,7 @@ def main(shape, folder):
         faster = time["bfloat16"] / time["plain"]
         rows.append(row(f"step {shape}, bfloat16: time / plain step", faster, "ratio", BFLOAT16))
     if shape == "small":
+        rows.append(row(f"step {shape}, Muon: time / AdamW's", time["muon"] / time["none"], "ratio"))
         rows.append(row("evaluation: tokens/s / training's", time["none"] / evaluation, "ratio", ">= 2.8"))
         theirs = time["none"] / time["transformers"]
         rows.append(row(f"step {shape}: time / transformers", theirs, "ratio", bars["transformers"]))
