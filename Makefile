@@ -11,6 +11,7 @@ TESTED := $(shell sed -n 's/^torch.*tested: \([0-9.]*\).*/\1/p' requirements.txt
 TORCH ?= $(TESTED)
 VENV := .venv$(if $(filter-out $(TESTED),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
+SIDE_BY_SIDE := -n auto --maxprocesses 4
 
 .PHONY: demo test test-all lint torture mutants bench gpu clean
 
@@ -37,15 +38,15 @@ lint: $(VENV)/installed-dev
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m coverage run -m pytest $(SIDE_BY_SIDE) --dist loadfile
 	-$(BIN)/python -m coverage combine --quiet 2>/dev/null  # (what a killed process left cannot be read)
 	$(BIN)/python -m coverage report --fail-under=95
 	@echo "not counted:"; grep -rn "# needs \(a GPU\|the hub\|an extra package\)" *.py inheritune
-	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -m slow $(SIDE_BY_SIDE)
 
 torture: $(VENV)/installed-dev
 	$(BIN)/python -m tests.stress.torture --seconds 900

@@ -341,7 +341,7 @@ def plan_text(plan: Plan, settings: TrainSettings) -> str:
 
 
 def cost_lines(plan: Plan, settings: TrainSettings, flops: float) -> list[str]:
-    """Memory on one GPU and in shards, and the time that each kind of GPU takes, line by line."""
+    """Memory on one GPU, with DDP and in shards, and the time that each kind of GPU takes, line by line."""
     world = plan.world if plan.world > 1 else 8
     ways = {"one GPU": (1, 1), f"each of {world}": (world, 1)}  # (ranks of DDP, shards)
     if settings.optimizer != "muon":  # which needs whole matrices
