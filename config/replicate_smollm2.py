@@ -9,7 +9,7 @@ arms = (
     "random@learning_rate=1e-3@min_lr=1e-4:2 whole:1 "
     # more than next-token loss: the whole model as the teacher, for equal steps and for equal compute; Muon
     "greedy@teacher=reference@kd_alpha=0:1 greedy@max_iters=64@teacher=reference@kd_alpha=0:1 "
-    "greedy@optimizer=muon@learning_rate=2e-3@min_lr=2e-4:1 "
+    "greedy@optimizer=muon:1 "
     # the search for the learning rate
     "influence@learning_rate=2e-4@min_lr=2e-5:1 influence@learning_rate=1e-3@min_lr=1e-4:1 "
     "random:1 random@learning_rate=2e-3@min_lr=2e-4:1 "

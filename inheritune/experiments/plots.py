@@ -125,7 +125,7 @@ def plot_compute(path: str, arms: dict, curves: dict, title: str, optimizer: str
     panel for each optimizer. optimizer: of the arms that do not name another."""
     panels = compute_panels(arms, curves)
     n = len(panels)
-    figure, places = plt.subplots(1, n, figsize=(7 * n, 5), squeeze=False, sharey=True)
+    figure, places = plt.subplots(1, n, figsize=(7 * n, 5), squeeze=False, sharex=True, sharey=True)
     level = mean_of(arms[find_arm("reference")], "curve_loss")
     finals = [level]
     for axes, (name, shown) in zip(places.flat, panels.items(), strict=True):
