@@ -57,22 +57,39 @@ def label_of(arm: str, seed: int) -> str:
     return find_arm(arm).label + (f", seed {seed}" if seed > 1 else "")
 
 
+def doublings(curves: dict, column: str) -> list[int]:
+    """0, the tokens at the first validation after it, and twice, four, … times as many, where some arm was
+    validated."""
+    known = {tokens for own in curves.values() for tokens, _ in own[column]}
+    first = min(known - {0}, default=1)
+    return [tokens for tokens in (0, *(first * 2**i for i in range(40))) if tokens in known]
+
+
 def plot_curves(path: str, curves: dict, levels: dict[str, float]) -> None:
-    """Plot a panel for each text, a line for each arm; the dotted line is the reference's loss."""
+    """Plot a panel for each text, a line for each arm; the dotted line is the reference's loss.
+
+    The axis of the tokens is linear up to the first validation, and logarithmic from there, so that long
+    runs do not push short ones together. All seeds of an arm have one colour, and from seed 2 on dashes.
+    """
     texts = [column for column in TEXTS if any(own[column] for own in curves.values())]
     size = 6.5 * len(texts), 5 + 0.22 * len(curves)
     figure, places = plt.subplots(1, len(texts), figsize=size, squeeze=False)
+    arms = list(dict.fromkeys(arm for arm, _ in curves))
     colours = plt.get_cmap("tab20").colors
     for axes, column in zip(places.flat, texts, strict=True):
         shown = [(key, own[column]) for key, own in curves.items() if own[column]]
-        for i, (key, points) in enumerate(shown):
-            style = {"color": colours[i % len(colours)], "marker": "o", "markersize": 3}
+        for key, points in shown:
+            style = {"color": colours[arms.index(key[0]) % len(colours)], "marker": "o", "markersize": 3}
+            style["linestyle"] = "--" if key[1] > 1 else "-"
             axes.plot(*zip(*points, strict=True), label=f"{label_of(*key)}: {points[-1][1]:.3f}", **style)
         last = [points[-1][1] for _, points in shown]
         if column in levels:
             axes.axhline(levels[column], **LEVEL, label=f"the whole reference: {levels[column]:.3f}")
             last.append(levels[column])
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        ticks = doublings(curves, column)  # 0 and more: each text was measured in training
+        axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.4)
+        axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_ylim(min(last) - 0.1, max(last) + ROOM)
         finish_axes(axes, xlabel="training tokens", ylabel="loss (nats/token)", title=f"on {TEXTS[column]}")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, where it hides no line
@@ -83,9 +100,7 @@ def loss_table(curves: dict, column: str) -> str:
     """A Markdown table: a line for each arm, its loss on one text before training, at the first validation,
     and at twice, four, … times as many tokens; '' where none was measured."""
     measured = {key: dict(own[column]) for key, own in curves.items() if own[column]}
-    known = {tokens for points in measured.values() for tokens in points}
-    first = min(known - {0}, default=1)
-    shown = [tokens for tokens in (0, *(first * 2**i for i in range(40))) if tokens in known]
+    shown = doublings(curves, column)
     lines = [
         [label_of(*key), *(f"{points[tokens]:.3f}" if tokens in points else "" for tokens in shown)]
         for key, points in measured.items()
