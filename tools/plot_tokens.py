@@ -90,6 +90,7 @@ def plot_curves(path: str, curves: dict, levels: dict[str, float]) -> None:
         axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.4)
         axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
         axes.set_xticks([], minor=True)
+        axes.set_xlim(left=-ticks[1] / 8)  # a logarithmic axis would leave more room
         axes.set_ylim(min(last) - 0.1, max(last) + ROOM)
         finish_axes(axes, xlabel="training tokens", ylabel="loss (nats/token)", title=f"on {TEXTS[column]}")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, where it hides no line
