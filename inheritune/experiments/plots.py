@@ -22,8 +22,9 @@ BLACK, BLUE, GREEN, RED, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#9A
 # arms drawn in colour; the others are grey
 COLOURS = {"reference": BLACK, "random": BLUE, "random_2x": "#56B4E9", "random_matched": GREEN}
 COLOURS |= {"inheritune": RED, "ends": "#CC79A7", "onto": "#E69F00", "whole": "#5D5D5D"}
+COLOURS |= {"influence": "#882255"}  # Paul Tol's: the palette's last one, yellow, is faint on white
 LEVEL = {"color": BLACK, "linewidth": 0.8, "linestyle": ":"}
-BASES = ("reference", "whole", "random", "inheritune", "ends")  # what plot_compute always shows
+BASES = ("reference", "whole", "random", "inheritune", "ends", "influence")  # what plot_compute always shows
 LOSS = "validation loss (nats/token)"
 
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.axisbelow": True, "grid.alpha": 0.25})
