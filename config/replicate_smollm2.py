@@ -6,15 +6,15 @@ arms = (
     # which 15 blocks
     "inheritune:1 first_plus_last:1 ends:1 alternate:1 consecutive:1 influence:2 greedy:2 "
     # controls: the same model from random initialisation; the whole model on the same tokens
-    "random@learning_rate=1e-3@min_lr=1e-4:2 whole:1 "
+    "random@learning_rate=2e-3@min_lr=2e-4:2 whole:1 "
     # more than next-token loss: the whole model as the teacher, for equal steps and for equal compute; Muon
     "greedy@teacher=reference@kd_alpha=0:1 greedy@max_iters=64@teacher=reference@kd_alpha=0:1 "
     "greedy@optimizer=muon:1 "
     # the search for the learning rate
     "influence@learning_rate=2e-4@min_lr=2e-5:1 influence@learning_rate=1e-3@min_lr=1e-4:1 "
-    "random:1 random@learning_rate=2e-3@min_lr=2e-4:1 "
+    "random:1 random@learning_rate=1e-3@min_lr=1e-4:1 "
     # five times as long
-    "greedy@max_iters=500:1 random@max_iters=500@learning_rate=1e-3@min_lr=1e-4:1"
+    "greedy@max_iters=500:1 random@max_iters=500@learning_rate=2e-3@min_lr=2e-4:1"
 )
 layers = 15
 final_tokens = 65_536
