@@ -96,9 +96,14 @@ def test_report_takes_in_what_another_folder_has(finished, no_figures, tmp_path,
 GIVEN = ("config/replicate_mini.py", "--reference_config=", "--reference=x")
 MUON = ("--optimizer=muon", "--learning_rate=8e-3", "--min_lr=8e-4", "--arms=inheritune@max_iters=1000")
 HALVES = "--arms=random@max_iters=1000 inheritune@max_iters=1000"
+LINEAR = "@schedule=linear@min_lr=0@warmup_iters=20:1"
+PILOT = "--arms=inheritune@max_iters=475:1 "
+PILOT += "inheritune@max_iters=430@optimizer=muon@learning_rate=8e-3" + LINEAR
+PILOT += " random@max_iters=430@optimizer=muon@learning_rate=1.6e-2" + LINEAR
 COMMITTED = {  # results: their replicate.py command, without where the given reference is
     "mini": ("config/replicate_mini.py",),
     "english": ("config/replicate_english.py",),
+    "english/half": ("config/replicate_english.py", PILOT),
     "muon_reference": (*GIVEN, *MUON),
     "depth/4": (*GIVEN, "--layers=2", HALVES),
     "depth/12": (*GIVEN, "--layers=6", HALVES),
